@@ -1,0 +1,48 @@
+# make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
+# make test    lint, types and the whole test suite
+# make setup   the virtual environment alone
+PYTHON ?= python3
+CONFIG ?= jobs/configs/coins.yaml
+ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test lint setup lock clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+
+setup: $(INSTALLED)
+
+# the stamp is written last, so an installation cut short is done again. requirements.lock is read as constraints:
+# the cuda packages it pins are installed only where pip picks torch's cuda build.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"DeepSkip needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12")'
+	@echo "setting up $(VENV) (about two minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --constraint requirements.lock --editable '.[test]'
+	@touch $@
+
+train: setup
+	@$(VENV)/bin/python -m jobs.submit train --config $(CONFIG) $(ARGS)
+
+test: setup lint
+	@$(VENV)/bin/python -m pytest
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+# pins everything anew; the local version of a cpu build is no version that others can install
+lock:
+	@$(PYTHON) -m pip install --quiet uv
+	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --extra test --no-annotate --no-header pyproject.toml \
+	  | sed 's/+cpu//' > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+clean:
+	@rm -rf $(VENV) *.egg-info

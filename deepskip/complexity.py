@@ -1,0 +1,36 @@
+"""Convolution weights by the paper's equations 2 to 4, without building the network."""
+
+from deepskip.encoders import ENCODERS, RESNET34_BLOCKS
+
+KERNEL = 3
+
+
+def decoder_level_weights(u: int, base_channels: int, levels: int) -> int:
+    """Counts the convolution weights of decoder level u, 1 to levels - 1 (eq. 2)."""
+    branches_and_merge = sum(2 ** (j - u) for j in range(u, levels)) + levels - u + 4
+    return branches_and_merge * 2 ** (2 * u - 2) * base_channels**2 * KERNEL**2
+
+
+def conv_weights(
+    in_channels: int, num_classes: int, base_channels: int = 8, levels: int = 5, encoder: str = "vgg16"
+) -> int:
+    """Counts the network's convolution weights, no biases and no normalisation (eq. 3 for vgg16, eq. 4 for resnet34).
+
+    The paper prints f(Z^1) inside eq. 3's last sum where f(Z^u) is meant. Raises ValueError for an unknown encoder.
+    """
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
+    c = [base_channels * 2**u for u in range(levels)]
+    decoder = sum(decoder_level_weights(u, base_channels, levels) for u in range(1, levels))
+    head = num_classes * c[0]
+    below = range(1, levels)
+    if encoder == "vgg16":
+        first = (in_channels * c[0] + c[0] ** 2) * KERNEL**2
+        rest = sum((c[u - 1] * c[u] + c[u] ** 2) * KERNEL**2 for u in below)
+    else:
+        first = in_channels * c[0] * KERNEL**2
+        blocks = RESNET34_BLOCKS
+        rest = sum(
+            c[u - 1] * c[u] + (c[u - 1] * c[u] + (2 * blocks[u - 1] - 1) * c[u] ** 2) * KERNEL**2 for u in below
+        )
+    return first + rest + decoder + head

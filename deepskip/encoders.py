@@ -1,0 +1,62 @@
+"""The two encoders that the paper counts: VGG-16-like (eq. 3) and ResNet-34-like (eq. 4)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# basic blocks a level, from level 2 on: ResNet-34's; a sixth level repeats the last number
+RESNET34_BLOCKS = (3, 4, 6, 3, 3)
+
+
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    """Builds the normalisation of a block: "batch", or "group" (4 channels a group; the same on any number of workers)."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(max(1, channels // 4), channels)
+    raise ValueError(f'norm is {kind!r}; it must be "batch" or "group"')
+
+
+class ConvNormReLU(nn.Sequential):
+    """3x3 convolution without bias, normalisation, ReLU: the paper's cbr."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            norm_layer(norm, out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class BasicBlock(nn.Module):
+    """ResNet's two-convolution block with a 1x1 projection where the channels change (He et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        super().__init__()
+        self.first = ConvNormReLU(in_channels, out_channels, norm)
+        self.second = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.second_norm = norm_layer(norm, out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), norm_layer(norm, out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second_norm(self.second(self.first(x))) + self.shortcut(x))
+
+
+def vgg16_level(u: int, in_channels: int, channels: int, norm: str) -> nn.Module:
+    """Builds level u (1 first) of the VGG encoder: two 3x3 convolutions."""
+    return nn.Sequential(ConvNormReLU(in_channels, channels, norm), ConvNormReLU(channels, channels, norm))
+
+
+def resnet34_level(u: int, in_channels: int, channels: int, norm: str) -> nn.Module:
+    """Builds level u (1 first) of the ResNet encoder: one 3x3 convolution at level 1, basic blocks below it."""
+    if u == 1:
+        return ConvNormReLU(in_channels, channels, norm)
+    blocks = [BasicBlock(in_channels, channels, norm)]
+    blocks += [BasicBlock(channels, channels, norm) for _ in range(RESNET34_BLOCKS[u - 2] - 1)]
+    return nn.Sequential(*blocks)
+
+
+ENCODERS = {"vgg16": vgg16_level, "resnet34": resnet34_level}

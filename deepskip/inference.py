@@ -1,0 +1,140 @@
+"""A trained network as something that takes raw images: normalisation, tiling, labels."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepskip import checkpoint
+from deepskip.network import DeepSkipUNet
+
+# an image of more pixels than this is cut into overlapping tiles
+WHOLE_IMAGE_PIXELS = 2048 * 2048
+TILE = 1024
+OVERLAP = 128
+
+
+def image_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives each band's mean and standard deviation over one image: two tensors (N, bands)."""
+    image_NCHW = image_NCHW.float()
+    return image_NCHW.mean((2, 3)), image_NCHW.std((2, 3), correction=0)
+
+
+def normalize(image_NCHW: Tensor, mean_NC: Tensor, std_NC: Tensor) -> Tensor:
+    """Brings each band to mean 0 and deviation 1, in fp32; a constant band becomes 0."""
+    std_NC = torch.where(std_NC > 0, std_NC, 1.0)
+    return (image_NCHW.float() - mean_NC[..., None, None]) / std_NC[..., None, None]
+
+
+def to_probabilities(logits: Tensor) -> Tensor:
+    """Turns logits (N, V, H, W) into probabilities: sigmoid for V = 1, else softmax over the classes."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+def to_labels(logits: Tensor) -> Tensor:
+    """Turns logits (N, V, H, W) into labels (N, H, W): probability over 0.5 for V = 1, else the likeliest class."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
+    """Computes the logits of one normalised image of any size.
+
+    An image of more than WHOLE_IMAGE_PIXELS goes through in tiles of `tile` pixels a side; where tiles overlap their
+    logits are blended by weights that fall off towards the tile's border.
+    """
+    H, W = image_NCHW.shape[-2:]
+    if H * W <= WHOLE_IMAGE_PIXELS:
+        return network(image_NCHW)
+    total: Tensor | None = None
+    weights = image_NCHW.new_zeros(H, W)
+    for top in tile_starts(H, tile, overlap):
+        for left in tile_starts(W, tile, overlap):
+            window = (..., slice(top, top + tile), slice(left, left + tile))
+            logits = network(image_NCHW[window]).float()
+            h, w = logits.shape[-2:]
+            ramp_y, ramp_x = (
+                torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp_max(overlap) for n in (h, w)
+            )
+            weight = (ramp_y[:, None] * ramp_x[None, :]).to(logits)
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], H, W)
+            total[window] += weight * logits
+            weights[window] += weight
+    assert total is not None
+    return total / weights
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Gives the first pixel of each tile along one side, so that neighbours share at least `overlap` pixels."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+class Segmenter(nn.Module):
+    """A trained network that takes raw images.
+
+    forward: raw image (N, bands, H, W) in the training data's own units -> probabilities (N, V, H, W).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: DeepSkipUNet, how: str, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.network, self.how = network, how
+        self.register_buffer("mean", torch.tensor([mean]))
+        self.register_buffer("std", torch.tensor([std]))
+
+    def normalized(self, image_NCHW: Tensor) -> Tensor:
+        """Normalises raw images in the way the network was trained on."""
+        if self.how == "none":
+            return image_NCHW.float()
+        if self.how == "image":
+            return normalize(image_NCHW, *image_statistics(image_NCHW))
+        return normalize(image_NCHW, self.mean, self.std)
+
+    def forward(self, image_NCHW: Tensor) -> Tensor:
+        return to_probabilities(self.network(self.normalized(image_NCHW)))
+
+    @torch.inference_mode()
+    def probabilities(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Computes the probabilities (V, H, W) of one raw image (H, W, bands) of any size.
+
+        Raises ValueError when the bands are not those that the network was trained on.
+        """
+        if image_HWC.ndim != 3 or image_HWC.shape[2] != self.network.in_channels:
+            raise ValueError(
+                f"the image has shape {image_HWC.shape}; the model takes (height, width, {self.network.in_channels} bands)"
+            )
+        image = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1), dtype=np.float32))[None]
+        image = self.normalized(image.to(self.mean.device))
+        logits = predict_logits(self.network, image.contiguous(memory_format=torch.channels_last))
+        return to_probabilities(logits)[0].float().cpu().numpy()
+
+    def predict(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Segments one raw image (H, W, bands) into labels (H, W) uint8: 0 is background."""
+        p_VHW = self.probabilities(image_HWC)
+        labels = p_VHW[0] > 0.5 if len(p_VHW) == 1 else p_VHW.argmax(0)
+        return labels.astype(np.uint8)
+
+
+def load(run_or_path: str | Path, device: str | torch.device = "cpu") -> Segmenter:
+    """Loads a trained model from a run's folder (its best checkpoint) or from a checkpoint file.
+
+    Raises checkpoint.CheckpointError when there is none, or none that is whole.
+    """
+    return build_segmenter(checkpoint.load_for_inference(Path(run_or_path))).to(device)
+
+
+def build_segmenter(state: dict[str, Any]) -> Segmenter:
+    """Builds the network that a checkpoint's state describes, ready for inference."""
+    settings, data = state["config"]["model"], state["data"]
+    network = DeepSkipUNet(**settings | {"in_channels": data["in_channels"], "num_classes": data["num_classes"]})
+    network.load_state_dict(state["ema"] or state["model"])
+    segmenter = Segmenter(network, state["config"]["data"]["normalize"], data["mean"], data["std"])
+    return segmenter.eval().to(memory_format=torch.channels_last)

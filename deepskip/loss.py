@@ -1,0 +1,85 @@
+"""Weighted BCE + Dice over the global batch (eqs. 5 to 8)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import kernels
+
+
+class LossParts(NamedTuple):
+    """The loss (eq. 5) and what it is made of; each a scalar tensor of the global batch."""
+
+    loss: Tensor
+    bce: Tensor
+    dice: Tensor
+
+
+class BCEDiceLoss(nn.Module):
+    """loss = beta * BCE + Dice, the same number and gradient on any number of workers.
+
+    alpha: weight of foreground pixels in BCE, 0 to 1; background gets 1 - alpha (eq. 6). beta: weight of BCE (eq. 5).
+    class_weights: Q_v of eq. 7, one for each class, made to sum to 1; equal by default.
+    ignore_index: label that takes no part. eps: smoothing of Dice, in pixels.
+    The paper's eq. 7 prints log o where o is meant: as printed it has no lower bound.
+
+    In a torch.distributed process group the sums are added up over all ranks. The gradient of a rank is then its own
+    share: the parameters' gradient is the SUM over ranks, so a trainer on DistributedDataParallel, which averages,
+    multiplies the loss by the world size.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        class_weights: Sequence[float] | None = None,
+        ignore_index: int | None = 255,
+        eps: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is {alpha}; it must be 0 to 1")
+        if eps <= 0:
+            raise ValueError(f"eps is {eps}; it must be more than 0, or an empty class divides by 0")
+        if class_weights is not None and (min(class_weights) < 0 or sum(class_weights) <= 0):
+            raise ValueError(f"class_weights are {list(class_weights)}; none may be negative, one must be positive")
+        self.alpha, self.beta, self.ignore_index, self.eps = alpha, beta, ignore_index, eps
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+
+    def parts(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossParts:
+        """Gives the loss and its two parts; shapes as in `forward`."""
+        sums = self.sums(logits, target, sample_weight)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            others = sums.detach().clone()
+            dist.all_reduce(others)
+            # the value of the global sums, the gradient of the local ones
+            sums = sums + (others - sums.detach())
+        return self.from_sums(sums)
+
+    def sums(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Gives this rank's sums (2 + 3 V,), as `kernels.bce_dice_sums` returns them; shapes as in `forward`."""
+        return kernels.bce_dice_sums(
+            logits, target, alpha=self.alpha, ignore_index=self.ignore_index, sample_weight=sample_weight
+        )
+
+    def from_sums(self, sums: Tensor) -> LossParts:
+        """Makes the loss of the sums (2 + 3 V,) that `kernels.bce_dice_sums` returns."""
+        bce_sum, count = sums[0], sums[1]
+        to, oo, tt = sums[2:].view(3, -1)
+        if self.class_weights is None:
+            Q = torch.full_like(to, 1 / len(to))
+        else:
+            if len(self.class_weights) != len(to):
+                raise ValueError(f"{len(self.class_weights)} class_weights for {len(to)} classes")
+            Q = to.new_tensor(self.class_weights) / sum(self.class_weights)
+        # a batch without a single counted pixel has loss 0 from BCE, not nan
+        bce = bce_sum / count.clamp_min(torch.finfo(count.dtype).tiny)
+        dice = 1 - (Q * (2 * to + self.eps) / (tt + oo + self.eps)).sum()
+        return LossParts(self.beta * bce + dice, bce, dice)
+
+    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Computes the loss: logits (N, V, H, W), target (N, H, W) or (N, V, H, W), sample_weight (N,) -> scalar."""
+        return self.parts(logits, target, sample_weight).loss

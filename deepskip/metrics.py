@@ -1,0 +1,91 @@
+"""Validation metrics: pixels by torchmetrics, objects by connected components."""
+
+import numpy as np
+import scipy.ndimage
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryStatScores, MulticlassStatScores
+
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
+
+
+class ObjectScores(Metric):
+    """Counts objects found and false alarms by 8-connected components of each foreground class.
+
+    An object of the target is found when more than half of its pixels are predicted as its class. A component of the
+    prediction that touches no target pixel of its class is a false alarm. update: labels (H, W) of one image.
+    compute: object_recall (share of objects; nan where there is none), false_alarms_per_image.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("objects", "found", "false_alarms", "images"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        predicted_HW, target_HW = prediction.cpu().numpy(), target.cpu().numpy()
+        self.images += 1
+        for label in np.union1d(np.unique(predicted_HW), np.unique(target_HW)):
+            if label == 0:
+                continue
+            truth, guess = target_HW == label, predicted_HW == label
+            objects, number = scipy.ndimage.label(truth, EIGHT_NEIGHBOURS)
+            sizes = np.bincount(objects.ravel(), minlength=number + 1)[1:]
+            hits = np.bincount(objects[guess], minlength=number + 1)[1:]
+            self.objects += number
+            self.found += int((2 * hits > sizes).sum())
+            alarms, number = scipy.ndimage.label(guess, EIGHT_NEIGHBOURS)
+            touched = np.unique(alarms[truth & guess])
+            self.false_alarms += number - len(touched)
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "object_recall": self.found / self.objects,
+            "false_alarms_per_image": self.false_alarms / self.images,
+        }
+
+
+class SegmentationMetrics:
+    """Accumulates the metrics of a validation split over all images and all ranks.
+
+    num_classes: 1 for binary, else exclusive classes with background 0. device: where the counts are added up.
+    IoU, Dice, precision, recall and F1 are of the foreground over the whole split; with several classes the mean over
+    the foreground classes that occur in target or prediction. A ratio of nothing to nothing is nan.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.pixels: Metric = (
+            BinaryStatScores() if num_classes == 1 else MulticlassStatScores(num_classes, average="none")
+        ).to(device)
+        self.objects = ObjectScores().to(device)
+
+    def update(self, prediction_HW: Tensor, target_HW: Tensor) -> None:
+        """Adds one image: predicted and true labels (H, W); ignored pixels count nowhere."""
+        counted = target_HW != self.ignore_index
+        self.pixels.update(prediction_HW[counted].long(), target_HW[counted].long())
+        self.objects.update(torch.where(counted, prediction_HW, 0), torch.where(counted, target_HW, 0))
+
+    def compute(self) -> dict[str, float]:
+        """Gives the metrics, added up over all ranks of the process group (so every rank must call)."""
+        scores = self.pixels.compute().double().cpu().view(-1, 5)
+        tp, fp, tn, fn, _ = scores.T
+        if self.num_classes == 1:
+            accuracy = (tp + tn) / (tp + fp + tn + fn)
+        else:
+            accuracy = tp.sum() / (tp + fn).sum()
+            tp, fp, fn = tp[1:], fp[1:], fn[1:]
+        dice = (2 * tp / (2 * tp + fp + fn)).nanmean().item()
+        result = {
+            "iou": (tp / (tp + fp + fn)).nanmean().item(),
+            "dice": dice,
+            "pixel_accuracy": accuracy.mean().item(),
+            "precision": (tp / (tp + fp)).nanmean().item(),
+            "recall": (tp / (tp + fn)).nanmean().item(),
+            # of pixels, F1 and Dice are the same number
+            "f1": dice,
+        }
+        return result | {name: value.item() for name, value in self.objects.compute().items()}

@@ -1,0 +1,106 @@
+"""DeepSkipUNet: a light U-Net whose decoder levels take deep skips (Sun 2023, eq. 1; ELU-Net, Deng et al. 2022)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from deepskip.encoders import ENCODERS, ConvNormReLU
+
+# a head that starts out near "nothing here" spares the first steps from unlearning a half-foreground image
+FOREGROUND_PRIOR = 0.1
+
+
+class DecoderLevel(nn.Module):
+    """One decoder level: the deep-skip stage, then two cbr.
+
+    Its inputs are the encoder maps E_u .. E_{B-1} and the decoder map D_{u+1}; the output is D_u, (N, C_u, H_u, W_u).
+    """
+
+    def __init__(self, input_channels: list[int], channels: int, norm: str, upsample: str) -> None:
+        super().__init__()
+        self.upsample = upsample
+        # linear branches: no bias, no norm, no activation
+        self.branches = nn.ModuleList(nn.Conv2d(c, channels, 3, padding=1, bias=False) for c in input_channels)
+        self.merge = nn.Sequential(
+            ConvNormReLU(len(input_channels) * channels, channels, norm), ConvNormReLU(channels, channels, norm)
+        )
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return self.merge(kernels.deep_skip(inputs, [branch.weight for branch in self.branches], self.upsample))
+
+
+class DeepSkipUNet(nn.Module):
+    """Segments images of any size into per-pixel logits.
+
+    in_channels: bands, 1 or more. num_classes: 1 for binary (sigmoid), else exclusive classes (softmax) or independent
+    labels. base_channels: b; level u has b * 2^(u-1) channels. levels: B, 3 to 6. encoder: "vgg16" or "resnet34".
+    norm: "batch" or "group". upsample: "bilinear" (align_corners=False) or "nearest".
+    forward: (N, in_channels, H, W) float -> logits (N, num_classes, H, W).
+    Raises ValueError that names the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        base_channels: int = 8,
+        levels: int = 5,
+        encoder: str = "vgg16",
+        norm: str = "batch",
+        upsample: str = "bilinear",
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("base_channels", base_channels)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if not 3 <= levels <= 6:
+            raise ValueError(f"levels is {levels}; it must be 3 to 6")
+        if encoder not in ENCODERS:
+            raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
+        if upsample not in ("bilinear", "nearest"):
+            raise ValueError(f'upsample is {upsample!r}; it must be "bilinear" or "nearest"')
+        self.in_channels, self.num_classes, self.levels = in_channels, num_classes, levels
+
+        channels = [base_channels * 2**u for u in range(levels)]
+        self.encoder = nn.ModuleList(
+            ENCODERS[encoder](u + 1, in_channels if u == 0 else channels[u - 1], channels[u], norm)
+            for u in range(levels)
+        )
+        # level u takes E_u .. E_{B-1} and D_{u+1}; D_B is E_B, so E_B comes in only through D_{B-1}
+        self.decoder = nn.ModuleList(
+            DecoderLevel([*channels[u:-1], channels[u + 1]], channels[u], norm, upsample) for u in range(levels - 1)
+        )
+        self.head = nn.Conv2d(channels[0], num_classes, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises convolutions by He's rule (fan out) and the head to a rare foreground."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for level in self.decoder:
+            for branch in level.branches:
+                # a linear branch: keep the variance of its input
+                nn.init.kaiming_normal_(branch.weight, mode="fan_in", nonlinearity="linear")
+        nn.init.normal_(self.head.weight, std=0.01)
+        assert self.head.bias is not None
+        nn.init.zeros_(self.head.bias)
+        odds = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
+        with torch.no_grad():
+            self.head.bias[0 if self.num_classes == 1 else slice(1, None)] = odds
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        multiple = 2 ** (self.levels - 1)
+        x = F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+        encoded = []
+        for u, level in enumerate(self.encoder):
+            x = level(x if u == 0 else F.max_pool2d(x, 2))
+            encoded.append(x)
+        for u in reversed(range(self.levels - 1)):
+            x = self.decoder[u]([*encoded[u:-1], x])
+        return self.head(x)[..., :height, :width]

@@ -1,0 +1,96 @@
+"""Plain PyTorch forms of DeepSkip's operators: the oracle of the tests, the CPU path, the opponent in benchmarks.
+
+deep skip (eq. 1)
+    x_0 is the level's own encoder map at (H, W); x_1 .. x_m are deeper maps at (H, W) / s_i, s_i a power of two.
+    out = concat(conv3(x_0; W_0), conv3(up(x_1); W_1), ..., conv3(up(x_m); W_m)), each linear, zero padding 1.
+
+BCE + Dice (eqs. 5 to 8)
+    o = sigmoid(z) or softmax over classes(z), t = target, w = sample weight where the pixel counts, else 0
+    bce   = sum w * a * -log-likelihood        a = alpha on foreground, 1 - alpha on background
+    count = sum w
+    to_v  = sum w * t_v * o_v,  oo_v = sum w * o_v^2,  tt_v = sum w * t_v^2
+    Every loss of the family is made of these few sums, so they can be added up over workers first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
+    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (the paper's eq. 1).
+
+    inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i).
+    weights: one (K, C_i, 3, 3) for each input. mode: "bilinear" (align_corners=False) or "nearest".
+    Returns (N, K * len(inputs), H, W).
+    """
+    size = inputs[0].shape[-2:]
+    align_corners = False if mode == "bilinear" else None
+    branches = []
+    for x, weight in zip(inputs, weights, strict=True):
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, mode=mode, align_corners=align_corners)
+        branches.append(F.conv2d(x, weight, padding=1))
+    return torch.cat(branches, dim=1)
+
+
+def bce_dice_sums(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.5,
+    ignore_index: int | None = 255,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7), in fp32, or fp64 for fp64 logits.
+
+    logits: (N, V, H, W). target: integer labels (N, H, W), exclusive classes (softmax) for V > 1 and binary for V = 1;
+    or independent labels (N, V, H, W) of 0 and 1 (sigmoid). Entries equal to ignore_index, and samples of weight 0,
+    add to no sum. sample_weight: (N,).
+    Returns (2 + 3 V,): bce, count (pixels), then V times sum t*o, V times sum o^2, V times sum t^2.
+    Labels are not range-checked here (it would wait for the device); the stream checks them as it decodes.
+    """
+    z_NVHW = logits if logits.dtype == torch.float64 else logits.float()
+    N, V, H, W = z_NVHW.shape
+    independent = target.ndim == 4 or V == 1
+    labels = target if target.ndim == 4 or not independent else target[:, None]
+    if labels.shape not in ((N, V, H, W), (N, H, W)):
+        raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
+
+    counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    weight = counts.to(z_NVHW.dtype)
+    if sample_weight is not None:
+        weight = weight * sample_weight.to(z_NVHW.dtype).view(-1, *[1] * (labels.ndim - 1))
+    # a sample of weight 0 may hold anything, infinities too: 0 * inf would be nan
+    counts = weight != 0
+    labels = torch.where(counts, labels, 0)
+
+    if independent:
+        z_NVHW = torch.where(counts, z_NVHW, 0)
+        t_NVHW = labels.to(z_NVHW.dtype)
+        o_NVHW = torch.sigmoid(z_NVHW)
+        bce = -(alpha * t_NVHW * F.logsigmoid(z_NVHW) + (1 - alpha) * (1 - t_NVHW) * F.logsigmoid(-z_NVHW))
+        bce_sum = (weight * bce).sum()
+        count = weight.sum() / V
+        weight_NVHW = weight
+    else:
+        z_NVHW = torch.where(counts[:, None], z_NVHW, 0)
+        log_o = F.log_softmax(z_NVHW, dim=1)
+        o_NVHW = log_o.exp()
+        t_NVHW = F.one_hot(labels.long(), V).movedim(-1, 1).to(z_NVHW.dtype)
+        balance = torch.where(labels != 0, alpha, 1 - alpha).to(z_NVHW.dtype)
+        bce_sum = (weight * balance * -log_o.gather(1, labels.long()[:, None])[:, 0]).sum()
+        count = weight.sum()
+        weight_NVHW = weight[:, None]
+
+    pixels = (0, 2, 3)
+    return torch.cat(
+        [
+            torch.stack([bce_sum, count]),
+            (weight_NVHW * t_NVHW * o_NVHW).sum(pixels),
+            (weight_NVHW * o_NVHW * o_NVHW).sum(pixels),
+            (weight_NVHW * t_NVHW * t_NVHW).sum(pixels),
+        ]
+    )
