@@ -9,8 +9,8 @@ if getattr(kernels, "PROJECT", None) != "deepskip":
         "Uninstall the other one (pip uninstall kernels) or put DeepSkip's folder first on PYTHONPATH."
     )
 
-from deepskip.inference import load  # noqa: E402
-from deepskip.loss import BCEDiceLoss  # noqa: E402
-from deepskip.network import DeepSkipUNet  # noqa: E402
+from deepskip.inference import load
+from deepskip.loss import BCEDiceLoss
+from deepskip.network import DeepSkipUNet
 
 __all__ = ["BCEDiceLoss", "DeepSkipUNet", "load"]

@@ -19,8 +19,8 @@ from deepskip.config import AugmentConfig
 class Draws:
     """What is done to each of N samples.
 
-    matrix: (N, 2, 2) map about the centre, from input to output pixels (x, y). gain: (N, 1). shift: (N, bands), standard deviations.
-    noise_seed: N integers.
+    matrix: (N, 2, 2) map about the centre, from input to output pixels (x, y). gain: (N, 1).
+    shift: (N, bands), standard deviations. noise_seed: N integers.
     """
 
     matrix: Tensor
@@ -63,7 +63,7 @@ def augment(
     The image is resampled bilinearly, the mask by nearest neighbour; what comes from outside is the edge's value in the
     image and ignore_index in the mask. Quarter turns of crops that are not square are left out.
     """
-    N, C, H, W = image_NCHW.shape
+    C, H, W = image_NCHW.shape[1:]
     device = image_NCHW.device
     if config.flip or config.rotate90 or config.rotate or config.scale:
         matrix = draws.matrix.to(device)

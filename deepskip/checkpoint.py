@@ -67,7 +67,7 @@ def step_paths(run: Path) -> list[Path]:
 
 def newest(run: Path) -> tuple[State | None, list[str]]:
     """Gives the newest checkpoint that loads, or None, and what was wrong with each newer one."""
-    faults = []
+    faults: list[str] = []
     for path in step_paths(run):
         try:
             return read(path), faults

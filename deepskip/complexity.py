@@ -30,7 +30,5 @@ def conv_weights(
     else:
         first = in_channels * c[0] * KERNEL**2
         blocks = RESNET34_BLOCKS
-        rest = sum(
-            c[u - 1] * c[u] + (c[u - 1] * c[u] + (2 * blocks[u - 1] - 1) * c[u] ** 2) * KERNEL**2 for u in below
-        )
+        rest = sum(c[u - 1] * c[u] + (c[u - 1] * c[u] + (2 * blocks[u - 1] - 1) * c[u] ** 2) * KERNEL**2 for u in below)
     return first + rest + decoder + head

@@ -137,4 +137,4 @@ def build_segmenter(state: dict[str, Any]) -> Segmenter:
     network = DeepSkipUNet(**settings | {"in_channels": data["in_channels"], "num_classes": data["num_classes"]})
     network.load_state_dict(state["ema"] or state["model"])
     segmenter = Segmenter(network, state["config"]["data"]["normalize"], data["mean"], data["std"])
-    return segmenter.eval().to(memory_format=torch.channels_last)
+    return segmenter.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -29,7 +29,7 @@ class DecoderLevel(nn.Module):
         )
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        return self.merge(kernels.deep_skip(inputs, [branch.weight for branch in self.branches], self.upsample))
+        return self.merge(kernels.deep_skip(inputs, [branch.get_parameter("weight") for branch in self.branches], self.upsample))
 
 
 class DeepSkipUNet(nn.Module):
@@ -53,7 +53,11 @@ class DeepSkipUNet(nn.Module):
         upsample: str = "bilinear",
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("base_channels", base_channels)):
+        for name, value in (
+            ("in_channels", in_channels),
+            ("num_classes", num_classes),
+            ("base_channels", base_channels),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         if not 3 <= levels <= 6:
@@ -81,10 +85,10 @@ class DeepSkipUNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        for level in self.decoder:
-            for branch in level.branches:
+        for name, weight in self.decoder.named_parameters():
+            if ".branches." in name:
                 # a linear branch: keep the variance of its input
-                nn.init.kaiming_normal_(branch.weight, mode="fan_in", nonlinearity="linear")
+                nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="linear")
         nn.init.normal_(self.head.weight, std=0.01)
         assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)

@@ -86,7 +86,7 @@ def train(
     # every rank draws the same weights
     torch.manual_seed(config.run.seed)
     settings = asdict(config.model) | {"in_channels": data.in_channels, "num_classes": data.num_classes}
-    network = DeepSkipUNet(**settings).to(device, memory_format=torch.channels_last)
+    network = DeepSkipUNet(**settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(optim, network)
     ema = (
         AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay), use_buffers=True)
@@ -137,7 +137,7 @@ def train(
         return metrics
 
     metrics: dict[str, Any] | None = None
-    window: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    window: list[tuple[Tensor, ...]] = []
     keys: list[list[str]] = []
     images, busy, clock = 0, 0.0, time.perf_counter()
     total_images, total_busy = 0, 0.0
@@ -272,7 +272,8 @@ def evaluate(
         metrics.update(labels[0], mask[0])
         count += 1
         if len(panel) < panels:
-            panel.append({"image": batch["image"][0], "mask": batch["mask"][0], "labels": labels[0].cpu(), "key": batch["key"][0]})  # fmt: skip
+            shown = {name: batch[name][0] for name in ("image", "mask", "key")}
+            panel.append(shown | {"labels": labels[0].cpu()})
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(count)

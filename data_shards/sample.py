@@ -1,0 +1,258 @@
+"""What a sample is, and its safe encoding and decoding: bytes come from strangers, nothing in them is run or trusted."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import Image, ImageOps
+
+EXTENSIONS = ("png", "jpg", "jpeg", "tif", "tiff", "npy", "npz")
+IMAGE_KEYS = ("image", "cube", "data")
+MASK_KEYS = ("mask", "masks", "label", "labels")
+# bounds what a small file may unpack to
+MAX_PIXELS = 2**28
+MAX_BYTES = 2**33
+
+# the bound is ours, checked before anything is unpacked; pillow's own would only warn
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its mask, on its way into a shard.
+
+    image_HWC: (height, width, bands), any real dtype. mask_HW: integer labels. stored_image: (extension, bytes) of the
+    image where its file can go into the shard as it is.
+    """
+
+    key: str
+    image_HWC: np.ndarray
+    mask_HW: np.ndarray
+    stored_image: tuple[str, bytes] | None = None
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used; says which one and why."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(f"{shard}: sample {key}: {reason}")
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
+        # loader processes send their errors pickled
+        return type(self), (self.shard, self.key, self.reason)
+
+
+def decode_image(extension: str, data: bytes) -> np.ndarray:
+    """Decodes an image into (height, width, bands); raises ValueError that says what is wrong with it.
+
+    Transparency is dropped, palettes are applied, EXIF orientation is applied, pages of a TIFF are bands.
+    """
+    array = _decode(extension, data, _picture, IMAGE_KEYS)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise ValueError(f"has shape {array.shape}; an image is (height, width) or (height, width, bands)")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"has dtype {array.dtype}; an image is of integers or real numbers")
+    _check_pixels(array.shape[0], array.shape[1])
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("has values that are nan or infinite")
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def decode_mask(extension: str, data: bytes) -> np.ndarray:
+    """Decodes a mask into integer labels (height, width), uint8 where they fit, else int32; raises ValueError.
+
+    A palette's indices are the labels. Colour channels must be equal to each other.
+    """
+    array = _decode(extension, data, _label_picture, MASK_KEYS)
+    if array.ndim == 3 and (array == array[..., :1]).all():
+        array = array[..., 0]
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"has shape {array.shape}; a mask is (height, width) of integer labels, not of colours")
+    if array.dtype.kind == "f" and not (array == np.round(array)).all():
+        raise ValueError("holds values that are no integers; a mask holds labels")
+    if array.dtype.kind not in "biuf" or array.min() < 0 or array.max() > 2**31 - 1:
+        raise ValueError(f"holds labels of dtype {array.dtype} that are negative or too large")
+    return array.astype(np.uint8 if array.max() <= 255 else np.int32)
+
+
+def encode_image(image_HWC: np.ndarray) -> tuple[str, bytes]:
+    """Encodes an image without loss: PNG for 8 bits and 1 or 3 bands, else .npy; gives (extension, bytes)."""
+    if image_HWC.dtype == np.uint8 and image_HWC.shape[2] in (1, 3):
+        return "png", _png(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC)
+    return "npy", _npy(image_HWC)
+
+
+def encode_mask(mask_HW: np.ndarray) -> tuple[str, bytes]:
+    """Encodes labels 0 to 255 as PNG; gives (extension, bytes)."""
+    if mask_HW.min() < 0 or mask_HW.max() > 255:
+        raise ValueError(f"labels {mask_HW.min()} to {mask_HW.max()} do not fit 0 to 255")
+    return "png", _png(mask_HW.astype(np.uint8))
+
+
+def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
+    """Brings an image to a number of bands: one is repeated, more are averaged over equal shares of the spectrum.
+
+    Bands are taken as equally spaced. Fewer than asked for are interpolated linearly between their centres. The dtype stays.
+    """
+    have = image_HWC.shape[2]
+    if have == bands:
+        return image_HWC
+    if have == 1:
+        return np.repeat(image_HWC, bands, axis=2)
+    weights = np.zeros((have, bands))
+    if have > bands:
+        # share of input band i that falls into output band j
+        edges = np.arange(bands + 1) * have / bands
+        for j in range(bands):
+            overlap = np.minimum(np.arange(1, have + 1), edges[j + 1]) - np.maximum(np.arange(have), edges[j])
+            weights[:, j] = np.clip(overlap, 0, None) * bands / have
+    else:
+        centres = np.clip((np.arange(bands) + 0.5) * have / bands - 0.5, 0, have - 1)
+        low = np.minimum(centres.astype(int), have - 2)
+        weights[low, np.arange(bands)] = 1 - (centres - low)
+        weights[low + 1, np.arange(bands)] += centres - low
+    return _as_dtype(image_HWC.astype(np.float64) @ weights, image_HWC.dtype)
+
+
+def resize_longest_side(
+    image_HWC: np.ndarray, mask_HW: np.ndarray | None, longest_side: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Shrinks an image, and its mask, so that the longer side has at most so many pixels; never enlarges.
+
+    The image by an antialiased triangle filter, the mask by nearest neighbour. The dtype stays.
+    """
+    H, W, C = image_HWC.shape
+    share = longest_side / max(H, W)
+    if share >= 1:
+        return image_HWC, mask_HW
+    size = max(1, round(W * share)), max(1, round(H * share))
+    triangle = Image.Resampling.BILINEAR
+    bands = [Image.fromarray(image_HWC[..., c].astype(np.float32)).resize(size, triangle) for c in range(C)]
+    small = _as_dtype(np.stack([np.asarray(band) for band in bands], axis=-1), image_HWC.dtype)
+    if mask_HW is None:
+        return small, None
+    labels = Image.fromarray(mask_HW.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+    return small, np.asarray(labels).astype(mask_HW.dtype)
+
+
+def _decode(
+    extension: str, data: bytes, picture: Callable[[Image.Image], np.ndarray], keys: tuple[str, ...]
+) -> np.ndarray:
+    try:
+        if extension in ("png", "jpg", "jpeg"):
+            if extension == "png" and _is_deep_colour_png(data):
+                return imagecodecs.png_decode(data)[..., :3]
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+                _check_pixels(image.height, image.width)
+                return picture(image)
+        if extension in ("tif", "tiff"):
+            return _read_tiff(data, palette=picture is _picture)
+        if extension == "npy":
+            return _read_npy(data)
+        if extension == "npz":
+            return _read_npz(data, keys)
+    # decoders fail in many ways on bytes that are no image
+    except Exception as error:
+        raise ValueError(f"the {extension} file does not decode: {error}") from error
+    raise ValueError(f"is a .{extension} file; images and masks are {', '.join(EXTENSIONS)}")
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"has {height} x {width} pixels; at most {MAX_PIXELS} are read")
+
+
+def _picture(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("1", "L", "RGB", "F", "I") or image.mode.startswith("I;16"):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
+
+
+def _label_picture(image: Image.Image) -> np.ndarray:
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode in ("LA", "RGBA"):
+        image = image.convert(image.mode[:-1])
+    return np.asarray(image)
+
+
+def _is_deep_colour_png(data: bytes) -> bool:
+    # pillow reads 16-bit colour as 8 bits without a word; the header has depth and colour type at bytes 24 and 25
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[24:26] not in (b"\x10\x02", b"\x10\x06"):
+        return False
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    _check_pixels(height, width)
+    return True
+
+
+def _read_tiff(data: bytes, palette: bool) -> np.ndarray:
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        page = file.pages.first
+        if series.nbytes > MAX_BYTES:
+            raise ValueError(f"unpacks to {series.nbytes} bytes; at most {MAX_BYTES} are read")
+        axes = [
+            (axis, length) for axis, length in zip(series.axes, series.shape, strict=True) if length > 1 or axis in "YX"
+        ]
+        array = series.asarray().reshape([length for _, length in axes])
+        names = "".join(axis for axis, _ in axes)
+        if len(names) > 3 or "Y" not in names or "X" not in names:
+            raise ValueError(f"has axes {series.axes} of {series.shape}; height, width and one axis of bands are read")
+        # bands last, wherever they were
+        array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
+        if palette and page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
+            return (page.colormap[:, array] >> 8).astype(np.uint8).transpose(1, 2, 0)
+        # extra samples of kind 1 and 2 are alpha
+        if array.ndim == 3 and any(int(kind) in (1, 2) for kind in page.extrasamples):
+            array = array[..., : -len(page.extrasamples)]
+        return array
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    # numpy would make the array before it finds that the file is too short for it
+    if dtype.hasobject or np.prod(shape, dtype=float) * dtype.itemsize > len(data):
+        raise ValueError(f"claims shape {shape} of {dtype} in {len(data)} bytes")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _read_npz(data: bytes, keys: tuple[str, ...]) -> np.ndarray:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+        found = [key for key in keys if key in names] or (list(names) if len(names) == 1 else [])
+        if not found:
+            raise ValueError(f"holds {', '.join(names) or 'no arrays'}; looked for {', '.join(keys)}")
+        member = archive.getinfo(names[found[0]])
+        if member.file_size > MAX_BYTES:
+            raise ValueError(f"unpacks to {member.file_size} bytes; at most {MAX_BYTES} are read")
+        return _read_npy(archive.read(member))
+
+
+def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype.kind == "f":
+        return array.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(array), limits.min, limits.max).astype(dtype)
+
+
+def _png(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,247 @@
+"""Packs a folder of images and a folder of masks, paired by file stem."""
+
+import csv
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.sample import EXTENSIONS, Sample, decode_image, decode_mask, resample_bands, resize_longest_side
+from data_shards.writer import write_shards
+
+SPLITS = ("train", "val", "test")
+LABELS = ("auto", "binary", "classes")
+SHOWN = 20
+IGNORE_INDEX = 255
+
+
+class PackError(ValueError):
+    """Images and masks that do not make a data set; lists the files at fault."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its mask file; one .npz may be both."""
+
+    stem: str
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How mask values become labels: binary (all that is not 0 is 1) or classes as they stand."""
+
+    binary: bool
+    num_classes: int
+    ignore_label: int | None
+
+    def apply(self, mask_HW: np.ndarray) -> np.ndarray:
+        """Turns mask values (H, W) into labels (H, W) uint8."""
+        labels = (mask_HW != 0).astype(np.uint8) if self.binary else mask_HW.astype(np.uint8)
+        if self.ignore_label is not None:
+            labels[mask_HW == self.ignore_label] = IGNORE_INDEX
+        return labels
+
+
+def pack_folder(
+    images: Path,
+    masks: Path,
+    out: Path,
+    *,
+    split: Path | None = None,
+    val_share: float = 0.2,
+    seed: int = 0,
+    labels: str = "auto",
+    num_classes: int | None = None,
+    ignore_label: int | None = None,
+    bands: int | None = None,
+    longest_side: int | None = None,
+    mask_suffix: str = "",
+    samples_per_shard: int = 256,
+) -> dict[str, int]:
+    """Packs images and masks into out/train, out/val and, where the split has one, out/test; gives samples by split.
+
+    split: CSV with columns stem,split; without one, val_share of the images, drawn from seed, are for validation.
+    labels: "binary" (anything but 0 is foreground), "classes" (values are labels), "auto" (binary where the masks hold a
+    single value beside 0). num_classes: as the model's; found from the masks by default. ignore_label: mask value that takes
+    no part. bands, longest_side: what every image is brought to. mask_suffix: what mask stems end with beyond the image's.
+    Raises PackError.
+    """
+    pairs = pair_files(images, masks, mask_suffix)
+    parts = read_split(split, pairs) if split else draw_split(pairs, val_share, seed)
+    how = examine(pairs, labels, num_classes, ignore_label, bands)
+    taken = [name for name in parts if (out / name).exists()]
+    if taken:
+        raise PackError(f"{out} holds {', '.join(taken)} already; remove it or pack to another folder")
+    preparation = {"bands": bands, "longest_side": longest_side}
+    for name, members in parts.items():
+        write_shards(
+            read_samples(members, how, bands, longest_side),
+            out / name,
+            num_classes=how.num_classes,
+            ignore_index=IGNORE_INDEX,
+            preparation=preparation,
+            samples_per_shard=samples_per_shard,
+        )
+    return {name: len(members) for name, members in parts.items()}
+
+
+def pair_files(images: Path, masks: Path, mask_suffix: str = "") -> list[Pair]:
+    """Pairs the files of two folders by stem; raises PackError that lists what is left over on either side."""
+    found_images, found_masks = list_files(images, ""), list_files(masks, mask_suffix)
+    if not found_images:
+        raise PackError(f"{images} holds no images ({', '.join(EXTENSIONS)})")
+    faults = []
+    for missing, what, where in (
+        (found_images.keys() - found_masks.keys(), "images without a mask", masks),
+        (found_masks.keys() - found_images.keys(), "masks without an image", images),
+    ):
+        if missing:
+            faults.append(f"{len(missing)} {what} of the same stem in {where}: {listed(sorted(missing))}")
+    if faults:
+        raise PackError("\n".join(faults))
+    return [Pair(stem, found_images[stem], found_masks[stem]) for stem in sorted(found_images)]
+
+
+def list_files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Maps stem to file for the images of a folder; raises PackError for a missing folder or a stem that occurs twice."""
+    if not folder.is_dir():
+        raise PackError(f"{folder} is no folder")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix[1:].lower() not in EXTENSIONS or not path.stem.endswith(suffix):
+            continue
+        stem = path.stem[: len(path.stem) - len(suffix)]
+        if stem in files:
+            raise PackError(f"{files[stem]} and {path} have the same stem; a sample has one image and one mask")
+        files[stem] = path
+    return files
+
+
+def read_split(path: Path, pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Reads stem,split and sorts the pairs by it; raises PackError for unknown or missing stems and names of splits."""
+    if not path.is_file():
+        raise PackError(f"the split file {path} does not exist")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if not reader.fieldnames or not {"stem", "split"} <= set(reader.fieldnames):
+            raise PackError(f"{path} has columns {reader.fieldnames}; it needs stem,split")
+        rows = [(row["stem"], row["split"]) for row in reader]
+    by_stem = dict(rows)
+    stems = {pair.stem for pair in pairs}
+    faults = []
+    if len(by_stem) != len(rows):
+        faults.append(f"{path} names {len(rows) - len(by_stem)} stems more than once")
+    if wrong := sorted(set(by_stem.values()) - set(SPLITS)):
+        faults.append(f"{path} has splits {listed(wrong)}; allowed are {', '.join(SPLITS)}")
+    if absent := sorted(stems - by_stem.keys()):
+        faults.append(f"{len(absent)} images are not in {path}: {listed(absent)}")
+    if unknown := sorted(by_stem.keys() - stems):
+        faults.append(f"{len(unknown)} stems in {path} have no image: {listed(unknown)}")
+    if not {"train", "val"} <= set(by_stem.values()):
+        faults.append(f"{path} needs at least one train and one val")
+    if faults:
+        raise PackError("\n".join(faults))
+    parts = {name: [pair for pair in pairs if by_stem[pair.stem] == name] for name in SPLITS}
+    return {name: members for name, members in parts.items() if members}
+
+
+def draw_split(pairs: list[Pair], val_share: float, seed: int) -> dict[str, list[Pair]]:
+    """Draws val_share of the pairs, at least one, for validation; the rest is for training."""
+    if not 0 < val_share < 1 or len(pairs) < 2:
+        raise PackError(f"val_share is {val_share} of {len(pairs)} images; it must leave one for train and one for val")
+    drawn = random.Random(seed).sample(range(len(pairs)), min(len(pairs) - 1, max(1, round(val_share * len(pairs)))))
+    chosen = set(drawn)
+    return {
+        "train": [pair for i, pair in enumerate(pairs) if i not in chosen],
+        "val": [pair for i, pair in enumerate(pairs) if i in chosen],
+    }
+
+
+def examine(
+    pairs: list[Pair], labels: str, num_classes: int | None, ignore_label: int | None, bands: int | None
+) -> Labels:
+    """Reads every pair once, decides what mask values mean, and raises PackError that lists all that cannot be packed."""
+    if labels not in LABELS:
+        raise PackError(f"labels is {labels!r}; it must be one of {', '.join(LABELS)}")
+    faults: list[str] = []
+    values: set[int] = set()
+    highest: dict[str, int] = {}
+    band_counts: dict[int, list[str]] = {}
+    for pair in pairs:
+        try:
+            image, mask = read_pair(pair)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if image.shape[:2] != mask.shape:
+            faults.append(
+                f"{pair.mask} is {mask.shape[0]} x {mask.shape[1]} (height x width), "
+                f"its image {image.shape[0]} x {image.shape[1]}"
+            )
+        band_counts.setdefault(image.shape[2], []).append(pair.stem)
+        here = set(np.unique(mask).tolist()) - {ignore_label}
+        values |= here
+        highest[pair.mask.name] = max(here, default=0)
+    if len(band_counts) > 1 and bands is None:
+        counts = ", ".join(f"{count} bands: {len(stems)} images" for count, stems in sorted(band_counts.items()))
+        faults.append(f"images differ in their number of bands ({counts}); bring them to one number with --bands N")
+    foreground = values - {0}
+    binary = labels == "binary" or (labels == "auto" and num_classes in (None, 1) and len(foreground) <= 1)
+    if not binary and max(foreground, default=0) > 254:
+        kind = (
+            "look like instance numbers or a lossy JPEG" if len(foreground) > 20 else "are too large for class labels"
+        )
+        faults.append(
+            f"mask values up to {max(foreground)} {kind}; --labels binary makes all but 0 foreground, "
+            "--ignore_label names a value that takes no part"
+        )
+    found = 1 if binary else max(foreground, default=0) + 1
+    allowed = 1 if num_classes == 1 else (num_classes or found) - 1
+    if not binary and num_classes is not None and found > num_classes:
+        above = [f"{name} ({label})" for name, label in highest.items() if label > allowed]
+        faults.append(f"labels above num_classes - 1 = {allowed} in {len(above)} masks: {listed(above)}")
+    if faults:
+        raise PackError(
+            "\n".join(faults[:SHOWN] + ([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []))
+        )
+    return Labels(binary, num_classes or found, ignore_label)
+
+
+def read_samples(pairs: list[Pair], how: Labels, bands: int | None, longest_side: int | None) -> Iterator[Sample]:
+    """Yields the pairs as samples, brought to `bands` and `longest_side`."""
+    for pair in pairs:
+        image, mask = read_pair(pair)
+        prepared, small_mask = image, how.apply(mask)
+        if bands is not None:
+            prepared = resample_bands(prepared, bands)
+        if longest_side is not None:
+            prepared, resized = resize_longest_side(prepared, small_mask, longest_side)
+            assert resized is not None
+            small_mask = resized
+        # an image that nothing was done to goes in as its own file: no second loss from JPEG, no growth
+        extension = pair.image.suffix[1:].lower()
+        as_it_is = prepared is image and pair.image != pair.mask
+        stored = (extension, pair.image.read_bytes()) if as_it_is else None
+        # a dot in a key would end it, for every WebDataset reader
+        yield Sample(pair.stem.replace(".", "_"), prepared, small_mask, stored)
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Reads an image (H, W, bands) and its mask (H, W); raises ValueError that names the file."""
+    try:
+        image = decode_image(pair.image.suffix[1:].lower(), pair.image.read_bytes())
+    except ValueError as error:
+        raise PackError(f"{pair.image} {error}") from error
+    try:
+        return image, decode_mask(pair.mask.suffix[1:].lower(), pair.mask.read_bytes())
+    except ValueError as error:
+        raise PackError(f"{pair.mask} {error}") from error
+
+
+def listed(names: list[str]) -> str:
+    """Joins names for a message, the first 20 of many."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
