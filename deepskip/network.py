@@ -29,7 +29,9 @@ class DecoderLevel(nn.Module):
         )
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        return self.merge(kernels.deep_skip(inputs, [branch.get_parameter("weight") for branch in self.branches], self.upsample))
+        return self.merge(
+            kernels.deep_skip(inputs, [branch.get_parameter("weight") for branch in self.branches], self.upsample)
+        )
 
 
 class DeepSkipUNet(nn.Module):
@@ -99,7 +101,7 @@ class DeepSkipUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         multiple = 2 ** (self.levels - 1)
-        x = F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        x = pad_by_edge(x, -height % multiple, -width % multiple)
 
         encoded = []
         for u, level in enumerate(self.encoder):
@@ -107,4 +109,23 @@ class DeepSkipUNet(nn.Module):
             encoded.append(x)
         for u in reversed(range(self.levels - 1)):
             x = self.decoder[u]([*encoded[u:-1], x])
-        return self.head(x)[..., :height, :width]
+        return crop(self.head(x), height, width)
+
+
+def pad_by_edge(x: Tensor, bottom: int, right: int) -> Tensor:
+    """Repeats the last row and column of (N, C, H, W) so many times."""
+    if not torch.compiler.is_exporting():
+        return F.pad(x, (0, right, 0, bottom), mode="replicate")
+    # by gathering: with views an exported program would be tied to padded or to unpadded sizes
+    height, width = x.shape[-2:]
+    rows = torch.arange(height + bottom, device=x.device).clamp(max=height - 1)
+    columns = torch.arange(width + right, device=x.device).clamp(max=width - 1)
+    return x.index_select(2, rows).index_select(3, columns)
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Keeps the first rows and columns of (N, C, H, W)."""
+    if not torch.compiler.is_exporting():
+        return x[..., :height, :width]
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(2, rows).index_select(3, columns)

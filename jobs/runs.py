@@ -1,0 +1,118 @@
+"""A run's folder: its name, whether it is new, goes on or is finished, and its lock."""
+
+import fcntl
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from jobs.settings import differences
+
+RECORD = "run.json"
+SUMMARY = "summary.json"
+LOCK = ".lock"
+FINISHED = "is finished"
+# these may change between the parts of one training
+FREE = (
+    "cluster.",
+    "run.name",
+    "run.storage",
+    "run.log_every",
+    "run.tracking_uri",
+    "data.loader_workers",
+    "data.builtin",
+)
+
+
+class RunError(ValueError):
+    """A run that cannot be started under its name; says why and what to do."""
+
+
+class RunFinished(RunError):
+    """The run is there, with the same settings, and finished; `folder` holds it."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
+@dataclass
+class Run:
+    """A run that this process holds: its folder, the MLflow run of an earlier part, and the lock."""
+
+    folder: Path
+    mlflow_run_id: str | None
+    lock: IO[str]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+
+def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) -> Run:
+    """Finds the folder of a training, makes it if need be, and locks it for as long as this process lives.
+
+    A run of the same settings that is not finished goes on. With a name given, any other run of that name is an error,
+    except that optim.steps may grow. Without one the name is `stem`, numbered on past other runs.
+    Raises RunFinished for a given name of a finished run of these settings, else RunError.
+    """
+    names = [name] if name else (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
+    for candidate in names:
+        folder = storage / candidate
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            if name:
+                raise RunError(f"run {name} in {storage} is being trained by another process") from None
+            continue
+        record = read_json(folder / RECORD)
+        refusal = reason_against(folder, record, config, grow=name is not None)
+        if refusal is None:
+            return Run(folder, record.get("mlflow_run_id"), lock)
+        lock.close()
+        if name:
+            message = f"run {name} in {storage} {refusal}; choose another run.name or remove {folder}"
+            raise RunFinished(message, folder) if refusal == FINISHED else RunError(message)
+    raise AssertionError("names do not end")
+
+
+def reason_against(folder: Path, record: dict[str, Any], config: dict[str, Any], grow: bool) -> str | None:
+    """Says why a training of these settings cannot be, or go on, in a folder; None where it can."""
+    if not record:
+        return None
+    changed = [key for key in differences(record["config"], config) if not key.startswith(FREE)]
+    longer = config["optim"]["steps"] > record["config"]["optim"]["steps"]
+    if grow and longer and changed == ["optim.steps"]:
+        return None
+    if changed:
+        return f"has other settings ({', '.join(changed)})"
+    return FINISHED if (folder / SUMMARY).is_file() else None
+
+
+def record(run: Run, config: dict[str, Any], mlflow_run_id: str) -> None:
+    """Writes what the run is; a summary of an earlier, shorter part no longer holds and is removed."""
+    run.mlflow_run_id = mlflow_run_id
+    write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
+    (run.folder / SUMMARY).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file; {} where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}

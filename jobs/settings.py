@@ -1,0 +1,119 @@
+"""Reads a training's settings from YAML and the command line; jsonargparse does the work, this makes its errors plain."""
+
+import argparse
+import difflib
+import re
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from deepskip.config import Config, check_values
+
+# what the settings are explained by stands under each field of the dataclasses
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+KEYS = [f"{section.name}.{field.name}" for section in fields(Config) for field in fields(section.type)]  # type: ignore[arg-type]
+
+
+def stop(message: str) -> NoReturn:
+    """Ends the program for bad input: one `error:` line a fault on stderr, exit status 2."""
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def build_parser(program: str) -> ArgumentParser:
+    """Builds the command line of a training: every field of Config as --section.key, and --config for a YAML file."""
+    parser = ArgumentParser(
+        prog=f"python -m jobs.{program}",
+        description="Trains DeepSkip. Settings come from the defaults, then --config, then the command line.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; see jobs/configs")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse(program: str, argv: list[str]) -> tuple[Config, str]:
+    """Reads the settings; gives them with the stem of the config file, or `program` where there is none.
+
+    Bad keys and values end the program by `stop`; --help ends it with 0.
+    """
+    parser = build_parser(program)
+    try:
+        parsed = parser.parse_args(argv)
+        config = parser.instantiate_classes(parsed)
+        settings = Config(**{section.name: getattr(config, section.name) for section in fields(Config)})
+        check_values(settings)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        stop(explain(str(error)))
+    except yaml.YAMLError as error:
+        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+    files = [Path(str(path)) for path in parsed.config or []]
+    return settings, files[-1].stem if files else program
+
+
+def explain(message: str) -> str:
+    """Turns a message of jsonargparse into one that names the key, the value and what is allowed."""
+    if found := re.search(r'Parser key "config":\s*(.*)', message, re.DOTALL):
+        return f"--config: {' '.join(found[1].split())}"
+    if found := re.search(r'Parser key "([\w.]+)":\s*(.*)Got value: (.*)', message, re.DOTALL):
+        return f"{found[1]} is {found[3].strip()!r}; it must be {allowed_types(found[2])}"
+    unknown = (
+        re.search(r"Group '(?P<group>\w+)' does not accept option '(?P<key>[\w.]+)'", message)
+        or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)
+        or re.search(r"unrecognized arguments: (--)?(?P<key>[^\s=]+)", message)
+    )
+    if unknown:
+        group = unknown.groupdict().get("group")
+        key = f"{group}.{unknown['key']}" if group else unknown["key"]
+        return f"{key} is no setting{nearest(key)}; --help lists all"
+    return message
+
+
+def allowed_types(expected: str) -> str:
+    """Puts jsonargparse's names of types into words."""
+    words = {
+        r"<class '(\w+)'>": r"\1",
+        r"typing\.Literal\[(.*?)\]": r"one of \1",
+        r"<class 'NoneType'>": "null",
+        "NoneType": "null",
+    }
+    text = " ".join(expected.split()).removeprefix("Expected a ").rstrip(". ")
+    for pattern, word in words.items():
+        text = re.sub(pattern, word, text)
+    return text.split(". ")[0]
+
+
+def nearest(key: str) -> str:
+    """Names the settings most like a wrong key, as a clause of a message; empty when none is."""
+    close = difflib.get_close_matches(key, KEYS, n=3, cutoff=0.6)
+    # the right key in the wrong section, or without one
+    close += [known for known in KEYS if known.split(".")[1] == key.split(".")[-1] and known not in close]
+    # a key that begins, or whose words begin, as a known one
+    letters = key.split(".")[-1].lower()
+    initials = [
+        k for k in KEYS if "".join(word[0] for word in k.split(".")[1].split("_")) == letters and k not in close
+    ]
+    found = [*initials, *close][:3]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Lists the keys `section.key` whose values differ between two settings as dicts."""
+    flat_one, flat_other = flatten(one), flatten(other)
+    return [key for key in {**flat_one, **flat_other} if flat_one.get(key) != flat_other.get(key)]
+
+
+def flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Turns {"section": {"key": value}} into {"section.key": value}."""
+    return {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Gives the settings as plain dicts."""
+    return asdict(config)

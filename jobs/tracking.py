@@ -1,0 +1,169 @@
+"""The MLflow run of a training: one run however often the training restarts, never in the training's way."""
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# set before mlflow is imported, which reads some of them once: a server that is away must not hold anything up for minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.entities import Metric, Param
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from deepskip import figures
+from deepskip.inference import Segmenter
+from jobs.settings import flatten
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+RETRY_SECONDS = 5.0
+LAST_FLUSH_SECONDS = 20.0
+
+
+class TrackingUnreachable(RuntimeError):
+    """The MLflow server does not answer; says where it was looked for."""
+
+
+def tracking_uri(storage: Path, configured: str | None) -> str:
+    """Gives the tracking URI: the config's, MLFLOW_TRACKING_URI, or sqlite in `storage`."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / DATABASE}"
+
+
+def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str | None, config: dict[str, Any]) -> str:
+    """Makes the run of a training, or takes up the one it had, and gives its id; raises TrackingUnreachable."""
+    # migrations and retries are logged at length; what goes wrong is raised
+    for logger in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(uri)
+    try:
+        if run_id is not None:
+            client.update_run(run_id, status="RUNNING")
+            return run_id
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            # mlflow's default for sqlite is ./mlruns of whatever folder a program runs in
+            location = (storage / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
+            experiment_id = client.create_experiment(experiment, artifact_location=location)
+        else:
+            experiment_id = found.experiment_id
+        run = client.create_run(experiment_id, run_name=name)
+        parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
+        client.log_batch(run.info.run_id, params=parameters)
+        client.log_dict(run.info.run_id, config, "config.yaml")
+        return run.info.run_id
+    # requests, sqlalchemy and mlflow each have their own errors for this
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TrackingUnreachable(
+            f"MLflow at {uri} cannot be used: {reason}. Start that server, or set run.tracking_uri or MLFLOW_TRACKING_URI "
+            "to another, or leave both out for sqlite."
+        ) from error
+
+
+@contextmanager
+def system_metrics(run_id: str) -> Iterator[None]:
+    """Logs this machine's CPU, memory and GPU use to the run while the block runs."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, samples_before_logging=1)
+    try:
+        monitor.start()
+        yield
+    finally:
+        monitor.finish()
+
+
+class Tracker:
+    """Sends events to the run in order; what a server does not take is kept and sent again.
+
+    history: (step, value) pairs of every metric that came by.
+    """
+
+    def __init__(self, uri: str, run_id: str, ignore_index: int) -> None:
+        self.client, self.run_id, self.ignore_index = mlflow.MlflowClient(uri), run_id, ignore_index
+        self.waiting: deque[tuple[str, int, Any]] = deque()
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self.last_step: dict[str, int] = {}
+        self.next_try = 0.0
+
+    def take(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Takes one event of the trainer: "train" or "validation" metrics, or a "panel"."""
+        # a restarted training comes past some steps again
+        if step <= self.last_step.get(kind, -1):
+            return
+        self.last_step[kind] = step
+        if kind == "panel":
+            self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
+            return
+        prefix = "val" if kind == "validation" else kind
+        metrics = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append((step, value))
+        self.waiting.append(("metrics", step, (metrics, int(time.time() * 1000))))
+
+    def send(self) -> str | None:
+        """Sends what waits, unless the server was away a moment ago; gives what went wrong, or None."""
+        if time.monotonic() < self.next_try:
+            return None
+        while self.waiting:
+            kind, step, value = self.waiting[0]
+            try:
+                if kind == "panel":
+                    self.client.log_figure(self.run_id, value, f"panels/step-{step:08d}.png")
+                else:
+                    metrics, stamp = value
+                    self.client.log_batch(self.run_id, [Metric(k, v, stamp, step) for k, v in metrics.items()])
+            # whatever it is, the training goes on and the event stays first in the line
+            except Exception as error:
+                self.next_try = time.monotonic() + RETRY_SECONDS
+                return " ".join(str(error).split())[:200]
+            self.waiting.popleft()
+        return None
+
+    def finish(self, status: str) -> str | None:
+        """Sends the rest within LAST_FLUSH_SECONDS and closes the run; gives what went wrong, or None."""
+        deadline = time.monotonic() + LAST_FLUSH_SECONDS
+        while True:
+            fault = self.send()
+            if fault is None and not self.waiting:
+                break
+            if time.monotonic() > deadline:
+                return fault or "the tracking server was away"
+            time.sleep(0.5)
+        try:
+            if self.history:
+                self.client.log_figure(self.run_id, figures.curves(self.history), "curves.png")
+            self.client.set_terminated(self.run_id, status)
+        except Exception as error:
+            return " ".join(str(error).split())[:200]
+        return None
+
+
+def log_model(run_id: str, segmenter: Segmenter) -> None:
+    """Logs the trained model, from raw image to probabilities, as an exported program of any batch, height and width."""
+    network = segmenter.network
+    bands, classes = network.in_channels, network.num_classes
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, bands, -1, -1))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, classes, -1, -1))]),
+    )
+    # a batch of 2: torch.export would tie the program to a batch of 1
+    example = np.random.default_rng(0).random((2, bands, 128, 128), dtype=np.float32)
+    requirements = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"]
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        mlflow.pytorch.log_model(
+            segmenter.eval(), name="model", signature=signature, input_example=example, pip_requirements=requirements
+        )

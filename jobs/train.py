@@ -1,0 +1,408 @@
+"""The training job: settings in, a run folder with checkpoints and summary.json and an MLflow run out.
+
+Started by `python -m jobs.submit train`, by any `ray job submit -- python -m jobs.train ...`, or by hand, where it starts
+a Ray of its own.
+"""
+
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+# these must be in the environment before ray is imported; FACTS of Ray Train: reports are collected once a health check,
+# and at the default of 2 s a checkpoint is not safe until 2 s after it was written
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
+from deepskip.config import Config
+from jobs import runs
+from jobs.settings import as_dict, parse, stop
+
+POLL_SECONDS = 0.5
+# longest side of the pictures in a panel, pixels
+PANEL_SIDE = 512
+METRICS = {
+    "iou": "IoU",
+    "dice": "Dice",
+    "pixel_accuracy": "pixel accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "object_recall": "object recall",
+    "false_alarms_per_image": "false alarms per image",
+}
+
+
+def check(argv: list[str]) -> None:
+    """Reads the settings and looks at the data; ends the program with `error:` lines where they cannot be trained on."""
+    config, _ = parse("train", argv)
+    check_data(config)
+
+
+def check_data(config: Config) -> None:
+    """Ends the program where there are no shards (and none to be packed), or they do not fit the model."""
+    path = Path(config.data.path)
+    if config.data.builtin and not path.exists():
+        return
+    try:
+        train, validation = load_index(path / "train"), load_index(path / "val")
+    except (MissingIndex, BrokenIndex) as error:
+        stop(f"data.path is {config.data.path}: {error}")
+    faults = []
+    for key, asked, found in (
+        ("model.in_channels", config.model.in_channels, train.bands),
+        ("model.num_classes", config.model.num_classes, train.num_classes),
+    ):
+        if asked is not None and asked != found:
+            faults.append(f"{key} is {asked}, but the shards at {path} have {found}; leave it out to take theirs")
+    if (train.bands, train.num_classes) != (validation.bands, validation.num_classes):
+        faults.append(
+            f"{path}/train has {train.bands} bands and num_classes {train.num_classes}, "
+            f"{path}/val {validation.bands} and {validation.num_classes}; pack them together"
+        )
+    if config.loss.class_weights is not None and len(config.loss.class_weights) != train.num_classes:
+        faults.append(
+            f"loss.class_weights has {len(config.loss.class_weights)} weights for {train.num_classes} classes"
+        )
+    if faults:
+        stop("\n".join(faults))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains; the exit status is 0 when the training is done and its summary is written."""
+    argv = sys.argv[1:] if argv is None else argv
+    config, stem = parse("train", argv)
+    storage = absolute(config.run.storage, "run.storage")
+    config.data.path = str(absolute(config.data.path, "data.path"))
+    if config.data.builtin and not Path(config.data.path).exists():
+        from data_shards.__main__ import pack_coins
+
+        print(f"packing the built-in {config.data.builtin} into {config.data.path}", flush=True)
+        pack_coins(Path(config.data.path))
+    check_data(config)
+    settings = as_dict(config)
+    try:
+        run = runs.claim(storage, config.run.name, stem, settings)
+    except runs.RunFinished as error:
+        print(f"{error.folder} is finished already; this is its result")
+        print_table(runs.read_json(error.folder / runs.SUMMARY))
+        return
+    except runs.RunError as error:
+        stop(str(error))
+    # whoever stops the job gets an ended MLflow run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    from jobs import tracking
+
+    uri = tracking.tracking_uri(storage, config.run.tracking_uri)
+    try:
+        run_id = tracking.start_run(uri, storage, config.run.experiment, run.name, run.mlflow_run_id, settings)
+    except tracking.TrackingUnreachable as error:
+        stop(str(error))
+    runs.record(run, settings, run_id)
+    tracker = tracking.Tracker(uri, run_id, load_index(Path(config.data.path) / "val").ignore_index)
+    status = "FAILED"
+    try:
+        with tracking.system_metrics(run_id):
+            summary = fit(config, run, run_id, tracker)
+        summary = {"name": run.name, "mlflow_run_id": run_id} | summary
+        status = "FINISHED"
+    except (SystemExit, KeyboardInterrupt) as error:
+        # a fault that was told apart ends with 2; anything else is somebody stopping the job
+        status = "FAILED" if getattr(error, "code", None) == 2 else "KILLED"
+        raise
+    finally:
+        if fault := tracker.finish(status):
+            print(f"warning: MLflow at {uri} did not take everything: {fault}", flush=True)
+    log_model(run, run_id)
+    runs.write_json(run.folder / runs.SUMMARY, without_nan(summary))
+    print_table(summary)
+    print_next_steps(config, run, uri, argv)
+
+
+def absolute(path: str, key: str) -> Path:
+    """Makes a path absolute; ends the program where it is relative to a folder that Ray will remove."""
+    if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
+        stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
+    return Path(path).absolute()
+
+
+def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, Any]:
+    """Runs the training on Ray and passes on what it says while it goes; gives the trainer's summary."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
+    scaling = resources(config)
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "run": str(run.folder), "run_id": run_id, "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=scaling["workers"],
+            use_gpu=scaling["gpu"],
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if scaling["gpu"] else {}),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run.folder),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    result: dict[str, Any] = {}
+    done = threading.Event()
+
+    def deliver() -> None:
+        for kind, step, values in ray.get(mailbox.drain.remote()):
+            if kind in ("summary", "fatal"):
+                result[kind] = values
+            elif kind == "warning":
+                print(f"warning: {values['text']}", flush=True)
+            else:
+                if kind == "train":
+                    print(progress_line(step, config.optim.steps, values), flush=True)
+                tracker.take(kind, step, values)
+        tracker.send()
+
+    def follow() -> None:
+        while not done.wait(POLL_SECONDS):
+            deliver()
+
+    print(
+        f"training {run.name} on {scaling['workers']} {'GPU' if scaling['gpu'] else 'CPU'} "
+        f"worker{'s' * (scaling['workers'] > 1)}, {config.optim.steps} steps",
+        flush=True,
+    )
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        done.set()
+        follower.join()
+        deliver()
+        if "fatal" not in result:
+            stop(f"the training failed {config.cluster.max_failures + 1} times; the last time:\n{error}")
+    finally:
+        done.set()
+        follower.join(timeout=30)
+    deliver()
+    if "fatal" in result:
+        stop(result["fatal"]["text"])
+    return result["summary"]
+
+
+def own_ray() -> dict[str, Any]:
+    """Gives what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback."""
+    if os.environ.get("RAY_ADDRESS"):
+        return {}
+    # a head without authentication mode writes a token into the home that every later head then asks for
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+
+
+def resources(config: Config) -> dict[str, Any]:
+    """Decides workers and GPUs, and waits for the cluster to have them; ends the program after cluster.wait_seconds."""
+    import ray
+
+    asked = config.cluster
+    deadline = time.monotonic() + asked.wait_seconds
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        gpu = asked.gpu if asked.gpu is not None else gpus > 0
+        workers = asked.workers or (int(gpus) if gpu else max(1, min(2, int(cpus // asked.cpus_per_worker))))
+        # a worker does not span machines
+        fitting = sum(
+            int(min(node.get("CPU", 0) // asked.cpus_per_worker, node.get("GPU", 0) if gpu else math.inf))
+            for node in nodes
+        )
+        if workers and fitting >= workers:
+            return {"workers": workers, "gpu": gpu}
+        if time.monotonic() > deadline:
+            need = f"{asked.cpus_per_worker:g} CPU{' and 1 GPU' if gpu else ''}"
+            stop(
+                f"cluster.workers is {workers or 'one a GPU'}, each with {need}, but the cluster has {cpus:g} CPUs and "
+                f"{gpus:g} GPUs on {len(nodes)} machines, room for {fitting}; waited {asked.wait_seconds:g} s. "
+                "Ask for fewer, or add machines."
+            )
+        time.sleep(0.5)
+
+
+class Mailbox:
+    """Takes events from workers and hands them out; outlives the workers that put them in."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int, dict[str, Any]]] = []
+        self.fatal = False
+
+    def put(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Takes one event."""
+        self.fatal = self.fatal or kind == "fatal"
+        self.events.append((kind, step, values))
+
+    def drain(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Hands out all events since the last call."""
+        events, self.events = self.events, []
+        return events
+
+    def is_fatal(self) -> bool:
+        """Says whether a worker met a fault that no restart mends."""
+        return self.fatal
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Trains on one worker; Ray starts it once on each, and again after a worker died."""
+    import ray
+    import torch
+    from ray.train.torch import get_device
+
+    from data_shards.sample import BadSample
+    from data_shards.stream import BrokenShard, Crops, Shards, train_batches, whole_images
+    from deepskip import trainer
+
+    mailbox = settings["mailbox"]
+    # the fault is told already; starting over would only meet it again
+    if ray.get(mailbox.is_fatal.remote()):
+        return
+    config: Config = settings["config"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+
+    def observe(kind: str, step: int, values: dict[str, Any]) -> None:
+        if kind == "panel":
+            values = {"images": [for_panel(item) for item in values["images"]]}
+        mailbox.put.remote(kind, step, values)
+
+    try:
+        folder, data = Path(config.data.path), config.data
+        crops = Crops(data.crop, data.foreground_crops, config.run.seed)
+        train_shards, validation_shards = (
+            Shards(folder / "train", data.normalize, crops),
+            Shards(folder / "val", data.normalize),
+        )
+        summary = trainer.train(
+            config,
+            data_info(train_shards.index),
+            run=Path(settings["run"]),
+            train_batches=lambda step: train_batches(
+                train_shards,
+                config.run.seed,
+                config.optim.global_batch_size,
+                step,
+                rank,
+                world_size,
+                data.loader_workers,
+            ),
+            validation_images=lambda: whole_images(validation_shards, rank, world_size),
+            rank=rank,
+            world_size=world_size,
+            device=get_device(),
+            observe=observe,
+            mlflow_run_id=settings["run_id"],
+        )
+    except (BadSample, BrokenShard, MissingIndex, BrokenIndex, trainer.NonFiniteLoss) as error:
+        ray.get(mailbox.put.remote("fatal", 0, {"text": str(error)}))
+        raise
+    if rank == 0:
+        ray.get(mailbox.put.remote("summary", 0, summary))
+
+
+def data_info(index: Index) -> Any:
+    """Gives what the trainer must know of the data."""
+    from deepskip.trainer import DataInfo
+
+    return DataInfo(
+        index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation
+    )
+
+
+def for_panel(item: dict[str, Any]) -> dict[str, Any]:
+    """Makes a validation image small enough to send: three bands, at most PANEL_SIDE pixels a side, numpy, (H, W, bands)."""
+    bands, height, width = item["image"].shape
+    step = math.ceil(max(height, width) / PANEL_SIDE)
+    shown = item["image"] if bands <= 3 else item["image"][[0, bands // 2, bands - 1]]
+    return {
+        "image": shown[:, ::step, ::step].permute(1, 2, 0).numpy(),
+        "mask": item["mask"][::step, ::step].numpy(),
+        "labels": item["labels"][::step, ::step].numpy(),
+        "key": item["key"],
+    }
+
+
+def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
+    """Makes the progress line; `jobs.submit` keeps lines that begin with "step " in one place."""
+    minutes, seconds = divmod(round(values["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return (
+        f"step {step}/{steps}  loss {values['loss']:.4f}  Dice {values['dice']:.3f}  "
+        f"{values['images_per_second']:.1f} images/s  {left} left"
+    )
+
+
+def log_model(run: runs.Run, run_id: str) -> None:
+    """Logs the best checkpoint's model to MLflow; a server that is away costs a warning, not the training."""
+    from deepskip.inference import load
+    from jobs import tracking
+
+    try:
+        tracking.log_model(run_id, load(run.folder))
+    # mlflow, torch.export and the network each have their own errors; the checkpoint is safe on disk
+    except Exception as error:
+        print(f"warning: the model was not logged to MLflow: {' '.join(str(error).split())[:300]}", flush=True)
+
+
+def without_nan(value: Any) -> Any:
+    """Replaces nan by None, which JSON has a word for."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Prints the metrics of a finished training."""
+    values = summary["val"]
+    width = max(len(name) for name in METRICS.values())
+    print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps")
+    for key, name in METRICS.items():
+        value = values[key]
+        # a ratio of nothing to nothing, as precision is where nothing was predicted
+        undefined = value is None or math.isnan(value)
+        print(f"  {name:<{width}}  {'undefined' if undefined else f'{value:.4f}'}")
+    print(f"  {'parameters':<{width}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
+    print(f"  {'images/s':<{width}}  {summary['images_per_second']:.1f}")
+    print(f"  {'seconds':<{width}}  {summary['seconds']:.0f}\n")
+
+
+def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -> None:
+    """Says how to look at the run, train it further, and use it."""
+    python = shlex.quote(shown(Path(sys.executable)))
+    folder = shlex.quote(shown(run.folder))
+    again = shlex.join([*argv, "--run.name", run.name, "--optim.steps", str(2 * config.optim.steps)])
+    if uri.startswith("sqlite:"):
+        print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
+    else:
+        print(f"MLflow page:  {uri}")
+    print(
+        f"resume:       the same command goes on where a training was cut off; further: {python} -m jobs.submit train {again}"
+    )
+    print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
+
+
+def shown(path: Path) -> str:
+    """Gives a path as short as it can be typed here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+if __name__ == "__main__":
+    main()
