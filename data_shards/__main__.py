@@ -11,6 +11,7 @@ from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index, verif
 from data_shards.sample import BadSample
 from data_shards.sources.coins import coins
 from data_shards.sources.folder import LABELS, SPLITS, PackError, pack_folder
+from data_shards.stream import Shards
 from data_shards.writer import Sample, write_shards
 
 COINS_DEFAULT = {"train": 400, "val": 100}
@@ -135,9 +136,6 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_preview(arguments: argparse.Namespace) -> None:
     """Draws samples side by side, the mask's outline in red."""
-    # the reader needs torch; packing does not
-    from data_shards.stream import Shards
-
     shards = Shards(arguments.path)
     count = min(arguments.count, len(shards))
     side, columns = 192, min(8, count)

@@ -80,7 +80,8 @@ def bce_dice_sums(
         log_o = F.log_softmax(z_NVHW, dim=1)
         o_NVHW = log_o.exp()
         t_NVHW = F.one_hot(labels.long(), V).movedim(-1, 1).to(z_NVHW.dtype)
-        balance = torch.where(labels != 0, alpha, 1 - alpha).to(z_NVHW.dtype)
+        foreground = (labels != 0).to(z_NVHW.dtype)
+        balance = alpha * foreground + (1 - alpha) * (1 - foreground)
         bce_sum = (weight * balance * -log_o.gather(1, labels.long()[:, None])[:, 0]).sum()
         count = weight.sum()
         weight_NVHW = weight[:, None]

@@ -1,0 +1,221 @@
+import io
+import itertools
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from data_shards.index import (
+    BrokenIndex,
+    Index,
+    MissingIndex,
+    load_index,
+    save_index,
+    verify,
+)
+from data_shards.order import Slot
+from data_shards.sample import BadSample, Sample
+from data_shards.stream import BrokenShard, Crops, Shards, random_crop, train_batches, whole_images
+from data_shards.writer import write_shards
+
+
+def samples(count: int, bands: int = 3, size: int = 20, dtype: type = np.uint8) -> list[Sample]:
+    rng = np.random.default_rng(1)
+    made = []
+    for i in range(count):
+        image = rng.integers(0, 200, (size, size + i % 3, bands)).astype(dtype)
+        made.append(Sample(f"s{i:03d}", image, (image[..., 0] > 150).astype(np.uint8)))
+    return made
+
+
+def packed(folder: Path, made: list[Sample], **options: int) -> Index:
+    return write_shards(made, folder, num_classes=1, samples_per_shard=4, **options)
+
+
+def test_samples_come_back_whole_and_the_index_is_what_was_written(tmp_path: Path) -> None:
+    made = samples(10, bands=5, dtype=np.int16)
+    index = packed(tmp_path / "train", made)
+    assert load_index(tmp_path / "train") == index
+    assert verify(tmp_path / "train") == []
+    assert [len(shard.samples) for shard in index.shards] == [4, 4, 2]
+    pixels = np.concatenate([s.image_HWC.reshape(-1, 5) for s in made]).astype(np.float64)
+    np.testing.assert_allclose(index.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(index.std, pixels.std(0), rtol=1e-9)
+    shards = Shards(tmp_path / "train", "dataset")
+    for i, sample in enumerate(made):
+        item = shards[Slot(0, i, 1)]
+        assert item["key"] == sample.key
+        np.testing.assert_array_equal(item["image"], sample.image_HWC.transpose(2, 0, 1))
+        np.testing.assert_array_equal(item["mask"], sample.mask_HW)
+        np.testing.assert_allclose(item["mean"], index.mean, rtol=1e-6)
+
+
+def test_any_other_webdataset_reader_reads_them(tmp_path: Path) -> None:
+    made = samples(6)
+    packed(tmp_path / "train", made)
+    urls = [str(path) for path in sorted((tmp_path / "train").glob("*.tar"))]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [item["__key__"] for item in read] == [sample.key for sample in made]
+    for item, sample in zip(read, made, strict=True):
+        np.testing.assert_array_equal(item["image.png"], sample.image_HWC)
+        np.testing.assert_array_equal(item["mask.png"][..., 0], sample.mask_HW)
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    one, other = (packed(tmp_path / name, samples(5)) for name in ("a", "b"))
+    assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in other.shards]
+
+
+def test_a_packing_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    made = samples(6)
+    made[5] = Sample("s005", made[5].image_HWC, made[5].mask_HW[1:])
+    with pytest.raises(ValueError, match="sample s005: the image is"):
+        packed(tmp_path / "train", made)
+    assert list(tmp_path.iterdir()) == []
+    packed(tmp_path / "train", samples(2))
+    with pytest.raises(FileExistsError, match="is there already"):
+        packed(tmp_path / "train", samples(2))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (Sample("s000", np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)), "s000 occurs twice"),
+        (
+            Sample("a/b", np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)),
+            "'a/b' is empty or has a dot or slash",
+        ),
+        (Sample("b", np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), np.uint8)), "b has 2 bands, those before it 3"),
+        (
+            Sample("c", np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 2, np.uint8)),
+            "c has label 2; .* the highest is 1",
+        ),
+    ],
+)
+def test_samples_that_do_not_fit(tmp_path: Path, sample: Sample, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        packed(tmp_path / "train", [*samples(1), sample])
+
+
+def test_missing_and_broken_indexes(tmp_path: Path) -> None:
+    with pytest.raises(MissingIndex, match="does not exist.*pack folder"):
+        load_index(tmp_path / "nowhere")
+    packed(tmp_path / "train", samples(2))
+    path = tmp_path / "train" / "index.json"
+    text = path.read_text()
+    path.unlink()
+    with pytest.raises(MissingIndex, match=r"holds 1 \.tar files but no index"):
+        load_index(tmp_path / "train")
+    for broken in (text[:50], "{}", text.replace("deepskip-shards", "else"), text.replace("shard-000000", "../../etc")):
+        path.write_text(broken)
+        with pytest.raises(BrokenIndex, match=r"index\.json cannot be read"):
+            load_index(tmp_path / "train")
+
+
+def test_verify_and_reading_name_the_shard_that_changed(tmp_path: Path) -> None:
+    index = packed(tmp_path / "train", samples(12))
+    gone, cut, flipped = (tmp_path / "train" / shard.name for shard in index.shards)
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-512])
+    data = bytearray(flipped.read_bytes())
+    start = index.shards[2].samples[0].image.offset
+    data[start : start + 8] = bytes(8)
+    flipped.write_bytes(data)
+    faults = verify(tmp_path / "train")
+    assert len(faults) == 3
+    assert [
+        word in fault
+        for word, fault in zip(("is gone", "bytes; the index says", "sha256 differs"), faults, strict=True)
+    ]
+    shards = Shards(tmp_path / "train")
+    with pytest.raises(BrokenShard, match=r"shard-000000\.tar cannot be opened"):
+        shards[Slot(0, 0, 1)]
+    with pytest.raises(BrokenShard, match=r"shard-000001\.tar has .* bytes where its index says"):
+        shards[Slot(0, 4, 1)]
+    with pytest.raises(BadSample, match=r"shard-000002\.tar: sample s008: the png file does not decode"):
+        shards[Slot(0, 8, 1)]
+
+
+def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
+    index = packed(tmp_path / "train", samples(2))
+    with tarfile.open(tmp_path / "train" / index.shards[0].name) as tar:
+        assert len(tar.getmembers()) == 4
+    save_index(Index(**{**vars(index), "bands": 4}), tmp_path / "train")
+    with pytest.raises(BadSample, match="has 3 bands; the index says 4"):
+        Shards(tmp_path / "train")[Slot(0, 0, 1)]
+    made = samples(1)
+    mask = made[0].mask_HW.copy()
+    mask[0, 0] = 2
+    write_shards([Sample("x", made[0].image_HWC, mask)], tmp_path / "val", num_classes=3)
+    with pytest.raises(BadSample, match="sample x: has label 2; with 2 classes the highest is 1"):
+        Shards(tmp_path / "val", num_classes=2)[Slot(0, 0, 1)]
+
+
+def collected(folder: Path, rank: int, world_size: int, first: int, steps: int, workers: int = 0) -> list[dict]:
+    shards = Shards(folder, "image", Crops(16, 0.5, 0))
+    stream = train_batches(shards, 0, 4, first, rank, world_size, workers)
+    return list(itertools.islice(stream, steps))
+
+
+def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path) -> None:
+    packed(tmp_path / "train", samples(10))
+    alone = collected(tmp_path / "train", 0, 1, 0, 7)
+    # 10 samples in batches of 4: the third batch of an epoch holds 2, and 2 of weight 0
+    assert [batch["weight"].sum().item() for batch in alone] == [4, 4, 2, 4, 4, 2, 4]
+    later = collected(tmp_path / "train", 0, 1, 4, 3)
+    halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank) for rank in range(2)]
+    for t, batch in enumerate(alone):
+        for name in ("image", "mask", "mean", "std", "weight"):
+            assert torch.equal(batch[name], torch.cat([half[t][name] for half in halves])), name
+            if t >= 4:
+                assert torch.equal(batch[name], later[t - 4][name])
+        assert batch["key"] == [key for half in halves for key in half[t]["key"]]
+    assert sorted(alone[0]["key"] + alone[1]["key"] + alone[2]["key"][:2]) == [f"s{i:03d}" for i in range(10)]
+
+
+def test_validation_takes_each_image_once_and_whole(tmp_path: Path) -> None:
+    made = samples(5)
+    packed(tmp_path / "val", made)
+    seen = [batch for rank in range(3) for batch in whole_images(Shards(tmp_path / "val"), rank, 3)]
+    assert sorted(batch["key"][0] for batch in seen) == [sample.key for sample in made]
+    for batch in seen:
+        sample = next(s for s in made if s.key == batch["key"][0])
+        assert batch["image"].shape[2:] == sample.mask_HW.shape
+        pixels = sample.image_HWC.reshape(-1, 3).astype(np.float64)
+        np.testing.assert_allclose(batch["mean"][0], pixels.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(batch["std"][0], pixels.std(0), rtol=1e-6)
+
+
+def test_crops() -> None:
+    rng = np.random.default_rng(0)
+    image = np.arange(40 * 50, dtype=np.int64).reshape(40, 50, 1)
+    mask = np.zeros((40, 50), np.uint8)
+    mask[3, 47] = 1
+    for _ in range(50):
+        cut, cut_mask = random_crop(image, mask, Crops(16, 1.0, 0), 255, rng)
+        assert cut.shape == (16, 16, 1)
+        assert cut_mask.sum() == 1
+        # image and mask are cut at the same place
+        assert cut[cut_mask == 1].tolist() == [[image[3, 47, 0]]]
+    hits = sum(random_crop(image, mask, Crops(16, 0.0, 0), 255, rng)[1].sum() for _ in range(2000))
+    # the pixel is 3 rows from the top and 2 columns from the right: 4 of 25 offsets, 3 of 35
+    assert hits / 2000 == pytest.approx(4 / 25 * 3 / 35, abs=0.01)
+    small, small_mask = random_crop(image[:10], mask[:10], Crops(16, 0.0, 0), 255, rng)
+    assert small.shape == (16, 16, 1)
+    assert (small_mask[10:] == 255).all()
+    np.testing.assert_array_equal(small[10:], np.repeat(small[9:10], 6, 0))
+
+
+def test_a_split_without_samples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no samples"):
+        packed(tmp_path / "train", [])
+
+
+def test_a_tar_is_not_compressed_or_stamped(tmp_path: Path) -> None:
+    index = packed(tmp_path / "train", samples(1))
+    data = (tmp_path / "train" / index.shards[0].name).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        assert {member.mtime for member in tar} == {0}

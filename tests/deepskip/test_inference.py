@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepskip
+from deepskip import checkpoint, inference
+from deepskip.config import Config
+from deepskip.inference import Segmenter, predict_logits, tile_starts
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 8), (32, 32, 8), (5, 32, 8), (1000, 64, 16)]
+)
+def test_tiles_cover_and_overlap(length: int, tile: int, overlap: int) -> None:
+    starts = tile_starts(length, tile, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + tile >= length
+    assert starts[-1] <= max(0, length - tile)
+    assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_tiled_equals_whole_where_the_network_sees_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Conv2d(3, 2, 3, padding=1)
+    image = torch.randn(1, 3, 150, 131)
+    with torch.inference_mode():
+        whole = network(image)
+        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
+        tiled = predict_logits(network, image, tile=64, overlap=16)
+    # a tile's first and last row miss their neighbours, and weigh least in the blend
+    assert (tiled - whole).abs().mean() < 0.02 * whole.abs().mean()
+    inner = torch.ones(150, 131, dtype=torch.bool)
+    for start in tile_starts(150, 64, 16):
+        inner[[start, start + 63]] = False
+    for start in tile_starts(131, 64, 16):
+        inner[:, [start, start + 63]] = False
+    torch.testing.assert_close(tiled[..., inner], whole[..., inner])
+
+
+class Identity(nn.Module):
+    in_channels, num_classes = 3, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1]
+
+
+@pytest.mark.parametrize("how", ["image", "dataset", "none"])
+def test_normalisation_of_raw_images(how: str) -> None:
+    image = np.random.default_rng(0).integers(0, 60000, (40, 30, 3)).astype(np.uint16)
+    segmenter = Segmenter(Identity(), how, [30000.0, 1.0, 1.0], [1000.0, 1.0, 1.0])  # type: ignore[arg-type]
+    band = image[..., 0].astype(np.float64)
+    mean, std = {"image": (band.mean(), band.std()), "dataset": (30000, 1000), "none": (0, 1)}[how]
+    expected = 1 / (1 + np.exp(-np.clip((band - mean) / std, -80, 80)))
+    np.testing.assert_allclose(segmenter.probabilities(image)[0], expected, atol=1e-5)
+    assert segmenter.predict(image).dtype == np.uint8
+
+
+def test_other_bands_are_an_error() -> None:
+    segmenter = Segmenter(deepskip.DeepSkipUNet(3, 1, 4, 3), "none", [0.0] * 3, [1.0] * 3)
+    with pytest.raises(ValueError, match=r"\(8, 8, 4\).*3 bands"):
+        segmenter.predict(np.zeros((8, 8, 4)))
+
+
+def test_load_gives_back_the_averaged_network(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    config = Config()
+    config.model.levels = 3
+    torch.manual_seed(0)
+    model, ema = deepskip.DeepSkipUNet(5, 3, levels=3), deepskip.DeepSkipUNet(5, 3, levels=3).eval()
+    data = {"in_channels": 5, "num_classes": 3, "mean": [0.0] * 5, "std": [1.0] * 5}
+    state = {"config": asdict(config), "data": data, "model": model.state_dict(), "ema": ema.state_dict()}
+    checkpoint.save(state, tmp_path / checkpoint.FOLDER / checkpoint.BEST)
+    image = np.random.default_rng(0).random((20, 24, 5))
+    segmenter = deepskip.load(tmp_path)
+    x = torch.from_numpy(image.transpose(2, 0, 1)).float()[None]
+    with torch.inference_mode():
+        expected = ema((x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), correction=0, keepdim=True))[0].argmax(0)
+    np.testing.assert_array_equal(segmenter.predict(image), expected)

@@ -1,0 +1,71 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from deepskip.metrics import SegmentationMetrics
+
+
+def test_binary_pixels_against_counting() -> None:
+    rng = np.random.default_rng(0)
+    metrics = SegmentationMetrics(1, 255)
+    tp = fp = fn = tn = 0
+    for _ in range(3):
+        guess, truth = rng.integers(0, 2, (20, 30)), rng.integers(0, 2, (20, 30))
+        truth[rng.random(truth.shape) < 0.2] = 255
+        metrics.update(torch.tensor(guess), torch.tensor(truth))
+        tp += int(((guess == 1) & (truth == 1)).sum())
+        fp += int(((guess == 1) & (truth == 0)).sum())
+        fn += int(((guess == 0) & (truth == 1)).sum())
+        tn += int(((guess == 0) & (truth == 0)).sum())
+    result = metrics.compute()
+    assert result["iou"] == pytest.approx(tp / (tp + fp + fn))
+    assert result["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert result["f1"] == result["dice"]
+    assert result["precision"] == pytest.approx(tp / (tp + fp))
+    assert result["recall"] == pytest.approx(tp / (tp + fn))
+    assert result["pixel_accuracy"] == pytest.approx((tp + tn) / (tp + fp + fn + tn))
+
+
+def test_classes_are_averaged_over_foreground_that_occurs() -> None:
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 255]])
+    guess = torch.tensor([[0, 1, 1, 1], [2, 2, 0, 1]])
+    metrics = SegmentationMetrics(4, 255)
+    metrics.update(guess, truth)
+    result = metrics.compute()
+    assert result["iou"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert result["precision"] == pytest.approx((2 / 3 + 1) / 2)
+    assert result["recall"] == pytest.approx((1 + 2 / 3) / 2)
+    assert result["pixel_accuracy"] == pytest.approx(5 / 7)
+
+
+def test_objects_by_hand() -> None:
+    truth, guess = torch.zeros(12, 12, dtype=torch.long), torch.zeros(12, 12, dtype=torch.long)
+    # found whole
+    truth[0:3, 0:3] = 1
+    guess[0:3, 0:3] = 1
+    # half found is not found
+    truth[0:2, 6:10] = 1
+    guess[0:2, 6:8] = 1
+    # two diagonal neighbours are one object, missed
+    truth[6, 6] = truth[7, 7] = 1
+    # touches nothing: a false alarm; what touches truth is none, ignored pixels count nowhere
+    guess[10:12, 0:2] = 1
+    truth[10:12, 10:12] = 255
+    guess[10:12, 10:12] = 1
+    metrics = SegmentationMetrics(1, 255)
+    metrics.update(guess, truth)
+    metrics.update(torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long))
+    result = metrics.compute()
+    assert result["object_recall"] == pytest.approx(1 / 3)
+    assert result["false_alarms_per_image"] == pytest.approx(1 / 2)
+
+
+def test_nothing_to_find_is_nan_and_not_1() -> None:
+    metrics = SegmentationMetrics(1, 255)
+    metrics.update(torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long))
+    result = metrics.compute()
+    assert math.isnan(result["iou"])
+    assert math.isnan(result["object_recall"])
+    assert result["pixel_accuracy"] == 1
