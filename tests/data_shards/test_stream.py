@@ -101,7 +101,7 @@ def test_samples_that_do_not_fit(tmp_path: Path, sample: Sample, message: str) -
 
 
 def test_missing_and_broken_indexes(tmp_path: Path) -> None:
-    with pytest.raises(MissingIndex, match="does not exist.*pack folder"):
+    with pytest.raises(MissingIndex, match=r"does not exist.*pack folder"):
         load_index(tmp_path / "nowhere")
     packed(tmp_path / "train", samples(2))
     path = tmp_path / "train" / "index.json"

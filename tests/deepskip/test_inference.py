@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def test_tiles_cover_and_overlap(length: int, tile: int, overlap: int) -> None:
     assert starts[0] == 0
     assert starts[-1] + tile >= length
     assert starts[-1] <= max(0, length - tile)
-    assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(starts))
 
 
 def test_tiled_equals_whole_where_the_network_sees_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,10 +61,7 @@ def test_equals_equations_5_to_8(kind: str, form: str, dtype: torch.dtype) -> No
     rng = np.random.default_rng([len(kind), len(form)])
     N, V, H, W = 3, 1 if form == "binary" else 5, 17, 23
     z = (4 * rng.standard_normal((N, V, H, W))).astype(np.float32)
-    if form == "independent":
-        target = masks(kind, (N, V, H, W), 1, rng)
-    else:
-        target = masks(kind, (N, H, W), V, rng)
+    target = masks(kind, (N, V, H, W), 1, rng) if form == "independent" else masks(kind, (N, H, W), V, rng)
     weight = np.array([1.0, 0.0, 1.0])
     class_weights = rng.random(V) + 0.1
     loss_of = BCEDiceLoss(alpha=0.7, beta=1.3, class_weights=class_weights.tolist(), ignore_index=IGNORE, eps=0.5)
