@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,9 @@ def log_model(run_id: str, segmenter: Segmenter) -> None:
     # a batch of 2: torch.export would tie the program to a batch of 1
     example = np.random.default_rng(0).random((2, bands, 128, 128), dtype=np.float32)
     requirements = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"]
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
+        # torch's archive writer warns of weights that share storage, which is all of them
+        warnings.filterwarnings("ignore", message="No complete tensor found")
         mlflow.pytorch.log_model(
             segmenter.eval(), name="model", signature=signature, input_example=example, pip_requirements=requirements
         )
