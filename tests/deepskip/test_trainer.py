@@ -114,8 +114,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_summary_and_best_checkpoint(tmp_path: Path) -> None:
-    _, summary = losses(tmp_path, config(steps=30))
-    assert summary["steps"] == 30
+    _, summary = losses(tmp_path, config(steps=48))
+    assert summary["steps"] == 48
     assert summary["parameters"] > summary["conv_weights"] > 0
     best = checkpoint.load_for_inference(tmp_path)
     assert best["best"] == pytest.approx(summary["val"], rel=0, abs=0, nan_ok=True)
