@@ -1,0 +1,108 @@
+"""Real Ray heads on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.local import MARK, Head, PortTaken, environment, head_processes, start_head, stop_head
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    started = start_head(num_cpus=1)
+    yield started
+    stop_head(started)
+
+
+def test_it_listens_on_loopback_alone_and_asks_for_its_token(head: Head) -> None:
+    assert head.dashboard.startswith("http://127.0.0.1:")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{head.dashboard}/api/jobs/", timeout=10)
+    assert refused.value.code in (401, 403)
+    listening = {
+        connection.laddr.ip
+        for process in head_processes(head)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in (head.port, head.dashboard_port)
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_taken_port_is_named_at_once(head: Head) -> None:
+    with pytest.raises(PortTaken, match=f"--dashboard_port {head.dashboard_port} is taken"):
+        start_head(dashboard_port=head.dashboard_port)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"--port {port} is taken"):
+            start_head(port=port)
+
+
+def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
+    variables = os.environ | {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+
+    def cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cluster", *arguments]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+    assert cluster("status").returncode == 1
+    up = cluster("up", "--num_cpus", "1")
+    try:
+        assert up.returncode == 0, up.stderr
+        assert "export RAY_ADDRESS=http://127.0.0.1:" in up.stdout
+        state = tmp_path / "state" / "deepskip" / "head.json"
+        assert state.stat().st_mode & 0o777 == 0o600
+        # a second one finds the first
+        assert cluster("up").stdout.splitlines()[1:] == up.stdout.splitlines()[1:]
+        assert cluster("status").returncode == 0
+    finally:
+        assert cluster("down").returncode == 0
+    assert not state.exists()
+    assert cluster("status").returncode == 1
+    # the other head is untouched, and the home holds no token
+    assert head_processes(head)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_stopping_leaves_nothing_and_may_be_done_twice() -> None:
+    head = start_head(num_cpus=1)
+    assert len(head_processes(head)) > 2
+    assert environment(head)["RAY_AUTH_TOKEN"] == head.token
+    stop_head(head)
+    stop_head(head)
+    assert not Path(head.temporary).exists()
+    left = []
+    for process in psutil.process_iter():
+        try:
+            left += [process] if process.environ().get(MARK) == head.temporary else []
+        except (psutil.Error, OSError):
+            continue
+    assert not left
+
+
+def test_it_ends_with_a_parent_that_is_killed() -> None:
+    code = (
+        "from cluster.local import start_head; h = start_head(num_cpus=1, die_with_parent=True); "
+        "print(h.temporary, h.pid, flush=True); import time; time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    temporary, pid = parent.stdout.readline().split()
+    head = Head(0, 0, "", temporary, int(pid))
+    try:
+        processes = head_processes(head)
+        assert processes
+        parent.kill()
+        parent.wait()
+        assert psutil.wait_procs(processes, timeout=30)[1] == []
+    finally:
+        stop_head(head)

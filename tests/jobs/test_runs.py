@@ -1,0 +1,54 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import runs
+
+
+def config(steps: int = 10, workers: int = 2) -> dict[str, Any]:
+    return {"optim": {"steps": steps}, "cluster": {"workers": workers}, "run": {"name": None}}
+
+
+def trained(storage: Path, name: str | None, settings: dict[str, Any], finish: bool) -> str:
+    run = runs.claim(storage, name, "coins", settings)
+    runs.record(run, settings, "mlflow-id")
+    if finish:
+        runs.write_json(run.folder / runs.SUMMARY, {"name": run.name})
+    run.lock.close()
+    return run.name
+
+
+def test_an_unfinished_run_goes_on_and_a_finished_one_is_numbered_on(tmp_path: Path) -> None:
+    assert trained(tmp_path, None, config(), finish=False) == "coins"
+    # other workers are the same training
+    run = runs.claim(tmp_path, None, "coins", config(workers=1))
+    assert (run.name, run.mlflow_run_id) == ("coins", "mlflow-id")
+    run.lock.close()
+    assert trained(tmp_path, None, config(), finish=True) == "coins"
+    assert trained(tmp_path, None, config(), finish=False) == "coins-2"
+    assert trained(tmp_path, None, config(steps=11), finish=False) == "coins-3"
+
+
+def test_a_run_in_progress_is_not_taken(tmp_path: Path) -> None:
+    first = runs.claim(tmp_path, None, "coins", config())
+    second = runs.claim(tmp_path, None, "coins", config())
+    assert (first.name, second.name) == ("coins", "coins-2")
+    with pytest.raises(runs.RunError, match="being trained by another process"):
+        runs.claim(tmp_path, "coins", "x", config())
+
+
+def test_a_named_run_of_other_settings_is_an_error(tmp_path: Path) -> None:
+    trained(tmp_path, "mine", config(), finish=True)
+    with pytest.raises(runs.RunError, match=r"has other settings \(optim\.steps\)"):
+        runs.claim(tmp_path, "mine", "x", config(steps=5))
+    with pytest.raises(runs.RunFinished, match="is finished"):
+        runs.claim(tmp_path, "mine", "x", config())
+
+
+def test_a_named_run_may_grow(tmp_path: Path) -> None:
+    trained(tmp_path, "mine", config(), finish=True)
+    run = runs.claim(tmp_path, "mine", "x", config(steps=20))
+    assert run.mlflow_run_id == "mlflow-id"
+    runs.record(run, config(steps=20), "mlflow-id")
+    assert not (run.folder / runs.SUMMARY).exists()

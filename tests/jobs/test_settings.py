@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.settings import KEYS, build_parser, differences, parse
+
+CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    config, stem = parse("train", ["--config", str(path)])
+    assert stem == path.stem
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {steps: 7, learning_rate: 0.1}\n")
+    config, stem = parse("train", ["--config", str(path), "--optim.steps", "9", "--loss.class_weights", "[1, 2.5]"])
+    assert (stem, config.optim.steps, config.optim.learning_rate, config.loss.class_weights) == (
+        "mine",
+        9,
+        0.1,
+        [1, 2.5],
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        ("", ["--optim.lr", "1"], "optim.lr is no setting (did you mean optim.learning_rate"),
+        ("optim: {learning_rates: 1}", [], "optim.learning_rates is no setting (did you mean optim.learning_rate"),
+        ("optimizer: {steps: 1}", [], "optim.steps"),
+        ("", ["--model.encoder", "vgg"], "model.encoder is 'vgg'; it must be one of 'vgg16', 'resnet34'"),
+        ("optim: {steps: many}", [], "optim.steps is 'many'; it must be int"),
+        ("", ["--optim.steps", "0"], "optim.steps is 0; it must be 1 or more"),
+        ("optim: [", [], "--config"),
+        ("", ["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_settings_name_key_value_and_what_is_allowed(
+    tmp_path: Path, text: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text or "{}")
+    with pytest.raises(SystemExit) as stopped:
+        parse("train", ["--config", str(path), *arguments])
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert all(line.startswith("error: ") for line in errors.splitlines())
+    assert said in errors
+
+
+def test_help_explains_every_setting() -> None:
+    text = build_parser("train").format_help()
+    assert len(KEYS) > 40
+    for key in KEYS:
+        assert f"--{key} " in text
+    assert "optimizer steps of the whole training" in text
+
+
+def test_differences() -> None:
+    assert differences({"a": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 3}, "b": {"z": 0}}) == ["a.y", "b.z"]
