@@ -10,7 +10,7 @@ from cluster.local import HeadError, environment, forget, head_processes, rememb
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 2 and one line where it cannot, with 1 from `status` where no head is up."""
     parser = argparse.ArgumentParser(
-        prog="python -m cluster", description="A Ray head on this machine, bound to loopback."
+        prog="python -m cluster", description="A Ray head on this machine, behind a token."
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     up = commands.add_parser("up", help="start a head that stays")

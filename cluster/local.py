@@ -1,4 +1,7 @@
-"""A Ray head on this machine: bound to loopback, behind a token, beside any other Ray, gone when it is stopped."""
+"""A Ray head on this machine: behind a token, its dashboard on loopback, beside any other Ray, gone when it is stopped.
+
+Ray's own gRPC port listens on every interface whatever the node's address; the token is what guards it.
+"""
 
 import contextlib
 import ctypes
@@ -24,7 +27,7 @@ HOST = "127.0.0.1"
 # every process of a head carries this variable, workers and jobs too, and is found by it
 MARK = "DEEPSKIP_HEAD"
 START_SECONDS = 90.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 3.0
 
 
 class HeadError(RuntimeError):

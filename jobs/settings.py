@@ -59,6 +59,8 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str]:
 
 def explain(message: str) -> str:
     """Turns a message of jsonargparse into one that names the key, the value and what is allowed."""
+    if message.startswith("Problems parsing config"):
+        return f"--config is no YAML: {' '.join(message.split())}"
     if found := re.search(r'Parser key "config":\s*(.*)', message, re.DOTALL):
         return f"--config: {' '.join(found[1].split())}"
     if found := re.search(r'Parser key "([\w.]+)":\s*(.*)Got value: (.*)', message, re.DOTALL):

@@ -1,0 +1,214 @@
+"""What a user does, on the built-in coins: submit a training, look at what it left, resume it, predict."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import deepskip
+from cluster.local import MARK
+from data_shards.__main__ import pack_coins
+from data_shards.order import Slot
+from data_shards.stream import Shards
+from deepskip import checkpoint
+from deepskip.complexity import conv_weights
+from deepskip.metrics import SegmentationMetrics
+
+SMALL = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2", "--optim.warmup_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    pack_coins(folder / "data" / "coins", {"train": 24, "val": 6})
+    return folder
+
+
+def command(home: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    options = {"cwd": home, "env": variables | {"HOME": str(home)}, "text": True}
+    return [sys.executable, "-m", *arguments], options
+
+
+def call(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line, options = command(home, *arguments)
+    return subprocess.run(line, capture_output=True, timeout=280, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> tuple[Path, str]:
+    settings = [*SMALL, "--run.name", "small", "--optim.steps", "12", "--run.log_every", "2"]
+    settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
+    done = call(home, "jobs.submit", "train", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home / "runs" / "small", done.stdout
+
+
+def test_the_terminal(trained: tuple[Path, str]) -> None:
+    lines = trained[1].splitlines()
+    assert lines[0] == "starting Ray on 127.0.0.1"
+    assert "training small on 2 CPU workers, 12 steps" in lines
+    assert any(line.startswith("step 12/12  loss ") for line in lines)
+    for name in ("IoU", "Dice", "pixel accuracy", "precision", "recall", "F1", "parameters", "images/s"):
+        assert any(line.startswith(f"  {name} ") for line in lines), name
+    for start in ("MLflow page:", "resume:", "predict:"):
+        assert any(line.startswith(start) for line in lines), start
+
+
+def test_the_summary_is_what_the_checkpoint_gives(trained: tuple[Path, str], home: Path) -> None:
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    assert summary["conv_weights"] == conv_weights(3, 1, 4, 3)
+    assert (summary["name"], summary["steps"]) == ("small", 12)
+    # measured again from the best checkpoint, image by image, without the trainer
+    segmenter = deepskip.load(trained[0])
+    assert summary["parameters"] == sum(p.numel() for p in segmenter.network.parameters())
+    metrics = SegmentationMetrics(1, 255)
+    shards = Shards(home / "data" / "coins" / "val")
+    for number in range(len(shards)):
+        item = shards[Slot(0, number, 1)]
+        labels = segmenter.predict(item["image"].permute(1, 2, 0).numpy())
+        metrics.update(torch.from_numpy(labels), item["mask"])
+    for name, value in metrics.compute().items():
+        found = summary["val"][name]
+        assert np.isnan(value) if found is None else found == pytest.approx(value, abs=2e-3), name
+
+
+def test_the_mlflow_run_is_complete(trained: tuple[Path, str], home: Path) -> None:
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    uri = f"sqlite:///{home / 'runs' / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.steps"] == "12"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/iou")] == [6, 12]
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    artifacts = {
+        item.path for folder in ("", "panels") for item in client.list_artifacts(run.info.run_id, folder or None)
+    }
+    assert {"curves.png", "config.yaml", "panels/step-00000012.png"} <= artifacts
+    panel = Image.open(client.download_artifacts(run.info.run_id, "panels/step-00000012.png"))
+    assert panel.size[0] > panel.size[1] > 300
+    # the model, at a size and batch it was not logged with
+    mlflow.set_tracking_uri(uri)
+    models = client.search_logged_models([run.info.experiment_id])
+    assert len(models) == 1
+    model = mlflow.pyfunc.load_model(models[0].model_uri)
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, 75, 90)).astype(np.float32)
+    expected = deepskip.load(trained[0]).probabilities(image[0].transpose(1, 2, 0))
+    np.testing.assert_allclose(model.predict(image)[0], expected, atol=1e-5)
+
+
+def test_the_finished_run_answers_again_and_may_grow(trained: tuple[Path, str], home: Path) -> None:
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    state, _ = checkpoint.newest(trained[0])
+    assert state is not None
+    settings = [*SMALL, "--run.name", "small", "--optim.steps", "16", "--run.log_every", "2"]
+    settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
+    wrong = call(home, "jobs.train", *settings, "--optim.learning_rate", "0.1")
+    assert wrong.returncode == 2
+    assert "has other settings (optim.steps, optim.learning_rate)" in wrong.stderr
+    done = call(home, "jobs.train", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "step 14/16" in done.stdout
+    assert "step 12/" not in done.stdout
+    longer = json.loads((trained[0] / "summary.json").read_text())
+    assert (longer["steps"], longer["mlflow_run_id"]) == (16, summary["mlflow_run_id"])
+    again = call(home, "jobs.train", *settings)
+    assert again.returncode == 0
+    assert "is finished already" in again.stdout
+
+
+def test_predict(trained: tuple[Path, str], home: Path) -> None:
+    images = home / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    pictures = {f"p{i}": rng.integers(0, 256, (70 + i, 51, 3)).astype(np.uint8) for i in range(2)}
+    for stem, picture in pictures.items():
+        Image.fromarray(picture).save(images / f"{stem}.png")
+    (images / "broken.png").write_bytes(b"nothing")
+    done = call(home, "jobs.predict", "--checkpoint", str(trained[0]), "--images", "images", "--out", "out")
+    assert done.returncode == 1
+    assert "2 of 3 images segmented" in done.stdout
+    assert "broken.png the png file does not decode" in done.stderr
+    segmenter = deepskip.load(trained[0])
+    for stem, picture in pictures.items():
+        mask = np.asarray(Image.open(home / "out" / "masks" / f"{stem}.png"))
+        np.testing.assert_array_equal(mask, segmenter.predict(picture) * 255)
+        assert Image.open(home / "out" / "overlays" / f"{stem}.png").size == (51, picture.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data.path", "nowhere"], "no shards at"),
+        (["--model.in_channels", "4"], "model.in_channels is 4, but the shards"),
+        (["--model.num_classes", "3"], "model.num_classes is 3, but the shards"),
+        (["--loss.class_weights", "[1, 1]"], "has 2 weights for 1 classes"),
+        (["--optim.stepz", "4"], "optim.stepz is no setting (did you mean optim.steps"),
+    ],
+)
+def test_bad_input_ends_at_once_without_ray(home: Path, arguments: list[str], said: str) -> None:
+    started = time.monotonic()
+    done = call(home, "jobs.submit", "train", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "starting Ray" not in done.stdout
+    assert time.monotonic() - started < 30
+
+
+def test_more_than_the_machine_has_and_a_tracker_that_is_away(home: Path) -> None:
+    few = call(home, "jobs.train", "--cluster.workers", "500", "--cluster.wait_seconds", "1", "--run.name", "few")
+    assert few.returncode == 2
+    assert "cluster.workers is 500, each with 1 CPU, but the cluster has" in few.stderr
+    assert "Traceback" not in few.stderr
+    away = call(home, "jobs.train", "--run.tracking_uri", "http://127.0.0.1:9", "--run.name", "away")
+    assert away.returncode == 2
+    assert "MLflow at http://127.0.0.1:9 cannot be used" in away.stderr
+    assert "Traceback" not in away.stderr
+
+
+def test_a_bad_label_ends_the_training_with_its_sample(home: Path) -> None:
+    index = home / "data" / "bad" / "train" / "index.json"
+    pack_coins(home / "data" / "bad", {"train": 8, "val": 2})
+    entry = json.loads(index.read_text())
+    sample = entry["shards"][0]["samples"][3]
+    # an image where the mask should be: colours are no labels
+    sample[4:7] = sample[1:4]
+    index.write_text(json.dumps(entry))
+    done = call(home, "jobs.train", *SMALL, "--data.path", "data/bad", "--optim.steps", "4", "--run.name", "bad")
+    assert done.returncode == 2
+    assert f"sample {sample[0]}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stopped_by_a_signal_nothing_stays_and_the_run_says_killed(home: Path) -> None:
+    line, options = command(home, "jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, **options)
+    assert process.stdout is not None
+    for text in process.stdout:
+        if text.startswith("step "):
+            break
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    run_id = json.loads((home / "runs" / "stopped" / "run.json").read_text())["mlflow_run_id"]
+    assert mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}").get_run(run_id).info.status == "KILLED"
+    left = []
+    for other in psutil.process_iter():
+        try:
+            left += [other] if MARK in (variables := other.environ()) and variables.get("HOME") == str(home) else []
+        except (psutil.Error, OSError):
+            continue
+    assert not left

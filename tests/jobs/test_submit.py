@@ -1,0 +1,30 @@
+import pytest
+
+from jobs.submit import Screen, main
+
+
+def test_progress_stays_on_one_line_of_a_terminal() -> None:
+    screen = Screen(terminal=True, columns=20)
+    text = "".join(screen.show(line, 0.0) for line in ("hello", "step 1/9 loss 1", "step 2/9 " + "x" * 40, "done"))
+    assert text == "hello\n\rstep 1/9 loss 1\x1b[K\rstep 2/9 xxxxxxxxxx\x1b[K\ndone\n"
+
+
+def test_elsewhere_progress_comes_now_and_then_and_the_last_line_always() -> None:
+    screen = Screen(terminal=False)
+    text = "".join(screen.show(f"step {t}", float(t)) for t in range(25))
+    assert text == "step 0\nstep 10\nstep 20\n"
+    assert screen.show("done", 25.0) == "step 24\ndone\n"
+    assert screen.rest() == ""
+
+
+def test_what_ray_says_first_is_not_shown() -> None:
+    screen = Screen(terminal=False)
+    assert screen.show("Running entrypoint for job train-1: sh -c ...", 0.0) == ""
+    assert screen.show("2026-11-24 02:58:10,482\tINFO job_manager.py:581 -- Runtime env is setting up.", 0.0) == ""
+
+
+def test_unknown_jobs_are_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["trian"])
+    assert stopped.value.code == 2
+    assert "there is no job trian; jobs are predict, train" in capsys.readouterr().err
