@@ -112,6 +112,8 @@ def start_head(
         "RAY_USAGE_STATS_ENABLED": "0",
         # at the default of 2 s a checkpoint is not safe until 2 s after it was reported
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+        # a job that is stopped has this long to end its mlflow run; ray's own 3 s are too few
+        "RAY_JOB_STOP_WAIT_TIME_S": "20",
     }
     log = Path(temporary) / "start.log"
     with log.open("wb") as output:
