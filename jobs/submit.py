@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ PROGRESS = "step "
 CHATTER = re.compile(r"(\d{4}-\d\d-\d\d .*job_manager\.py:\d+ -- |Running entrypoint for job )")
 # between progress lines where they cannot overwrite each other
 QUIET_SECONDS = 10.0
-STOP_SECONDS = 15
+STOP_SECONDS = 40
 SETTLE_SECONDS = 30.0
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -177,9 +177,9 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
     except Stopped:
         write(screen.rest())
         say("stopping the job")
-        subprocess.run(
-            [*ray, "stop", submission], capture_output=True, timeout=STOP_SECONDS, check=False, start_new_session=True
-        )
+        with suppress(subprocess.TimeoutExpired):
+            stop = [*ray, "stop", submission]
+            subprocess.run(stop, capture_output=True, timeout=STOP_SECONDS, check=False, start_new_session=True)
         raise
     write(screen.rest())
     if status != JobStatus.SUCCEEDED:

@@ -1,5 +1,6 @@
 """The MLflow run of a training: one run however often the training restarts, never in the training's way."""
 
+import contextlib
 import logging
 import math
 import os
@@ -136,6 +137,10 @@ class Tracker:
 
     def finish(self, status: str) -> str | None:
         """Sends the rest within LAST_FLUSH_SECONDS and closes the run; gives what went wrong, or None."""
+        if status == "KILLED":
+            # whoever kills a job does not wait long: the status comes first
+            with contextlib.suppress(Exception):
+                self.client.set_terminated(self.run_id, status)
         deadline = time.monotonic() + LAST_FLUSH_SECONDS
         while True:
             fault = self.send()

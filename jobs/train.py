@@ -192,7 +192,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             stop(f"the training failed {config.cluster.max_failures + 1} times; the last time:\n{error}")
     finally:
         done.set()
-        follower.join(timeout=30)
+        follower.join(timeout=5)
     deliver()
     if "fatal" in result:
         stop(result["fatal"]["text"])

@@ -202,7 +202,7 @@ def test_stopped_by_a_signal_nothing_stays_and_the_run_says_killed(home: Path) -
         if text.startswith("step "):
             break
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=100) == 128 + signal.SIGTERM
     run_id = json.loads((home / "runs" / "stopped" / "run.json").read_text())["mlflow_run_id"]
     assert mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}").get_run(run_id).info.status == "KILLED"
     left = []
