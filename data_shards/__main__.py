@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index, verify
-from data_shards.sample import BadSample
+from data_shards.sample import BadSample, Sample
 from data_shards.sources.coins import coins
 from data_shards.sources.folder import LABELS, SPLITS, PackError, pack_folder
 from data_shards.stream import Shards
-from data_shards.writer import Sample, write_shards
+from data_shards.writer import write_shards
 
 COINS_DEFAULT = {"train": 400, "val": 100}
 COINS_SEED = 2023

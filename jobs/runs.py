@@ -71,10 +71,10 @@ def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) ->
             if name:
                 raise RunError(f"run {name} in {storage} is being trained by another process") from None
             continue
-        record = read_json(folder / RECORD)
-        refusal = reason_against(folder, record, config, grow=name is not None)
+        earlier = read_json(folder / RECORD)
+        refusal = reason_against(folder, earlier, config, grow=name is not None)
         if refusal is None:
-            return Run(folder, record.get("mlflow_run_id"), lock)
+            return Run(folder, earlier.get("mlflow_run_id"), lock)
         lock.close()
         if name:
             message = f"run {name} in {storage} {refusal}; choose another run.name or remove {folder}"
@@ -82,12 +82,12 @@ def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) ->
     raise AssertionError("names do not end")
 
 
-def reason_against(folder: Path, record: dict[str, Any], config: dict[str, Any], grow: bool) -> str | None:
+def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any], grow: bool) -> str | None:
     """Says why a training of these settings cannot be, or go on, in a folder; None where it can."""
-    if not record:
+    if not earlier:
         return None
-    changed = [key for key in differences(record["config"], config) if not key.startswith(FREE)]
-    longer = config["optim"]["steps"] > record["config"]["optim"]["steps"]
+    changed = [key for key in differences(earlier["config"], config) if not key.startswith(FREE)]
+    longer = config["optim"]["steps"] > earlier["config"]["optim"]["steps"]
     if grow and longer and changed == ["optim.steps"]:
         return None
     if changed:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,8 +114,3 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def flatten(settings: dict[str, Any]) -> dict[str, Any]:
     """Turns {"section": {"key": value}} into {"section.key": value}."""
     return {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """Gives the settings as plain dicts."""
-    return asdict(config)

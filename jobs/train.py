@@ -11,18 +11,19 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# these must be in the environment before ray is imported; FACTS of Ray Train: reports are collected once a health check,
-# and at the default of 2 s a checkpoint is not safe until 2 s after it was written
+# these must be in the environment before ray is imported; ray train looks after its workers once in this interval, and its
+# default of 2 s makes reports and recovery slow
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.config import Config
 from jobs import runs
-from jobs.settings import as_dict, parse, stop
+from jobs.settings import parse, stop
 
 POLL_SECONDS = 0.5
 # longest side of the pictures in a panel, pixels
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"packing the built-in {config.data.builtin} into {config.data.path}", flush=True)
         pack_coins(Path(config.data.path))
     check_data(config)
-    settings = as_dict(config)
+    settings = asdict(config)
     try:
         run = runs.claim(storage, config.run.name, stem, settings)
     except runs.RunFinished as error:
