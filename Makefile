@@ -37,12 +37,15 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# pins everything anew; the local version of a cpu build is no version that others can install
+# pins what is new and keeps the other pins; `make lock UPGRADE=--upgrade` pins everything anew. The local version of a cpu
+# build is no version that others can install.
 lock:
 	@$(PYTHON) -m pip install --quiet uv
-	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --extra test --no-annotate --no-header pyproject.toml \
-	  | sed 's/+cpu//' > requirements.lock.new
-	@mv requirements.lock.new requirements.lock
+	@cp requirements.lock requirements.lock.new
+	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --extra test --no-annotate --no-header $(UPGRADE) \
+	  --output-file requirements.lock.new pyproject.toml
+	@(grep '^# Every version' requirements.lock; sed 's/+cpu//' requirements.lock.new) > requirements.lock.newer
+	@mv requirements.lock.newer requirements.lock && rm requirements.lock.new
 
 clean:
 	@rm -rf $(VENV) *.egg-info

@@ -1,19 +1,29 @@
-"""python -m data_shards: pack, verify, info and preview shards."""
+"""python -m data_shards: pack, index, verify, describe and look at shards; say who takes which sample."""
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
-from PIL import Image, ImageDraw
+from braceexpand import braceexpand
+from tqdm import tqdm
 
-from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index, verify
+from data_shards import storage
+from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index
+from data_shards.indexing import BAD_SAMPLES, IndexingError, index_shards
+from data_shards.inspection import contents, describe, plan, preview, verify
+from data_shards.labels import KINDS
 from data_shards.sample import BadSample, Sample
+from data_shards.scan import BrokenShard
 from data_shards.sources.coins import coins
-from data_shards.sources.folder import LABELS, SPLITS, PackError, pack_folder
-from data_shards.stream import Shards
+from data_shards.sources.folder import SPLITS, PackError, pack_folder
+from data_shards.stream import ON_BAD_SAMPLE
 from data_shards.writer import write_shards
 
+T = TypeVar("T")
+CACHE_GB = 50
 COINS_DEFAULT = {"train": 400, "val": 100}
 COINS_SEED = 2023
 
@@ -23,7 +33,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (PackError, MissingIndex, BrokenIndex, BadSample, FileExistsError, ValueError) as error:
+    except (
+        PackError,
+        IndexingError,
+        MissingIndex,
+        BrokenIndex,
+        BadSample,
+        BrokenShard,
+        FileExistsError,
+        ValueError,
+        storage.StorageError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -47,16 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--val_share", type=float, default=0.2, help="share for validation where there is no --split (0.2)"
     )
     folder.add_argument("--seed", type=int, default=0, help="seed of the random split (0)")
-    folder.add_argument(
-        "--labels",
-        choices=LABELS,
-        default="auto",
-        help="what mask values mean; auto: binary where one value stands beside 0",
-    )
-    folder.add_argument(
-        "--num_classes", type=int, help="1 for binary, else classes with the background; default: from the masks"
-    )
-    folder.add_argument("--ignore_label", type=int, help="mask value that takes no part")
+    add_labels(folder)
     folder.add_argument("--bands", type=int, help="bring every image to so many bands")
     folder.add_argument("--longest_side", type=int, help="shrink images to at most so many pixels a side")
     folder.add_argument(
@@ -72,96 +83,164 @@ def build_parser() -> argparse.ArgumentParser:
     built_in.add_argument("--seed", type=int, default=COINS_SEED, help=f"seed ({COINS_SEED})")
     built_in.set_defaults(run=lambda a: pack_coins(a.out, {"train": a.train, "val": a.val}, a.seed))
 
+    index = commands.add_parser("index", help="make the index of .tar shards that others wrote")
+    index.add_argument("path", help="folder or URL (s3://, gs://, http://) of the shards")
+    index.add_argument("--out", help="where the index goes (beside the shards)")
+    index.add_argument("--shards", help="their names, where the place cannot be listed: 'a-{000..099}.tar'")
+    index.add_argument(
+        "--image", help="what images are called after the key: jpg, img, image (found from the first shard)"
+    )
+    index.add_argument(
+        "--mask", help="what masks are called after the key: png, seg, mask (found from the first shard)"
+    )
+    add_labels(index)
+    index.add_argument("--bands", type=int, help="bring every image to so many bands when it is read")
+    index.add_argument(
+        "--on_bad_sample",
+        choices=ON_BAD_SAMPLE,
+        default="error",
+        help=f"skip: leave faulty samples and shards out and list them in {BAD_SAMPLES} (error)",
+    )
+    index.add_argument("--workers", type=int, help="processes (one a core)")
+    index.set_defaults(run=run_index)
+
     for name, run, text in (
-        ("verify", run_verify, "compare shards with their index, byte for byte"),
-        ("info", run_info, "what is in a data set"),
+        ("verify", run_verify, "compare shards with their index and decode every sample"),
+        ("info", run_info, "counts, sizes, bands, class balance, object sizes"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("path", type=Path, help="a data set, or one split of it")
+        command.add_argument("path", help="a data set, or one split of it: folder or URL")
+        command.add_argument("--cache", type=Path, help=f"folder for copies of remote shards ({storage.DEFAULT_CACHE})")
         command.set_defaults(run=run)
-    preview = commands.add_parser("preview", help="a picture of some samples with their masks outlined")
-    preview.add_argument("path", type=Path, help="one split, such as data/coins/train")
-    preview.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (preview.png)")
-    preview.add_argument("--count", type=int, default=16, help="samples (16)")
-    preview.set_defaults(run=run_preview)
+    sheet = commands.add_parser("preview", help="a picture of some samples with their masks outlined")
+    sheet.add_argument("path", help="one split, such as data/coins/train")
+    sheet.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (preview.png)")
+    sheet.add_argument("--count", type=int, default=16, help="samples (16)")
+    sheet.set_defaults(run=run_preview)
+
+    which = commands.add_parser(
+        "plan", help="which samples a rank takes in which step, from the index alone, as JSON lines"
+    )
+    which.add_argument("path", metavar="INDEX", help="one split, or its index.json")
+    for option, default, text in (
+        ("--global-batch-size", 8, "samples in one step over all ranks"),
+        ("--world-size", 1, "number of ranks"),
+        ("--rank", 0, "which of them, 0 first"),
+        ("--epoch", 0, "epoch, 0 first"),
+        ("--from-step", 0, "first step, counted within the epoch"),
+        ("--steps", 1, "how many"),
+        ("--seed", 0, "run.seed of the training"),
+        ("--window", 16, "data.shuffle_window of the training, shards"),
+    ):
+        which.add_argument(option, type=int, default=default, help=f"{text} ({default})")
+    which.set_defaults(run=run_plan)
     return parser
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what mask values mean."""
+    parser.add_argument(
+        "--labels",
+        choices=KINDS,
+        default="auto",
+        help="what mask values mean; auto: binary where one value stands beside 0",
+    )
+    parser.add_argument(
+        "--num_classes", type=int, help="1 for binary, else classes with the background; default: from the masks"
+    )
+    parser.add_argument("--ignore_label", type=int, help="mask value that takes no part")
 
 
 def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = COINS_SEED) -> None:
     """Packs the built-in coins into out/train and out/val."""
     for split, count in counts.items():
         samples = (Sample(key, image, mask) for key, image, mask in coins(split, count, seed))
-        write_shards(samples, out / split, num_classes=1)
+        write_shards(
+            progress("samples")(samples, count), out / split, num_classes=1, source=f"coins {split} {count} {seed}"
+        )
 
 
 def run_pack_folder(arguments: argparse.Namespace) -> None:
     """Packs a folder and says what came of it."""
     names = ("split", "val_share", "seed", "labels", "num_classes", "ignore_label", "bands", "longest_side")  # fmt: skip
     options = {name: getattr(arguments, name) for name in (*names, "mask_suffix", "samples_per_shard")}
-    pack_folder(arguments.images, arguments.masks or arguments.images, arguments.out, **options)
+    pack_folder(
+        arguments.images, arguments.masks or arguments.images, arguments.out, **options, progress=progress("samples")
+    )
     arguments.path = arguments.out
     run_info(arguments)
 
 
-def splits_of(path: Path) -> list[Path]:
+def run_index(arguments: argparse.Namespace) -> None:
+    """Makes an index of shards that others wrote, and says what came of it."""
+    names = ("image", "mask", "labels", "num_classes", "ignore_label", "bands", "on_bad_sample", "workers")
+    options = {name: getattr(arguments, name) for name in names}
+    shards = list(braceexpand(arguments.shards)) if arguments.shards else None
+    index = index_shards(arguments.path, arguments.out, shards=shards, progress=progress("shards"), **options)
+    print(
+        f"{storage.join(index.location, FILE)}: {index.num_samples} samples in {len(index.shards)} shards, "
+        f"{index.bands} bands, {index.dtype}, {'binary' if index.num_classes == 1 else f'{index.num_classes} classes'}"
+    )
+    if storage.exists(storage.join(index.location, BAD_SAMPLES)):
+        print(f"what was left out is listed in {storage.join(index.location, BAD_SAMPLES)}")
+
+
+def splits_of(path: str) -> list[str]:
     """Gives the splits of a data set, or the split itself; raises MissingIndex where there is neither."""
-    if (path / FILE).is_file():
-        return [path]
-    found = [path / name for name in SPLITS if (path / name / FILE).is_file()]
+    found = [folder for name in ("", *SPLITS) if storage.exists(storage.join(folder := split_of(path, name), FILE))]
     # where there is nothing, this says so
     if not found:
         load_index(path)
     return found
 
 
+def split_of(path: str, name: str) -> str:
+    """Gives the place of a split in a data set; the data set itself for no name."""
+    return storage.join(path, name) if name else path
+
+
 def run_verify(arguments: argparse.Namespace) -> None:
     """Verifies each split; exits with 1 when something is wrong."""
-    faults = [fault for folder in splits_of(arguments.path) for fault in verify(folder)]
-    print("\n".join(faults) or f"{arguments.path}: every shard is what its index says")
+    faults = 0
+    for folder in splits_of(arguments.path):
+        for fault in verify(folder, cache_of(arguments), progress("shards")):
+            faults += 1
+            print(fault)
     if faults:
+        print(f"{arguments.path}: {faults} faults")
         sys.exit(1)
+    print(f"{arguments.path}: every shard is what its index says, every sample can be read")
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    """Prints one line a split."""
-    for folder in splits_of(arguments.path):
-        index = load_index(folder)
-        size = sum(shard.bytes for shard in index.shards) / 1e6
-        classes = "binary" if index.num_classes == 1 else f"{index.num_classes} classes"
-        print(
-            f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {size:.1f} MB, "
-            f"{index.bands} bands, {index.dtype}, {classes}"
-        )
+    """Says what is in each split."""
+    cache = cache_of(arguments)
+    for folder in splits_of(str(arguments.path)):
+        print(describe(load_index(folder, cache), contents(folder, cache, progress("samples"))))
 
 
 def run_preview(arguments: argparse.Namespace) -> None:
-    """Draws samples side by side, the mask's outline in red."""
-    shards = Shards(arguments.path)
-    count = min(arguments.count, len(shards))
-    side, columns = 192, min(8, count)
-    sheet = Image.new("RGB", (columns * side, -(-count // columns) * (side + 14)), "white")
-    for i in range(count):
-        shard, entry = shards.locate(i * len(shards) // count)
-        image, mask = shards.read(shard, entry)
-        place = (i % columns) * side, (i // columns) * (side + 14)
-        picture = Image.fromarray(outlined(image, mask, shards.index.ignore_index)).resize((side - 4, side - 4))
-        sheet.paste(picture, place)
-        ImageDraw.Draw(sheet).text((place[0], place[1] + side - 3), entry.key[:28], fill="black")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.out)
+    """Draws a contact sheet."""
+    preview(arguments.path, arguments.out, arguments.count, cache_of(arguments))
     print(f"wrote {arguments.out}")
 
 
-def outlined(image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Gives an RGB picture (H, W, 3) uint8 of an image's first, middle and last band with the mask's outline in red."""
-    bands = [0, image_HWC.shape[2] // 2, image_HWC.shape[2] - 1]
-    shown = image_HWC[..., bands].astype(np.float32)
-    low, high = np.percentile(shown, (1, 99), axis=(0, 1))
-    shown = np.clip((shown - low) / np.maximum(high - low, 1e-6), 0, 1) * 255
-    foreground = np.pad((mask_HW != 0) & (mask_HW != ignore_index), 1)
-    inside = foreground[2:, 1:-1] & foreground[:-2, 1:-1] & foreground[1:-1, 2:] & foreground[1:-1, :-2]
-    shown[foreground[1:-1, 1:-1] & ~inside] = (255, 0, 0)
-    return shown.astype(np.uint8)
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Prints a JSON line a step."""
+    folder = arguments.path.removesuffix(f"/{FILE}") if arguments.path != FILE else "."
+    names = ("seed", "window", "global_batch_size", "world_size", "rank", "epoch", "from_step", "steps")
+    for line in plan(load_index(folder), **{name: getattr(arguments, name) for name in names}):
+        print(json.dumps(line))
+
+
+def cache_of(arguments: argparse.Namespace) -> storage.Cache:
+    """Gives the cache that the command line names."""
+    return storage.Cache(Path(getattr(arguments, "cache", None) or storage.DEFAULT_CACHE), int(CACHE_GB * 1e9))
+
+
+def progress(unit: str) -> Callable[[Iterable[T], int], Iterable[T]]:
+    """Gives what shows a progress bar around items, on a terminal."""
+    return lambda items, total: tqdm(items, total=total, unit=f" {unit}", disable=None, leave=False)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,87 @@
-"""index.json: what lies where in a folder of shards, and what a network must know of the data."""
+"""What lies where in a folder of shards, and what a network must know of the data.
+
+Two files beside the shards: index.json has the split's properties and its shards; the samples, which may be a hundred
+million, are columns of an Arrow file that it names, mapped into memory and not read. index.json is written last.
+"""
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data_shards import storage
+from data_shards.labels import Labels
 
 FILE = "index.json"
 FORMAT = "deepskip-shards"
-VERSION = 1
+VERSION = 2
+FORMATS = ("png", "jpg", "jpeg", "tif", "tiff", "npy", "npz")
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("image_offset", pa.int64()),
+        ("image_length", pa.uint32()),
+        ("mask_offset", pa.int64()),
+        ("mask_length", pa.uint32()),
+        # positions in the index's list of formats
+        ("image_format", pa.uint8()),
+        ("mask_format", pa.uint8()),
+        # xxh3_64 of the image's bytes, then the mask's
+        ("digest", pa.uint64()),
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file of a sample inside its tar: extension, first byte and length in bytes."""
+class Member(NamedTuple):
+    """One file of a sample inside its tar: format ("png", ...), first byte and length in bytes."""
 
-    extension: str
+    format: str
     offset: int
     length: int
 
 
-@dataclass(frozen=True)
-class SampleEntry:
-    """One sample: its key and the places of its image and mask."""
+class SampleEntry(NamedTuple):
+    """One sample: its key, the places of its image and mask, the xxh3_64 of their bytes, and the number of its shard."""
 
     key: str
     image: Member
     mask: Member
+    digest: int
+    shard: int = -1
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file: name beside the index, bytes, sha256 and samples in the order of the tar."""
+    """One tar file: name, bytes, sha256 and number of samples."""
 
     name: str
     bytes: int
     sha256: str
-    samples: tuple[SampleEntry, ...]
+    samples: int
 
 
 @dataclass(frozen=True)
 class Index:
-    """A split: its shards and their common properties.
+    """A split: its shards, its samples in the order of the tars, and their common properties.
 
-    bands: of every image. dtype: "uint8" when every image is, else "float32". num_classes: 1 for binary, else classes with
-    background 0. ignore_index: label that takes no part. mean, std: of each band over all pixels of the split, in the
-    images' own units. preparation: what was done to the source images, and must be done to new ones:
-    "bands" and "longest_side", each a number or None.
+    samples: an Arrow table of SCHEMA. formats: what its format columns mean. bands: of every image. dtype: "uint8" when
+    every image is, else "float32". num_classes: 1 for binary, else classes with background 0. ignore_index: label that takes
+    no part. mean, std: of each band over all pixels of the split, in the images' own units. preparation: what was done to
+    the source images, and must be done to new ones: "bands" and "longest_side", each a number or None. labels: how mask
+    values become labels when they are read; None where they are labels. base: where the shards lie, if not beside the
+    index. source: fingerprint of what it was packed from.
     """
 
     shards: tuple[ShardEntry, ...]
+    samples: pa.Table
     bands: int
     dtype: str
     num_classes: int
@@ -58,11 +89,67 @@ class Index:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preparation: dict[str, int | None]
+    formats: tuple[str, ...] = FORMATS
+    labels: Labels | None = None
+    base: str | None = None
+    source: str | None = None
+    location: str = field(default="", compare=False)
 
     @property
     def num_samples(self) -> int:
         """Number of samples in all shards."""
-        return sum(len(shard.samples) for shard in self.shards)
+        return len(self.samples)
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples of each shard: (shards,) int64."""
+        return np.array([shard.samples for shard in self.shards], np.int64)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.shard_sizes)
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        # one chunk, so that this is no copy
+        return {name: self.samples[name].chunk(0).to_numpy() for name in SCHEMA.names[1:]} if len(self.samples) else {}
+
+    @cached_property
+    def _keys(self) -> Any:
+        return self.samples["key"]
+
+    def shard_of(self, sample: int) -> int:
+        """Gives the number of the shard that holds a sample."""
+        return int(np.searchsorted(self._ends, sample, side="right"))
+
+    def shard_range(self, shard: int) -> range:
+        """Gives the sample numbers of a shard."""
+        end = int(self._ends[shard])
+        return range(end - self.shards[shard].samples, end)
+
+    def shard_location(self, shard: int) -> str:
+        """Gives the path or URL of a shard."""
+        return storage.join(self.base or self.location, self.shards[shard].name)
+
+    def keys(self, samples: list[int]) -> list[str]:
+        """Gives the keys of samples."""
+        return self._keys.take(pa.array(samples, pa.int64())).to_pylist()
+
+    def entries(self, samples: list[int]) -> list[SampleEntry]:
+        """Gives all that the index knows of samples."""
+        # a column at a time: single numbers out of arrays take longer than reading the sample
+        taken = {name: values[samples].tolist() for name, values in self._columns.items()}
+        shards = np.searchsorted(self._ends, samples, side="right").tolist()
+        images, masks = (
+            map(
+                Member,
+                [self.formats[code] for code in taken[f"{kind}_format"]],
+                taken[f"{kind}_offset"],
+                taken[f"{kind}_length"],
+            )
+            for kind in ("image", "mask")
+        )
+        return list(map(SampleEntry, self.keys(samples), images, masks, taken["digest"], shards))
 
 
 class MissingIndex(FileNotFoundError):
@@ -73,85 +160,146 @@ class BrokenIndex(ValueError):
     """The index cannot be read."""
 
 
-def load_index(folder: Path) -> Index:
-    """Reads a split's index; raises MissingIndex or BrokenIndex, which say what to do."""
-    path = folder / FILE
-    if not path.is_file():
-        seen = (
-            f"holds {len(list(folder.glob('*.tar')))} .tar files but no {FILE}" if folder.is_dir() else "does not exist"
+def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
+    """Makes the columns of samples, in their order, with FORMATS as formats."""
+    rows = [
+        (
+            e.key,
+            e.image.offset,
+            e.image.length,
+            e.mask.offset,
+            e.mask.length,
+            FORMATS.index(e.image.format),
+            FORMATS.index(e.mask.format),
+            e.digest,
         )
-        raise MissingIndex(
-            f"no shards at {folder}: it {seen}. Pack some: python -m data_shards pack folder --images DIR --masks DIR --out "
-            f"{folder.parent}"
-        )
-    try:
-        raw = json.loads(path.read_text())
-        if raw["format"] != FORMAT or raw["version"] > VERSION:
-            raise ValueError(f"it is {raw['format']} version {raw['version']}, this reads {FORMAT} up to {VERSION}")
-        shards = tuple(_shard(shard) for shard in raw["shards"])
-        return Index(
-            shards, raw["bands"], raw["dtype"], raw["num_classes"], raw["ignore_index"],
-            tuple(raw["mean"]), tuple(raw["std"]), raw["preparation"],
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenIndex(f"{path} cannot be read: {error!r}. Pack the shards again.") from error
-
-
-def save_index(index: Index, folder: Path) -> None:
-    """Writes a split's index whole or not at all."""
-    raw: dict[str, Any] = {"format": FORMAT, "version": VERSION} | asdict(index)
-    # a list a sample instead of names repeated a million times
-    raw["shards"] = [
-        {
-            "name": shard.name,
-            "bytes": shard.bytes,
-            "sha256": shard.sha256,
-            "samples": [
-                [
-                    s.key,
-                    s.image.extension,
-                    s.image.offset,
-                    s.image.length,
-                    s.mask.extension,
-                    s.mask.offset,
-                    s.mask.length,
-                ]
-                for s in shard.samples
-            ],
-        }
-        for shard in index.shards
+        for e in entries
     ]
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    with temporary.open("w") as file:
-        json.dump(raw, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / FILE)
+    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
-def _shard(raw: dict[str, Any]) -> ShardEntry:
+def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
+    """Reads a split's index from a folder or URL; raises MissingIndex or BrokenIndex, which say what to do.
+
+    cache: where the samples of a remote index are kept; by default in a temporary file of this process.
+    """
+    location = str(folder)
+    path = storage.join(location, FILE)
+    try:
+        text = storage.read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingIndex(f"no shards at {location}: {_what_is_there(location)}") from error
+    try:
+        raw = json.loads(text)
+        if raw["format"] != FORMAT or raw["version"] != VERSION:
+            raise ValueError(f"it is {raw['format']} version {raw['version']}, this reads {FORMAT} version {VERSION}")
+        for name in [shard["name"] for shard in raw["shards"]] + [raw["samples"]["file"]]:
+            _check_name(name)
+        samples = _load_samples(location, raw["samples"], cache)
+        shards = tuple(ShardEntry(**shard) for shard in raw["shards"])
+        if sum(shard.samples for shard in shards) != len(samples):
+            raise ValueError(f"its shards have {sum(s.samples for s in shards)} samples, its table {len(samples)}")
+        labels = Labels(**raw["labels"]) if raw["labels"] else None
+        return Index(
+            shards, samples, raw["bands"], raw["dtype"], raw["num_classes"], raw["ignore_index"],
+            tuple(raw["mean"]), tuple(raw["std"]), raw["preparation"], tuple(raw["formats"]),
+            labels, raw["base"], raw["source"], location,
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, storage.ChangedFile) as error:
+        raise BrokenIndex(
+            f"{path} cannot be read: {error!r}. Make it anew: python -m data_shards index {location}, or pack again."
+        ) from error
+
+
+def save_index(index: Index, folder: str | Path) -> None:
+    """Writes a split's index into a folder or URL, whole or not at all; an older index stays valid until then."""
+    location = str(folder)
+    sink = pa.BufferOutputStream()
+    table = index.samples.combine_chunks()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        # a single batch, so that each column is one piece of memory
+        writer.write_table(table, max_chunksize=max(1, len(table)))
+    data = sink.getvalue().to_pybytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    # named for its contents: the file that an older index.json names is never written over
+    name = f"samples-{sha256[:16]}.arrow"
+    properties = {
+        f: getattr(index, f)
+        for f in (
+            "bands",
+            "dtype",
+            "num_classes",
+            "ignore_index",
+            "mean",
+            "std",
+            "preparation",
+            "formats",
+            "base",
+            "source",
+        )
+    }
+    raw: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        **properties,
+        "labels": asdict(index.labels) if index.labels else None,
+        "samples": {"file": name, "bytes": len(data), "sha256": sha256, "count": len(table)},
+        "shards": [asdict(shard) for shard in index.shards],
+    }
+    older = _samples_file(location)
+    storage.write_bytes(storage.join(location, name), data)
+    storage.write_bytes(storage.join(location, FILE), json.dumps(raw).encode())
+    if older not in (None, name):
+        storage.remove(storage.join(location, str(older)))
+
+
+def _samples_file(location: str) -> str | None:
+    try:
+        name = json.loads(storage.read_bytes(storage.join(location, FILE)))["samples"]["file"]
+        _check_name(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name
+
+
+def _load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | None) -> pa.Table:
+    path = storage.join(location, raw["file"])
+    if not storage.is_remote(path):
+        local = Path(path.removeprefix("file://"))
+        if local.stat().st_size != raw["bytes"]:
+            raise ValueError(f"{raw['file']} has {local.stat().st_size} bytes where it says {raw['bytes']}")
+        source = pa.memory_map(str(local))
+    elif cache is not None:
+        source = pa.memory_map(str(cache.fetch(path, raw["bytes"], raw["sha256"])))
+    else:
+        with tempfile.NamedTemporaryFile(prefix="deepskip-index-") as file:
+            storage.download(path, Path(file.name), raw["bytes"], raw["sha256"])
+            source = pa.memory_map(file.name)
+    try:
+        with pa.ipc.open_file(source) as reader:
+            table = reader.read_all()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{raw['file']}: {error}") from error
+    if table.schema != SCHEMA:
+        raise ValueError(f"{raw['file']} has other columns than expected: {table.schema.names}")
+    return table.combine_chunks() if table["key"].num_chunks > 1 else table
+
+
+def _check_name(name: str) -> None:
     # names come from a file that anyone may have written: they must not lead out of the folder
-    if "/" in raw["name"] or raw["name"].startswith("."):
-        raise ValueError(f"shard name {raw['name']!r} is no plain file name")
-    samples = tuple(SampleEntry(s[0], Member(*s[1:4]), Member(*s[4:7])) for s in raw["samples"])
-    return ShardEntry(raw["name"], raw["bytes"], raw["sha256"], samples)
+    if "/" in name or "\\" in name or name.startswith(".") or not name:
+        raise ValueError(f"the name {name!r} is no plain file name")
 
 
-def file_sha256(path: Path) -> str:
-    """Computes a file's sha256 as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify(folder: Path) -> list[str]:
-    """Compares every shard with the index, byte for byte; gives a line for each fault, so none when all is well."""
-    faults = []
-    for shard in load_index(folder).shards:
-        path = folder / shard.name
-        if not path.is_file():
-            faults.append(f"{path} is gone")
-        elif path.stat().st_size != shard.bytes:
-            faults.append(f"{path} has {path.stat().st_size} bytes; the index says {shard.bytes}")
-        elif file_sha256(path) != shard.sha256:
-            faults.append(f"{path} has the right size but other contents than when it was indexed (sha256 differs)")
-    return faults
+def _what_is_there(location: str) -> str:
+    parent = location.rstrip("/").rpartition("/")[0] or "DIR"
+    pack = f"Pack some: python -m data_shards pack folder --images DIR --masks DIR --out {parent}"
+    try:
+        tars = len(storage.list_files(location, ".tar"))
+    # no listing over http, no such folder, no rights
+    except Exception:
+        return f"it does not exist or cannot be listed. {pack}"
+    if tars:
+        return f"it holds {tars} .tar files but no {FILE}. Make one: python -m data_shards index {location}"
+    return f"it holds no {FILE}. {pack}"

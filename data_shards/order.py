@@ -1,11 +1,13 @@
-"""The order of samples, as pure functions on integers; no I/O, no state.
+"""The order of samples, as pure functions of integers; no I/O, no state.
 
 An epoch takes every sample once. Its order is shuffled from (seed, epoch): shards first, then samples within a window of
-neighbouring shards, so that a reader of one window opens few shards. Global batch t of an epoch is samples t*G .. t*G + G - 1
-of that order, whatever the world size. The whole state of a stream is its step.
+neighbouring shards, so that a reader has few shards open. Global batch t of an epoch is positions t*G .. t*G + G - 1 of that
+order, whatever the world size. The whole state of a stream is its step. Any position is found by one search among the
+windows: only the window that holds it is ever shuffled.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,19 +21,53 @@ class Slot(NamedTuple):
     weight: int
 
 
-def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int = 16) -> np.ndarray:
-    """Gives the order of an epoch: (samples,) int64, each sample number once; window is in shards.
+class EpochOrder:
+    """The order of one epoch: a permutation of the sample numbers, made window by window where it is asked for.
 
-    Samples are numbered through the shards in the index's order.
+    seed, epoch: what it is drawn from. shard_sizes: samples in each shard; samples are numbered through the shards in the
+    index's order. window: shards that are shuffled together.
     """
-    rng = np.random.default_rng([seed, epoch])
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = rng.permutation(len(shard_sizes))
-    order = []
-    for first in range(0, len(shards), window):
-        numbers = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]])
-        order.append(rng.permutation(numbers))
-    return np.concatenate(order).astype(np.int64) if order else np.zeros(0, np.int64)
+
+    def __init__(self, seed: int, epoch: int, shard_sizes: Sequence[int] | np.ndarray, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"the window is {window} shards; it must be 1 or more")
+        sizes = np.asarray(shard_sizes, np.int64)
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.first_numbers = np.cumsum(sizes) - sizes
+        self.sizes = sizes
+        self.shards = np.random.default_rng([seed, epoch]).permutation(len(sizes))
+        ends = np.cumsum(sizes[self.shards])
+        # the last window may have fewer shards
+        self.window_ends = np.append(ends[window - 1 : -1 : window], ends[-1:])
+        self.shuffled = lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        return int(self.window_ends[-1]) if len(self.window_ends) else 0
+
+    def window_at(self, position: int) -> int:
+        """Gives the number of the window that holds a position."""
+        return int(np.searchsorted(self.window_ends, position, side="right"))
+
+    def window_shards(self, number: int) -> np.ndarray:
+        """Gives the shards of a window: (window or fewer,) int64; none past the last window."""
+        return self.shards[number * self.window : (number + 1) * self.window]
+
+    def _shuffled(self, number: int) -> np.ndarray:
+        shards = self.window_shards(number)
+        numbers = np.concatenate([np.arange(self.sizes[s]) + self.first_numbers[s] for s in shards])
+        return np.random.default_rng([self.seed, self.epoch, number]).permutation(numbers)
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """Gives the sample numbers at positions start .. stop - 1, as far as the epoch goes: int64."""
+        stop = min(stop, len(self))
+        parts = []
+        while start < stop:
+            number = self.window_at(start)
+            first = int(self.window_ends[number - 1]) if number else 0
+            end = min(stop, int(self.window_ends[number]))
+            parts.append(self.shuffled(number)[start - first : end - first])
+            start = end
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def steps_per_epoch(samples: int, global_batch_size: int) -> int:
@@ -39,20 +75,18 @@ def steps_per_epoch(samples: int, global_batch_size: int) -> int:
     return -(-samples // global_batch_size)
 
 
-def rank_slots(
-    order: np.ndarray, epoch: int, batch: int, global_batch_size: int, rank: int, world_size: int
-) -> list[Slot]:
+def rank_slots(order: EpochOrder, batch: int, global_batch_size: int, rank: int, world_size: int) -> list[Slot]:
     """Gives a rank's places in global batch `batch` of an epoch: ceil(global_batch_size / world_size) on every rank.
 
     Places past the end of the epoch, or past the batch, are filled with repeats of weight 0.
     """
     per_rank = -(-global_batch_size // world_size)
-    taken = order[batch * global_batch_size : (batch + 1) * global_batch_size]
+    taken = order.samples(batch * global_batch_size, (batch + 1) * global_batch_size).tolist()
     slots = []
     for position in range(rank * per_rank, (rank + 1) * per_rank):
         if position < len(taken):
-            slots.append(Slot(epoch, int(taken[position]), 1))
+            slots.append(Slot(order.epoch, taken[position], 1))
         else:
-            # repeats of other parts of the epoch, so that batch norm sees natural data
-            slots.append(Slot(epoch, int(order[position % len(order)]), 0))
+            # natural data for batch norm; from this batch, so that it costs no other shard
+            slots.append(Slot(order.epoch, taken[position % len(taken)], 0))
     return slots

@@ -1,9 +1,10 @@
 """Batches out of shards: each rank's share of every global batch, from any step, and the images of a validation split."""
 
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_shards.index import Index, Member, SampleEntry, ShardEntry, load_index
-from data_shards.order import Slot, epoch_order, rank_slots, steps_per_epoch
-from data_shards.sample import BadSample, decode_image, decode_mask
+from data_shards import storage
+from data_shards.index import Index, SampleEntry, load_index
+from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
+from data_shards.sample import BadSample, band_statistics, decode_image, decode_mask, npy_header, resample_bands
+from data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")
+ON_BAD_SAMPLE = ("error", "skip")
+# remote shards that are fetched at once
+FETCHES = 4
+OPEN_SHARDS = 64
+# bytes between image and mask that are read along
+MAX_GAP = 65536
 Batch = dict[str, Any]
-
-
-class BrokenShard(RuntimeError):
-    """A shard is gone, or is no longer the file that was indexed."""
 
 
 @dataclass(frozen=True)
@@ -33,80 +38,215 @@ class Crops:
 
 
 class Shards(Dataset[Batch]):
-    """The samples of one split by number, each read by its offset and checked against the index.
+    """The samples of one split, read by their place in the tar and checked against the index.
 
-    normalize: whose mean and deviation go with each sample ("image": its own, over the whole image; "dataset": the
-    index's; "none": 0 and 1). num_classes: as the model's; the index's by default. crops: None gives whole images.
-    An item is {"image" (bands, H, W), "mask" (H, W) int64, "mean" and "std" (bands,), "weight", "epoch", "sample", "key"}.
+    folder: path or URL. normalize: whose mean and deviation go with each sample ("image": its own, over the whole image;
+    "dataset": the index's; "none": 0 and 1). num_classes: as the model's; the index's by default. crops: None gives whole
+    images. on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in the place and names the sample in the batch.
+    cache: where copies of remote shards are kept; needed for a URL.
+    `shards[slots]` is the batch of these places: {"image" (N, bands, H, W), in channels-last memory, "mask" (N, H, W) uint8,
+    "mean" and "std" (N, bands), "weight" (N,), "epoch", "sample", "key": lists of N, "bad": list of what was skipped}.
     Raises BadSample or BrokenShard, which name shard and sample.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         normalize: str = "image",
         crops: Crops | None = None,
         num_classes: int | None = None,
+        on_bad_sample: str = "error",
+        cache: storage.Cache | None = None,
     ) -> None:
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize is {normalize!r}; it must be one of {', '.join(NORMALIZATIONS)}")
-        self.folder, self.normalize, self.crops = folder, normalize, crops
-        self.index: Index = load_index(folder)
+        for name, value, allowed in (
+            ("normalize", normalize, NORMALIZATIONS),
+            ("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        self.folder, self.normalize, self.crops, self.cache = str(folder), normalize, crops, cache
+        self.on_bad_sample = on_bad_sample
+        self.index: Index = load_index(folder, cache)
         self.num_classes = num_classes or self.index.num_classes
-        self.shard_sizes = [len(shard.samples) for shard in self.index.shards]
-        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" else np.float32)
+        self.mean, self.std = (np.array(values, np.float32) for values in (self.index.mean, self.index.std))
+        # by process: descriptors do not survive being sent to a loader process
+        self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._broken: dict[int, BrokenShard] = {}
 
     def __len__(self) -> int:
         return self.index.num_samples
 
-    def __getitem__(self, slot: Slot) -> Batch:
-        shard, entry = self.locate(slot.sample)
-        image, mask = self.read(shard, entry)
-        mean, std = self.statistics(image)
-        if self.crops is not None:
-            rng = np.random.default_rng([self.crops.seed, slot.epoch, slot.sample, 0])
-            image, mask = random_crop(image, mask, self.crops, self.index.ignore_index, rng)
-        dtype = np.uint8 if self.index.dtype == "uint8" else np.float32
+    def __getitem__(self, slots: Sequence[Slot]) -> Batch:
+        entries = self.index.entries([slot.sample for slot in slots])
+        weights = [float(slot.weight) for slot in slots]
+        bad: list[dict[str, Any]] = []
+        read = self.read_straight(entries)
+        if read is not None:
+            images, masks = read
+            moments = [self.statistics(image) for image in images]
+        else:
+            items: list[tuple[np.ndarray, ...] | None] = []
+            for slot, entry in zip(slots, entries, strict=True):
+                try:
+                    items.append(self.item(slot, entry))
+                except (BadSample, BrokenShard) as error:
+                    if self.on_bad_sample == "error":
+                        raise
+                    weights[len(items)] = 0.0
+                    bad.append(self.report(slot, entry, error))
+                    items.append(None)
+            repeat = next((item for item in items if item is not None), None) or self.blank()
+            whole = [repeat if item is None else item for item in items]
+            images = np.stack([item[0] for item in whole]).astype(self.image_dtype, copy=False)
+            masks = np.stack([item[1] for item in whole])
+            moments = [(item[2], item[3]) for item in whole]
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype)),
-            "mask": torch.from_numpy(mask.astype(np.int64)),
-            "mean": torch.from_numpy(mean),
-            "std": torch.from_numpy(std),
-            "weight": float(slot.weight),
-            "epoch": slot.epoch,
-            "sample": slot.sample,
-            "key": entry.key,
+            # (N, H, W, bands) as it lies in the files is channels-last memory: no transposition anywhere
+            "image": torch.from_numpy(images).permute(0, 3, 1, 2),
+            "mask": torch.from_numpy(masks),
+            "mean": torch.from_numpy(np.stack([mean for mean, _ in moments])),
+            "std": torch.from_numpy(np.stack([std for _, std in moments])),
+            "weight": torch.tensor(weights),
+            "epoch": [slot.epoch for slot in slots],
+            "sample": [slot.sample for slot in slots],
+            "key": [entry.key for entry in entries],
+            "bad": bad,
         }
 
-    def locate(self, sample: int) -> tuple[ShardEntry, SampleEntry]:
-        """Finds the shard and the entry of a sample number."""
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return self.index.shards[shard], self.index.shards[shard].samples[sample - int(self.starts[shard])]
+    # torch's loader asks for whole batches by this name
+    __getitems__ = __getitem__
 
-    def read(self, shard: ShardEntry, entry: SampleEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Reads and checks one sample: image (H, W, bands) and mask (H, W)."""
-        path = self.folder / shard.name
-        descriptor = open_shard(path, shard.bytes)
+    def read_straight(self, entries: list[SampleEntry]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads a batch of .npy samples that have the crops' size from the files into the batch's memory, in one call each.
+
+        Gives images (N, H, W, bands) and masks (N, H, W); None where the samples are of another kind, or anything is wrong
+        with one: reading them one by one says what.
+        """
+        if self.crops is None or self.index.labels is not None:
+            return None
+        N, size = len(entries), self.crops.size
+        images = np.empty((N, size, size, self.index.bands), self.image_dtype)
+        masks = np.empty((N, size, size), np.uint8)
+        image_header, mask_header = npy_header(images.shape[1:], images.dtype), npy_header(masks.shape[1:], masks.dtype)
+        image_length, mask_length = len(image_header) + images[0].nbytes, len(mask_header) + masks[0].nbytes
+        gap = bytearray(MAX_GAP)
+        header_found, mask_header_found = bytearray(len(image_header)), bytearray(len(mask_header))
         try:
-            image = decode_image(entry.image.extension, read_member(descriptor, entry.image))
-            mask = decode_mask(entry.mask.extension, read_member(descriptor, entry.mask))
-        except ValueError as error:
-            raise BadSample(str(path), entry.key, str(error)) from error
-        if image.shape[:2] != mask.shape:
-            raise BadSample(
-                str(path), entry.key, f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)"
-            )
-        if image.shape[2] != self.index.bands:
-            raise BadSample(str(path), entry.key, f"has {image.shape[2]} bands; the index says {self.index.bands}")
+            for i, (_, image, mask, expected, shard) in enumerate(entries):
+                between = mask.offset - image.offset - image.length
+                if (image.format, mask.format) != ("npy", "npy") or (image.length, mask.length) != (
+                    image_length,
+                    mask_length,
+                ):
+                    return None
+                if not 0 <= between <= MAX_GAP:
+                    return None
+                image_bytes, mask_bytes = images[i].data.cast("B"), masks[i].data.cast("B")
+                parts = [header_found, image_bytes, memoryview(gap)[:between], mask_header_found, mask_bytes]
+                if os.preadv(self.open_shard(shard), parts, image.offset) != image_length + between + mask_length:
+                    return None
+                if header_found != image_header or mask_header_found != mask_header:
+                    return None
+                if digest((header_found, image_bytes, mask_header_found, mask_bytes)) != expected:
+                    return None
+        except (OSError, BrokenShard):
+            return None
         highest = 1 if self.num_classes == 1 else self.num_classes - 1
-        wrong = (mask > highest) & (mask != self.index.ignore_index)
-        if wrong.any():
-            raise BadSample(
-                str(path),
-                entry.key,
-                f"has label {mask[wrong].max()}; with {self.num_classes} classes the highest is {highest}",
-            )
+        if masks.max() > highest and ((masks > highest) & (masks != self.index.ignore_index)).any():
+            return None
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            return None
+        return images, masks
+
+    def item(self, slot: Slot, entry: SampleEntry) -> tuple[np.ndarray, ...]:
+        """Gives a sample as image (H, W, bands), mask (H, W), mean and std (bands,), cropped where crops are asked for."""
+        image, mask = self.read(entry)
+        mean, std = self.statistics(image)
+        if self.crops is not None and mask.shape != (self.crops.size, self.crops.size):
+            rng = np.random.default_rng([self.crops.seed, slot.epoch, slot.sample, 0])
+            image, mask = random_crop(image, mask, self.crops, self.index.ignore_index, rng)
+        return image, mask, mean, std
+
+    def blank(self) -> tuple[np.ndarray, ...]:
+        """Gives an item without contents, for a batch that has no good sample at all."""
+        side, bands = self.crops.size if self.crops else 32, self.index.bands
+        mask = np.full((side, side), self.index.ignore_index, np.uint8)
+        image = np.zeros((side, side, bands), self.image_dtype)
+        return image, mask, np.zeros(bands, np.float32), np.ones(bands, np.float32)
+
+    def report(self, slot: Slot, entry: SampleEntry, error: BadSample | BrokenShard) -> dict[str, Any]:
+        """Says which sample was skipped where and why."""
+        reason = error.reason if isinstance(error, BadSample) else str(error)
+        shard = self.index.shard_location(entry.shard)
+        return {"shard": shard, "key": entry.key, "epoch": slot.epoch, "reason": reason}
+
+    def read(self, entry: SampleEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Reads and checks one sample: image (H, W, bands) and mask (H, W) uint8."""
+        descriptor = self.open_shard(entry.shard)
+        try:
+            image, mask = decode_sample(descriptor, entry, self.index)
+            highest = 1 if self.num_classes == 1 else self.num_classes - 1
+            if mask.max() > highest:
+                wrong = mask[(mask > highest) & (mask != self.index.ignore_index)]
+                if wrong.size:
+                    raise ValueError(
+                        f"has label {wrong.max()}; with {self.num_classes} classes the highest is {highest}"
+                    )
+        except (ValueError, MemoryError) as error:
+            raise BadSample(self.index.shard_location(entry.shard), entry.key, str(error)) from error
         return image, mask
+
+    def open_shard(self, number: int) -> int:
+        """Opens a shard for reading by place and keeps it open; fetches it first where it is remote.
+
+        Raises BrokenShard where it is gone or is not the file that was indexed.
+        """
+        key = os.getpid(), number
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        # one that is gone is not tried again for each of its samples
+        if number in self._broken:
+            raise self._broken[number]
+        try:
+            descriptor = self._open_file(number)
+        except BrokenShard as error:
+            self._broken[number] = error
+            raise
+        self._open[key] = descriptor
+        if len(self._open) > OPEN_SHARDS:
+            (owner, _), oldest = self._open.popitem(last=False)
+            if owner == os.getpid():
+                os.close(oldest)
+        return descriptor
+
+    def _open_file(self, number: int) -> int:
+        shard, location = self.index.shards[number], self.index.shard_location(number)
+        again = f"Put it back, or make a new index: python -m data_shards index {self.folder}"
+        try:
+            path = self.local_path(number)
+            descriptor = os.open(path, os.O_RDONLY)
+        except storage.ChangedFile as error:
+            raise BrokenShard(f"{error}. {again}") from error
+        except storage.StorageError as error:
+            raise BrokenShard(str(error)) from error
+        except OSError as error:
+            raise BrokenShard(f"{location} cannot be opened: {error.strerror or error}. {again}") from error
+        found = os.fstat(descriptor).st_size
+        if found != shard.bytes:
+            os.close(descriptor)
+            raise BrokenShard(f"{location} has {found} bytes where its index says {shard.bytes}. {again}")
+        return descriptor
+
+    def local_path(self, number: int) -> Path:
+        """Gives the path of a shard, or of its copy in the cache, fetching it first where that is not there."""
+        location, shard = self.index.shard_location(number), self.index.shards[number]
+        if not storage.is_remote(location):
+            return Path(location.removeprefix("file://"))
+        if self.cache is None:
+            raise ValueError(f"{location} is remote: reading it needs a cache")
+        return self.cache.fetch(location, shard.bytes, shard.sha256)
 
     def statistics(self, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gives the mean and deviation of each band to normalise by: two arrays (bands,) float32."""
@@ -114,31 +254,38 @@ class Shards(Dataset[Batch]):
         if self.normalize == "none":
             return np.zeros(bands, np.float32), np.ones(bands, np.float32)
         if self.normalize == "dataset":
-            return np.array(self.index.mean, np.float32), np.array(self.index.std, np.float32)
-        flat = image_HWC.reshape(-1, bands)
-        return flat.mean(0, dtype=np.float64).astype(np.float32), flat.std(0, dtype=np.float64).astype(np.float32)
+            return self.mean, self.std
+        mean, std = band_statistics(image_HWC)
+        return mean.astype(np.float32), std.astype(np.float32)
 
 
-@lru_cache(maxsize=64)
-def open_shard(path: Path, size: int) -> int:
-    """Opens a shard for reading at offsets, once a process; raises BrokenShard where it is not the size indexed."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise BrokenShard(f"{path} cannot be opened: {error.strerror}. Put it back or pack the data again.") from error
-    found = os.fstat(descriptor).st_size
-    if found != size:
-        os.close(descriptor)
-        raise BrokenShard(f"{path} has {found} bytes where its index says {size}. Pack the data again.")
-    return descriptor
-
-
-def read_member(descriptor: int, member: Member) -> bytes:
-    """Reads one member's bytes; raises ValueError where the file ends before it does."""
-    data = os.pread(descriptor, member.length, member.offset)
-    if len(data) != member.length:
-        raise ValueError(f"ends after {len(data)} of {member.length} bytes")
-    return data
+def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a sample out of an open tar: image (H, W, bands) and mask (H, W) uint8 labels; raises ValueError."""
+    kinds = entry.image, entry.mask
+    start = min(member.offset for member in kinds)
+    span = max(member.offset + member.length for member in kinds) - start
+    # image and mask lie side by side as a rule: one read for both
+    if span <= entry.image.length + entry.mask.length + MAX_GAP:
+        data = memoryview(os.pread(descriptor, span, start))
+        parts = [data[m.offset - start : m.offset - start + m.length] for m in kinds]
+    else:
+        parts = [memoryview(os.pread(descriptor, m.length, m.offset)) for m in kinds]
+    for member, part in zip(kinds, parts, strict=True):
+        if len(part) != member.length:
+            raise ValueError(f"ends after {len(part)} of {member.length} bytes")
+    if digest(parts) != entry.digest:
+        raise ValueError("has other bytes than when it was indexed (xxh3 differs)")
+    image = decode_image(entry.image.format, parts[0])
+    mask = decode_mask(entry.mask.format, parts[1])
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
+    if image.shape[2] != index.bands:
+        if index.preparation["bands"] != index.bands:
+            raise ValueError(f"has {image.shape[2]} bands; the index says {index.bands}")
+        image = resample_bands(image, index.bands)
+    if index.labels is not None:
+        mask = index.labels.apply(mask)
+    return image, mask.astype(np.uint8, copy=False)
 
 
 def random_crop(
@@ -171,11 +318,37 @@ def random_crop(
     return image_HWC[window], mask_HW[window]
 
 
-def collate(items: list[Batch]) -> Batch:
-    """Makes a batch of items: tensors stacked, weights a tensor (N,), epoch, sample and key lists."""
-    batch: Batch = {name: torch.stack([item[name] for item in items]) for name in ("image", "mask", "mean", "std")}
-    batch["weight"] = torch.tensor([item["weight"] for item in items])
-    return batch | {name: [item[name] for item in items] for name in ("epoch", "sample", "key")}
+class ReadAhead:
+    """Fetches the shards of the window in use and of the next into the cache, in threads, in the order of the epoch."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self.pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="deepskip-fetch")
+        self.asked: OrderedDict[int, Future[Path]] = OrderedDict()
+
+    def want(self, numbers: Sequence[int]) -> None:
+        """Sees to it that shards come, those named first first; an error is left to whoever reads the shard."""
+        for number in numbers:
+            if number not in self.asked:
+                self.asked[number] = self.pool.submit(self.shards.local_path, number)
+        for number in [n for n in self.asked if n not in numbers]:
+            self.asked.pop(number).cancel()
+
+    def close(self) -> None:
+        """Stops what has not begun."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_cache(shards: Shards, window: int) -> None:
+    """Raises ValueError where the cache cannot hold the largest window of a remote split's shards, and the next."""
+    if shards.cache is None or not storage.is_remote(shards.index.base or shards.folder):
+        return
+    largest = sum(sorted((shard.bytes for shard in shards.index.shards), reverse=True)[: 2 * window])
+    if largest > shards.cache.limit:
+        raise ValueError(
+            f"two windows of {window} shards of {shards.folder} have {largest / 1e9:.2f} GB, the cache at "
+            f"{shards.cache.folder} {shards.cache.limit / 1e9:.2f} GB; raise data.cache_gb or lower data.shuffle_window"
+        )
 
 
 def train_batches(
@@ -186,35 +359,60 @@ def train_batches(
     rank: int,
     world_size: int,
     loader_workers: int = 0,
+    window: int = 16,
 ) -> Iterator[Batch]:
     """Yields this rank's share of global batch first_step, first_step + 1, and so on without end.
 
-    loader_workers: decoding processes. Raises ValueError for a split without samples.
+    loader_workers: decoding processes. window: shards that are shuffled together. Raises ValueError for a split without
+    samples, or a cache too small for the window.
     """
     if len(shards) == 0:
         raise ValueError(f"{shards.folder} holds no samples")
+    check_cache(shards, window)
+    ahead = ReadAhead(shards) if storage.is_remote(shards.index.base or shards.folder) else None
 
     def slots() -> Iterator[list[Slot]]:
         per_epoch = steps_per_epoch(len(shards), global_batch_size)
         epoch, batch = divmod(first_step, per_epoch)
         while True:
-            order = epoch_order(seed, epoch, shards.shard_sizes)
+            order = EpochOrder(seed, epoch, shards.index.shard_sizes, window)
             for t in range(batch, per_epoch):
-                yield rank_slots(order, epoch, t, global_batch_size, rank, world_size)
+                if ahead is not None:
+                    number = order.window_at(t * global_batch_size)
+                    ahead.want([*order.window_shards(number).tolist(), *order.window_shards(number + 1).tolist()])
+                yield rank_slots(order, t, global_batch_size, rank, world_size)
             epoch, batch = epoch + 1, 0
 
     loader = DataLoader(
         shards,
         batch_sampler=slots(),
-        collate_fn=collate,
+        collate_fn=as_it_is,
         num_workers=loader_workers,
         prefetch_factor=4 if loader_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    yield from loader
+    try:
+        yield from loader
+    finally:
+        if ahead is not None:
+            ahead.close()
 
 
-def whole_images(shards: Shards, rank: int, world_size: int) -> Iterator[Batch]:
-    """Yields every world_size-th sample from number `rank` on, whole, one a batch; all ranks together each sample once."""
+def as_it_is(batch: Any) -> Any:
+    """Gives the batch, which is made already."""
+    return batch
+
+
+def whole_images(
+    shards: Shards, rank: int, world_size: int, skipped: Callable[[dict[str, Any]], None] = lambda report: None
+) -> Iterator[Batch]:
+    """Yields every world_size-th sample from number `rank` on, whole, one a batch; all ranks together each sample once.
+
+    skipped: told of each bad sample that is left out.
+    """
     for sample in range(rank, len(shards), world_size):
-        yield collate([shards[Slot(0, sample, 1)]])
+        batch = shards[[Slot(0, sample, 1)]]
+        for report in batch["bad"]:
+            skipped(report)
+        if not batch["bad"]:
+            yield batch

@@ -1,16 +1,32 @@
 """Writes samples into WebDataset shards with their index; a split appears whole or not at all."""
 
+import contextlib
+import dataclasses
+import fcntl
 import shutil
-import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import webdataset
 
-from data_shards.index import Index, Member, SampleEntry, ShardEntry, file_sha256, save_index
+from data_shards.index import (
+    BrokenIndex,
+    Index,
+    MissingIndex,
+    SampleEntry,
+    ShardEntry,
+    load_index,
+    sample_table,
+    save_index,
+)
+from data_shards.labels import IGNORE_INDEX
 from data_shards.sample import Sample, encode_image, encode_mask
+from data_shards.scan import sample_entry, scan_tar
+from data_shards.storage import file_sha256
+
+LOCK = ".lock"
 
 
 def write_shards(
@@ -18,27 +34,49 @@ def write_shards(
     folder: Path,
     *,
     num_classes: int,
-    ignore_index: int = 255,
+    ignore_index: int = IGNORE_INDEX,
     preparation: dict[str, int | None] | None = None,
     samples_per_shard: int = 256,
+    source: str | None = None,
 ) -> Index:
     """Writes a split's shards and index into `folder`, which must not exist, and returns the index.
 
-    Shards are the same bytes for the same samples. Raises ValueError for samples of different bands, labels that
-    num_classes does not have, keys that occur twice or hold a dot or slash; FileExistsError when the folder is there.
+    Shards are the same bytes for the same samples. source: fingerprint of what they are made of; where `folder` holds
+    shards of the same one, they are left as they are and their index is returned. What a killed process left half-written is
+    removed. Raises ValueError for samples of different bands, labels that num_classes does not have, keys that occur twice
+    or hold a dot or slash; FileExistsError when the folder is there.
     """
     if folder.exists():
+        with contextlib.suppress(MissingIndex, BrokenIndex):
+            index = load_index(folder)
+            if source is not None and index.source == source:
+                return index
         raise FileExistsError(f"{folder} is there already; remove it or pack to another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        index = _write(iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard)
+    with half_written(folder) as temporary:
+        index = _write(iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source)
         save_index(index, temporary)
+        (temporary / LOCK).unlink()
         temporary.chmod(0o755)
         temporary.rename(folder)
+    return dataclasses.replace(index, location=str(folder))
+
+
+@contextlib.contextmanager
+def half_written(folder: Path) -> Iterator[Path]:
+    """Makes a temporary folder beside `folder`, and removes it and what killed processes left of theirs."""
+    for stale in folder.parent.glob(f".{folder.name}.*"):
+        # whoever writes holds the lock, and it ends with the process
+        with contextlib.suppress(OSError), (stale / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with (temporary / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return index
 
 
 def _write(
@@ -48,6 +86,7 @@ def _write(
     ignore_index: int,
     preparation: dict[str, int | None] | None,
     samples_per_shard: int,
+    source: str | None,
 ) -> Index:
     paths: list[Path] = []
     keys: set[str] = set()
@@ -86,8 +125,15 @@ def _write(
         raise ValueError("there are no samples to write")
     mean = total / pixels
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+    entries: list[SampleEntry] = []
+    shards = []
+    for path in paths:
+        found = own_entries(path)
+        shards.append(ShardEntry(path.name, path.stat().st_size, file_sha256(path), len(found)))
+        entries += found
     return Index(
-        shards=tuple(scan_shard(path) for path in paths),
+        shards=tuple(shards),
+        samples=sample_table(entries),
         bands=bands,
         dtype="uint8" if dtypes == {np.dtype(np.uint8)} else "float32",
         num_classes=num_classes,
@@ -95,7 +141,17 @@ def _write(
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         preparation=preparation or {"bands": None, "longest_side": None},
+        source=source,
     )
+
+
+def own_entries(path: Path) -> list[SampleEntry]:
+    """Reads where each sample lies in a shard that write_shards wrote, from the shard itself."""
+    with path.open("rb") as file:
+        return [
+            sample_entry(key, members, ("image", "mask"), file.fileno())[0]
+            for key, members in scan_tar(path, path.name).samples.items()
+        ]
 
 
 def check_sample(sample: Sample, keys: set[str], bands: int, num_classes: int, ignore_index: int) -> None:
@@ -115,14 +171,3 @@ def check_sample(sample: Sample, keys: set[str], bands: int, num_classes: int, i
         raise ValueError(
             f"sample {sample.key} has label {labels.max()}; with num_classes {num_classes} the highest is {highest}"
         )
-
-
-def scan_shard(path: Path) -> ShardEntry:
-    """Reads where each sample lies in a shard that write_shards wrote."""
-    members: dict[str, dict[str, Member]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            key, kind, extension = info.name.split(".")
-            members.setdefault(key, {})[kind] = Member(extension, info.offset_data, info.size)
-    samples = tuple(SampleEntry(key, found["image"], found["mask"]) for key, found in members.items())
-    return ShardEntry(path.name, path.stat().st_size, file_sha256(path), samples)

@@ -43,7 +43,7 @@ class DataConfig:
     """Where samples come from and how they are cut."""
 
     path: str = "data/coins"
-    """folder that holds train/ and val/, each with shards and an index.json"""
+    """folder or URL (s3://, gs://, http://) that holds train/ and val/, each with an index.json"""
     builtin: Literal["coins"] | None = None
     """built-in data to pack into `path` where no shards are there"""
     crop: int = 128
@@ -52,8 +52,16 @@ class DataConfig:
     """share of training crops laid around a foreground pixel, 0 to 1"""
     normalize: Literal["image", "dataset", "none"] = "image"
     """to mean 0, deviation 1 in each band: by each image's own statistics, or by the training set's"""
-    loader_workers: int = 0
-    """decoding processes beside each training worker; 0 decodes in the training process"""
+    shuffle_window: int = 16
+    """shards that are shuffled together; a reader has so many open, and twice as many in its cache"""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """a sample that cannot be used ends the training, or is left out and listed in bad_samples.jsonl"""
+    loader_workers: int | None = None
+    """decoding processes beside each training worker; 0 decodes in the training process, null takes 0, with a GPU 4"""
+    cache_dir: str = "~/.cache/deepskip"
+    """folder on each machine for copies of remote shards, shared by its workers"""
+    cache_gb: float = 50.0
+    """size of all copies together, gigabytes; the least recently used go first"""
 
 
 @dataclass
@@ -80,19 +88,22 @@ class AugmentConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, counted in steps."""
+    """Muon or AdamW with linear warm-up and cosine decay, counted in steps."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon moves convolutions by orthogonalised momentum and the rest by Adam"""
 
     steps: int = 600
     """optimizer steps of the whole training"""
     global_batch_size: int = 8
     """samples in one step over all workers; results do not depend on how many workers share it"""
     learning_rate: float = 4e-3
-    """peak learning rate"""
+    """peak learning rate, of Adam; Muon's steps are five times that"""
     warmup_steps: int = 50
     """steps of linear warm-up"""
     final_learning_rate: float = 0.01
     """share of the peak that the cosine ends at"""
-    weight_decay: float = 1e-4
+    weight_decay: float = 0.1
     """decoupled weight decay of convolution weights"""
     clip_norm: float = 1.0
     """largest norm of the gradient; 0 does not clip"""
@@ -165,6 +176,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.crop", 16, 65536),
     ("data.foreground_crops", 0, 1),
     ("data.loader_workers", 0, 1024),
+    ("data.shuffle_window", 1, float("inf")),
+    ("data.cache_gb", 0, float("inf")),
     ("augment.rotate", 0, 180),
     ("augment.scale", 0, 0.9),
     ("augment.brightness", 0, 10),

@@ -20,8 +20,9 @@ from deepskip.inference import normalize, predict_logits, to_labels
 from deepskip.loss import BCEDiceLoss
 from deepskip.metrics import SegmentationMetrics
 from deepskip.network import DeepSkipUNet
+from deepskip.optimizer import build_optimizer, set_learning_rate
 
-# image (N, bands, H, W) raw, mask (N, H, W), mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
+# image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
 Batch = dict[str, Any]
 
 
@@ -48,14 +49,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
-
-
-def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Builds AdamW that decays convolution weights only."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def train(
@@ -147,10 +140,10 @@ def train(
         batch = next(batches)
         image = normalize(*(batch[name].to(device, non_blocking=True) for name in ("image", "mean", "std")))
         mask, weight = (batch[name].to(device, non_blocking=True) for name in ("mask", "weight"))
+        mask = mask.long()
         draws = augment.draw(config.augment, config.run.seed, batch["epoch"], batch["sample"], data.in_channels)
         image, mask = augment.augment(config.augment, draws, image, mask, data.ignore_index)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step)
+        set_learning_rate(optimizer, learning_rate(optim, step))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(image.contiguous(memory_format=torch.channels_last))
@@ -264,7 +257,7 @@ def evaluate(
     count = torch.zeros((), device=device)
     for batch in images:
         image = normalize(*(batch[name].to(device) for name in ("image", "mean", "std")))
-        mask = batch["mask"].to(device)
+        mask = batch["mask"].to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
         labels = to_labels(logits)

@@ -13,6 +13,7 @@ from jobs.settings import differences
 RECORD = "run.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
+BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
 # these may change between the parts of one training
 FREE = (
@@ -22,6 +23,9 @@ FREE = (
     "run.log_every",
     "run.tracking_uri",
     "data.loader_workers",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.on_bad_sample",
     "data.builtin",
 )
 
@@ -116,3 +120,28 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file; {} where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+class BadSamples:
+    """The list of samples that a training left out, each once, in bad_samples.jsonl of its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / BAD_SAMPLES
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        # a process that was killed may have left half a line
+        self.seen = {self._identity(json.loads(line)) for line in lines if line.endswith("}")}
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def add(self, report: dict[str, Any]) -> bool:
+        """Writes down a report {"split", "shard", "key", "epoch", "reason"}; False where its sample is listed already."""
+        if self._identity(report) in self.seen:
+            return False
+        self.seen.add(self._identity(report))
+        with self.path.open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        return True
+
+    def _identity(self, report: dict[str, Any]) -> tuple[str, ...]:
+        return report["split"], report["shard"], report["key"]

@@ -125,6 +125,8 @@ class Tracker:
             try:
                 if kind == "panel":
                     self.client.log_figure(self.run_id, value, f"panels/step-{step:08d}.png")
+                elif kind == "file":
+                    self.client.log_artifact(self.run_id, str(value))
                 else:
                     metrics, stamp = value
                     self.client.log_batch(self.run_id, [Metric(k, v, stamp, step) for k, v in metrics.items()])
@@ -134,6 +136,10 @@ class Tracker:
                 return " ".join(str(error).split())[:200]
             self.waiting.popleft()
         return None
+
+    def take_file(self, path: Path) -> None:
+        """Takes a file to keep beside the metrics."""
+        self.waiting.append(("file", 0, path))
 
     def finish(self, status: str) -> str | None:
         """Sends the rest within LAST_FLUSH_SECONDS and closes the run; gives what went wrong, or None."""

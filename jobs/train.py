@@ -20,7 +20,9 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+from data_shards import storage
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
+from data_shards.labels import IGNORE_INDEX
 from deepskip.config import Config
 from jobs import runs
 from jobs.settings import parse, stop
@@ -48,12 +50,12 @@ def check(argv: list[str]) -> None:
 
 def check_data(config: Config) -> None:
     """Ends the program where there are no shards (and none to be packed), or they do not fit the model."""
-    path = Path(config.data.path)
-    if config.data.builtin and not path.exists():
+    path = config.data.path
+    if config.data.builtin and not Path(path).exists():
         return
     try:
-        train, validation = load_index(path / "train"), load_index(path / "val")
-    except (MissingIndex, BrokenIndex) as error:
+        train, validation = (load_index(storage.join(path, split), cache_of(config)) for split in ("train", "val"))
+    except (MissingIndex, BrokenIndex, storage.StorageError) as error:
         stop(f"data.path is {config.data.path}: {error}")
     faults = []
     for key, asked, found in (
@@ -75,12 +77,18 @@ def check_data(config: Config) -> None:
         stop("\n".join(faults))
 
 
+def cache_of(config: Config) -> storage.Cache:
+    """Gives the cache for remote shards that the config describes."""
+    return storage.Cache(Path(config.data.cache_dir), int(config.data.cache_gb * 1e9))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains; the exit status is 0 when the training is done and its summary is written."""
     argv = sys.argv[1:] if argv is None else argv
     config, stem = parse("train", argv)
-    storage = absolute(config.run.storage, "run.storage")
-    config.data.path = str(absolute(config.data.path, "data.path"))
+    folder = absolute(config.run.storage, "run.storage")
+    if not storage.is_remote(config.data.path):
+        config.data.path = str(absolute(config.data.path, "data.path"))
     if config.data.builtin and not Path(config.data.path).exists():
         from data_shards.__main__ import pack_coins
 
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     check_data(config)
     settings = asdict(config)
     try:
-        run = runs.claim(storage, config.run.name, stem, settings)
+        run = runs.claim(folder, config.run.name, stem, settings)
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
         print_table(runs.read_json(error.folder / runs.SUMMARY))
@@ -101,13 +109,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from jobs import tracking
 
-    uri = tracking.tracking_uri(storage, config.run.tracking_uri)
+    uri = tracking.tracking_uri(folder, config.run.tracking_uri)
     try:
-        run_id = tracking.start_run(uri, storage, config.run.experiment, run.name, run.mlflow_run_id, settings)
+        run_id = tracking.start_run(uri, folder, config.run.experiment, run.name, run.mlflow_run_id, settings)
     except tracking.TrackingUnreachable as error:
         stop(str(error))
     runs.record(run, settings, run_id)
-    tracker = tracking.Tracker(uri, run_id, load_index(Path(config.data.path) / "val").ignore_index)
+    tracker = tracking.Tracker(uri, run_id, IGNORE_INDEX)
     status = "FAILED"
     try:
         with tracking.system_metrics(run_id):
@@ -158,6 +166,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
         ),
     )
     result: dict[str, Any] = {}
+    bad_samples = runs.BadSamples(run.folder)
     done = threading.Event()
 
     def deliver() -> None:
@@ -166,6 +175,9 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
                 result[kind] = values
             elif kind == "warning":
                 print(f"warning: {values['text']}", flush=True)
+            elif kind == "bad_sample":
+                if bad_samples.add(values):
+                    print(f"warning: left out {values['key']} of {values['shard']}: {values['reason']}", flush=True)
             else:
                 if kind == "train":
                     print(progress_line(step, config.optim.steps, values), flush=True)
@@ -195,9 +207,12 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
         done.set()
         follower.join(timeout=5)
     deliver()
+    if len(bad_samples):
+        tracker.take_file(bad_samples.path)
+        print(f"warning: {len(bad_samples)} samples were left out; {bad_samples.path} lists them", flush=True)
     if "fatal" in result:
         stop(result["fatal"]["text"])
-    return result["summary"]
+    return result["summary"] | {"bad_samples": len(bad_samples)}
 
 
 def own_ray() -> dict[str, Any]:
@@ -266,7 +281,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from data_shards.sample import BadSample
-    from data_shards.stream import BrokenShard, Crops, Shards, train_batches, whole_images
+    from data_shards.scan import BrokenShard
+    from data_shards.stream import Crops, Shards, train_batches, whole_images
     from deepskip import trainer
 
     mailbox = settings["mailbox"]
@@ -284,33 +300,57 @@ def train_worker(settings: dict[str, Any]) -> None:
         mailbox.put.remote(kind, step, values)
 
     try:
-        folder, data = Path(config.data.path), config.data
+        data = config.data
         crops = Crops(data.crop, data.foreground_crops, config.run.seed)
-        train_shards, validation_shards = (
-            Shards(folder / "train", data.normalize, crops),
-            Shards(folder / "val", data.normalize),
-        )
-        summary = trainer.train(
-            config,
-            data_info(train_shards.index),
-            run=Path(settings["run"]),
-            train_batches=lambda step: train_batches(
+        options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config)}
+        train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
+        validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
+        device = get_device()
+        loader_workers = data.loader_workers
+        if loader_workers is None:
+            loader_workers = 4 if device.type == "cuda" else 0
+
+        def train_stream(step: int) -> Any:
+            stream = train_batches(
                 train_shards,
                 config.run.seed,
                 config.optim.global_batch_size,
                 step,
                 rank,
                 world_size,
-                data.loader_workers,
+                loader_workers,
+                data.shuffle_window,
+            )
+            for batch in stream:
+                for report in batch.pop("bad"):
+                    skipped("train", report)
+                yield batch
+
+        def skipped(split: str, report: dict[str, Any]) -> None:
+            mailbox.put.remote("bad_sample", 0, {"split": split} | report)
+
+        summary = trainer.train(
+            config,
+            data_info(train_shards.index),
+            run=Path(settings["run"]),
+            train_batches=train_stream,
+            validation_images=lambda: whole_images(
+                validation_shards, rank, world_size, lambda report: skipped("val", report)
             ),
-            validation_images=lambda: whole_images(validation_shards, rank, world_size),
             rank=rank,
             world_size=world_size,
-            device=get_device(),
+            device=device,
             observe=observe,
             mlflow_run_id=settings["run_id"],
         )
-    except (BadSample, BrokenShard, MissingIndex, BrokenIndex, trainer.NonFiniteLoss) as error:
+    except (
+        BadSample,
+        BrokenShard,
+        MissingIndex,
+        BrokenIndex,
+        storage.StorageError,
+        trainer.NonFiniteLoss,
+    ) as error:
         ray.get(mailbox.put.remote("fatal", 0, {"text": str(error)}))
         raise
     if rank == 0:

@@ -1,20 +1,20 @@
 """Packs a folder of images and a folder of masks, paired by file stem."""
 
 import csv
+import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_shards.labels import IGNORE_INDEX, SHOWN, Labels, decide_labels, listed
 from data_shards.sample import EXTENSIONS, Sample, decode_image, decode_mask, resample_bands, resize_longest_side
 from data_shards.writer import write_shards
 
 SPLITS = ("train", "val", "test")
-LABELS = ("auto", "binary", "classes")
-SHOWN = 20
-IGNORE_INDEX = 255
 
 
 class PackError(ValueError):
@@ -28,22 +28,6 @@ class Pair:
     stem: str
     image: Path
     mask: Path
-
-
-@dataclass(frozen=True)
-class Labels:
-    """How mask values become labels: binary (all that is not 0 is 1) or classes as they stand."""
-
-    binary: bool
-    num_classes: int
-    ignore_label: int | None
-
-    def apply(self, mask_HW: np.ndarray) -> np.ndarray:
-        """Turns mask values (H, W) into labels (H, W) uint8."""
-        labels = (mask_HW != 0).astype(np.uint8) if self.binary else mask_HW.astype(np.uint8)
-        if self.ignore_label is not None:
-            labels[mask_HW == self.ignore_label] = IGNORE_INDEX
-        return labels
 
 
 def pack_folder(
@@ -61,6 +45,7 @@ def pack_folder(
     longest_side: int | None = None,
     mask_suffix: str = "",
     samples_per_shard: int = 256,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> dict[str, int]:
     """Packs images and masks into out/train, out/val and, where the split has one, out/test; gives samples by split.
 
@@ -68,25 +53,34 @@ def pack_folder(
     labels: "binary" (anything but 0 is foreground), "classes" (values are labels), "auto" (binary where the masks hold a
     single value beside 0). num_classes: as the model's; found from the masks by default. ignore_label: mask value that takes
     no part. bands, longest_side: what every image is brought to. mask_suffix: what mask stems end with beyond the image's.
+    progress: wraps what is gone through. Splits that were packed from the same files are left as they are.
     Raises PackError.
     """
     pairs = pair_files(images, masks, mask_suffix)
     parts = read_split(split, pairs) if split else draw_split(pairs, val_share, seed)
-    how = examine(pairs, labels, num_classes, ignore_label, bands)
-    taken = [name for name in parts if (out / name).exists()]
-    if taken:
-        raise PackError(f"{out} holds {', '.join(taken)} already; remove it or pack to another folder")
-    preparation = {"bands": bands, "longest_side": longest_side}
+    how = examine(pairs, labels, num_classes, ignore_label, bands, progress)
     for name, members in parts.items():
-        write_shards(
-            read_samples(members, how, bands, longest_side),
-            out / name,
-            num_classes=how.num_classes,
-            ignore_index=IGNORE_INDEX,
-            preparation=preparation,
-            samples_per_shard=samples_per_shard,
-        )
+        samples = read_samples(members, how, bands, longest_side)
+        try:
+            write_shards(
+                progress(samples, len(members)),
+                out / name,
+                num_classes=how.num_classes,
+                ignore_index=IGNORE_INDEX,
+                preparation={"bands": bands, "longest_side": longest_side},
+                samples_per_shard=samples_per_shard,
+                source=fingerprint(members, how, bands, longest_side, samples_per_shard),
+            )
+        except FileExistsError as error:
+            raise PackError(str(error)) from error
     return {name: len(members) for name, members in parts.items()}
+
+
+def fingerprint(pairs: list[Pair], *options: Any) -> str:
+    """Gives a digest of the files, by name, size and time of change, and of what is made of them."""
+    files = [path for pair in pairs for path in (pair.image, pair.mask)]
+    seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((seen, options)).encode()).hexdigest()
 
 
 def pair_files(images: Path, masks: Path, mask_suffix: str = "") -> list[Pair]:
@@ -162,16 +156,19 @@ def draw_split(pairs: list[Pair], val_share: float, seed: int) -> dict[str, list
 
 
 def examine(
-    pairs: list[Pair], labels: str, num_classes: int | None, ignore_label: int | None, bands: int | None
+    pairs: list[Pair],
+    labels: str,
+    num_classes: int | None,
+    ignore_label: int | None,
+    bands: int | None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> Labels:
     """Reads every pair once, decides what mask values mean, and raises PackError that lists all that cannot be packed."""
-    if labels not in LABELS:
-        raise PackError(f"labels is {labels!r}; it must be one of {', '.join(LABELS)}")
     faults: list[str] = []
     values: set[int] = set()
     highest: dict[str, int] = {}
     band_counts: dict[int, list[str]] = {}
-    for pair in pairs:
+    for pair in progress(pairs, len(pairs)):
         try:
             image, mask = read_pair(pair)
         except ValueError as error:
@@ -189,26 +186,15 @@ def examine(
     if len(band_counts) > 1 and bands is None:
         counts = ", ".join(f"{count} bands: {len(stems)} images" for count, stems in sorted(band_counts.items()))
         faults.append(f"images differ in their number of bands ({counts}); bring them to one number with --bands N")
-    foreground = values - {0}
-    binary = labels == "binary" or (labels == "auto" and num_classes in (None, 1) and len(foreground) <= 1)
-    if not binary and max(foreground, default=0) > 254:
-        kind = (
-            "look like instance numbers or a lossy JPEG" if len(foreground) > 20 else "are too large for class labels"
-        )
-        faults.append(
-            f"mask values up to {max(foreground)} {kind}; --labels binary makes all but 0 foreground, "
-            "--ignore_label names a value that takes no part"
-        )
-    found = 1 if binary else max(foreground, default=0) + 1
-    allowed = 1 if num_classes == 1 else (num_classes or found) - 1
-    if not binary and num_classes is not None and found > num_classes:
-        above = [f"{name} ({label})" for name, label in highest.items() if label > allowed]
-        faults.append(f"labels above num_classes - 1 = {allowed} in {len(above)} masks: {listed(above)}")
+    try:
+        how = decide_labels(values, labels, num_classes, ignore_label, highest)
+    except ValueError as error:
+        faults.append(str(error))
     if faults:
         raise PackError(
             "\n".join(faults[:SHOWN] + ([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []))
         )
-    return Labels(binary, num_classes or found, ignore_label)
+    return how
 
 
 def read_samples(pairs: list[Pair], how: Labels, bands: int | None, longest_side: int | None) -> Iterator[Sample]:
@@ -240,8 +226,3 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         return image, decode_mask(pair.mask.suffix[1:].lower(), pair.mask.read_bytes())
     except ValueError as error:
         raise PackError(f"{pair.mask} {error}") from error
-
-
-def listed(names: list[str]) -> str:
-    """Joins names for a message, the first 20 of many."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,22 +1,26 @@
 import numpy as np
 import pytest
 
-from data_shards.order import Slot, epoch_order, rank_slots, steps_per_epoch
+from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
+
+
+def whole(seed: int, epoch: int, sizes: list[int], window: int) -> np.ndarray:
+    return EpochOrder(seed, epoch, sizes, window).samples(0, sum(sizes))
 
 
 @pytest.mark.parametrize("sizes", [[5], [1, 0, 7, 3], list(range(40)), [1000] * 30])
 @pytest.mark.parametrize("window", [1, 4, 100])
 def test_every_sample_once_and_a_function_of_seed_and_epoch(sizes: list[int], window: int) -> None:
-    order = epoch_order(3, 5, sizes, window)
+    order = whole(3, 5, sizes, window)
     np.testing.assert_array_equal(np.sort(order), np.arange(sum(sizes)))
-    np.testing.assert_array_equal(order, epoch_order(3, 5, sizes, window))
+    np.testing.assert_array_equal(order, whole(3, 5, sizes, window))
     if sum(sizes) > 20:
-        assert not np.array_equal(order, epoch_order(3, 6, sizes, window))
-        assert not np.array_equal(order, epoch_order(4, 5, sizes, window))
+        assert not np.array_equal(order, whole(3, 6, sizes, window))
+        assert not np.array_equal(order, whole(4, 5, sizes, window))
 
 
 def test_a_window_reads_few_shards() -> None:
-    order = epoch_order(0, 0, [100] * 20, window=4)
+    order = whole(0, 0, [100] * 20, 4)
     for first in range(0, 2000, 400):
         assert len(set(order[first : first + 400] // 100)) == 4
 
@@ -25,21 +29,22 @@ def test_a_window_reads_few_shards() -> None:
 @pytest.mark.parametrize("G", [1, 8, 12])
 @pytest.mark.parametrize("W", [1, 2, 3, 5, 16])
 def test_global_batches_do_not_depend_on_the_world_size(samples: int, G: int, W: int) -> None:
-    order = epoch_order(0, 0, [samples])
+    order = EpochOrder(0, 2, [samples], 16)
     seen: list[int] = []
     for t in range(steps_per_epoch(samples, G)):
-        ranks = [rank_slots(order, 2, t, G, rank, W) for rank in range(W)]
+        ranks = [rank_slots(order, t, G, rank, W) for rank in range(W)]
         # every rank does the same number of samples, so no collective waits
         assert {len(slots) for slots in ranks} == {-(-G // W)}
         slots = [slot for part in ranks for slot in part]
         counted = [slot.sample for slot in slots if slot.weight]
-        assert counted == order[t * G : (t + 1) * G].tolist()
+        assert counted == order.samples(t * G, (t + 1) * G).tolist()
         assert all(0 <= slot.sample < samples and slot.epoch == 2 for slot in slots)
         seen += counted
     assert sorted(seen) == list(range(samples))
 
 
 def test_what_fills_a_batch_has_weight_0() -> None:
-    order = np.array([4, 2, 0, 1, 3])
-    assert rank_slots(order, 0, 1, 3, 1, 2) == [Slot(0, 0, 0), Slot(0, 1, 0)]
-    assert rank_slots(order, 0, 1, 3, 0, 2) == [Slot(0, 1, 1), Slot(0, 3, 1)]
+    order = EpochOrder(1, 0, [5], 16)
+    last = order.samples(3, 5).tolist()
+    assert rank_slots(order, 1, 3, 0, 2) == [Slot(0, last[0], 1), Slot(0, last[1], 1)]
+    assert rank_slots(order, 1, 3, 1, 2) == [Slot(0, last[0], 0), Slot(0, last[1], 0)]

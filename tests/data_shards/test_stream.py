@@ -1,6 +1,7 @@
 import io
 import itertools
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,8 @@ import pytest
 import torch
 import webdataset
 
-from data_shards.index import (
-    BrokenIndex,
-    Index,
-    MissingIndex,
-    load_index,
-    save_index,
-    verify,
-)
+from data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
+from data_shards.inspection import verify
 from data_shards.order import Slot
 from data_shards.sample import BadSample, Sample
 from data_shards.stream import BrokenShard, Crops, Shards, random_crop, train_batches, whole_images
@@ -39,18 +34,18 @@ def test_samples_come_back_whole_and_the_index_is_what_was_written(tmp_path: Pat
     made = samples(10, bands=5, dtype=np.int16)
     index = packed(tmp_path / "train", made)
     assert load_index(tmp_path / "train") == index
-    assert verify(tmp_path / "train") == []
-    assert [len(shard.samples) for shard in index.shards] == [4, 4, 2]
+    assert list(verify(tmp_path / "train")) == []
+    assert [shard.samples for shard in index.shards] == [4, 4, 2]
     pixels = np.concatenate([s.image_HWC.reshape(-1, 5) for s in made]).astype(np.float64)
     np.testing.assert_allclose(index.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(index.std, pixels.std(0), rtol=1e-9)
     shards = Shards(tmp_path / "train", "dataset")
     for i, sample in enumerate(made):
-        item = shards[Slot(0, i, 1)]
-        assert item["key"] == sample.key
-        np.testing.assert_array_equal(item["image"], sample.image_HWC.transpose(2, 0, 1))
-        np.testing.assert_array_equal(item["mask"], sample.mask_HW)
-        np.testing.assert_allclose(item["mean"], index.mean, rtol=1e-6)
+        item = shards[[Slot(0, i, 1)]]
+        assert item["key"] == [sample.key]
+        np.testing.assert_array_equal(item["image"][0], sample.image_HWC.transpose(2, 0, 1))
+        np.testing.assert_array_equal(item["mask"][0], sample.mask_HW)
+        np.testing.assert_allclose(item["mean"][0], index.mean, rtol=1e-6)
 
 
 def test_any_other_webdataset_reader_reads_them(tmp_path: Path) -> None:
@@ -101,7 +96,7 @@ def test_samples_that_do_not_fit(tmp_path: Path, sample: Sample, message: str) -
 
 
 def test_missing_and_broken_indexes(tmp_path: Path) -> None:
-    with pytest.raises(MissingIndex, match=r"does not exist.*pack folder"):
+    with pytest.raises(MissingIndex, match=r"does not exist or cannot be listed.*pack folder"):
         load_index(tmp_path / "nowhere")
     packed(tmp_path / "train", samples(2))
     path = tmp_path / "train" / "index.json"
@@ -121,37 +116,40 @@ def test_verify_and_reading_name_the_shard_that_changed(tmp_path: Path) -> None:
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-512])
     data = bytearray(flipped.read_bytes())
-    start = index.shards[2].samples[0].image.offset
+    start = index.entries([8])[0].image.offset
     data[start : start + 8] = bytes(8)
     flipped.write_bytes(data)
-    faults = verify(tmp_path / "train")
-    assert len(faults) == 3
+    faults = list(verify(tmp_path / "train"))
+    # the third shard, and the sample in it
+    assert len(faults) == 4
     assert [
         word in fault
-        for word, fault in zip(("is gone", "bytes; the index says", "sha256 differs"), faults, strict=True)
+        for word, fault in zip(
+            ("No such file", "where its index says", "sha256 differs", "s008: has other bytes"), faults, strict=True
+        )
     ]
     shards = Shards(tmp_path / "train")
     with pytest.raises(BrokenShard, match=r"shard-000000\.tar cannot be opened"):
-        shards[Slot(0, 0, 1)]
+        shards[[Slot(0, 0, 1)]]
     with pytest.raises(BrokenShard, match=r"shard-000001\.tar has .* bytes where its index says"):
-        shards[Slot(0, 4, 1)]
-    with pytest.raises(BadSample, match=r"shard-000002\.tar: sample s008: the png file does not decode"):
-        shards[Slot(0, 8, 1)]
+        shards[[Slot(0, 4, 1)]]
+    with pytest.raises(BadSample, match=r"shard-000002\.tar: sample s008: has other bytes than when it was indexed"):
+        shards[[Slot(0, 8, 1)]]
 
 
 def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
     index = packed(tmp_path / "train", samples(2))
     with tarfile.open(tmp_path / "train" / index.shards[0].name) as tar:
         assert len(tar.getmembers()) == 4
-    save_index(Index(**{**vars(index), "bands": 4}), tmp_path / "train")
+    save_index(replace(index, bands=4), tmp_path / "train")
     with pytest.raises(BadSample, match="has 3 bands; the index says 4"):
-        Shards(tmp_path / "train")[Slot(0, 0, 1)]
+        Shards(tmp_path / "train")[[Slot(0, 0, 1)]]
     made = samples(1)
     mask = made[0].mask_HW.copy()
     mask[0, 0] = 2
     write_shards([Sample("x", made[0].image_HWC, mask)], tmp_path / "val", num_classes=3)
     with pytest.raises(BadSample, match="sample x: has label 2; with 2 classes the highest is 1"):
-        Shards(tmp_path / "val", num_classes=2)[Slot(0, 0, 1)]
+        Shards(tmp_path / "val", num_classes=2)[[Slot(0, 0, 1)]]
 
 
 def collected(folder: Path, rank: int, world_size: int, first: int, steps: int, workers: int = 0) -> list[dict]:

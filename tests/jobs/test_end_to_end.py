@@ -76,9 +76,9 @@ def test_the_summary_is_what_the_checkpoint_gives(trained: tuple[Path, str], hom
     metrics = SegmentationMetrics(1, 255)
     shards = Shards(home / "data" / "coins" / "val")
     for number in range(len(shards)):
-        item = shards[Slot(0, number, 1)]
-        labels = segmenter.predict(item["image"].permute(1, 2, 0).numpy())
-        metrics.update(torch.from_numpy(labels), item["mask"])
+        item = shards[[Slot(0, number, 1)]]
+        labels = segmenter.predict(item["image"][0].permute(1, 2, 0).numpy())
+        metrics.update(torch.from_numpy(labels), item["mask"][0].long())
     for name, value in metrics.compute().items():
         found = summary["val"][name]
         assert np.isnan(value) if found is None else found == pytest.approx(value, abs=2e-3), name

@@ -1,0 +1,262 @@
+"""Makes the index of shards that others wrote: img2dataset, webdataset.ShardWriter, plain tar; local or remote."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_shards import storage
+from data_shards.index import SCHEMA, Index, SampleEntry, ShardEntry, sample_table, save_index
+from data_shards.labels import IGNORE_INDEX, decide_labels, listed
+from data_shards.sample import band_statistics, decode_image, decode_mask, resample_bands
+from data_shards.scan import BrokenShard, choose_names, member_name, sample_entry, scan_tar
+
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+class IndexingError(ValueError):
+    """Shards that cannot be indexed as they are; lists what is wrong."""
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard. moments: pixels, and for each band the sum and the sum of squares."""
+
+    shard: ShardEntry | None = None
+    samples: pa.Table = field(default_factory=lambda: sample_table([]))
+    bad: list[dict[str, str]] = field(default_factory=list)
+    bands: Counter[int] = field(default_factory=Counter)
+    dtypes: set[str] = field(default_factory=set)
+    moments: tuple[int, np.ndarray, np.ndarray] | None = None
+    values: set[int] = field(default_factory=set)
+    highest: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def local_copy(location: str) -> Iterator[Path]:
+    """Gives a path to read a shard at: its own, or that of a copy that is removed again."""
+    if not storage.is_remote(location):
+        yield Path(location.removeprefix("file://"))
+        return
+    with tempfile.NamedTemporaryFile(prefix="deepskip-shard-", suffix=".tar") as file:
+        storage.download(location, Path(file.name))
+        yield Path(file.name)
+
+
+def read_shard(
+    base: str, name: str, names: tuple[str, str], bands: int | None, ignore_label: int | None
+) -> ShardReport:
+    """Reads every sample of a shard once; what is wrong with it is in the report.
+
+    names: what image and mask are called. bands: what every image is brought to. ignore_label: mask value that takes no part.
+    """
+    report = ShardReport()
+    location = storage.join(base, name)
+    entries: list[SampleEntry] = []
+    try:
+        with local_copy(location) as path, path.open("rb") as file:
+            found = scan_tar(path, name)
+            for fault in found.bad:
+                report.bad.append({"shard": name, "key": fault.key, "reason": fault.reason})
+            for key, members in found.samples.items():
+                try:
+                    entry, (image_bytes, mask_bytes) = sample_entry(key, members, names, file.fileno())
+                    image = decode_image(entry.image.format, image_bytes)
+                    mask = decode_mask(entry.mask.format, mask_bytes)
+                    if image.shape[:2] != mask.shape:
+                        raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
+                except (ValueError, MemoryError) as error:
+                    report.bad.append({"shard": name, "key": key, "reason": str(error)})
+                    continue
+                if bands is not None:
+                    image = resample_bands(image, bands)
+                entries.append(entry)
+                measure(report, entry.key, image, mask, ignore_label)
+            if not found.samples and not found.bad:
+                raise BrokenShard(f"{name} holds no samples")
+            size = os.fstat(file.fileno()).st_size
+            report.shard = ShardEntry(name, size, storage.file_sha256(path), len(entries))
+    except (BrokenShard, OSError) as error:
+        # an OSError here is storage's: the network, a permission
+        report = ShardReport(bad=[{"shard": name, "key": "", "reason": str(error)}])
+    report.samples = sample_table(entries) if report.shard else report.samples
+    return report
+
+
+def measure(
+    report: ShardReport, key: str, image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_label: int | None
+) -> None:
+    """Adds one sample's bands, moments and mask values to a report."""
+    report.bands[image_HWC.shape[2]] += 1
+    report.dtypes.add(image_HWC.dtype.name)
+    pixels = mask_HW.size
+    mean, std = band_statistics(image_HWC)
+    if report.moments is None or len(report.moments[1]) == len(mean):
+        before = report.moments or (0, np.zeros(len(mean)), np.zeros(len(mean)))
+        report.moments = (before[0] + pixels, before[1] + pixels * mean, before[2] + pixels * (std**2 + mean**2))
+    values = set(np.unique(mask_HW).tolist()) - {ignore_label}
+    report.values |= values
+    # the highest few are enough to name
+    if len(report.highest) < 100 or max(values, default=0) > 254:
+        report.highest[key] = max(values, default=0)
+
+
+def index_shards(
+    location: str,
+    out: str | None = None,
+    *,
+    shards: list[str] | None = None,
+    image: str | None = None,
+    mask: str | None = None,
+    labels: str = "auto",
+    num_classes: int | None = None,
+    ignore_label: int | None = None,
+    bands: int | None = None,
+    on_bad_sample: str = "error",
+    workers: int | None = None,
+    progress: Any = lambda reports, total: reports,
+) -> Index:
+    """Makes and saves the index of a folder or URL of .tar shards, reading every sample once, and returns it.
+
+    out: where the index goes; by default beside the shards. shards: their names, where the place cannot be listed (http).
+    image, mask: what the members are called ("jpg", "seg.png", "image"); found from the first shard by default. labels,
+    num_classes, ignore_label: as for `pack folder`. bands: what every image is brought to when it is read.
+    on_bad_sample: "error" lists all faults; "skip" leaves faulty samples and shards out and lists them in
+    bad_samples.jsonl beside the index. workers: processes. progress: wraps the reports as they come.
+    Raises IndexingError.
+    """
+    try:
+        found = shards if shards is not None else storage.list_files(location, ".tar")
+    except (OSError, NotImplementedError) as error:
+        raise IndexingError(
+            f"{location} cannot be listed ({error}); name the shards: --shards 'a-{{000..099}}.tar'"
+        ) from error
+    if not found:
+        raise IndexingError(f"{location} holds no .tar files")
+    names = (image, mask) if image and mask else detect_names(location, found, image, mask)
+    arguments = ((location, name, names, bands, ignore_label) for name in found)
+    workers = min(len(found), workers or os.cpu_count() or 1)
+    if workers == 1:
+        reports = list(progress((read_shard(*a) for a in arguments), len(found)))
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            reports = list(progress(pool.map(read_shard, *zip(*arguments, strict=True)), len(found)))
+    index, bad = merge(reports, labels, num_classes, ignore_label, bands, on_bad_sample)
+    target = out or location
+    if out is not None and out != location:
+        base = location if "://" in location else str(Path(location).absolute())
+        index = replace(index, base=base)
+    if bad:
+        lines = "".join(json.dumps(fault) + "\n" for fault in bad)
+        storage.write_bytes(storage.join(target, BAD_SAMPLES), lines.encode())
+    save_index(index, target)
+    return replace(index, location=target)
+
+
+def detect_names(location: str, shards: list[str], image: str | None, mask: str | None) -> tuple[str, str]:
+    """Finds what image and mask are called in the first shard that can be read; raises IndexingError."""
+    reasons = []
+    for name in shards[:5]:
+        try:
+            with local_copy(storage.join(location, name)) as path:
+                samples = scan_tar(path, name).samples
+            counts = Counter(member_name(suffix) for members in samples.values() for suffix in members)
+            if not samples:
+                raise BrokenShard(f"{name} holds no samples")
+            if image or mask:
+                known = image or mask
+                others = [
+                    n for n in counts if n not in (known, member_name(str(known)), "json", "txt", "cls", "__key__")
+                ]
+                if len(others) != 1:
+                    raise ValueError(
+                        f"beside .{known} there are {', '.join(others) or 'no others'}; give --image and --mask"
+                    )
+                return (str(image), others[0]) if image else (others[0], str(mask))
+            return choose_names(counts, len(samples))
+        except (BrokenShard, OSError) as error:
+            reasons.append(str(error))
+        except ValueError as error:
+            raise IndexingError(f"{location}: {name}: {error}") from error
+    raise IndexingError("\n".join(reasons))
+
+
+def merge(
+    reports: Iterable[ShardReport],
+    labels: str,
+    num_classes: int | None,
+    ignore_label: int | None,
+    bands: int | None,
+    on_bad_sample: str,
+) -> tuple[Index, list[dict[str, str]]]:
+    """Makes one index of the reports, and the list of what was left out; raises IndexingError."""
+    reports = list(reports)
+    bad = [fault for report in reports for fault in report.bad]
+    whole = [report for report in reports if report.shard is not None]
+    counts = sum((report.bands for report in whole), Counter[int]())
+    if len(counts) > 1:
+        seen = ", ".join(f"{n} bands: {count} images" for n, count in sorted(counts.items()))
+        raise IndexingError(f"images differ in their number of bands ({seen}); bring them to one number with --bands N")
+    bad += repeated_keys(whole)
+    if bad and on_bad_sample == "error":
+        told = listed([f"{f['shard']}{': sample ' + f['key'] if f['key'] else ''}: {f['reason']}" for f in bad])
+        raise IndexingError(
+            f"{len(bad)} faults: {told}\nLeave such samples out, and have them listed, with --on_bad_sample skip"
+        )
+    if not counts:
+        raise IndexingError("no shard holds a sample that can be used")
+    values = set[int]().union(*(report.values for report in whole))
+    highest = {key: value for report in whole for key, value in report.highest.items()}
+    try:
+        how = decide_labels(values, labels, num_classes, ignore_label, highest)
+    except ValueError as error:
+        raise IndexingError(str(error)) from error
+    moments = [report.moments for report in whole if report.moments is not None]
+    pixels = sum(m[0] for m in moments)
+    mean = np.sum([m[1] for m in moments], axis=0) / pixels
+    std = np.sqrt(np.maximum(np.sum([m[2] for m in moments], axis=0) / pixels - mean**2, 0))
+    as_they_stand = ignore_label in (None, IGNORE_INDEX) and (not how.binary or max(values, default=0) <= 1)
+    index = Index(
+        shards=tuple(report.shard for report in whole if report.shard is not None),
+        samples=pa.concat_tables([report.samples for report in whole]).combine_chunks(),
+        bands=next(iter(counts)),
+        dtype="uint8" if set().union(*(r.dtypes for r in whole)) == {"uint8"} else "float32",
+        num_classes=how.num_classes,
+        ignore_index=IGNORE_INDEX,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        preparation={"bands": bands, "longest_side": None},
+        labels=None if as_they_stand else how,
+    )
+    return index, bad
+
+
+def repeated_keys(reports: list[ShardReport]) -> list[dict[str, str]]:
+    """Takes samples whose key an earlier shard has out of the reports, and lists them."""
+    keys = pa.chunked_array([report.samples["key"].combine_chunks() for report in reports], SCHEMA.field("key").type)
+    counted = pc.value_counts(keys)
+    repeated = set(counted.filter(pc.greater(counted.field("counts"), 1)).field("values").to_pylist())
+    bad: list[dict[str, str]] = []
+    if not repeated:
+        return bad
+    first: dict[str, str] = {}
+    for report in reports:
+        assert report.shard is not None
+        keep = []
+        for key in report.samples["key"].to_pylist():
+            keep.append(key not in repeated or first.setdefault(key, report.shard.name) == report.shard.name)
+            if not keep[-1]:
+                bad.append({"shard": report.shard.name, "key": key, "reason": f"the key is in {first[key]} too"})
+        report.samples = report.samples.filter(pa.array(keep))
+        report.shard = ShardEntry(report.shard.name, report.shard.bytes, report.shard.sha256, len(report.samples))
+    return bad
