@@ -249,13 +249,18 @@ def _read_tiff(data: Data, palette: bool) -> np.ndarray:
 
 
 def _read_npy(data: Data) -> np.ndarray:
-    start = 12 + int.from_bytes(data[8:12], "little") if data[6] > 1 else 10 + int.from_bytes(data[8:10], "little")
+    start = _npy_start(data)
     shape, fortran_order, dtype = _npy_header(bytes(data[:start]))
     count = math.prod(shape)
     # a pickle, or a claim that would make an array before anybody sees that the file is too short for it
     if dtype.hasobject or start + count * dtype.itemsize > len(data):
         raise ValueError(f"claims shape {shape} of {dtype} in {len(data)} bytes")
     return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _npy_start(data: Data) -> int:
+    # where the array begins, from the length of the header and the version of the format before it
+    return 12 + int.from_bytes(data[8:12], "little") if data[6] > 1 else 10 + int.from_bytes(data[8:10], "little")
 
 
 @lru_cache(maxsize=256)
@@ -275,7 +280,14 @@ def _read_npz(data: Data, keys: tuple[str, ...]) -> np.ndarray:
         member = archive.getinfo(names[found[0]])
         if member.file_size > MAX_BYTES:
             raise ValueError(f"unpacks to {member.file_size} bytes; at most {MAX_BYTES} are read")
-        return _read_npy(archive.read(member))
+        with archive.open(member) as file:
+            # what it claims to be, before it is unpacked
+            start = file.read(12)
+            start += file.read(_npy_start(start) - 12)
+            shape, _, _ = _npy_header(start)
+            if len(shape) > 1:
+                _check_pixels(*shape[:2])
+            return _read_npy(start + file.read())
 
 
 def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

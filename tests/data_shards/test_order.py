@@ -1,5 +1,9 @@
+from collections import Counter
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
@@ -48,3 +52,49 @@ def test_what_fills_a_batch_has_weight_0() -> None:
     last = order.samples(3, 5).tolist()
     assert rank_slots(order, 1, 3, 0, 2) == [Slot(0, last[0], 1), Slot(0, last[1], 1)]
     assert rank_slots(order, 1, 3, 1, 2) == [Slot(0, last[0], 0), Slot(0, last[1], 0)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum),
+    window=st.integers(1, 5),
+    G=st.integers(1, 24),
+    seed=st.integers(0, 2**32),
+    parts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 7)), min_size=1, max_size=5),
+)
+def test_stops_and_changes_of_the_world_size_lose_and_repeat_nothing(
+    sizes: list[int], window: int, G: int, seed: int, parts: list[tuple[int, int]]
+) -> None:
+    """parts: (steps until the stop, ranks); the last goes on to the end of the second epoch."""
+    samples = sum(sizes)
+    per_epoch = steps_per_epoch(samples, G)
+    seen = [Counter[int](), Counter[int]()]
+    step = 0
+    for number, (steps, W) in enumerate(parts):
+        stop = 2 * per_epoch if number == len(parts) - 1 else min(step + steps, 2 * per_epoch)
+        # each rank comes from nothing but the step, as after a restart
+        ranks = []
+        for rank in range(W):
+            taken = []
+            for t in range(step, stop):
+                epoch, batch = divmod(t, per_epoch)
+                taken.append(rank_slots(EpochOrder(seed, epoch, sizes, window), batch, G, rank, W))
+            ranks.append(taken)
+        for t in range(step, stop):
+            epoch, batch = divmod(t, per_epoch)
+            counted = [s.sample for taken in ranks for s in taken[t - step] if s.weight]
+            # as a single rank from the start would have it
+            alone = rank_slots(EpochOrder(seed, epoch, sizes, window), batch, G, 0, 1)
+            assert counted == [s.sample for s in alone if s.weight]
+            seen[epoch].update(counted)
+        step = stop
+    assert seen == [Counter(range(samples))] * 2
+
+
+def test_any_position_of_a_huge_epoch_is_found_at_once() -> None:
+    # 100 million samples: a permutation of all of them would take seconds and 800 MB
+    order = EpochOrder(0, 0, np.full(100_000, 1000), 16)
+    middle = order.samples(90_000_000, 90_000_016)
+    assert len(set(middle.tolist())) == 16
+    assert set(middle // 1000) <= set(order.window_shards(order.window_at(90_000_000)).tolist())
+    assert order.shuffled.cache_info().currsize == 1

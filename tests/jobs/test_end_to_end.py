@@ -19,6 +19,7 @@ from PIL import Image
 import deepskip
 from cluster.local import MARK
 from data_shards.__main__ import pack_coins
+from data_shards.index import load_index
 from data_shards.order import Slot
 from data_shards.stream import Shards
 from deepskip import checkpoint
@@ -180,18 +181,28 @@ def test_more_than_the_machine_has_and_a_tracker_that_is_away(home: Path) -> Non
     assert "Traceback" not in away.stderr
 
 
-def test_a_bad_label_ends_the_training_with_its_sample(home: Path) -> None:
-    index = home / "data" / "bad" / "train" / "index.json"
+def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) -> None:
+    folder = home / "data" / "bad" / "train"
     pack_coins(home / "data" / "bad", {"train": 8, "val": 2})
-    entry = json.loads(index.read_text())
-    sample = entry["shards"][0]["samples"][3]
-    # an image where the mask should be: colours are no labels
-    sample[4:7] = sample[1:4]
-    index.write_text(json.dumps(entry))
-    done = call(home, "jobs.train", *SMALL, "--data.path", "data/bad", "--optim.steps", "4", "--run.name", "bad")
+    index = load_index(folder)
+    entry = index.entries([3])[0]
+    shard = folder / index.shards[0].name
+    data = bytearray(shard.read_bytes())
+    data[entry.mask.offset + 30] ^= 1
+    shard.write_bytes(data)
+    options = ("jobs.train", *SMALL, "--data.path", "data/bad", "--optim.steps", "6")
+    done = call(home, *options, "--run.name", "bad")
     assert done.returncode == 2
-    assert f"sample {sample[0]}: " in done.stderr
+    assert f"sample {entry.key}: has other bytes than when it was indexed" in done.stderr
     assert "Traceback" not in done.stderr
+    done = call(home, *options, "--run.name", "skipping", "--data.on_bad_sample", "skip")
+    assert done.returncode == 0, done.stderr
+    listed = [json.loads(line) for line in (home / "runs" / "skipping" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["key"], line["shard"]) for line in listed] == [("train", entry.key, str(shard))]
+    summary = json.loads((home / "runs" / "skipping" / "summary.json").read_text())
+    assert summary["bad_samples"] == 1
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}")
+    assert "bad_samples.jsonl" in [file.path for file in client.list_artifacts(summary["mlflow_run_id"])]
 
 
 def test_stopped_by_a_signal_nothing_stays_and_the_run_says_killed(home: Path) -> None:
