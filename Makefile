@@ -1,6 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
 # make setup   the virtual environment alone
+# make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
 ARGS ?=
@@ -8,7 +9,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint setup lock clean
+.PHONY: train test lint setup lock bench-data clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -47,5 +48,10 @@ lock:
 	@(grep '^# Every version' requirements.lock; sed 's/+cpu//' requirements.lock.new) > requirements.lock.newer
 	@mv requirements.lock.newer requirements.lock && rm requirements.lock.new
 
+bench-data:
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r data_shards/bench/requirements.txt
+	@.venv-bench/bin/python -m data_shards.bench $(ARGS)
+
 clean:
-	@rm -rf $(VENV) *.egg-info
+	@rm -rf $(VENV) .venv-bench *.egg-info
