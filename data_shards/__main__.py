@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from braceexpand import braceexpand
 from tqdm import tqdm
@@ -17,8 +17,11 @@ from data_shards.inspection import contents, describe, plan, preview, verify
 from data_shards.labels import KINDS
 from data_shards.sample import BadSample, Sample
 from data_shards.scan import BrokenShard
+from data_shards.sources.arrays import LAYOUTS, pack_arrays
+from data_shards.sources.coco import pack_coco
 from data_shards.sources.coins import coins
-from data_shards.sources.folder import SPLITS, PackError, pack_folder
+from data_shards.sources.folder import pack_folder
+from data_shards.sources.split import SPLITS, PackError
 from data_shards.stream import ON_BAD_SAMPLE
 from data_shards.writer import write_shards
 
@@ -62,19 +65,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     folder.add_argument("--masks", type=Path, help="labels (H, W), or binary; default: in the .npz files of --images")
     folder.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
-    folder.add_argument("--split", type=Path, help="CSV with columns stem,split (train, val, test); default: at random")
-    folder.add_argument(
-        "--val_share", type=float, default=0.2, help="share for validation where there is no --split (0.2)"
-    )
-    folder.add_argument("--seed", type=int, default=0, help="seed of the random split (0)")
+    add_split(folder)
     add_labels(folder)
-    folder.add_argument("--bands", type=int, help="bring every image to so many bands")
-    folder.add_argument("--longest_side", type=int, help="shrink images to at most so many pixels a side")
+    add_preparation(folder)
     folder.add_argument(
         "--mask_suffix", default="", help="what mask stems end with beyond the image's, as in a_mask.png"
     )
-    folder.add_argument("--samples_per_shard", type=int, default=256, help="samples a shard (256)")
     folder.set_defaults(run=run_pack_folder)
+
+    coco = pack.add_parser("coco", help="a folder of images and a COCO file of objects")
+    coco.add_argument("--images", type=Path, required=True, help="folder of the images")
+    coco.add_argument("--annotations", type=Path, required=True, help="the JSON file")
+    coco.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    coco.add_argument("--split_name", choices=SPLITS, help="put all into this split: COCO has a file a split")
+    coco.add_argument("--categories", type=lambda text: text.split(","), help="names, as classes 1, 2, ... (all)")
+    coco.add_argument("--binary", action="store_true", help="all categories are one foreground")
+    add_split(coco)
+    add_preparation(coco)
+    coco.set_defaults(run=run_pack_coco)
+
+    arrays = pack.add_parser("arrays", help="one array of images and one of masks")
+    arrays.add_argument("--images", type=Path, required=True, help=".npy (mapped) or .npz of N images")
+    arrays.add_argument("--masks", type=Path, required=True, help=".npy or .npz of (N, height, width)")
+    arrays.add_argument("--layout", choices=LAYOUTS, default="NHWC", help="axes of the images (NHWC)")
+    arrays.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    add_split(arrays)
+    add_labels(arrays)
+    arrays.add_argument("--bands", type=int, help="bring every image to so many bands")
+    arrays.add_argument("--samples_per_shard", type=int, default=256, help="samples a shard (256)")
+    arrays.set_defaults(run=run_pack_arrays)
 
     built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
     built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train and OUT/val")
@@ -137,6 +156,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which sample goes into which split."""
+    parser.add_argument("--split", type=Path, help="CSV with columns stem,split (train, val, test); default: at random")
+    parser.add_argument(
+        "--val_share", type=float, default=0.2, help="share for validation where there is no --split (0.2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random split (0)")
+
+
+def add_preparation(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is done to images on the way."""
+    parser.add_argument("--bands", type=int, help="bring every image to so many bands")
+    parser.add_argument("--longest_side", type=int, help="shrink images to at most so many pixels a side")
+    parser.add_argument("--samples_per_shard", type=int, default=256, help="samples a shard (256)")
+
+
 def add_labels(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what mask values mean."""
     parser.add_argument(
@@ -162,13 +197,35 @@ def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = CO
 
 def run_pack_folder(arguments: argparse.Namespace) -> None:
     """Packs a folder and says what came of it."""
-    names = ("split", "val_share", "seed", "labels", "num_classes", "ignore_label", "bands", "longest_side")  # fmt: skip
-    options = {name: getattr(arguments, name) for name in (*names, "mask_suffix", "samples_per_shard")}
-    pack_folder(
-        arguments.images, arguments.masks or arguments.images, arguments.out, **options, progress=progress("samples")
-    )
-    arguments.path = arguments.out
-    run_info(arguments)
+    options = options_of(arguments, "labels", "num_classes", "ignore_label", "bands", "longest_side", "mask_suffix")
+    pack_folder(arguments.images, arguments.masks or arguments.images, arguments.out, **options)
+    show(arguments.out)
+
+
+def run_pack_coco(arguments: argparse.Namespace) -> None:
+    """Packs a COCO file and says what came of it."""
+    options = options_of(arguments, "categories", "binary", "split_name", "bands", "longest_side")
+    pack_coco(arguments.images, arguments.annotations, arguments.out, **options)
+    show(arguments.out)
+
+
+def run_pack_arrays(arguments: argparse.Namespace) -> None:
+    """Packs arrays and says what came of it."""
+    options = options_of(arguments, "layout", "labels", "num_classes", "ignore_label", "bands")
+    pack_arrays(arguments.images, arguments.masks, arguments.out, **options)
+    show(arguments.out)
+
+
+def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Gives the named options, with those that all sources have."""
+    common = ("split", "val_share", "seed", "samples_per_shard")
+    return {name: getattr(arguments, name) for name in (*common, *names)} | {"progress": progress("samples")}
+
+
+def show(path: Path | str, cache: storage.Cache | None = None) -> None:
+    """Says what is in each split of a data set."""
+    for folder in splits_of(str(path)):
+        print(describe(load_index(folder, cache), contents(folder, cache, progress("samples"))))
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -214,9 +271,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Says what is in each split."""
-    cache = cache_of(arguments)
-    for folder in splits_of(str(arguments.path)):
-        print(describe(load_index(folder, cache), contents(folder, cache, progress("samples"))))
+    show(arguments.path, cache_of(arguments))
 
 
 def run_preview(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,6 @@
 """Packs a folder of images and a folder of masks, paired by file stem."""
 
-import csv
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,8 @@ import numpy as np
 
 from data_shards.labels import IGNORE_INDEX, SHOWN, Labels, decide_labels, listed
 from data_shards.sample import EXTENSIONS, Sample, decode_image, decode_mask, resample_bands, resize_longest_side
+from data_shards.sources.split import PackError, split_stems
 from data_shards.writer import write_shards
-
-SPLITS = ("train", "val", "test")
-
-
-class PackError(ValueError):
-    """Images and masks that do not make a data set; lists the files at fault."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +50,12 @@ def pack_folder(
     Raises PackError.
     """
     pairs = pair_files(images, masks, mask_suffix)
-    parts = read_split(split, pairs) if split else draw_split(pairs, val_share, seed)
+    parts = split_stems([pair.stem for pair in pairs], split, val_share, seed)
+    by_stem = {pair.stem: pair for pair in pairs}
     how = examine(pairs, labels, num_classes, ignore_label, bands, progress)
-    for name, members in parts.items():
+    for name, stems in parts.items():
+        members = [by_stem[stem] for stem in stems]
+        files = [path for pair in members for path in (pair.image, pair.mask)]
         samples = read_samples(members, how, bands, longest_side)
         try:
             write_shards(
@@ -69,16 +65,15 @@ def pack_folder(
                 ignore_index=IGNORE_INDEX,
                 preparation={"bands": bands, "longest_side": longest_side},
                 samples_per_shard=samples_per_shard,
-                source=fingerprint(members, how, bands, longest_side, samples_per_shard),
+                source=fingerprint(files, how, bands, longest_side, samples_per_shard),
             )
         except FileExistsError as error:
             raise PackError(str(error)) from error
-    return {name: len(members) for name, members in parts.items()}
+    return {name: len(stems) for name, stems in parts.items()}
 
 
-def fingerprint(pairs: list[Pair], *options: Any) -> str:
-    """Gives a digest of the files, by name, size and time of change, and of what is made of them."""
-    files = [path for pair in pairs for path in (pair.image, pair.mask)]
+def fingerprint(files: list[Path], *options: Any) -> str:
+    """Gives a digest of files, by name, size and time of change, and of what is made of them."""
     seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((seen, options)).encode()).hexdigest()
 
@@ -113,46 +108,6 @@ def list_files(folder: Path, suffix: str) -> dict[str, Path]:
             raise PackError(f"{files[stem]} and {path} have the same stem; a sample has one image and one mask")
         files[stem] = path
     return files
-
-
-def read_split(path: Path, pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """Reads stem,split and sorts the pairs by it; raises PackError for unknown or missing stems and names of splits."""
-    if not path.is_file():
-        raise PackError(f"the split file {path} does not exist")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if not reader.fieldnames or not {"stem", "split"} <= set(reader.fieldnames):
-            raise PackError(f"{path} has columns {reader.fieldnames}; it needs stem,split")
-        rows = [(row["stem"], row["split"]) for row in reader]
-    by_stem = dict(rows)
-    stems = {pair.stem for pair in pairs}
-    faults = []
-    if len(by_stem) != len(rows):
-        faults.append(f"{path} names {len(rows) - len(by_stem)} stems more than once")
-    if wrong := sorted(set(by_stem.values()) - set(SPLITS)):
-        faults.append(f"{path} has splits {listed(wrong)}; allowed are {', '.join(SPLITS)}")
-    if absent := sorted(stems - by_stem.keys()):
-        faults.append(f"{len(absent)} images are not in {path}: {listed(absent)}")
-    if unknown := sorted(by_stem.keys() - stems):
-        faults.append(f"{len(unknown)} stems in {path} have no image: {listed(unknown)}")
-    if not {"train", "val"} <= set(by_stem.values()):
-        faults.append(f"{path} needs at least one train and one val")
-    if faults:
-        raise PackError("\n".join(faults))
-    parts = {name: [pair for pair in pairs if by_stem[pair.stem] == name] for name in SPLITS}
-    return {name: members for name, members in parts.items() if members}
-
-
-def draw_split(pairs: list[Pair], val_share: float, seed: int) -> dict[str, list[Pair]]:
-    """Draws val_share of the pairs, at least one, for validation; the rest is for training."""
-    if not 0 < val_share < 1 or len(pairs) < 2:
-        raise PackError(f"val_share is {val_share} of {len(pairs)} images; it must leave one for train and one for val")
-    drawn = random.Random(seed).sample(range(len(pairs)), min(len(pairs) - 1, max(1, round(val_share * len(pairs)))))
-    chosen = set(drawn)
-    return {
-        "train": [pair for i, pair in enumerate(pairs) if i not in chosen],
-        "val": [pair for i, pair in enumerate(pairs) if i in chosen],
-    }
 
 
 def examine(

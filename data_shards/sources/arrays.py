@@ -1,0 +1,111 @@
+"""Packs arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.labels import Labels, decide_labels
+from data_shards.sample import IMAGE_KEYS, MASK_KEYS, Sample, resample_bands
+from data_shards.sources.folder import fingerprint
+from data_shards.sources.split import PackError, split_stems
+from data_shards.writer import write_shards
+
+LAYOUTS = ("NHWC", "NCHW", "NHW")
+
+
+def pack_arrays(
+    images: Path,
+    masks: Path,
+    out: Path,
+    *,
+    layout: str = "NHWC",
+    split: Path | None = None,
+    val_share: float = 0.2,
+    seed: int = 0,
+    labels: str = "auto",
+    num_classes: int | None = None,
+    ignore_label: int | None = None,
+    bands: int | None = None,
+    samples_per_shard: int = 256,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> dict[str, int]:
+    """Packs two .npy files (mapped, not read), or .npz files, into splits of `out`; gives samples by split.
+
+    layout: of the images, "NHWC", "NCHW" or "NHW". split: CSV of columns stem,split, where stems are the numbers of the
+    samples. labels, num_classes, ignore_label, bands: as in pack_folder. Keys are the numbers of the samples.
+    Raises PackError.
+    """
+    if layout not in LAYOUTS:
+        raise PackError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+    pictures, targets = open_array(images, (*IMAGE_KEYS, "images")), open_array(masks, MASK_KEYS)
+    if pictures.ndim != len(layout) or targets.ndim != 3:
+        raise PackError(
+            f"{images} has shape {pictures.shape}, {masks} {targets.shape}; they must be {layout} and (N, height, width)"
+        )
+    pictures = {"NHWC": pictures, "NCHW": np.moveaxis(pictures, 1, -1) if layout == "NCHW" else pictures,
+                "NHW": pictures[..., None]}[layout]  # fmt: skip
+    if pictures.shape[:3] != targets.shape:
+        raise PackError(f"{images} has {pictures.shape[:3]} (N, height, width), {masks} {targets.shape}")
+    values: set[int] = set()
+    highest: dict[str, int] = {}
+    for number in progress(range(len(targets)), len(targets)):
+        if targets.dtype.kind == "f" and not (targets[number] == np.round(targets[number])).all():
+            raise PackError(f"{masks}: number {number} holds values that are no integers; a mask holds labels")
+        here = {int(value) for value in np.unique(targets[number])} - {ignore_label}
+        if min(here, default=0) < 0:
+            raise PackError(f"{masks}: number {number} has label {min(here)}; labels are 0 or more")
+        values |= here
+        highest[str(number)] = max(here, default=0)
+    try:
+        how = decide_labels(values, labels, num_classes, ignore_label, highest)
+    except ValueError as error:
+        raise PackError(str(error)) from error
+    parts = split_stems([str(number) for number in range(len(targets))], split, val_share, seed)
+    for name, stems in parts.items():
+        samples = read_samples(pictures, targets, [int(stem) for stem in stems], how, bands, images)
+        try:
+            write_shards(
+                progress(samples, len(stems)),
+                out / name,
+                num_classes=how.num_classes,
+                preparation={"bands": bands, "longest_side": None},
+                samples_per_shard=samples_per_shard,
+                source=fingerprint([images, masks], name, stems, layout, how, bands, samples_per_shard),
+            )
+        except FileExistsError as error:
+            raise PackError(str(error)) from error
+    return {name: len(stems) for name, stems in parts.items()}
+
+
+def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
+    """Opens an array of numbers; of a .npz the one under a known key, or the only one; raises PackError."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            found = [key for key in keys if key in array] or (array.files if len(array.files) == 1 else [])
+            if not found:
+                raise PackError(f"{path} holds {', '.join(array.files)}; looked for {', '.join(keys)}")
+            array = array[found[0]]
+    except FileNotFoundError as error:
+        raise PackError(f"{path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise PackError(f"{path} cannot be read: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise PackError(f"{path} has dtype {array.dtype}; it must be of integers or real numbers")
+    return array
+
+
+def read_samples(
+    images: np.ndarray, masks: np.ndarray, numbers: list[int], how: Labels, bands: int | None, path: Path
+) -> Iterator[Sample]:
+    """Yields samples by their numbers, brought to `bands`; raises PackError for values that are nan or infinite."""
+    digits = len(str(len(images) - 1))
+    for number in numbers:
+        image = np.array(images[number])
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise PackError(f"{path}: number {number} has values that are nan or infinite")
+        if bands is not None:
+            image = resample_bands(image, bands)
+        yield Sample(f"{number:0{digits}d}", image, how.apply(np.array(masks[number])))

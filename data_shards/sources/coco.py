@@ -1,0 +1,184 @@
+"""Packs images with COCO annotations: polygons and run-length masks become label masks, by pycocotools."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pycocotools.mask
+
+from data_shards.labels import IGNORE_INDEX, listed
+from data_shards.sample import Sample, decode_image, resample_bands, resize_longest_side
+from data_shards.sources.folder import fingerprint
+from data_shards.sources.split import PackError, split_stems
+from data_shards.writer import write_shards
+
+
+@dataclass
+class Picture:
+    """An image of the file, and its annotations."""
+
+    stem: str
+    path: Path
+    height: int
+    width: int
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def pack_coco(
+    images: Path,
+    annotations: Path,
+    out: Path,
+    *,
+    categories: list[str] | None = None,
+    binary: bool = False,
+    split: Path | None = None,
+    split_name: str | None = None,
+    val_share: float = 0.2,
+    seed: int = 0,
+    bands: int | None = None,
+    longest_side: int | None = None,
+    samples_per_shard: int = 256,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> dict[str, int]:
+    """Packs a COCO file and its folder of images into splits of `out`; gives samples by split.
+
+    categories: names, as classes 1, 2, ... (by default all of the file, in the order of their ids). binary: all of them are
+    one foreground; so they are where there is only one. split_name: all goes into that split, for COCO has a file a split;
+    else by `split` or at random, as in pack_folder. Crowd regions take no part; where objects overlap the smaller one shows.
+    Raises PackError.
+    """
+    pictures, numbers = read_coco(images, annotations, categories)
+    by_stem = {picture.stem: picture for picture in pictures}
+    binary = binary or len(numbers) == 1
+    parts = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
+    for name, stems in parts.items():
+        members = [by_stem[stem] for stem in stems]
+        samples = read_samples(members, numbers, binary, bands, longest_side)
+        options = (sorted(numbers.items()), binary, bands, longest_side, samples_per_shard)
+        try:
+            write_shards(
+                progress(samples, len(members)),
+                out / name,
+                num_classes=1 if binary else len(numbers) + 1,
+                preparation={"bands": bands, "longest_side": longest_side},
+                samples_per_shard=samples_per_shard,
+                source=fingerprint([annotations, *(picture.path for picture in members)], *options),
+            )
+        except FileExistsError as error:
+            raise PackError(str(error)) from error
+    return {name: len(stems) for name, stems in parts.items()}
+
+
+def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> tuple[list[Picture], dict[int, int]]:
+    """Reads a COCO file: its pictures with their annotations, and the label of each category id; raises PackError."""
+    try:
+        raw = json.loads(annotations.read_text())
+        names = {entry["id"]: entry["name"] for entry in raw["categories"]}
+        found = {
+            entry["id"]: Picture(
+                str(PurePosixPath(entry["file_name"]).with_suffix("")).replace("/", "__").replace(".", "_"),
+                images / entry["file_name"], entry["height"], entry["width"],
+            )
+            for entry in raw["images"]
+        }  # fmt: skip
+        objects = [
+            (entry["image_id"], entry["category_id"], entry["segmentation"], entry) for entry in raw["annotations"]
+        ]
+        escaping = [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
+    except FileNotFoundError as error:
+        raise PackError(f"{annotations} does not exist") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackError(f"{annotations} is no COCO file of objects: {error!r}") from error
+    faults = []
+    if escaping:
+        faults.append(f"file names that lead out of {images}: {listed(escaping)}")
+    wanted = categories if categories is not None else [names[key] for key in sorted(names)]
+    if unknown := [name for name in wanted if name not in names.values()]:
+        faults.append(f"no such categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
+    if missing := [str(p.path.name) for p in found.values() if not escaping and not p.path.is_file()]:
+        faults.append(f"{len(missing)} images are not in {images}: {listed(sorted(missing))}")
+    if lost := sorted({str(entry.get("id")) for image, _, _, entry in objects if image not in found}):
+        faults.append(f"{len(lost)} annotations of images that {annotations} does not have: {listed(lost)}")
+    if odd := sorted({str(category) for _, category, _, _ in objects if category not in names}):
+        faults.append(f"annotations of category ids that {annotations} does not have: {listed(odd)}")
+    stems = [picture.stem for picture in found.values()]
+    if len(set(stems)) != len(stems):
+        faults.append(f"file names that occur twice: {listed(sorted({s for s in stems if stems.count(s) > 1}))}")
+    if not found:
+        faults.append(f"{annotations} has no images")
+    if faults:
+        raise PackError("\n".join(faults))
+    numbers = {key: wanted.index(name) + 1 for key, name in names.items() if name in wanted}
+    for image, category, _, entry in objects:
+        if category in numbers:
+            found[image].annotations.append(entry)
+    return list(found.values()), numbers
+
+
+def is_inside(name: str) -> bool:
+    """Says whether a relative path stays in its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def read_samples(
+    pictures: list[Picture], numbers: dict[int, int], binary: bool, bands: int | None, longest_side: int | None
+) -> Iterator[Sample]:
+    """Yields pictures as samples, brought to `bands` and `longest_side`; raises PackError that names the file."""
+    for picture in pictures:
+        extension = picture.path.suffix[1:].lower()
+        contents = picture.path.read_bytes()
+        try:
+            image = decode_image(extension, contents)
+            if image.shape[:2] != (picture.height, picture.width):
+                raise ValueError(
+                    f"is {image.shape[0]} x {image.shape[1]} (height x width), "
+                    f"its annotations {picture.height} x {picture.width}"
+                )
+            mask = draw(picture, numbers, binary)
+        except ValueError as error:
+            raise PackError(f"{picture.path} {error}") from error
+        prepared, small_mask = image, mask
+        if bands is not None:
+            prepared = resample_bands(prepared, bands)
+        if longest_side is not None:
+            prepared, resized = resize_longest_side(prepared, small_mask, longest_side)
+            assert resized is not None
+            small_mask = resized
+        yield Sample(picture.stem, prepared, small_mask, (extension, contents) if prepared is image else None)
+
+
+def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:
+    """Draws a picture's annotations into labels (height, width) uint8; raises ValueError that names the annotation."""
+    size = picture.height, picture.width
+    crowd, objects = np.zeros(size, bool), []
+    for entry in picture.annotations:
+        try:
+            region = decode_region(entry["segmentation"], *size)
+        # pycocotools has errors of many kinds for what is no region
+        except Exception as error:
+            raise ValueError(f"has annotation {entry.get('id')} that is no region: {error}") from error
+        if entry.get("iscrowd"):
+            crowd |= region
+        else:
+            objects.append((int(region.sum()), region, 1 if binary else numbers[entry["category_id"]]))
+    mask = np.where(crowd, IGNORE_INDEX, 0).astype(np.uint8)
+    # large ones first: small objects are the point
+    for _, region, label in sorted(objects, key=lambda item: -item[0]):
+        mask[region] = label
+    return mask
+
+
+def decode_region(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Decodes polygons, or run lengths compressed or not, into (height, width) bool."""
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"of size {segmentation['size']}, its image {[height, width]}")
+        compressed = isinstance(segmentation["counts"], str | bytes)
+        code = segmentation if compressed else pycocotools.mask.frPyObjects(segmentation, height, width)
+    else:
+        code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
+    return pycocotools.mask.decode(code).astype(bool)

@@ -1,0 +1,57 @@
+"""Which sample goes into which split: by a file, or drawn at random."""
+
+import csv
+import random
+from pathlib import Path
+
+from data_shards.labels import listed
+
+SPLITS = ("train", "val", "test")
+
+
+class PackError(ValueError):
+    """Images and masks that do not make a data set; lists the files at fault."""
+
+
+def split_stems(stems: list[str], split: Path | None, val_share: float, seed: int) -> dict[str, list[str]]:
+    """Sorts stems into splits, by a CSV of columns stem,split, or val_share of them at random; raises PackError."""
+    return read_split(split, stems) if split else draw_split(stems, val_share, seed)
+
+
+def read_split(path: Path, stems: list[str]) -> dict[str, list[str]]:
+    """Reads stem,split and sorts stems by it; raises PackError for unknown or missing stems and names of splits."""
+    if not path.is_file():
+        raise PackError(f"the split file {path} does not exist")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if not reader.fieldnames or not {"stem", "split"} <= set(reader.fieldnames):
+            raise PackError(f"{path} has columns {reader.fieldnames}; it needs stem,split")
+        rows = [(row["stem"], row["split"]) for row in reader]
+    by_stem = dict(rows)
+    faults = []
+    if len(by_stem) != len(rows):
+        faults.append(f"{path} names {len(rows) - len(by_stem)} stems more than once")
+    if wrong := sorted(set(by_stem.values()) - set(SPLITS)):
+        faults.append(f"{path} has splits {listed(wrong)}; allowed are {', '.join(SPLITS)}")
+    if absent := sorted(set(stems) - by_stem.keys()):
+        faults.append(f"{len(absent)} images are not in {path}: {listed(absent)}")
+    if unknown := sorted(by_stem.keys() - set(stems)):
+        faults.append(f"{len(unknown)} stems in {path} have no image: {listed(unknown)}")
+    if not {"train", "val"} <= set(by_stem.values()):
+        faults.append(f"{path} needs at least one train and one val")
+    if faults:
+        raise PackError("\n".join(faults))
+    parts = {name: [stem for stem in stems if by_stem[stem] == name] for name in SPLITS}
+    return {name: members for name, members in parts.items() if members}
+
+
+def draw_split(stems: list[str], val_share: float, seed: int) -> dict[str, list[str]]:
+    """Draws val_share of the stems, at least one, for validation; the rest is for training."""
+    if not 0 < val_share < 1 or len(stems) < 2:
+        raise PackError(f"val_share is {val_share} of {len(stems)} images; it must leave one for train and one for val")
+    drawn = random.Random(seed).sample(range(len(stems)), min(len(stems) - 1, max(1, round(val_share * len(stems)))))
+    chosen = set(drawn)
+    return {
+        "train": [stem for i, stem in enumerate(stems) if i not in chosen],
+        "val": [stem for i, stem in enumerate(stems) if i in chosen],
+    }

@@ -1,0 +1,129 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_shards.__main__ import main
+from data_shards.index import load_index
+from data_shards.sources.coco import pack_coco
+from data_shards.sources.split import PackError
+from data_shards.stream import Shards
+
+RNG = np.random.default_rng(0)
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """COCO's run lengths by hand: down the columns, zeros first."""
+    flat = mask.T.ravel()
+    lengths, value = [0], 0
+    for pixel in flat:
+        if pixel != value:
+            lengths.append(0)
+            value = pixel
+        lengths[-1] += 1
+    return lengths
+
+
+def square(left: int, top: int, side: int) -> list[list[float]]:
+    return [[left, top, left + side, top, left + side, top + side, left, top + side]]
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    names = ["a.png", "sub/b.c.png", "empty.jpg"]
+    for name in names:
+        Image.fromarray(RNG.integers(0, 255, (20, 30, 3)).astype(np.uint8)).save(tmp_path / "images" / name)
+    rows = np.zeros((20, 30), np.uint8)
+    rows[3:5, 10:25] = 1
+    crowd = np.zeros((20, 30), np.uint8)
+    crowd[:, 28:] = 1
+    return {
+        "categories": [{"id": 7, "name": "cell"}, {"id": 3, "name": "dust"}],
+        "images": [{"id": i, "file_name": name, "height": 20, "width": 30} for i, name in enumerate(names)],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 7, "segmentation": square(2, 4, 8), "iscrowd": 0},
+            # smaller, inside the first, and before or after it, it shows
+            {"id": 2, "image_id": 0, "category_id": 3, "segmentation": square(4, 6, 2)},
+            {"id": 3, "image_id": 1, "category_id": 3, "segmentation": {"size": [20, 30], "counts": runs(rows)}},
+            {"id": 4, "image_id": 1, "category_id": 3, "iscrowd": 1,
+             "segmentation": {"size": [20, 30], "counts": runs(crowd)}},
+        ],
+    }  # fmt: skip
+
+
+def write(tmp_path: Path, coco: dict[str, Any]) -> Path:
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(coco))
+    return path
+
+
+def masks(folder: Path) -> dict[str, np.ndarray]:
+    shards = Shards(folder)
+    return {entry.key: shards.read(entry)[1] for entry in shards.index.entries(list(range(len(shards))))}
+
+
+def test_polygons_runs_and_crowds_become_labels(tmp_path: Path, coco: dict[str, Any]) -> None:
+    counts = pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", split_name="train")
+    assert counts == {"train": 3}
+    index = load_index(tmp_path / "out" / "train")
+    # classes in the order of the ids: dust (3), cell (7)
+    assert (index.num_classes, index.num_samples) == (3, 3)
+    found = masks(tmp_path / "out" / "train")
+    expected = {name: np.zeros((20, 30), np.uint8) for name in ("a", "sub__b_c", "empty")}
+    expected["a"][4:12, 2:10] = 2
+    expected["a"][6:8, 4:6] = 1
+    expected["sub__b_c"][3:5, 10:25] = 1
+    expected["sub__b_c"][:, 28:] = 255
+    assert found.keys() == expected.keys()
+    for key, mask in expected.items():
+        np.testing.assert_array_equal(found[key], mask, err_msg=key)
+    # images are the files that were there
+    tar = tmp_path / "out" / "train" / "shard-000000.tar"
+    stored = next(iter(webdataset.WebDataset(str(tar), shardshuffle=False)))["image.png"]
+    assert stored == (tmp_path / "images" / "a.png").read_bytes()
+
+
+def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, Any]) -> None:
+    path = write(tmp_path, coco)
+    command = ["pack", "coco", "--images", str(tmp_path / "images"), "--annotations", str(path)]
+    main([*command, "--out", str(tmp_path / "cells"), "--categories", "cell", "--split_name", "val"])
+    found = masks(tmp_path / "cells" / "val")
+    assert load_index(tmp_path / "cells" / "val").num_classes == 1
+    assert {key: int(mask.sum()) for key, mask in found.items()} == {"a": 64, "sub__b_c": 0, "empty": 0}
+    main([*command, "--out", str(tmp_path / "all"), "--binary", "--val_share", "0.3"])
+    both = masks(tmp_path / "all" / "train") | masks(tmp_path / "all" / "val")
+    assert int((both["a"] == 1).sum()) == 64
+    assert int((both["sub__b_c"] == 1).sum()) == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["images"][0].update(file_name="../a.png"), r"lead out of .*: \.\./a\.png"),
+        (lambda c: c["images"][0].update(file_name="/etc/passwd"), r"lead out of .*: /etc/passwd"),
+        (lambda c: c["images"][0].update(file_name="none.png"), r"1 images are not in .*: none\.png"),
+        (lambda c: c["images"][0].update(height=21), r"a\.png is 20 x 30 \(height x width\), its annotations 21 x 30"),
+        (lambda c: c["annotations"][0].update(image_id=9), "1 annotations of images that .* does not have: 1"),
+        (lambda c: c["annotations"][0].update(category_id=9), "category ids that .* does not have: 9"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), r"a\.png has annotation 1 that is no region"),
+        (lambda c: c.pop("annotations"), "is no COCO file of objects: KeyError"),
+        (lambda c: c.update(images=[]), "has no images"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, coco: dict[str, Any], change: Any, message: str) -> None:
+    change(coco)
+    with pytest.raises(PackError, match=message):
+        pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", split_name="train")
+    assert not (tmp_path / "out" / "train").exists()
+
+
+def test_no_such_category_or_file(tmp_path: Path, coco: dict[str, Any]) -> None:
+    with pytest.raises(PackError, match="no such categories: boat; there are cell, dust"):
+        pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", categories=["boat"])
+    with pytest.raises(PackError, match="does not exist"):
+        pack_coco(tmp_path / "images", tmp_path / "none.json", tmp_path / "out")
