@@ -20,6 +20,7 @@ from data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")
 ON_BAD_SAMPLE = ("error", "skip")
+SMALL = ("mean", "std", "weight")
 # remote shards that are fetched at once
 FETCHES = 4
 OPEN_SHARDS = 64
@@ -84,7 +85,7 @@ class Shards(Dataset[Batch]):
         read = self.read_straight(entries)
         if read is not None:
             images, masks = read
-            moments = [self.statistics(image) for image in images]
+            means, stds = self.batch_statistics(images)
         else:
             items: list[tuple[np.ndarray, ...] | None] = []
             for slot, entry in zip(slots, entries, strict=True):
@@ -100,13 +101,13 @@ class Shards(Dataset[Batch]):
             whole = [repeat if item is None else item for item in items]
             images = np.stack([item[0] for item in whole]).astype(self.image_dtype, copy=False)
             masks = np.stack([item[1] for item in whole])
-            moments = [(item[2], item[3]) for item in whole]
+            means, stds = np.stack([item[2] for item in whole]), np.stack([item[3] for item in whole])
         return {
             # (N, H, W, bands) as it lies in the files is channels-last memory: no transposition anywhere
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
             "mask": torch.from_numpy(masks),
-            "mean": torch.from_numpy(np.stack([mean for mean, _ in moments])),
-            "std": torch.from_numpy(np.stack([std for _, std in moments])),
+            "mean": torch.from_numpy(means),
+            "std": torch.from_numpy(stds),
             "weight": torch.tensor(weights),
             "epoch": [slot.epoch for slot in slots],
             "sample": [slot.sample for slot in slots],
@@ -248,6 +249,15 @@ class Shards(Dataset[Batch]):
             raise ValueError(f"{location} is remote: reading it needs a cache")
         return self.cache.fetch(location, shard.bytes, shard.sha256)
 
+    def batch_statistics(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the statistics of each image of a batch: two arrays (N, bands) float32."""
+        if self.normalize != "image":
+            N = len(images_NHWC)
+            mean, std = self.statistics(images_NHWC[0])
+            return np.repeat(mean[None], N, 0), np.repeat(std[None], N, 0)
+        found = [self.statistics(image) for image in images_NHWC]
+        return np.stack([mean for mean, _ in found]), np.stack([std for _, std in found])
+
     def statistics(self, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gives the mean and deviation of each band to normalise by: two arrays (bands,) float32."""
         bands = image_HWC.shape[2]
@@ -383,24 +393,32 @@ def train_batches(
                 yield rank_slots(order, t, global_batch_size, rank, world_size)
             epoch, batch = epoch + 1, 0
 
-    loader = DataLoader(
-        shards,
-        batch_sampler=slots(),
-        collate_fn=as_it_is,
-        num_workers=loader_workers,
-        prefetch_factor=4 if loader_workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
     try:
-        yield from loader
+        if loader_workers:
+            loader = DataLoader(
+                shards,
+                batch_sampler=slots(),
+                collate_fn=pack_small,
+                num_workers=loader_workers,
+                prefetch_factor=4,
+                pin_memory=torch.cuda.is_available(),
+            )
+            yield from map(unpack_small, loader)
+        else:
+            yield from map(shards.__getitem__, slots())
     finally:
         if ahead is not None:
             ahead.close()
 
 
-def as_it_is(batch: Any) -> Any:
-    """Gives the batch, which is made already."""
-    return batch
+def pack_small(batch: Any) -> Any:
+    """Makes arrays of a batch's small tensors: a tensor goes from process to process by a file of its own."""
+    return batch | {name: batch[name].numpy() for name in SMALL}
+
+
+def unpack_small(batch: Any) -> Any:
+    """Makes tensors of them again."""
+    return batch | {name: torch.from_numpy(batch[name]) for name in SMALL}
 
 
 def whole_images(

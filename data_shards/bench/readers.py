@@ -9,7 +9,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from data_shards.bench.samples import SIDE, decode_png
+from data_shards.bench.samples import SIDE, decode_png, import_streaming
 from data_shards.index import load_index
 from data_shards.order import steps_per_epoch
 from data_shards.stream import Crops, Shards, train_batches
@@ -92,9 +92,7 @@ def litdata(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
 
 def mosaic(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
     """mosaicml-streaming, shuffled (py1e, its default)."""
-    from streaming import StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
-
-    clean_stale_shared_memory()
-    data = StreamingDataset(local=str(folder), shuffle=True, shuffle_seed=epoch, batch_size=BATCH)
+    streaming = import_streaming()
+    streaming.base.util.clean_stale_shared_memory()
+    data = streaming.StreamingDataset(local=str(folder), shuffle=True, shuffle_seed=epoch, batch_size=BATCH)
     yield from DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=Pairs(kind))

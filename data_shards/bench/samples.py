@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -57,10 +58,30 @@ def write_tars(folder: Path, kind: str, count: int) -> Index:
     return index_shards(str(folder), workers=1)
 
 
+def import_streaming() -> Any:
+    """Imports mosaicml-streaming, whose torchvision does not load its operators beside a torch built for CPUs."""
+    import torch
+
+    if not hasattr(torch.ops.torchvision, "nms"):
+        # nothing here calls them; they only must have names
+        library = torch.library.Library("torchvision", "DEF")
+        for name in TORCHVISION:
+            library.define(f"{name}(Tensor x) -> Tensor")
+        KEPT.append(library)
+    import streaming
+
+    return streaming
+
+
+TORCHVISION = ("nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward", "roi_pool",
+               "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "qroi_align", "deform_conv2d",
+               "_deform_conv2d_backward")  # fmt: skip
+KEPT: list[Any] = []
+
+
 def write_mosaic(folder: Path, kind: str, count: int) -> None:
     """Writes mosaicml-streaming's MDS shards: arrays as they are, or PNG bytes."""
-    from streaming import MDSWriter
-
+    MDSWriter = import_streaming().MDSWriter
     columns = (
         {"image": f"ndarray:uint8:{SIDE},{SIDE},3", "mask": f"ndarray:uint8:{SIDE},{SIDE}"}
         if kind == "npy"
