@@ -22,7 +22,7 @@ NORMALIZATIONS = ("image", "dataset", "none")
 ON_BAD_SAMPLE = ("error", "skip")
 SMALL = ("mean", "std", "weight")
 # remote shards that are fetched at once
-FETCHES = 4
+FETCHES = 8
 OPEN_SHARDS = 64
 # bytes between image and mask that are read along
 MAX_GAP = 65536

@@ -127,6 +127,8 @@ class RunConfig:
     """steps between validations"""
     checkpoint_every: int = 100
     """steps between checkpoints"""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """operators: auto takes Triton's on GPUs that can run them, else plain PyTorch's"""
     panels: int = 8
     """validation images in the prediction panel"""
     experiment: str = "deepskip"

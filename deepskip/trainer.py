@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import kernels
 from deepskip import augment, checkpoint
 from deepskip.complexity import conv_weights
 from deepskip.config import Config, OptimConfig
@@ -75,6 +76,7 @@ def train(
     device = torch.device(device)
     optim = config.optim
     started = time.perf_counter()
+    kernels.backend.choose(config.run.kernels)
 
     # every rank draws the same weights
     torch.manual_seed(config.run.seed)
@@ -134,13 +136,12 @@ def train(
     keys: list[list[str]] = []
     images, busy, clock = 0, 0.0, time.perf_counter()
     total_images, total_busy = 0, 0.0
-    batches = train_batches(step)
+    batches = on_device(train_batches(step), device)
     model.train()
     while step < optim.steps:
         batch = next(batches)
-        image = normalize(*(batch[name].to(device, non_blocking=True) for name in ("image", "mean", "std")))
-        mask, weight = (batch[name].to(device, non_blocking=True) for name in ("mask", "weight"))
-        mask = mask.long()
+        image = normalize(batch["image"], batch["mean"], batch["std"])
+        mask, weight = batch["mask"].long(), batch["weight"]
         draws = augment.draw(config.augment, config.run.seed, batch["epoch"], batch["sample"], data.in_channels)
         image, mask = augment.augment(config.augment, draws, image, mask, data.ignore_index)
         set_learning_rate(optimizer, learning_rate(optim, step))
@@ -211,6 +212,23 @@ def train(
         "images_per_second": total_images / total_busy if total_busy else 0.0,
         "seconds": trained_seconds + time.perf_counter() - started,
     }
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields batches with their tensors on the device; a batch in pinned memory is copied while the last one is computed on."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        # a stream of None leaves all as it is
+        with torch.cuda.stream(stream):
+            moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if stream is not None:
+            now = torch.cuda.current_stream(device)
+            now.wait_stream(stream)
+            for value in moved.values():
+                if isinstance(value, Tensor):
+                    # its memory is not given to the next copy while this stream still reads it
+                    value.record_stream(now)
+        yield moved
 
 
 def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, data: DataInfo) -> Tensor:

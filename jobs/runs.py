@@ -21,6 +21,7 @@ FREE = (
     "run.name",
     "run.storage",
     "run.log_every",
+    "run.kernels",
     "run.tracking_uri",
     "data.loader_workers",
     "data.cache_dir",

@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config, stem = parse("train", argv)
     folder = absolute(config.run.storage, "run.storage")
+    config.data.path = config.data.path.removeprefix("file://")
     if not storage.is_remote(config.data.path):
         config.data.path = str(absolute(config.data.path, "data.path"))
     if config.data.builtin and not Path(config.data.path).exists():

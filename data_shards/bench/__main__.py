@@ -40,17 +40,21 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{os.cpu_count()}-cores.json"
     results: dict[str, Any] = {"environment": environment()}
+    # parts that are not run again keep their numbers, on the same machine with the same packages
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    if {**kept.get("environment", {}), "date": ""} == {**results["environment"], "date": ""}:
+        results = kept | results
     with tempfile.TemporaryDirectory(prefix="deepskip-bench-") as folder:
         for part in arguments.parts:
             print(f"{part} ...", file=sys.stderr, flush=True)
             results[part] = PARTS[part](Path(folder), arguments)
     text = table(results)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"{os.cpu_count()}-cores" if len(arguments.parts) == len(PARTS) else "-".join(arguments.parts)
-    (arguments.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(text)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""Which implementation an operator takes for a tensor: Triton's for CUDA tensors, plain PyTorch's for others.
+
+DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the config's kernels.backend) overrides both.
+"""
+
+import os
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "reference")
+# bf16 and the instructions that the kernels are tuned for
+OLDEST = (8, 0)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_chosen = "auto"
+
+
+def choose(name: str) -> None:
+    """Sets the implementation for all that follows in this process; raises ValueError for an unknown name."""
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"the kernels' backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    _chosen = name
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Says whether a tensor's operator is Triton's; raises ValueError for an unknown name in DEEPSKIP_KERNELS."""
+    asked = _chosen if _chosen != "auto" else os.environ.get("DEEPSKIP_KERNELS", "auto")
+    if asked not in BACKENDS:
+        raise ValueError(f"DEEPSKIP_KERNELS is {asked!r}; it must be one of {', '.join(BACKENDS)}")
+    if asked == "reference" or x.dtype not in DTYPES:
+        return False
+    if asked == "triton":
+        return True
+    return x.is_cuda and _usable(x.device.index or 0)
+
+
+@cache
+def _usable(device: int) -> bool:
+    # the cache is what makes it one warning
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        warnings.warn(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, DeepSkip's "
+            f"kernels need {OLDEST[0]}.{OLDEST[1]}: the plain PyTorch operators are used",
+            stacklevel=3,
+        )
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        warnings.warn(f"Triton cannot be imported ({error}): the plain PyTorch operators are used", stacklevel=3)
+        return False
+    return True

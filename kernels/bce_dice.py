@@ -1,0 +1,355 @@
+"""Weighted BCE + Dice in Triton: one pass over logits and target for the sums, one for the gradient (eqs. 5 to 8).
+
+Per pixel, with w the sample's weight where the pixel counts (else 0), t the target and o the probability:
+    bce = sum w * a * -log-likelihood, count = sum w, to_v = sum w t_v o_v, oo_v = sum w o_v^2, tt_v = sum w t_v^2
+and, with g the gradient of those sums and h_v = g_to_v t_v + 2 g_oo_v o_v,
+    sigmoid:  dz_v = w (g_bce ((1 - alpha)(1 - t_v) o_v - alpha t_v (1 - o_v)) + h_v o_v (1 - o_v))
+    softmax:  dz_v = w (g_bce a (o_v - t_v) + o_v (h_v - sum_u h_u o_u))
+
+Every program adds up its share in fp32 and writes it to a row of its own; the rows are added up in fp64. No atomics: the
+same input gives the same sums. Addresses are 64 bits wide. Nothing here waits for the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# pixels, or pixels times classes, that a program holds at a time; programs at most: rows of partial sums stay under 1 MB
+SIGMOID_BLOCK = 1024
+SOFTMAX_TILE = 2048
+MAX_PROGRAMS = 2048
+WARPS = 4
+NO_IGNORE = -(2**31)
+
+
+class Layout(NamedTuple):
+    """How a kernel finds (n, v, pixel): counts, and the elements from one to the next in logits and target."""
+
+    N: int
+    V: int
+    pixels: int
+    z_n: int
+    z_v: int
+    z_p: int
+    t_n: int
+    t_v: int
+    t_p: int
+
+
+@triton.jit
+def _log1p(x):
+    # log(1 + x) loses what 1 + x rounds away; this puts it back
+    u = 1.0 + x
+    return tl.log(u) + (x - (u - 1.0)) / u
+
+
+@triton.jit
+def _sigmoid_sums(
+    z_ptr, t_ptr, w_ptr, out_ptr, programs, pixels, V, alpha, ignore,
+    z_n, z_v, z_p, t_n, t_v, t_p, out_row,
+    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # every sample has as many programs; each takes every programs-th block of its pixels, for class v
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    v = tl.program_id(1).to(tl.int64)
+    z_ptr += n * z_n + v * z_v
+    t_ptr += n * t_n + v * t_v
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(w_ptr + n).to(tl.float32)
+    bce = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    to = tl.zeros((BLOCK,), tl.float32)
+    oo = tl.zeros((BLOCK,), tl.float32)
+    tt = tl.zeros((BLOCK,), tl.float32)
+    start = (tl.program_id(0) % programs).to(tl.int64) * BLOCK
+    while start < pixels:
+        p = start + tl.arange(0, BLOCK)
+        inside = p < pixels
+        label = tl.load(t_ptr + p * t_p, mask=inside, other=0).to(tl.int32)
+        w = tl.where(inside & (label != ignore), weight, 0.0)
+        z = tl.load(z_ptr + p * z_p, mask=inside, other=0.0).to(tl.float32)
+        # what does not count may hold anything: 0 * inf would be nan
+        z = tl.where(w != 0.0, z, 0.0)
+        t = tl.where(w != 0.0, label, 0).to(tl.float32)
+        small = tl.exp(-tl.abs(z))
+        rest = _log1p(small)
+        o = tl.where(z >= 0, 1.0, small) / (1.0 + small)
+        # -log sigmoid(z) = max(-z, 0) + log(1 + exp(-|z|))
+        bce += w * (alpha * t * (tl.maximum(-z, 0.0) + rest) + (1.0 - alpha) * (1.0 - t) * (tl.maximum(z, 0.0) + rest))
+        count += w
+        to += w * t * o
+        oo += w * o * o
+        tt += w * t * t
+        start += programs.to(tl.int64) * BLOCK
+    row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
+    # a class has bce and count of its own here; they are added up with the rows
+    tl.store(row + v, tl.sum(bce))
+    tl.store(row + V + v, tl.sum(count))
+    tl.store(row + 2 * V + v, tl.sum(to))
+    tl.store(row + 3 * V + v, tl.sum(oo))
+    tl.store(row + 4 * V + v, tl.sum(tt))
+
+
+@triton.jit
+def _sigmoid_gradient(
+    z_ptr, t_ptr, w_ptr, g_ptr, dz_ptr, programs, pixels, V, alpha, ignore,
+    z_n, z_v, z_p, t_n, t_v, t_p,
+    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    v = tl.program_id(1).to(tl.int64)
+    p = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = p < pixels
+    g_bce = tl.load(g_ptr)
+    g_to = tl.load(g_ptr + 2 + v)
+    g_oo = tl.load(g_ptr + 2 + V + v)
+    label = tl.load(t_ptr + n * t_n + v * t_v + p * t_p, mask=inside, other=0).to(tl.int32)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(w_ptr + n).to(tl.float32)
+    w = tl.where(inside & (label != ignore), weight, 0.0)
+    z = tl.load(z_ptr + n * z_n + v * z_v + p * z_p, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(w != 0.0, z, 0.0)
+    t = tl.where(w != 0.0, label, 0).to(tl.float32)
+    small = tl.exp(-tl.abs(z))
+    o = tl.where(z >= 0, 1.0, small) / (1.0 + small)
+    rest = tl.where(z >= 0, small, 1.0) / (1.0 + small)
+    d = g_bce * ((1.0 - alpha) * (1.0 - t) * o - alpha * t * rest) + (g_to * t + 2.0 * g_oo * o) * o * rest
+    tl.store(dz_ptr + n * z_n + v * z_v + p * z_p, (w * d).to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_tile(z_ptr, t_ptr, w_ptr, n, p, pixels, V, ignore, z_n, z_v, z_p, t_n, t_p,
+                  HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr):  # fmt: skip
+    inside = p < pixels
+    label = tl.load(t_ptr + n * t_n + p * t_p, mask=inside, other=0).to(tl.int32)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(w_ptr + n).to(tl.float32)
+    w = tl.where(inside & (label != ignore), weight, 0.0)
+    label = tl.where(w != 0.0, label, 0)
+    v = tl.arange(0, CLASSES)
+    place = n * z_n + (p * z_p)[None, :] + (v.to(tl.int64) * z_v)[:, None]
+    there = (v < V)[:, None] & inside[None, :]
+    z = tl.load(z_ptr + place, mask=there, other=0.0).to(tl.float32)
+    z = tl.where((w != 0.0)[None, :], z, 0.0)
+    z = tl.where((v < V)[:, None], z, float("-inf"))
+    z = z - tl.max(z, axis=0)[None, :]
+    e = tl.exp(z)
+    norm = tl.sum(e, axis=0)
+    o = e / norm[None, :]
+    t = v[:, None] == label[None, :]
+    return z, o, t, norm, w, label, place, there
+
+
+@triton.jit
+def _softmax_sums(
+    z_ptr, t_ptr, w_ptr, out_ptr, programs, pixels, V, alpha, ignore,
+    z_n, z_v, z_p, t_n, t_p, out_row,
+    HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    bce = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    to = tl.zeros((CLASSES,), tl.float32)
+    oo = tl.zeros((CLASSES,), tl.float32)
+    tt = tl.zeros((CLASSES,), tl.float32)
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    start = (tl.program_id(0) % programs).to(tl.int64) * BLOCK
+    while start < pixels:
+        z, o, t, norm, w, label, _, _ = _softmax_tile(
+            z_ptr, t_ptr, w_ptr, n, start + tl.arange(0, BLOCK), pixels, V, ignore, z_n, z_v, z_p, t_n, t_p,
+            HAS_WEIGHT, CLASSES,
+        )  # fmt: skip
+        log_o = tl.sum(tl.where(t, z, 0.0), axis=0) - tl.log(norm)
+        bce += w * tl.where(label != 0, alpha, 1.0 - alpha) * -log_o
+        count += w
+        weighed = tl.where(t, w[None, :], 0.0)
+        to += tl.sum(weighed * o, axis=1)
+        oo += tl.sum(w[None, :] * o * o, axis=1)
+        tt += tl.sum(weighed, axis=1)
+        start += programs.to(tl.int64) * BLOCK
+    row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
+    v = tl.arange(0, CLASSES)
+    tl.store(row, tl.sum(bce))
+    tl.store(row + 1, tl.sum(count))
+    tl.store(row + 2 + v, to, mask=v < V)
+    tl.store(row + 2 + V + v, oo, mask=v < V)
+    tl.store(row + 2 + 2 * V + v, tt, mask=v < V)
+
+
+@triton.jit
+def _softmax_gradient(
+    z_ptr, t_ptr, w_ptr, g_ptr, dz_ptr, programs, pixels, V, alpha, ignore,
+    z_n, z_v, z_p, t_n, t_p,
+    HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    p = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _, o, t, _, w, label, place, there = _softmax_tile(
+        z_ptr, t_ptr, w_ptr, n, p, pixels, V, ignore, z_n, z_v, z_p, t_n, t_p, HAS_WEIGHT, CLASSES
+    )
+    v = tl.arange(0, CLASSES)
+    g_to = tl.load(g_ptr + 2 + v, mask=v < V, other=0.0)
+    g_oo = tl.load(g_ptr + 2 + V + v, mask=v < V, other=0.0)
+    h = tl.where(t, g_to[:, None], 0.0) + 2.0 * g_oo[:, None] * o
+    a = tl.load(g_ptr) * tl.where(label != 0, alpha, 1.0 - alpha)
+    d = a[None, :] * (o - tl.where(t, 1.0, 0.0)) + o * (h - tl.sum(h * o, axis=0)[None, :])
+    tl.store(dz_ptr + place, (w[None, :] * d).to(dz_ptr.dtype.element_ty), mask=there)
+
+
+def _layout(logits: Tensor, target: Tensor) -> Layout:
+    N, V, H, W = logits.shape
+    # with H and W in one run a pixel has one number; strides are worked out, for where a size is 1 torch's may be any
+    z_v, z_p = (H * W, 1) if logits.is_contiguous() else (1, V)
+    if target.ndim == 3:
+        return Layout(N, V, H * W, V * H * W, z_v, z_p, H * W, 0, 1)
+    t_v, t_p = (H * W, 1) if target.is_contiguous() else (1, V)
+    return Layout(N, V, H * W, V * H * W, z_v, z_p, V * H * W, t_v, t_p)
+
+
+def _dense(x: Tensor) -> Tensor:
+    # contiguous and channels-last are read as they are
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def _prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    N, V, H, W = logits.shape
+    if tuple(target.shape) not in ((N, V, H, W), (N, H, W)):
+        raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
+    target = _dense(target)
+    weight = None if sample_weight is None else sample_weight.contiguous()
+    return _dense(logits), target.view(torch.uint8) if target.dtype == torch.bool else target, weight
+
+
+def _is_softmax(logits: Tensor, target: Tensor) -> bool:
+    return logits.shape[1] > 1 and target.ndim == 3
+
+
+def softmax_sizes(V: int) -> dict[str, int]:
+    """Gives the constants of the softmax kernels for V classes."""
+    classes = triton.next_power_of_2(V)
+    return {"CLASSES": classes, "BLOCK": max(16, SOFTMAX_TILE // classes)}
+
+
+def programs_of_a_sample(at: Layout, block: int) -> int:
+    """Gives how many programs share the pixels of a sample, so that there are about MAX_PROGRAMS in all."""
+    return max(1, min(triton.cdiv(at.pixels, block), MAX_PROGRAMS // (at.N * at.V)))
+
+
+@torch.library.custom_op("deepskip::bce_dice_sums", mutates_args=())
+def _sums(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, alpha: float, ignore_index: int | None
+) -> Tensor:
+    z, t, w = _prepare(logits, target, sample_weight)
+    if not z.numel():
+        return torch.zeros(2 + 3 * z.shape[1], device=z.device)
+    at = _layout(z, t)
+    ignore = NO_IGNORE if ignore_index is None else ignore_index
+    # where there are no weights, a pointer that is not read
+    weight = z if w is None else w
+    strides = (at.z_n, at.z_v, at.z_p, at.t_n)
+    if _is_softmax(logits, target):
+        sizes = softmax_sizes(at.V)
+        programs = programs_of_a_sample(at, sizes["BLOCK"])
+        rows = torch.empty(at.N * programs, 2 + 3 * at.V, dtype=torch.float32, device=z.device)
+        _softmax_sums[(len(rows),)](
+            z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_p, rows.stride(0),
+            HAS_WEIGHT=w is not None, **sizes, num_warps=WARPS,
+        )  # fmt: skip
+        return rows.sum(0, dtype=torch.float64).float()
+    block = SIGMOID_BLOCK
+    programs = programs_of_a_sample(at, block)
+    rows = torch.empty(at.N * programs, 5 * at.V, dtype=torch.float32, device=z.device)
+    _sigmoid_sums[(len(rows), at.V)](
+        z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_v, at.t_p, rows.stride(0),
+        HAS_WEIGHT=w is not None, BLOCK=block, num_warps=WARPS,
+    )  # fmt: skip
+    found = rows.sum(0, dtype=torch.float64).view(5, at.V)
+    # each class counted its pixels
+    return torch.cat([found[0].sum()[None], found[1].mean()[None], found[2:].flatten()]).float()
+
+
+@_sums.register_fake
+def _(logits: Tensor, target: Tensor, sample_weight: Tensor | None, alpha: float, ignore_index: int | None) -> Tensor:
+    return logits.new_empty(2 + 3 * logits.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("deepskip::bce_dice_gradient", mutates_args=())
+def _gradient(
+    grad: Tensor, logits: Tensor, target: Tensor, sample_weight: Tensor | None, alpha: float, ignore_index: int | None
+) -> Tensor:
+    z, t, w = _prepare(logits, target, sample_weight)
+    at = _layout(z, t)
+    ignore = NO_IGNORE if ignore_index is None else ignore_index
+    weight = z if w is None else w
+    strides = (at.z_n, at.z_v, at.z_p, at.t_n)
+    dz = torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device)
+    if not z.numel():
+        return dz
+    g = grad.contiguous()
+    if _is_softmax(logits, target):
+        sizes = softmax_sizes(at.V)
+        programs = triton.cdiv(at.pixels, sizes["BLOCK"])
+        _softmax_gradient[(at.N * programs,)](
+            z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_p,
+            HAS_WEIGHT=w is not None, **sizes, num_warps=WARPS,
+        )  # fmt: skip
+    else:
+        block = SIGMOID_BLOCK
+        programs = triton.cdiv(at.pixels, block)
+        _sigmoid_gradient[(at.N * programs, at.V)](
+            z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_v, at.t_p,
+            HAS_WEIGHT=w is not None, BLOCK=block, num_warps=WARPS,
+        )  # fmt: skip
+    return dz
+
+
+@_gradient.register_fake
+def _(
+    grad: Tensor, logits: Tensor, target: Tensor, sample_weight: Tensor | None, alpha: float, ignore_index: int | None
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    logits, target, sample_weight, ctx.alpha, ctx.ignore_index = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(logits, target, sample_weight)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    logits, target, sample_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    dz = _gradient(grad, logits, target, sample_weight, ctx.alpha, ctx.ignore_index)  # type: ignore[attr-defined]
+    return dz, None, None, None, None
+
+
+def _no_second_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    raise RuntimeError(
+        "bce_dice has no second derivative in Triton; DEEPSKIP_KERNELS=reference differentiates any number of times"
+    )
+
+
+_sums.register_autograd(_backward, setup_context=_keep)
+_gradient.register_autograd(_no_second_backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def bce_dice_sums(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.5,
+    ignore_index: int | None = 255,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7), in fp32: as `reference.bce_dice_sums`.
+
+    logits: (N, V, H, W) fp32, fp16 or bf16, contiguous or channels-last (else copied). target: uint8, int16, int32, int64
+    or bool, (N, H, W) or (N, V, H, W). sample_weight: (N,). Returns (2 + 3 V,). Raises ValueError for shapes that do not fit,
+    RuntimeError where a second derivative is asked for.
+    """
+    return _sums(logits, target, sample_weight, alpha, ignore_index)

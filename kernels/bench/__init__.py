@@ -1,0 +1,1 @@
+"""Benchmarks and builds of the kernels."""

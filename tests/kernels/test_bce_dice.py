@@ -1,0 +1,215 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, against float64 written out by hand."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import backend, reference
+
+
+@pytest.fixture(scope="module")
+def triton_form() -> Iterator[ModuleType]:
+    # the decorator looks at the environment once; what other tests start must not see it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        sys.modules.pop("kernels.bce_dice", None)
+        from kernels import bce_dice
+
+        yield bce_dice
+
+
+def by_hand(
+    logits: Tensor, target: Tensor, alpha: float, ignore: int | None, weight: Tensor | None, g: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and the gradient of g times the sums, in float64 numpy, pixel by pixel of eqs. 6 and 7."""
+    z = logits.double().numpy().copy()
+    V = z.shape[1]
+    exclusive = V > 1 and target.ndim == 3
+    labels = target.long().numpy()
+    if labels.ndim == 3:
+        labels = labels[:, None]
+    w = np.ones(labels.shape) if ignore is None else (labels != ignore).astype(float)
+    if weight is not None:
+        w = w * weight.double().numpy()[:, None, None, None]
+    z[np.broadcast_to(w == 0, z.shape)] = 0
+    labels = np.where(w == 0, 0, labels)
+    if exclusive:
+        e = np.exp(z - z.max(1, keepdims=True))
+        o = e / e.sum(1, keepdims=True)
+        t = (labels == np.arange(V)[None, :, None, None]).astype(float)
+        a = np.where(labels != 0, alpha, 1 - alpha)
+        bce = (w * a * -(t * np.log(o)).sum(1, keepdims=True)).sum()
+        count = w.sum()
+    else:
+        o = 1 / (1 + np.exp(-z))
+        t = labels.astype(float)
+        bce = (w * (alpha * t * np.log1p(np.exp(-z)) + (1 - alpha) * (1 - t) * (z + np.log1p(np.exp(-z))))).sum()
+        count = w.sum() / V
+    axes = (0, 2, 3)
+    sums = np.concatenate([[bce, count], (w * t * o).sum(axes), (w * o * o).sum(axes), (w * t * t).sum(axes)])
+    h = g[2 : 2 + V, None, None] * t + 2 * g[2 + V : 2 + 2 * V, None, None] * o
+    if exclusive:
+        dz = w * (g[0] * a * (o - t) + o * (h - (h * o).sum(1, keepdims=True)))
+    else:
+        dz = w * (g[0] * ((1 - alpha) * (1 - t) * o - alpha * t * (1 - o)) + h * o * (1 - o))
+    return sums, dz
+
+
+def case(
+    V: int, independent: bool, dtype: torch.dtype, labels: torch.dtype, size: tuple[int, int] = (13, 11), N: int = 3
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(V)
+    logits = (4 * torch.randn(N, V, *size, generator=generator)).to(dtype)
+    shape = (N, V, *size) if independent else (N, *size)
+    highest = 2 if independent or V == 1 else V
+    target = torch.randint(0, highest, shape, generator=generator).to(labels)
+    return logits, target
+
+
+CASES = [
+    (1, False, torch.float32, torch.uint8),
+    (1, False, torch.bfloat16, torch.bool),
+    (1, True, torch.float16, torch.int16),
+    (3, True, torch.float32, torch.int64),
+    (3, False, torch.float32, torch.int64),
+    (19, False, torch.bfloat16, torch.uint8),
+    (2, False, torch.float16, torch.int32),
+]
+
+
+@pytest.mark.parametrize(("V", "independent", "dtype", "labels"), CASES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_and_gradient_are_those_written_out_by_hand(
+    triton_form: ModuleType, V: int, independent: bool, dtype: torch.dtype, labels: torch.dtype, channels_last: bool
+) -> None:
+    logits, target = case(V, independent, dtype, labels)
+    ignore = None
+    weight = torch.tensor([1.0, 0.0, 0.5])
+    if labels != torch.bool:
+        ignore = 255 if labels == torch.uint8 else -1
+        target[..., 2:4, :] = ignore
+    # where nothing counts anything may stand
+    logits[1] = float("inf")
+    if channels_last:
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    g = np.random.default_rng(0).normal(size=2 + 3 * V)
+    expected, gradient = by_hand(logits, target, 0.3, ignore, weight, g)
+    leaf = logits.clone(memory_format=torch.preserve_format).requires_grad_()
+    sums = triton_form.bce_dice_sums(leaf, target, alpha=0.3, ignore_index=ignore, sample_weight=weight)
+    np.testing.assert_allclose(sums.detach().numpy(), expected, rtol=2e-6)
+    sums.backward(torch.from_numpy(g).float())
+    assert leaf.grad is not None
+    assert leaf.grad.stride() == logits.stride()
+    # one rounding to the logits' own type
+    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    np.testing.assert_allclose(leaf.grad.double().numpy(), gradient, rtol=tolerance, atol=max(1e-6, tolerance / 10))
+    assert (leaf.grad[1] == 0).all()
+
+
+def test_more_blocks_than_programs(triton_form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_form, "MAX_PROGRAMS", 4)
+    for V in (1, 3):
+        logits, target = case(V, False, torch.float32, torch.uint8, (64, 97), 2)
+        expected, _ = by_hand(logits, target, 0.5, 255, None, np.zeros(2 + 3 * V))
+        first, second = (triton_form.bce_dice_sums(logits, target) for _ in range(2))
+        np.testing.assert_allclose(first.numpy(), expected, rtol=2e-6)
+        assert torch.equal(first, second)
+
+
+def test_views_and_samples_of_size_one(triton_form: ModuleType) -> None:
+    logits, target = case(3, False, torch.float32, torch.uint8, (16, 16), 4)
+    for z, t in ((logits[::2, :, 2:9, 3:], target[::2, 2:9, 3:]), (logits[:1, :, :1, :], target[:1, :1])):
+        expected, _ = by_hand(z, t, 0.5, 255, None, np.zeros(11))
+        np.testing.assert_allclose(triton_form.bce_dice_sums(z, t).numpy(), expected, rtol=2e-6)
+    with pytest.raises(ValueError, match=r"target of shape \(4, 16, 15\) does not fit logits of shape"):
+        triton_form.bce_dice_sums(logits, target[..., 1:])
+
+
+@pytest.mark.parametrize(("V", "independent"), [(1, False), (3, False), (3, True)])
+def test_the_operators_keep_torchs_rules(triton_form: ModuleType, V: int, independent: bool) -> None:
+    logits, target = case(V, independent, torch.float32, torch.int64, (5, 4), 2)
+    weight = torch.tensor([1.0, 0.5])
+    arguments = (logits.requires_grad_(), target, weight, 0.3, 255)
+    torch.library.opcheck(torch.ops.deepskip.bce_dice_sums.default, arguments)
+    grad = torch.randn(2 + 3 * V)
+    torch.library.opcheck(torch.ops.deepskip.bce_dice_gradient.default, (grad, logits.detach(), *arguments[1:]))
+
+
+def test_compiled_whole_and_no_second_derivative(triton_form: ModuleType) -> None:
+    logits, target = case(3, False, torch.float32, torch.uint8, (6, 7), 2)
+
+    def loss(z: Tensor) -> Tensor:
+        return triton_form.bce_dice_sums(z, target).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    torch.testing.assert_close(compiled(one), loss(other))
+    torch.testing.assert_close(*torch.autograd.grad(compiled(one), one), *torch.autograd.grad(loss(other), other))
+    (first,) = torch.autograd.grad(loss(other), other, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative in Triton"):
+        first.sum().backward()
+
+
+def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    assert not backend.takes_triton(x)
+    monkeypatch.setenv("DEEPSKIP_KERNELS", "triton")
+    assert backend.takes_triton(x)
+    assert not backend.takes_triton(x.double())
+    monkeypatch.setattr(backend, "_chosen", "reference")
+    assert not backend.takes_triton(x)
+    monkeypatch.setattr(backend, "_chosen", "auto")
+    monkeypatch.setenv("DEEPSKIP_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="DEEPSKIP_KERNELS is 'cuda'; it must be one of auto, triton, reference"):
+        backend.takes_triton(x)
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        backend.choose("fast")
+
+
+def test_an_old_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    backend._usable.cache_clear()
+    with pytest.warns(UserWarning, match=r"Old GPU has compute capability 7\.5, DeepSkip's kernels need 8\.0"):
+        assert not backend._usable(0)
+    assert not backend._usable(0)
+    assert backend._usable.cache_info().hits == 1
+    backend._usable.cache_clear()
+
+
+def test_the_reference_is_the_kernels_twin(triton_form: ModuleType) -> None:
+    for V, independent in ((1, False), (4, False), (4, True)):
+        logits, target = case(V, independent, torch.float32, torch.uint8)
+        target[0, ..., :3, :] = 255
+        options = {"alpha": 0.8, "sample_weight": torch.tensor([1.0, 2.0, 0.0])}
+        torch.testing.assert_close(
+            triton_form.bce_dice_sums(logits, target, **options),
+            reference.bce_dice_sums(logits, target, **options),
+            rtol=2e-6, atol=1e-5,
+        )  # fmt: skip
+
+
+def test_every_variant_builds_without_a_gpu_and_spills_nothing() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.bench.builds"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
+    assert {row[0] for row in rows} == {"sm_80", "sm_90"}
+    assert len(rows) >= 40
+    # architecture, kernel, variant, registers, spilled bytes, shared bytes
+    assert all(int(row[-2]) == 0 for row in rows), done.stdout
+    assert all(0 < int(row[-3]) <= 255 for row in rows)
