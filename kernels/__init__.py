@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels import backend, reference
+from kernels import backend, bce_dice_cpu, reference
 from kernels.reference import deep_skip
 
 # tells this package from another one of the same name on PyPI; `import deepskip` looks for it
@@ -20,11 +20,12 @@ def bce_dice_sums(
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7); see `reference.bce_dice_sums`."""
-    if backend.takes_triton(logits):
+    found = backend.implementation(logits)
+    if found == "triton":
         # triton is not there on every system
         from kernels import bce_dice
 
         sums = bce_dice.bce_dice_sums
     else:
-        sums = reference.bce_dice_sums
+        sums = bce_dice_cpu.bce_dice_sums if found == "cpu" else reference.bce_dice_sums
     return sums(logits, target, alpha=alpha, ignore_index=ignore_index, sample_weight=sample_weight)

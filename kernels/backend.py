@@ -1,4 +1,4 @@
-"""Which implementation an operator takes for a tensor: Triton's for CUDA tensors, plain PyTorch's for others.
+"""Which implementation an operator takes for a tensor: Triton's for CUDA tensors, one for CPUs, else plain PyTorch's.
 
 DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the config's kernels.backend) overrides both.
 """
@@ -25,16 +25,17 @@ def choose(name: str) -> None:
     _chosen = name
 
 
-def takes_triton(x: Tensor) -> bool:
-    """Says whether a tensor's operator is Triton's; raises ValueError for an unknown name in DEEPSKIP_KERNELS."""
+def implementation(x: Tensor) -> str:
+    """Gives "triton", "cpu" or "reference" for a tensor; raises ValueError for an unknown name in DEEPSKIP_KERNELS."""
     asked = _chosen if _chosen != "auto" else os.environ.get("DEEPSKIP_KERNELS", "auto")
     if asked not in BACKENDS:
         raise ValueError(f"DEEPSKIP_KERNELS is {asked!r}; it must be one of {', '.join(BACKENDS)}")
     if asked == "reference" or x.dtype not in DTYPES:
-        return False
-    if asked == "triton":
-        return True
-    return x.is_cuda and _usable(x.device.index or 0)
+        return "reference"
+    if asked == "triton" or (x.is_cuda and _usable(x.device.index or 0)):
+        return "triton"
+    # a compiler does better with the plain form than with one in blocks
+    return "cpu" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import backend, reference
+from kernels import backend, bce_dice_cpu, reference
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,16 @@ CASES = [
 
 @pytest.mark.parametrize(("V", "independent", "dtype", "labels"), CASES)
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("form", ["triton", "cpu"])
 def test_sums_and_gradient_are_those_written_out_by_hand(
-    triton_form: ModuleType, V: int, independent: bool, dtype: torch.dtype, labels: torch.dtype, channels_last: bool
+    form: str,
+    triton_form: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    V: int,
+    independent: bool,
+    dtype: torch.dtype,
+    labels: torch.dtype,
+    channels_last: bool,
 ) -> None:
     logits, target = case(V, independent, dtype, labels)
     ignore = None
@@ -102,7 +110,10 @@ def test_sums_and_gradient_are_those_written_out_by_hand(
     g = np.random.default_rng(0).normal(size=2 + 3 * V)
     expected, gradient = by_hand(logits, target, 0.3, ignore, weight, g)
     leaf = logits.clone(memory_format=torch.preserve_format).requires_grad_()
-    sums = triton_form.bce_dice_sums(leaf, target, alpha=0.3, ignore_index=ignore, sample_weight=weight)
+    # some blocks, the last one smaller
+    monkeypatch.setattr(bce_dice_cpu, "BLOCK", 5 * 11 * V)
+    implementation = triton_form if form == "triton" else bce_dice_cpu
+    sums = implementation.bce_dice_sums(leaf, target, alpha=0.3, ignore_index=ignore, sample_weight=weight)
     np.testing.assert_allclose(sums.detach().numpy(), expected, rtol=2e-6)
     sums.backward(torch.from_numpy(g).float())
     assert leaf.grad is not None
@@ -159,18 +170,25 @@ def test_compiled_whole_and_no_second_derivative(triton_form: ModuleType) -> Non
 
 def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
-    assert not backend.takes_triton(x)
+    assert (backend.implementation(x), backend.implementation(x.double())) == ("cpu", "reference")
     monkeypatch.setenv("DEEPSKIP_KERNELS", "triton")
-    assert backend.takes_triton(x)
-    assert not backend.takes_triton(x.double())
+    assert (backend.implementation(x), backend.implementation(x.double())) == ("triton", "reference")
     monkeypatch.setattr(backend, "_chosen", "reference")
-    assert not backend.takes_triton(x)
+    assert backend.implementation(x) == "reference"
     monkeypatch.setattr(backend, "_chosen", "auto")
     monkeypatch.setenv("DEEPSKIP_KERNELS", "cuda")
     with pytest.raises(ValueError, match="DEEPSKIP_KERNELS is 'cuda'; it must be one of auto, triton, reference"):
-        backend.takes_triton(x)
+        backend.implementation(x)
     with pytest.raises(ValueError, match="backend is 'fast'"):
         backend.choose("fast")
+
+
+def test_a_confident_and_right_network_has_a_loss_of_almost_nothing() -> None:
+    # 20 - softplus(20) would be rounded to anything
+    logits, target = torch.full((1, 1, 8, 8), 20.0), torch.ones(1, 8, 8, dtype=torch.uint8)
+    assert bce_dice_cpu.bce_dice_sums(logits, target)[0].item() == pytest.approx(
+        64 * 0.5 * np.log1p(np.exp(-20)), rel=1e-5
+    )
 
 
 def test_an_old_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
