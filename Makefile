@@ -1,6 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
 # make setup   the virtual environment alone
+# make bench   the kernels beside other implementations
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
@@ -9,7 +10,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint setup lock bench-data clean
+.PHONY: train test lint setup lock bench bench-data clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -47,6 +48,10 @@ lock:
 	  --output-file requirements.lock.new pyproject.toml
 	@(grep '^# Every version' requirements.lock; sed 's/+cpu//' requirements.lock.new) > requirements.lock.newer
 	@mv requirements.lock.newer requirements.lock && rm requirements.lock.new
+
+bench: setup
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --constraint requirements.lock --editable '.[bench]'
+	@$(VENV)/bin/python -m kernels.bench $(ARGS)
 
 bench-data:
 	@$(PYTHON) -m venv .venv-bench

@@ -103,6 +103,6 @@ def test_it_ends_with_a_parent_that_is_killed() -> None:
         assert processes
         parent.kill()
         parent.wait()
-        assert psutil.wait_procs(processes, timeout=30)[1] == []
+        assert psutil.wait_procs(processes, timeout=90)[1] == []
     finally:
         stop_head(head)

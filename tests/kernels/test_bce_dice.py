@@ -16,7 +16,7 @@ from kernels import backend, bce_dice_cpu, reference
 
 @pytest.fixture(scope="module")
 def triton_form() -> Iterator[ModuleType]:
-    # the decorator looks at the environment once; what other tests start must not see it
+    # as in conftest.py, for our kernels
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         sys.modules.pop("kernels.bce_dice", None)

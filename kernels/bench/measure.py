@@ -1,0 +1,113 @@
+"""How the benchmarks measure: bytes that a call allocates and keeps, the machine's copy bandwidth, what the machine is."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# more than any last-level cache, so that rotated buffers come from memory
+ROTATED = 2**29
+
+
+def copies(make: Callable[[], tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Makes as many sets of inputs as are needed to pass the caches on a GPU; on a CPU two."""
+    first = make()
+    size = sum(x.numel() * x.element_size() for x in first)
+    count = max(2, min(64, ROTATED // max(size, 1))) if device.type == "cuda" else 2
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def wait(device: torch.device) -> None:
+    """Waits for all that was asked of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Gives the most bytes that were allocated at once during a call, beyond those before it."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    held = most = 0
+    for event in events:
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most
+
+
+def saved_bytes(call: Callable[[], Any], inputs: tuple[Tensor, ...]) -> int:
+    """Gives the bytes that a forward call keeps for backward, without its inputs."""
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = call()
+    del result
+    return sum(kept.values())
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measures bytes/s of copying a large tensor: read and written bytes over the median of 20 times."""
+    x = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    times = []
+    for _ in range(25):
+        wait(device)
+        started = time.perf_counter()
+        y.copy_(x)
+        wait(device)
+        times.append(time.perf_counter() - started)
+    return 2 * x.numel() / statistics.median(times[5:])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Says what the numbers were taken on."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found: dict[str, Any] = {
+        "device": device.type,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if device.type == "cuda":
+        import triton
+
+        found |= {"name": torch.cuda.get_device_name(device), "triton": triton.__version__, "cuda": torch.version.cuda}
+        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(driver, capture_output=True, text=True, check=False).stdout.strip()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+        found |= {
+            "name": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+    return found

@@ -1,0 +1,74 @@
+"""Losses that the fused one is compared with; each takes logits and target and gives a scalar."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import backend, reference
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+# the names of torchvision's operators, which its wheel does not register beside a torch built for CPUs
+TORCHVISION = ("nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward", "roi_pool",
+               "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "qroi_align", "deform_conv2d",
+               "_deform_conv2d_backward")  # fmt: skip
+KEPT: list[Any] = []
+
+
+def loss_of_sums(sums: Tensor) -> Tensor:
+    """BCE + Dice of the sums, as deepskip.loss has it (floor 1 does not know floor 2)."""
+    to, oo, tt = sums[2:].view(3, -1)
+    return sums[0] / sums[1] + 1 - ((2 * to + 1) / (tt + oo + 1)).mean()
+
+
+def fused(logits: Tensor, target: Tensor) -> Tensor:
+    """This project's: Triton on a GPU, blocks on a CPU."""
+    import kernels
+
+    return loss_of_sums(kernels.bce_dice_sums(logits, target))
+
+
+def eager(logits: Tensor, target: Tensor) -> Tensor:
+    """The plain PyTorch form."""
+    return loss_of_sums(reference.bce_dice_sums(logits, target))
+
+
+def monai_dice_ce(classes: int) -> Loss:
+    """MONAI's DiceCELoss."""
+    from monai.losses import DiceCELoss
+
+    binary = classes == 1
+    loss = DiceCELoss(sigmoid=binary, softmax=not binary, to_onehot_y=not binary, squared_pred=True, batch=True)
+    return lambda logits, target: loss(logits, (target[:, None]).float())
+
+
+def smp_dice_bce(classes: int) -> Loss:
+    """segmentation_models_pytorch's Dice and its BCE, or torch's cross-entropy, added up."""
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in TORCHVISION:
+            library.define(f"{name}(Tensor x) -> Tensor")
+        KEPT.append(library)
+    from segmentation_models_pytorch.losses import DiceLoss, SoftBCEWithLogitsLoss
+
+    if classes == 1:
+        dice, bce = DiceLoss("binary"), SoftBCEWithLogitsLoss()
+        return lambda logits, target: dice(logits, target[:, None].float()) + bce(logits, target[:, None].float())
+    dice, entropy = DiceLoss("multiclass"), torch.nn.CrossEntropyLoss()
+    return lambda logits, target: dice(logits, target.long()) + entropy(logits, target.long())
+
+
+def all_of(classes: int) -> dict[str, Loss]:
+    """Gives every loss by its name; those whose package is not installed are left out."""
+    compiled = torch.compile(eager, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    found: dict[str, Loss] = {"deepskip": fused, "eager": eager, "torch.compile": compiled}
+    for name, make in (("MONAI DiceCELoss", monai_dice_ce), ("smp Dice + BCE", smp_dice_bce)):
+        try:
+            found[name] = make(classes)
+        except ImportError:
+            continue
+    return found
+
+
+__all__ = ["Loss", "all_of", "backend", "eager", "fused", "loss_of_sums"]
