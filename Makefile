@@ -1,7 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
 # make setup   the virtual environment alone
-# make bench   the kernels beside other implementations
+# make bench   the kernels beside other implementations, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
@@ -49,12 +49,13 @@ lock:
 	@(grep '^# Every version' requirements.lock; sed 's/+cpu//' requirements.lock.new) > requirements.lock.newer
 	@mv requirements.lock.newer requirements.lock && rm requirements.lock.new
 
-bench: setup
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --constraint requirements.lock --editable '.[bench]'
-	@$(VENV)/bin/python -m kernels.bench $(ARGS)
+bench:
+	@$(PYTHON) -m venv .venv-bench-kernels
+	@.venv-bench-kernels/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r kernels/bench/requirements.txt
+	@.venv-bench-kernels/bin/python -m kernels.bench $(ARGS)
 
 bench-data:
-	@$(PYTHON) -m venv .venv-bench
+	@$(PYTHON) -m venv .venv-bench .venv-bench-kernels
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r data_shards/bench/requirements.txt
 	@.venv-bench/bin/python -m data_shards.bench $(ARGS)
 

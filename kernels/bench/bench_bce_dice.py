@@ -52,7 +52,7 @@ def bandwidth() -> float:
 def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, ...]) -> None:
     losses = opponents.all_of(size[1])
     if name not in losses:
-        pytest.skip(f"{name} is not installed (pip install '.[bench]')")
+        pytest.skip(f"{name} is not installed (kernels/bench/requirements.txt)")
     loss = losses[name]
     sets = measure.copies(lambda: inputs(size), DEVICE)
     if name in ("deepskip", "eager", "torch.compile"):
