@@ -1,0 +1,103 @@
+"""What a person types: a pack that is killed and run again, info, plan."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_shards.__main__ import main
+from data_shards.index import load_index
+from data_shards.sample import Sample
+from data_shards.stream import Crops, Shards, train_batches
+from data_shards.writer import write_shards
+
+SLOW_PACK = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from data_shards.sample import Sample
+from data_shards.writer import write_shards
+
+def samples():
+    for i in range(6):
+        if i == 5 and sys.argv[2] == "slow":
+            print("nearly", flush=True)
+            time.sleep(600)
+        yield Sample(f"k{i}", np.full((8, 8, 3), i, np.uint8), np.zeros((8, 8), np.uint8))
+
+write_shards(samples(), Path(sys.argv[1]), num_classes=1, samples_per_shard=2, source="same")
+"""
+
+
+def test_a_killed_pack_leaves_no_split_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    target = tmp_path / "train"
+    killed = subprocess.Popen([sys.executable, "-c", SLOW_PACK, str(target), "slow"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "nearly\n"
+    # one that is at work beside it keeps its own half-written folder
+    beside = subprocess.run([sys.executable, "-c", SLOW_PACK, str(target), "fast"], check=True)
+    assert beside.returncode == 0
+    halves = [path for path in tmp_path.iterdir() if path != target]
+    assert len(halves) == 1
+    assert len(list(halves[0].glob("*.tar"))) == 3
+    killed.kill()
+    killed.wait()
+    before = load_index(target)
+    subprocess.run([sys.executable, "-c", SLOW_PACK, str(target), "fast"], check=True)
+    assert load_index(target) == before
+    (target / "index.json").unlink()
+    target.rename(tmp_path / "gone")
+    subprocess.run([sys.executable, "-c", SLOW_PACK, str(target), "fast"], check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone", "train"]
+    assert load_index(target).shards == before.shards
+
+
+def packed(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(23):
+        mask = np.zeros((20, 20), np.uint8)
+        mask[2:4, 3:8] = i % 3 > 0
+        mask[10, 10] = 1
+        made.append(Sample(f"k{i:02d}", rng.integers(0, 255, (20, 20, 3), np.uint8), mask))
+    write_shards(made, tmp_path / "train", num_classes=1, samples_per_shard=5)
+    return tmp_path / "train"
+
+
+def test_plan_is_what_the_ranks_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packed(tmp_path)
+    for rank in range(3):
+        main(["plan", str(folder / "index.json"), "--global-batch-size", "7", "--world-size", "3", "--rank", str(rank),
+              "--epoch", "1", "--from-step", "1", "--steps", "5", "--seed", "4", "--window", "2"])  # fmt: skip
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        # four steps an epoch
+        assert [(line["epoch"], line["step"]) for line in lines] == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
+        stream = train_batches(Shards(folder, crops=Crops(20, 0, 4)), 4, 7, 5, rank, 3, window=2)
+        for line, batch in zip(lines, stream, strict=False):
+            taken = list(zip(batch["key"], batch["weight"].tolist(), strict=True))
+            assert line["keys"] == [key for key, weight in taken if weight]
+            assert line["repeats"] == [key for key, weight in taken if not weight]
+    for option, value, allowed in (
+        ("--rank", "3", "0 to 2"),
+        ("--from-step", "4", "0 to 3"),
+        ("--steps", "-1", "0 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", str(folder), "--global-batch-size", "7", "--world-size", "3", option, value])
+        assert f"error: {option} is {value}; it must be {allowed}" in capsys.readouterr().err
+
+
+def test_info_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packed(tmp_path)
+    main(["info", str(folder)])
+    text = capsys.readouterr().out
+    # 15 of 23 images have a second object, of 10 pixels beside that of 1; 400 pixels an image
+    assert "23 samples in 5 shards" in text
+    assert f"label 1 {(23 + 150) / 9200:.2%}" in text
+    assert "objects    38, 0 images without any; median 0.250% of the image" in text
+    counts = [int(line.split()[3]) for line in text.splitlines() if " to " in line and "%" in line]
+    assert sum(counts) == 38
+    assert sorted(count for count in counts if count) == [15, 23]
