@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# elements of logits in a block: some arrays of it fit into the second-level cache
-BLOCK = 2**16
+# elements of logits in a block: measured; smaller ones spend their time in calls, larger ones leave the cache
+BLOCK = 2**18
 
 
 def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[tuple[int, slice, float]]:
@@ -26,11 +26,13 @@ def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[t
 
 
 def _counted(labels: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Gives which labels count, as bool; None where all do, which saves work."""
-    if ignore_index is None:
+    """Gives which labels count, as bool; None where all do, for sure, which saves work."""
+    if ignore_index is None or labels.dtype == torch.bool:
         return None
-    counts = labels != ignore_index
-    return None if bool(counts.all()) else counts
+    # the extremes of bytes are found thirty times as fast as whether any of them is the one
+    if int(labels.amax()) < ignore_index or int(labels.amin()) > ignore_index:
+        return None
+    return labels != ignore_index
 
 
 def _sigmoid_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -94,9 +96,11 @@ class _Sums(torch.autograd.Function):
                 bce, o = bce * counts, o * counts
             sums[0] += w * bce.sum()
             sums[1] += w * pixels / V
-            sums[2 : 2 + V] += w * (t * o).sum((1, 2))
-            sums[2 + V : 2 + 2 * V] += w * o.square_().sum((1, 2))
-            sums[2 + 2 * V :] += w * t.square_().sum((1, 2))
+            t, o = t.flatten(1), o.flatten(1)
+            for part, (x, y) in enumerate(((t, o), (o, o), (t, t))):
+                sums[2 + part * V : 2 + (part + 1) * V] += w * torch.stack(
+                    [a.dot(b) for a, b in zip(x, y, strict=True)]
+                )
         return sums.float()
 
     @staticmethod
