@@ -1,5 +1,6 @@
 """Packs arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
 
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,15 @@ def pack_arrays(
         )
     pictures = {"NHWC": pictures, "NCHW": np.moveaxis(pictures, 1, -1) if layout == "NCHW" else pictures,
                 "NHW": pictures[..., None]}[layout]  # fmt: skip
-    if pictures.shape[:3] != targets.shape:
-        raise PackError(f"{images} has {pictures.shape[:3]} (N, height, width), {masks} {targets.shape}")
+    if pictures.shape[:3] != targets.shape or 0 in pictures.shape:
+        raise PackError(f"{images} has {pictures.shape} (N, height, width, bands), {masks} {targets.shape}")
     values: set[int] = set()
     highest: dict[str, int] = {}
     for number in progress(range(len(targets)), len(targets)):
-        if targets.dtype.kind == "f" and not (targets[number] == np.round(targets[number])).all():
+        mask = targets[number]
+        if mask.dtype.kind == "f" and not (np.isfinite(mask) & (mask == np.round(mask))).all():
             raise PackError(f"{masks}: number {number} holds values that are no integers; a mask holds labels")
-        here = {int(value) for value in np.unique(targets[number])} - {ignore_label}
+        here = {int(value) for value in np.unique(mask)} - {ignore_label}
         if min(here, default=0) < 0:
             raise PackError(f"{masks}: number {number} has label {min(here)}; labels are 0 or more")
         values |= here
@@ -90,7 +92,7 @@ def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
             array = array[found[0]]
     except FileNotFoundError as error:
         raise PackError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise PackError(f"{path} cannot be read: {error}") from error
     if array.dtype.kind not in "biuf":
         raise PackError(f"{path} has dtype {array.dtype}; it must be of integers or real numbers")
@@ -104,6 +106,8 @@ def read_samples(
     digits = len(str(len(images) - 1))
     for number in numbers:
         image = np.array(images[number])
+        if image.dtype == bool:
+            image = image.astype(np.uint8)
         if image.dtype.kind == "f" and not np.isfinite(image).all():
             raise PackError(f"{path}: number {number} has values that are nan or infinite")
         if bands is not None:

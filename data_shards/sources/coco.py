@@ -1,8 +1,11 @@
 """Packs images with COCO annotations: polygons and run-length masks become label masks, by pycocotools."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,19 +15,27 @@ import pycocotools.mask
 from data_shards.labels import IGNORE_INDEX, listed
 from data_shards.sample import Sample, decode_image, resample_bands, resize_longest_side
 from data_shards.sources.folder import fingerprint
-from data_shards.sources.split import PackError, split_stems
+from data_shards.sources.split import SPLITS, PackError, split_stems
 from data_shards.writer import write_shards
+
+# groups of five bits, low ones first, a bit that says whether more follow; seven of them hold any run
+RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")
 
 
 @dataclass
 class Picture:
-    """An image of the file, and its annotations."""
+    """An image of the file, and its annotations; its stem is the path in the folder without the ending."""
 
     stem: str
     path: Path
     height: int
     width: int
     annotations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Gives the sample's key, in which dots and slashes would have a meaning."""
+        return self.stem.replace("/", "__").replace(".", "_")
 
 
 def pack_coco(
@@ -50,9 +61,18 @@ def pack_coco(
     else by `split` or at random, as in pack_folder. Crowd regions take no part; where objects overlap the smaller one shows.
     Raises PackError.
     """
+    if split_name is not None and (split is not None or split_name not in SPLITS):
+        raise PackError(
+            f"split_name is {split_name!r}; it must be one of {', '.join(SPLITS)}, and without a split file"
+        )
     pictures, numbers = read_coco(images, annotations, categories)
     by_stem = {picture.stem: picture for picture in pictures}
-    binary = binary or len(numbers) == 1
+    num_classes = max(numbers.values()) + 1
+    binary = binary or num_classes == 2
+    if not binary and num_classes > IGNORE_INDEX:
+        raise PackError(
+            f"{num_classes - 1} categories; a mask holds 254, name those to take or make all one foreground"
+        )
     parts = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
     for name, stems in parts.items():
         members = [by_stem[stem] for stem in stems]
@@ -62,12 +82,12 @@ def pack_coco(
             write_shards(
                 progress(samples, len(members)),
                 out / name,
-                num_classes=1 if binary else len(numbers) + 1,
+                num_classes=1 if binary else num_classes,
                 preparation={"bands": bands, "longest_side": longest_side},
                 samples_per_shard=samples_per_shard,
                 source=fingerprint([annotations, *(picture.path for picture in members)], *options),
             )
-        except FileExistsError as error:
+        except (FileExistsError, ValueError) as error:
             raise PackError(str(error)) from error
     return {name: len(stems) for name, stems in parts.items()}
 
@@ -79,7 +99,7 @@ def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> 
         names = {entry["id"]: entry["name"] for entry in raw["categories"]}
         found = {
             entry["id"]: Picture(
-                str(PurePosixPath(entry["file_name"]).with_suffix("")).replace("/", "__").replace(".", "_"),
+                str(PurePosixPath(entry["file_name"]).with_suffix("")),
                 images / entry["file_name"], entry["height"], entry["width"],
             )
             for entry in raw["images"]
@@ -87,15 +107,21 @@ def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> 
         objects = [
             (entry["image_id"], entry["category_id"], entry["segmentation"], entry) for entry in raw["annotations"]
         ]
+        ordered = [names[key] for key in sorted(names)]
         escaping = [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
     except FileNotFoundError as error:
         raise PackError(f"{annotations} does not exist") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackError(f"{annotations} is no COCO file of objects: {error!r}") from error
     faults = []
     if escaping:
         faults.append(f"file names that lead out of {images}: {listed(escaping)}")
-    wanted = categories if categories is not None else [names[key] for key in sorted(names)]
+    for what, given, kept in (("images", raw["images"], found), ("categories", raw["categories"], names)):
+        if len(given) != len(kept):
+            faults.append(f"{len(given) - len(kept)} {what} have the id of another")
+    wanted = categories if categories is not None else ordered
+    if not wanted or len(set(wanted)) != len(wanted):
+        faults.append(f"categories must be at least one, and each once: {listed(wanted)}")
     if unknown := [name for name in wanted if name not in names.values()]:
         faults.append(f"no such categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
     if missing := [str(p.path.name) for p in found.values() if not escaping and not p.path.is_file()]:
@@ -104,9 +130,9 @@ def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> 
         faults.append(f"{len(lost)} annotations of images that {annotations} does not have: {listed(lost)}")
     if odd := sorted({str(category) for _, category, _, _ in objects if category not in names}):
         faults.append(f"annotations of category ids that {annotations} does not have: {listed(odd)}")
-    stems = [picture.stem for picture in found.values()]
-    if len(set(stems)) != len(stems):
-        faults.append(f"file names that occur twice: {listed(sorted({s for s in stems if stems.count(s) > 1}))}")
+    keys = Counter(picture.key for picture in found.values())
+    if twice := sorted(key for key, count in keys.items() if count > 1):
+        faults.append(f"files that would have the same key: {listed(twice)}")
     if not found:
         faults.append(f"{annotations} has no images")
     if faults:
@@ -128,6 +154,7 @@ def read_samples(
     pictures: list[Picture], numbers: dict[int, int], binary: bool, bands: int | None, longest_side: int | None
 ) -> Iterator[Sample]:
     """Yields pictures as samples, brought to `bands` and `longest_side`; raises PackError that names the file."""
+    first = 0
     for picture in pictures:
         extension = picture.path.suffix[1:].lower()
         contents = picture.path.read_bytes()
@@ -137,6 +164,11 @@ def read_samples(
                 raise ValueError(
                     f"is {image.shape[0]} x {image.shape[1]} (height x width), "
                     f"its annotations {picture.height} x {picture.width}"
+                )
+            first = first or image.shape[2]
+            if bands is None and image.shape[2] != first:
+                raise ValueError(
+                    f"has {image.shape[2]} bands, those before it {first}; bring all to one with --bands N"
                 )
             mask = draw(picture, numbers, binary)
         except ValueError as error:
@@ -148,7 +180,7 @@ def read_samples(
             prepared, resized = resize_longest_side(prepared, small_mask, longest_side)
             assert resized is not None
             small_mask = resized
-        yield Sample(picture.stem, prepared, small_mask, (extension, contents) if prepared is image else None)
+        yield Sample(picture.key, prepared, small_mask, (extension, contents) if prepared is image else None)
 
 
 def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:
@@ -173,12 +205,45 @@ def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:
 
 
 def decode_region(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decodes polygons, or run lengths compressed or not, into (height, width) bool."""
+    """Decodes polygons, or run lengths compressed or not, into (height, width) bool; raises ValueError."""
+    size = [height, width]
     if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"of size {segmentation['size']}, its image {[height, width]}")
-        compressed = isinstance(segmentation["counts"], str | bytes)
-        code = segmentation if compressed else pycocotools.mask.frPyObjects(segmentation, height, width)
-    else:
-        code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
-    return pycocotools.mask.decode(code).astype(bool)
+        if list(segmentation["size"]) != size:
+            raise ValueError(f"of size {segmentation['size']}, its image {size}")
+        counts = segmentation["counts"]
+        lengths = run_lengths(counts) if isinstance(counts, str) else counts
+        # pycocotools returns whatever lay in memory where the runs end early
+        if min(lengths, default=0) < 0 or sum(lengths) != height * width:
+            raise ValueError(f"its runs are negative or cover {sum(lengths)} pixels of {height * width}")
+        code = segmentation if lengths is not counts else pycocotools.mask.frPyObjects(segmentation, height, width)
+        return pycocotools.mask.decode(code).astype(bool)
+    if not segmentation:
+        raise ValueError("it has no outline, only a box")
+    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+        raise ValueError("a polygon is x, y of at least three points")
+    # pycocotools takes memory for every step along an outline: a point far away or nan takes all there is
+    far = 2 * max(size)
+    if not all(-far <= value <= far for value in chain.from_iterable(segmentation)):
+        raise ValueError(f"it has points far outside its image of {height} x {width}")
+    polygons = pycocotools.mask.frPyObjects(segmentation, height, width)
+    return pycocotools.mask.decode(pycocotools.mask.merge(polygons)).astype(bool)
+
+
+def run_lengths(text: str) -> list[int]:
+    """Reads COCO's compressed run lengths, to check them before pycocotools trusts them; raises ValueError."""
+    if not RUNS.fullmatch(text):
+        raise ValueError("its compressed runs are cut off or hold a strange character")
+    lengths: list[int] = []
+    value = shift = 0
+    for byte in text.encode():
+        bits = byte - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        # from the fourth on they are differences to the one before the last
+        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+        value = shift = 0
+    return lengths

@@ -54,10 +54,12 @@ def test_npz_and_a_split_file_and_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "masks", "options", "message"),
     [
-        (np.zeros((2, 4, 4, 3)), np.zeros((3, 4, 4)), {}, r"has \(2, 4, 4\) .*y\.npy \(3, 4, 4\)"),
+        (np.zeros((2, 4, 4, 3)), np.zeros((3, 4, 4)), {}, r"has \(2, 4, 4, 3\) .*y\.npy \(3, 4, 4\)"),
         (np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), {}, "they must be NHWC and"),
         (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), 0.5), {}, "number 0 holds values that are no integers"),
         (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), -1), {}, "number 0 has label -1"),
+        (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), np.inf), {}, "number 0 holds values that are no integers"),
+        (np.zeros((2, 4, 4, 0)), np.zeros((2, 4, 4)), {}, r"has \(2, 4, 4, 0\)"),
         (np.full((2, 4, 4, 3), np.nan), np.zeros((2, 4, 4)), {}, "has values that are nan or infinite"),
         (
             np.zeros((2, 4, 4, 3)),
@@ -80,5 +82,9 @@ def test_pickled_and_missing_files(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.zeros((1, 4, 4)))
     with pytest.raises(PackError, match=r"x\.npy cannot be read: .*Python objects"):
         pack_arrays(tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "out")
+    for content in (b"", b"PK\x03\x04"):
+        (tmp_path / "x.npy").write_bytes(content)
+        with pytest.raises(PackError, match=r"x\.npy cannot be read"):
+            pack_arrays(tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "out")
     with pytest.raises(PackError, match=r"z\.npy does not exist"):
         pack_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out")

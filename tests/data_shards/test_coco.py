@@ -56,6 +56,10 @@ def coco(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def region(segmentation: Any) -> Any:
+    return lambda coco: coco["annotations"][0].update(segmentation=segmentation)
+
+
 def write(tmp_path: Path, coco: dict[str, Any]) -> Path:
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco))
@@ -111,6 +115,18 @@ def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, 
         (lambda c: c["annotations"][0].update(image_id=9), "1 annotations of images that .* does not have: 1"),
         (lambda c: c["annotations"][0].update(category_id=9), "category ids that .* does not have: 9"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), r"a\.png has annotation 1 that is no region"),
+        (region({"size": [20, 30], "counts": [5, 5]}), "runs are negative or cover 10 pixels of 600"),
+        (region({"size": [20, 30], "counts": [-5, 10, 595]}), "runs are negative"),
+        (region({"size": [20, 30], "counts": "55"}), "runs are negative or cover 10 pixels of 600"),
+        (region({"size": [20, 30], "counts": ""}), "compressed runs are cut off"),
+        (region([[float("nan"), 1, 5, 1, 5, 5]]), "points far outside its image of 20 x 30"),
+        (region([[1e9, 1, 5, 1, 5, 5]]), "points far outside"),
+        (region([]), "no outline, only a box"),
+        (lambda c: c["images"][1].update(id=0), "1 images have the id of another"),
+        (
+            lambda c: c.update(categories=[{"id": i, "name": f"n{i}"} for i in range(255)]),
+            "255 categories; a mask holds 254",
+        ),
         (lambda c: c.pop("annotations"), "is no COCO file of objects: KeyError"),
         (lambda c: c.update(images=[]), "has no images"),
     ],
@@ -127,3 +143,23 @@ def test_no_such_category_or_file(tmp_path: Path, coco: dict[str, Any]) -> None:
         pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", categories=["boat"])
     with pytest.raises(PackError, match="does not exist"):
         pack_coco(tmp_path / "images", tmp_path / "none.json", tmp_path / "out")
+
+
+def test_compressed_runs(tmp_path: Path, coco: dict[str, Any]) -> None:
+    # by hand: 44 zeros, 2 ones, 18 zeros, 2 + 0 ones, 18 + 516 zeros; five bits a character from '0', 32 where more follow
+    coco["annotations"][0]["segmentation"] = {"size": [20, 30], "counts": "\\12b00T`0"}
+    pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", categories=["cell"], split_name="test")
+    expected = np.zeros((20, 30), np.uint8)
+    expected[4:6, 2:4] = 1
+    np.testing.assert_array_equal(masks(tmp_path / "out" / "test")["a"], expected)
+
+
+def test_grey_among_colour_and_dots_in_a_split_file(tmp_path: Path, coco: dict[str, Any]) -> None:
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "images" / "sub" / "b.c.png")
+    path, split = write(tmp_path, coco), tmp_path / "split.csv"
+    split.write_text("stem,split\na,train\nsub/b.c,train\nempty,val\n")
+    with pytest.raises(PackError, match=r"b\.c\.png has 1 bands, those before it 3; .*--bands N"):
+        pack_coco(tmp_path / "images", path, tmp_path / "out", split=split)
+    assert pack_coco(tmp_path / "images", path, tmp_path / "out", split=split, bands=3) == {"train": 2, "val": 1}
+    with pytest.raises(PackError, match=r"split_name is '\.\./up'"):
+        pack_coco(tmp_path / "images", path, tmp_path / "out", split_name="../up")
