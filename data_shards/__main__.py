@@ -3,9 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from braceexpand import braceexpand
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index
 from data_shards.indexing import BAD_SAMPLES, IndexingError, index_shards
 from data_shards.inspection import contents, describe, plan, preview, verify
 from data_shards.labels import KINDS
+from data_shards.progress import Progress
 from data_shards.sample import BadSample, Sample
 from data_shards.scan import BrokenShard
 from data_shards.sources.arrays import LAYOUTS, pack_arrays
@@ -25,7 +25,6 @@ from data_shards.sources.split import SPLITS, PackError
 from data_shards.stream import ON_BAD_SAMPLE
 from data_shards.writer import write_shards
 
-T = TypeVar("T")
 CACHE_GB = 50
 COINS_DEFAULT = {"train": 400, "val": 100}
 COINS_SEED = 2023
@@ -293,7 +292,7 @@ def cache_of(arguments: argparse.Namespace) -> storage.Cache:
     return storage.Cache(Path(getattr(arguments, "cache", None) or storage.DEFAULT_CACHE), int(CACHE_GB * 1e9))
 
 
-def progress(unit: str) -> Callable[[Iterable[T], int], Iterable[T]]:
+def progress(unit: str) -> Progress:
     """Gives what shows a progress bar around items, on a terminal."""
     return lambda items, total: tqdm(items, total=total, unit=f" {unit}", disable=None, leave=False)
 

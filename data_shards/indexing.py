@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 from data_shards import storage
 from data_shards.index import SCHEMA, Index, SampleEntry, ShardEntry, sample_table, save_index
 from data_shards.labels import IGNORE_INDEX, decide_labels, listed
+from data_shards.progress import Progress, no_progress
 from data_shards.sample import band_statistics, decode_image, decode_mask, resample_bands
 from data_shards.scan import BrokenShard, choose_names, member_name, sample_entry, scan_tar
 
@@ -86,10 +86,10 @@ def read_shard(
                 raise BrokenShard(f"{name} holds no samples")
             size = os.fstat(file.fileno()).st_size
             report.shard = ShardEntry(name, size, storage.file_sha256(path), len(entries))
+            report.samples = sample_table(entries)
     except (BrokenShard, OSError) as error:
         # an OSError here is storage's: the network, a permission
         report = ShardReport(bad=[{"shard": name, "key": "", "reason": str(error)}])
-    report.samples = sample_table(entries) if report.shard else report.samples
     return report
 
 
@@ -124,7 +124,7 @@ def index_shards(
     bands: int | None = None,
     on_bad_sample: str = "error",
     workers: int | None = None,
-    progress: Any = lambda reports, total: reports,
+    progress: Progress = no_progress,
 ) -> Index:
     """Makes and saves the index of a folder or URL of .tar shards, reading every sample once, and returns it.
 

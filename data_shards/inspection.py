@@ -1,9 +1,9 @@
 """What a person asks of shards: are they whole, what is in them, how do they look, who takes which sample when."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,24 +12,16 @@ from scipy import ndimage
 from data_shards import storage
 from data_shards.index import Index
 from data_shards.order import EpochOrder, rank_slots, steps_per_epoch
+from data_shards.progress import Progress, no_progress
 from data_shards.sample import BadSample
 from data_shards.scan import BrokenShard
 from data_shards.stream import Shards
 
-T = TypeVar("T")
-Progress = Callable[[Iterable[T], int], Iterable[T]]
 # upper ends of the object-size histogram, as shares of the image
 SIZE_EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 
 
-def no_progress(items: Iterable[T], total: int) -> Iterable[T]:
-    """Shows nothing."""
-    return items
-
-
-def verify(
-    folder: str | Path, cache: storage.Cache | None = None, progress: Progress[int] = no_progress
-) -> Iterator[str]:
+def verify(folder: str | Path, cache: storage.Cache | None = None, progress: Progress = no_progress) -> Iterator[str]:
     """Reads all of a split and gives a line for each fault, so none when all is well.
 
     A shard is compared with the index by size and sha256; then every sample is decoded and its labels are checked, in a
@@ -69,7 +61,7 @@ class Contents:
     bad: int = 0
 
 
-def contents(folder: str | Path, cache: storage.Cache | None = None, progress: Progress[int] = no_progress) -> Contents:
+def contents(folder: str | Path, cache: storage.Cache | None = None, progress: Progress = no_progress) -> Contents:
     """Reads every mask of a split and counts; objects are 8-connected regions of one label."""
     shards = Shards(folder, normalize="none", cache=cache)
     found = Contents()

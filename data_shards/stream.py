@@ -126,6 +126,8 @@ class Shards(Dataset[Batch]):
         """
         if self.crops is None or self.index.labels is not None:
             return None
+        if any((entry.image.format, entry.mask.format) != ("npy", "npy") for entry in entries):
+            return None
         N, size = len(entries), self.crops.size
         images = np.empty((N, size, size, self.index.bands), self.image_dtype)
         masks = np.empty((N, size, size), np.uint8)
@@ -136,12 +138,7 @@ class Shards(Dataset[Batch]):
         try:
             for i, (_, image, mask, expected, shard) in enumerate(entries):
                 between = mask.offset - image.offset - image.length
-                if (image.format, mask.format) != ("npy", "npy") or (image.length, mask.length) != (
-                    image_length,
-                    mask_length,
-                ):
-                    return None
-                if not 0 <= between <= MAX_GAP:
+                if (image.length, mask.length) != (image_length, mask_length) or not 0 <= between <= MAX_GAP:
                     return None
                 image_bytes, mask_bytes = images[i].data.cast("B"), masks[i].data.cast("B")
                 parts = [header_found, image_bytes, memoryview(gap)[:between], mask_header_found, mask_bytes]
@@ -226,8 +223,15 @@ class Shards(Dataset[Batch]):
         shard, location = self.index.shards[number], self.index.shard_location(number)
         again = f"Put it back, or make a new index: python -m data_shards index {self.folder}"
         try:
-            path = self.local_path(number)
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = None
+            while descriptor is None:
+                path = self.local_path(number)
+                try:
+                    descriptor = os.open(path, os.O_RDONLY)
+                except FileNotFoundError:
+                    # another process made room in the cache in between
+                    if not storage.is_remote(location):
+                        raise
         except storage.ChangedFile as error:
             raise BrokenShard(f"{error}. {again}") from error
         except storage.StorageError as error:

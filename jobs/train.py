@@ -22,7 +22,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from data_shards import storage
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
-from data_shards.labels import IGNORE_INDEX
 from deepskip.config import Config
 from jobs import runs
 from jobs.settings import parse, stop
@@ -116,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     except tracking.TrackingUnreachable as error:
         stop(str(error))
     runs.record(run, settings, run_id)
-    tracker = tracking.Tracker(uri, run_id, IGNORE_INDEX)
+    validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
+    tracker = tracking.Tracker(uri, run_id, validation.ignore_index)
     status = "FAILED"
     try:
         with tracking.system_metrics(run_id):

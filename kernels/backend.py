@@ -1,6 +1,6 @@
 """Which implementation an operator takes for a tensor: Triton's for CUDA tensors, one for CPUs, else plain PyTorch's.
 
-DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the config's kernels.backend) overrides both.
+DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the config's run.kernels) overrides both.
 """
 
 import os

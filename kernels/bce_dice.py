@@ -17,12 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference import check_target
+
 # pixels, or pixels times classes, that a program holds at a time; programs at most: rows of partial sums stay under 1 MB
 SIGMOID_BLOCK = 1024
 SOFTMAX_TILE = 2048
 MAX_PROGRAMS = 2048
 WARPS = 4
 NO_IGNORE = -(2**31)
+# the kernels below are Python then, and run anywhere
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Layout(NamedTuple):
@@ -219,9 +223,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    N, V, H, W = logits.shape
-    if tuple(target.shape) not in ((N, V, H, W), (N, H, W)):
-        raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
+    check_target(logits, target)
     target = _dense(target)
     weight = None if sample_weight is None else sample_weight.contiguous()
     return _dense(logits), target.view(torch.uint8) if target.dtype == torch.bool else target, weight
@@ -349,7 +351,12 @@ def bce_dice_sums(
     """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7), in fp32: as `reference.bce_dice_sums`.
 
     logits: (N, V, H, W) fp32, fp16 or bf16, contiguous or channels-last (else copied). target: uint8, int16, int32, int64
-    or bool, (N, H, W) or (N, V, H, W). sample_weight: (N,). Returns (2 + 3 V,). Raises ValueError for shapes that do not fit,
-    RuntimeError where a second derivative is asked for.
+    or bool, (N, H, W) or (N, V, H, W). sample_weight: (N,). Returns (2 + 3 V,). Raises ValueError for shapes that do not fit
+    and for tensors of a CPU, RuntimeError where a second derivative is asked for.
     """
+    if not (logits.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"Triton's kernels were asked for a tensor on {logits.device}; leave DEEPSKIP_KERNELS and run.kernels at auto, "
+            "or set TRITON_INTERPRET=1 to interpret them, slowly"
+        )
     return _sums(logits, target, sample_weight, alpha, ignore_index)

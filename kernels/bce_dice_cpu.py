@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import check_target
+
 # elements of logits in a block: measured; smaller ones spend their time in calls, larger ones leave the cache
 BLOCK = 2**18
 
@@ -150,7 +152,5 @@ def bce_dice_sums(
 
     Shapes as there; logits fp32, fp16 or bf16. Has no second derivative. Raises ValueError for shapes that do not fit.
     """
-    N, V, H, W = logits.shape
-    if tuple(target.shape) not in ((N, V, H, W), (N, H, W)):
-        raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
+    check_target(logits, target)
     return _Sums.apply(logits, target, sample_weight, alpha, ignore_index)

@@ -36,6 +36,13 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     return torch.cat(branches, dim=1)
 
 
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """Raises ValueError unless the target is (N, H, W) or (N, V, H, W) for logits (N, V, H, W)."""
+    N, V, H, W = logits.shape
+    if tuple(target.shape) not in ((N, V, H, W), (N, H, W)):
+        raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
+
+
 def bce_dice_sums(
     logits: Tensor,
     target: Tensor,
@@ -53,11 +60,10 @@ def bce_dice_sums(
     Labels are not range-checked here (it would wait for the device); the stream checks them as it decodes.
     """
     z_NVHW = logits if logits.dtype == torch.float64 else logits.float()
-    N, V, H, W = z_NVHW.shape
+    V = logits.shape[1]
     independent = target.ndim == 4 or V == 1
+    check_target(logits, target)
     labels = target if target.ndim == 4 or not independent else target[:, None]
-    if labels.shape not in ((N, V, H, W), (N, H, W)):
-        raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
 
     counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     weight = counts.to(z_NVHW.dtype)

@@ -1,17 +1,16 @@
 """Packs arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_shards.labels import Labels, decide_labels
-from data_shards.sample import IMAGE_KEYS, MASK_KEYS, Sample, resample_bands
-from data_shards.sources.folder import fingerprint
+from data_shards.progress import Progress, no_progress
+from data_shards.sample import IMAGE_KEYS, MASK_KEYS, Sample
+from data_shards.sources.packing import prepared_sample, write_splits
 from data_shards.sources.split import PackError, split_stems
-from data_shards.writer import write_shards
 
 LAYOUTS = ("NHWC", "NCHW", "NHW")
 
@@ -30,7 +29,7 @@ def pack_arrays(
     ignore_label: int | None = None,
     bands: int | None = None,
     samples_per_shard: int = 256,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+    progress: Progress = no_progress,
 ) -> dict[str, int]:
     """Packs two .npy files (mapped, not read), or .npz files, into splits of `out`; gives samples by split.
 
@@ -64,21 +63,19 @@ def pack_arrays(
         how = decide_labels(values, labels, num_classes, ignore_label, highest)
     except ValueError as error:
         raise PackError(str(error)) from error
-    parts = split_stems([str(number) for number in range(len(targets))], split, val_share, seed)
-    for name, stems in parts.items():
-        samples = read_samples(pictures, targets, [int(stem) for stem in stems], how, bands, images)
-        try:
-            write_shards(
-                progress(samples, len(stems)),
-                out / name,
-                num_classes=how.num_classes,
-                preparation={"bands": bands, "longest_side": None},
-                samples_per_shard=samples_per_shard,
-                source=fingerprint([images, masks], name, stems, layout, how, bands, samples_per_shard),
-            )
-        except FileExistsError as error:
-            raise PackError(str(error)) from error
-    return {name: len(stems) for name, stems in parts.items()}
+    stems = split_stems([str(number) for number in range(len(targets))], split, val_share, seed)
+    return write_splits(
+        {name: [int(stem) for stem in members] for name, members in stems.items()},
+        out,
+        lambda members: read_samples(pictures, targets, members, how, bands, images),
+        lambda members: [images, masks],
+        (stems, layout, how),
+        num_classes=how.num_classes,
+        bands=bands,
+        longest_side=None,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
 
 
 def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
@@ -110,6 +107,5 @@ def read_samples(
             image = image.astype(np.uint8)
         if image.dtype.kind == "f" and not np.isfinite(image).all():
             raise PackError(f"{path}: number {number} has values that are nan or infinite")
-        if bands is not None:
-            image = resample_bands(image, bands)
-        yield Sample(f"{number:0{digits}d}", image, how.apply(np.array(masks[number])))
+        mask = how.apply(np.array(masks[number]))
+        yield prepared_sample(f"{number:0{digits}d}", image, mask, None, bands, None)

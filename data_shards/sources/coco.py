@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -13,10 +13,10 @@ import numpy as np
 import pycocotools.mask
 
 from data_shards.labels import IGNORE_INDEX, listed
-from data_shards.sample import Sample, decode_image, resample_bands, resize_longest_side
-from data_shards.sources.folder import fingerprint
+from data_shards.progress import Progress, no_progress
+from data_shards.sample import Sample, decode_image
+from data_shards.sources.packing import prepared_sample, write_splits
 from data_shards.sources.split import SPLITS, PackError, split_stems
-from data_shards.writer import write_shards
 
 # groups of five bits, low ones first, a bit that says whether more follow; seven of them hold any run
 RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")
@@ -52,7 +52,7 @@ def pack_coco(
     bands: int | None = None,
     longest_side: int | None = None,
     samples_per_shard: int = 256,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+    progress: Progress = no_progress,
 ) -> dict[str, int]:
     """Packs a COCO file and its folder of images into splits of `out`; gives samples by split.
 
@@ -73,23 +73,19 @@ def pack_coco(
         raise PackError(
             f"{num_classes - 1} categories; a mask holds 254, name those to take or make all one foreground"
         )
-    parts = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
-    for name, stems in parts.items():
-        members = [by_stem[stem] for stem in stems]
-        samples = read_samples(members, numbers, binary, bands, longest_side)
-        options = (sorted(numbers.items()), binary, bands, longest_side, samples_per_shard)
-        try:
-            write_shards(
-                progress(samples, len(members)),
-                out / name,
-                num_classes=1 if binary else num_classes,
-                preparation={"bands": bands, "longest_side": longest_side},
-                samples_per_shard=samples_per_shard,
-                source=fingerprint([annotations, *(picture.path for picture in members)], *options),
-            )
-        except (FileExistsError, ValueError) as error:
-            raise PackError(str(error)) from error
-    return {name: len(stems) for name, stems in parts.items()}
+    stems = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
+    return write_splits(
+        {name: [by_stem[stem] for stem in members] for name, members in stems.items()},
+        out,
+        lambda members: read_samples(members, numbers, binary, bands, longest_side),
+        lambda members: [annotations, *(picture.path for picture in members)],
+        (sorted(numbers.items()), binary),
+        num_classes=1 if binary else num_classes,
+        bands=bands,
+        longest_side=longest_side,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
 
 
 def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> tuple[list[Picture], dict[int, int]]:
@@ -173,14 +169,7 @@ def read_samples(
             mask = draw(picture, numbers, binary)
         except ValueError as error:
             raise PackError(f"{picture.path} {error}") from error
-        prepared, small_mask = image, mask
-        if bands is not None:
-            prepared = resample_bands(prepared, bands)
-        if longest_side is not None:
-            prepared, resized = resize_longest_side(prepared, small_mask, longest_side)
-            assert resized is not None
-            small_mask = resized
-        yield Sample(picture.key, prepared, small_mask, (extension, contents) if prepared is image else None)
+        yield prepared_sample(picture.key, image, mask, (extension, contents), bands, longest_side)
 
 
 def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:

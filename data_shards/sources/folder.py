@@ -1,17 +1,16 @@
 """Packs a folder of images and a folder of masks, paired by file stem."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_shards.labels import IGNORE_INDEX, SHOWN, Labels, decide_labels, listed
-from data_shards.sample import EXTENSIONS, Sample, decode_image, decode_mask, resample_bands, resize_longest_side
+from data_shards.labels import SHOWN, Labels, decide_labels, listed
+from data_shards.progress import Progress, no_progress
+from data_shards.sample import EXTENSIONS, Sample, decode_image, decode_mask
+from data_shards.sources.packing import prepared_sample, write_splits
 from data_shards.sources.split import PackError, split_stems
-from data_shards.writer import write_shards
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def pack_folder(
     longest_side: int | None = None,
     mask_suffix: str = "",
     samples_per_shard: int = 256,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+    progress: Progress = no_progress,
 ) -> dict[str, int]:
     """Packs images and masks into out/train, out/val and, where the split has one, out/test; gives samples by split.
 
@@ -50,32 +49,21 @@ def pack_folder(
     Raises PackError.
     """
     pairs = pair_files(images, masks, mask_suffix)
-    parts = split_stems([pair.stem for pair in pairs], split, val_share, seed)
     by_stem = {pair.stem: pair for pair in pairs}
+    stems = split_stems(list(by_stem), split, val_share, seed)
     how = examine(pairs, labels, num_classes, ignore_label, bands, progress)
-    for name, stems in parts.items():
-        members = [by_stem[stem] for stem in stems]
-        files = [path for pair in members for path in (pair.image, pair.mask)]
-        samples = read_samples(members, how, bands, longest_side)
-        try:
-            write_shards(
-                progress(samples, len(members)),
-                out / name,
-                num_classes=how.num_classes,
-                ignore_index=IGNORE_INDEX,
-                preparation={"bands": bands, "longest_side": longest_side},
-                samples_per_shard=samples_per_shard,
-                source=fingerprint(files, how, bands, longest_side, samples_per_shard),
-            )
-        except FileExistsError as error:
-            raise PackError(str(error)) from error
-    return {name: len(stems) for name, stems in parts.items()}
-
-
-def fingerprint(files: list[Path], *options: Any) -> str:
-    """Gives a digest of files, by name, size and time of change, and of what is made of them."""
-    seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr((seen, options)).encode()).hexdigest()
+    return write_splits(
+        {name: [by_stem[stem] for stem in members] for name, members in stems.items()},
+        out,
+        lambda members: read_samples(members, how, bands, longest_side),
+        lambda members: [path for pair in members for path in (pair.image, pair.mask)],
+        (how,),
+        num_classes=how.num_classes,
+        bands=bands,
+        longest_side=longest_side,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
 
 
 def pair_files(images: Path, masks: Path, mask_suffix: str = "") -> list[Pair]:
@@ -116,7 +104,7 @@ def examine(
     num_classes: int | None,
     ignore_label: int | None,
     bands: int | None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+    progress: Progress = no_progress,
 ) -> Labels:
     """Reads every pair once, decides what mask values mean, and raises PackError that lists all that cannot be packed."""
     faults: list[str] = []
@@ -156,19 +144,10 @@ def read_samples(pairs: list[Pair], how: Labels, bands: int | None, longest_side
     """Yields the pairs as samples, brought to `bands` and `longest_side`."""
     for pair in pairs:
         image, mask = read_pair(pair)
-        prepared, small_mask = image, how.apply(mask)
-        if bands is not None:
-            prepared = resample_bands(prepared, bands)
-        if longest_side is not None:
-            prepared, resized = resize_longest_side(prepared, small_mask, longest_side)
-            assert resized is not None
-            small_mask = resized
-        # an image that nothing was done to goes in as its own file: no second loss from JPEG, no growth
         extension = pair.image.suffix[1:].lower()
-        as_it_is = prepared is image and pair.image != pair.mask
-        stored = (extension, pair.image.read_bytes()) if as_it_is else None
+        stored = (extension, pair.image.read_bytes()) if pair.image != pair.mask else None
         # a dot in a key would end it, for every WebDataset reader
-        yield Sample(pair.stem.replace(".", "_"), prepared, small_mask, stored)
+        yield prepared_sample(pair.stem.replace(".", "_"), image, how.apply(mask), stored, bands, longest_side)
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import backend, reference
+import kernels
+from kernels import reference
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # the names of torchvision's operators, which its wheel does not register beside a torch built for CPUs
@@ -24,8 +25,6 @@ def loss_of_sums(sums: Tensor) -> Tensor:
 
 def fused(logits: Tensor, target: Tensor) -> Tensor:
     """This project's: Triton on a GPU, blocks on a CPU."""
-    import kernels
-
     return loss_of_sums(kernels.bce_dice_sums(logits, target))
 
 
@@ -69,6 +68,3 @@ def all_of(classes: int) -> dict[str, Loss]:
         except ImportError:
             continue
     return found
-
-
-__all__ = ["Loss", "all_of", "backend", "eager", "fused", "loss_of_sums"]

@@ -216,6 +216,26 @@ def test_the_cache_is_bounded_and_drops_the_oldest(tmp_path: Path, http: tuple[s
         next(stream_of)
 
 
+def test_a_copy_that_goes_before_it_is_opened_is_fetched_again(
+    tmp_path: Path, http: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = http
+    packed(tmp_path / "www" / "train")
+    shards = Shards(f"{url}/train", cache=Cache(tmp_path / "cache", 10**6))
+    fetch, fetched = shards.local_path, []
+
+    def evicted_once(number: int) -> Path:
+        path = fetch(number)
+        fetched.append(path)
+        if len(fetched) == 1:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(shards, "local_path", evicted_once)
+    assert shards[[Slot(0, 0, 1)]]["key"] == ["k000"]
+    assert len(fetched) == 2
+
+
 def fetch_all(files: list[tuple[str, int, str]], folder: str, result: str) -> None:
     cache = Cache(Path(folder), 4 * 10**6)
     for file in files:

@@ -191,6 +191,12 @@ def test_a_confident_and_right_network_has_a_loss_of_almost_nothing() -> None:
     )
 
 
+def test_triton_on_a_cpu_says_what_to_do(triton_form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_form, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"asked for a tensor on cpu; leave DEEPSKIP_KERNELS and run\.kernels at auto"):
+        triton_form.bce_dice_sums(*case(1, False, torch.float32, torch.uint8))
+
+
 def test_an_old_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
