@@ -48,6 +48,12 @@ class BCEDiceLoss(nn.Module):
             raise ValueError(f"class_weights are {list(class_weights)}; none may be negative, one must be positive")
         self.alpha, self.beta, self.ignore_index, self.eps = alpha, beta, ignore_index, eps
         self.class_weights = None if class_weights is None else tuple(class_weights)
+        self.Q: Tensor
+        if class_weights is not None:
+            # copied to a device once, not with every loss
+            self.register_buffer(
+                "Q", torch.tensor(class_weights, dtype=torch.float64) / sum(class_weights), persistent=False
+            )
 
     def parts(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossParts:
         """Gives the loss and its two parts; shapes as in `forward`."""
@@ -67,18 +73,14 @@ class BCEDiceLoss(nn.Module):
 
     def from_sums(self, sums: Tensor) -> LossParts:
         """Makes the loss of the sums (2 + 3 V,) that `kernels.bce_dice_sums` returns."""
-        bce_sum, count = sums[0], sums[1]
-        to, oo, tt = sums[2:].view(3, -1)
-        if self.class_weights is None:
-            Q = torch.full_like(to, 1 / len(to))
-        else:
-            if len(self.class_weights) != len(to):
-                raise ValueError(f"{len(self.class_weights)} class_weights for {len(to)} classes")
-            Q = to.new_tensor(self.class_weights) / sum(self.class_weights)
-        # a batch without a single counted pixel has loss 0 from BCE, not nan
-        bce = bce_sum / count.clamp_min(torch.finfo(count.dtype).tiny)
-        dice = 1 - (Q * (2 * to + self.eps) / (tt + oo + self.eps)).sum()
-        return LossParts(self.beta * bce + dice, bce, dice)
+        Q = None
+        if self.class_weights is not None:
+            V = (len(sums) - 2) // 3
+            if len(self.class_weights) != V:
+                raise ValueError(f"{len(self.class_weights)} class_weights for {V} classes")
+            self.Q = self.Q.to(sums.device)
+            Q = self.Q.to(sums.dtype)
+        return LossParts(*kernels.loss_of_sums(sums, Q, self.beta, self.eps))
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Computes the loss: logits (N, V, H, W), target (N, H, W) or (N, V, H, W), sample_weight (N,) -> scalar."""

@@ -8,7 +8,7 @@ from kernels.reference import deep_skip
 # tells this package from another one of the same name on PyPI; `import deepskip` looks for it
 PROJECT = "deepskip"
 
-__all__ = ["PROJECT", "backend", "bce_dice_sums", "deep_skip"]
+__all__ = ["PROJECT", "backend", "bce_dice_sums", "deep_skip", "loss_of_sums"]
 
 
 def bce_dice_sums(
@@ -29,3 +29,16 @@ def bce_dice_sums(
     else:
         sums = bce_dice_cpu.bce_dice_sums if found == "cpu" else reference.bce_dice_sums
     return sums(logits, target, alpha=alpha, ignore_index=ignore_index, sample_weight=sample_weight)
+
+
+def loss_of_sums(
+    sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss, BCE and Dice (eqs. 5 to 7), scalars, of those sums; see `reference.loss_of_sums`."""
+    found = backend.implementation(sums)
+    if found == "triton":
+        from kernels import bce_dice_loss
+
+        return bce_dice_loss.loss_of_sums(sums, class_weights, beta, eps)
+    form = bce_dice_cpu if found == "cpu" else reference
+    return form.loss_of_sums(sums, class_weights, beta, eps)

@@ -7,7 +7,8 @@ and, with g the gradient of those sums and h_v = g_to_v t_v + 2 g_oo_v o_v,
     softmax:  dz_v = w (g_bce a (o_v - t_v) + o_v (h_v - sum_u h_u o_u))
 
 Every program adds up its share in fp32 and writes it to a row of its own; the rows are added up in fp64. No atomics: the
-same input gives the same sums. Addresses are 64 bits wide. Nothing here waits for the device.
+same input gives the same sums. Addresses are 64 bits wide. Nothing here waits for the device. A loss and its gradient are
+five launches: the rows, their sums, the loss of the sums, the gradient of the sums, the gradient of the logits.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,8 @@ SIGMOID_BLOCK = 1024
 SOFTMAX_TILE = 2048
 MAX_PROGRAMS = 2048
 WARPS = 4
+# rows that are added up at a time
+ROWS = 256
 NO_IGNORE = -(2**31)
 # the kernels below are Python then, and run anywhere
 INTERPRETED = triton.knobs.runtime.interpret
@@ -96,6 +99,21 @@ def _sigmoid_sums(
     tl.store(row + 2 * V + v, tl.sum(to))
     tl.store(row + 3 * V + v, tl.sum(oo))
     tl.store(row + 4 * V + v, tl.sum(tt))
+
+
+@triton.jit
+def _add_rows(rows_ptr, out_ptr, rows, row_step, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    # a program a sum; bce and count stand WIDTH times in a row, once a class, and a pixel was counted by each
+    c = tl.program_id(0)
+    first = tl.where(c < 2, c * WIDTH, 2 * WIDTH + c - 2)
+    width = tl.where(c < 2, WIDTH, 1)
+    total = tl.zeros((ROWS,), tl.float64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        for k in range(0, width):
+            total += tl.load(rows_ptr + row.to(tl.int64) * row_step + first + k, mask=row < rows, other=0.0)
+    total = tl.sum(total)
+    tl.store(out_ptr + c, tl.where(c == 1, total / WIDTH, total).to(tl.float32))
 
 
 @triton.jit
@@ -244,6 +262,12 @@ def programs_of_a_sample(at: Layout, block: int) -> int:
     return max(1, min(triton.cdiv(at.pixels, block), MAX_PROGRAMS // (at.N * at.V)))
 
 
+def _added_up(rows: Tensor, V: int, width: int) -> Tensor:
+    sums = torch.empty(2 + 3 * V, dtype=torch.float32, device=rows.device)
+    _add_rows[(len(sums),)](rows, sums, len(rows), rows.stride(0), WIDTH=width, ROWS=ROWS, num_warps=WARPS)
+    return sums
+
+
 @torch.library.custom_op("deepskip::bce_dice_sums", mutates_args=())
 def _sums(
     logits: Tensor, target: Tensor, sample_weight: Tensor | None, alpha: float, ignore_index: int | None
@@ -264,7 +288,7 @@ def _sums(
             z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_p, rows.stride(0),
             HAS_WEIGHT=w is not None, **sizes, num_warps=WARPS,
         )  # fmt: skip
-        return rows.sum(0, dtype=torch.float64).float()
+        return _added_up(rows, at.V, 1)
     block = SIGMOID_BLOCK
     programs = programs_of_a_sample(at, block)
     rows = torch.empty(at.N * programs, 5 * at.V, dtype=torch.float32, device=z.device)
@@ -272,9 +296,7 @@ def _sums(
         z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_v, at.t_p, rows.stride(0),
         HAS_WEIGHT=w is not None, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
-    found = rows.sum(0, dtype=torch.float64).view(5, at.V)
-    # each class counted its pixels
-    return torch.cat([found[0].sum()[None], found[1].mean()[None], found[2:].flatten()]).float()
+    return _added_up(rows, at.V, at.V)
 
 
 @_sums.register_fake
@@ -330,14 +352,22 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     return dz, None, None, None, None
 
 
-def _no_second_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+def no_second_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     raise RuntimeError(
         "bce_dice has no second derivative in Triton; DEEPSKIP_KERNELS=reference differentiates any number of times"
     )
 
 
 _sums.register_autograd(_backward, setup_context=_keep)
-_gradient.register_autograd(_no_second_backward, setup_context=lambda ctx, inputs, output: None)
+_gradient.register_autograd(no_second_backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def must_run(x: Tensor) -> None:
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"Triton's kernels were asked for a tensor on {x.device}; leave DEEPSKIP_KERNELS and run.kernels at auto, "
+            "or set TRITON_INTERPRET=1 to interpret them, slowly"
+        )
 
 
 def bce_dice_sums(
@@ -354,9 +384,5 @@ def bce_dice_sums(
     or bool, (N, H, W) or (N, V, H, W). sample_weight: (N,). Returns (2 + 3 V,). Raises ValueError for shapes that do not fit
     and for tensors of a CPU, RuntimeError where a second derivative is asked for.
     """
-    if not (logits.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"Triton's kernels were asked for a tensor on {logits.device}; leave DEEPSKIP_KERNELS and run.kernels at auto, "
-            "or set TRITON_INTERPRET=1 to interpret them, slowly"
-        )
+    must_run(logits)
     return _sums(logits, target, sample_weight, alpha, ignore_index)

@@ -15,16 +15,27 @@ from kernels.reference import check_target
 
 # elements of logits in a block: measured; smaller ones spend their time in calls, larger ones leave the cache
 BLOCK = 2**18
+# a batch without a single counted pixel has loss 0 from BCE, not nan
+TINY = torch.finfo(torch.float32).tiny
 
 
-def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[tuple[int, slice, float]]:
-    """Yields sample, rows and weight; samples of weight 0 are left out."""
+def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[tuple[slice, slice, float]]:
+    """Yields samples, rows and the samples' weight; samples of weight 0 are left out.
+
+    A block is a sample's rows, or as many whole samples of one weight: what calls cost counts where samples are small.
+    """
     N, V, H, W = logits.shape
-    rows = max(1, BLOCK // (V * W))
+    rows = min(H, max(1, BLOCK // max(1, V * W)))
+    samples = max(1, BLOCK // max(1, V * H * W))
     weights = [1.0] * N if weight is None else weight.tolist()
-    for n in range(N):
+    n = 0
+    while n < N:
+        end = n + 1
+        while end < min(N, n + samples) and weights[end] == weights[n]:
+            end += 1
         for top in range(0, H, rows) if weights[n] else ():
-            yield n, slice(top, top + rows), weights[n]
+            yield slice(n, end), slice(top, top + rows), weights[n]
+        n = end
 
 
 def _counted(labels: Tensor, ignore_index: int | None) -> Tensor | None:
@@ -38,7 +49,7 @@ def _counted(labels: Tensor, ignore_index: int | None) -> Tensor | None:
 
 
 def _sigmoid_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gives z, t, o in fp32 and what counts, for (V, rows, W); z and t are 0 where nothing counts."""
+    """Gives z, t, o in fp32 and what counts, for (n, V, rows, W); z and t are 0 where nothing counts."""
     counts = _counted(labels, ignore_index)
     z, t = z.float(), labels.float()
     if counts is not None:
@@ -48,12 +59,26 @@ def _sigmoid_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple
 
 
 def _softmax_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gives log o in fp32 (V, rows, W), labels int64 (rows, W) and what counts; labels are 0 where nothing counts."""
+    """Gives log o in fp32 (n, V, rows, W), labels int64 (n, 1, rows, W) and what counts; labels are 0 where nothing does."""
     counts = _counted(labels, ignore_index)
     z, labels = z.float(), labels.long()
     if counts is not None:
         z, labels = torch.where(counts, z, 0.0), torch.where(counts, labels, 0)
-    return F.log_softmax(z, 0), labels, counts
+    return F.log_softmax(z, 1), labels, counts
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """Sums x * y of (n, V, rows, W) over all but V."""
+    if x.shape[1] == 1:
+        return x.flatten().dot(y.flatten())[None]
+    # a class of one sample is in one run
+    return sum(
+        (
+            torch.stack([a.dot(b) for a, b in zip(p.flatten(1), q.flatten(1), strict=True)])
+            for p, q in zip(x, y, strict=True)
+        ),
+        torch.zeros(x.shape[1]),
+    )
 
 
 def balance(t: Tensor, alpha: float) -> Tensor:
@@ -72,10 +97,10 @@ class _Sums(torch.autograd.Function):
         sums = torch.zeros(2 + 3 * V, dtype=torch.float64)
         exclusive = V > 1 and target.ndim == 3
         for n, rows, w in _blocks(logits, target, weight):
-            z, labels = logits[n, :, rows], target[n, ..., rows, :]
+            z, labels = logits[n, :, rows], (target if target.ndim == 4 else target[:, None])[n, :, rows]
             if exclusive:
                 log_o, labels, counts = _softmax_block(z, labels, ignore_index)
-                picked = log_o.gather(0, labels[None])[0]
+                picked = log_o.gather(1, labels)
                 a = torch.where(labels != 0, alpha, 1 - alpha)
                 o = log_o.exp_()
                 probability = picked.exp()
@@ -86,23 +111,18 @@ class _Sums(torch.autograd.Function):
                 pixels = flat.numel() if counts is None else counts.sum()
                 sums[1] += w * pixels
                 sums[2 : 2 + V] += w * torch.bincount(flat, probability.flatten().double(), V)
-                sums[2 + V : 2 + 2 * V] += w * o.square_().sum((1, 2))
+                sums[2 + V : 2 + 2 * V] += w * o.square_().sum((0, 2, 3))
                 each = torch.bincount(flat if counts is None else flat[counts.flatten()], minlength=V)
                 sums[2 + 2 * V :] += w * each
                 continue
-            z, t, o, counts = _sigmoid_block(z, labels if labels.ndim == 3 else labels[None], ignore_index)
+            z, t, o, counts = _sigmoid_block(z, labels, ignore_index)
             # -log o where t is 1, -log (1 - o) where it is 0, without a difference of large numbers
             bce = balance(t, alpha).mul_(F.softplus(torch.addcmul(z, t, z, value=-2)))
             pixels = t.numel() if counts is None else counts.sum()
             if counts is not None:
                 bce, o = bce * counts, o * counts
-            sums[0] += w * bce.sum()
-            sums[1] += w * pixels / V
-            t, o = t.flatten(1), o.flatten(1)
-            for part, (x, y) in enumerate(((t, o), (o, o), (t, t))):
-                sums[2 + part * V : 2 + (part + 1) * V] += w * torch.stack(
-                    [a.dot(b) for a, b in zip(x, y, strict=True)]
-                )
+            parts = [bce.sum()[None], torch.as_tensor(pixels / V)[None], _dots(t, o), _dots(o, o), _dots(t, t)]
+            sums.add_(torch.cat(parts), alpha=w)
         return sums.float()
 
     @staticmethod
@@ -116,19 +136,19 @@ class _Sums(torch.autograd.Function):
         g_bce = grad[0].item()
         g_to, g_oo = grad[2 : 2 + V], grad[2 + V : 2 + 2 * V, None, None]
         for n, rows, w in _blocks(logits, target, weight):
-            z, labels = logits[n, :, rows], target[n, ..., rows, :]
+            z, labels = logits[n, :, rows], (target if target.ndim == 4 else target[:, None])[n, :, rows]
             if exclusive:
                 log_o, labels, counts = _softmax_block(z, labels, ignore_index)
                 o = log_o.exp_()
                 # h o, with t where it is not 0
                 ho = (2 * g_oo * o).mul_(o)
-                picked = o.gather(0, labels[None])
-                ho.scatter_add_(0, labels[None], picked * g_to[labels][None])
+                picked = o.gather(1, labels)
+                ho.scatter_add_(1, labels, picked * g_to[labels])
                 a = g_bce * torch.where(labels != 0, alpha, 1 - alpha)
-                d = ho.addcmul_(o, a - ho.sum(0))
-                d.scatter_add_(0, labels[None], -a[None])
+                d = ho.addcmul_(o, a - ho.sum(1, keepdim=True))
+                d.scatter_add_(1, labels, -a)
             else:
-                z, t, o, counts = _sigmoid_block(z, labels if labels.ndim == 3 else labels[None], ignore_index)
+                z, t, o, counts = _sigmoid_block(z, labels, ignore_index)
                 d = balance(t, alpha).mul_(o - t).mul_(g_bce)
                 slope = o - o * o
                 d.addcmul_(slope, t * g_to[:, None, None] + 2 * g_oo * o)
@@ -154,3 +174,40 @@ def bce_dice_sums(
     """
     check_target(logits, target)
     return _Sums.apply(logits, target, sample_weight, alpha, ignore_index)
+
+
+class _Loss(torch.autograd.Function):
+    # a few numbers: Python takes a tenth of the time that as many tensor operators do, and their gradients
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, class_weights: Tensor | None, beta: float, eps: float) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.sums, ctx.beta, ctx.eps = sums.tolist(), beta, eps
+        V = (len(ctx.sums) - 2) // 3
+        ctx.Q = [1 / V] * V if class_weights is None else class_weights.tolist()
+        bce_sum, count, *rest = ctx.sums
+        bce = bce_sum / max(count, TINY)
+        to, oo, tt = rest[:V], rest[V : 2 * V], rest[2 * V :]
+        dice = 1 - sum(q * (2 * x + eps) / (y + z + eps) for q, x, y, z in zip(ctx.Q, to, oo, tt, strict=True))
+        return sums.new_tensor(beta * bce + dice), sums.new_tensor(bce), sums.new_tensor(dice)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        g_loss, g_bce, g_dice = (0.0 if grad is None else grad.item() for grad in grads)
+        g_bce, g_dice = g_loss * ctx.beta + g_bce, g_loss + g_dice
+        V = len(ctx.Q)
+        bce_sum, count, *rest = ctx.sums
+        to, oo, tt = rest[:V], rest[V : 2 * V], rest[2 * V :]
+        sizes = [y + z + ctx.eps for y, z in zip(oo, tt, strict=True)]
+        d_to = [-2 * g_dice * q / size for q, size in zip(ctx.Q, sizes, strict=True)]
+        d_size = [g_dice * q * (2 * x + ctx.eps) / size**2 for q, x, size in zip(ctx.Q, to, sizes, strict=True)]
+        d_count = -g_bce * bce_sum / count**2 if count > TINY else 0.0
+        return torch.tensor([g_bce / max(count, TINY), d_count, *d_to, *d_size, *d_size]), None, None, None
+
+
+def loss_of_sums(
+    sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss, BCE and Dice of the sums (eqs. 5 to 7), scalars: as `reference.loss_of_sums`, once differentiable."""
+    return _Loss.apply(sums, class_weights, beta, eps)

@@ -101,3 +101,18 @@ def bce_dice_sums(
             (weight_NVHW * t_NVHW * t_NVHW).sum(pixels),
         ]
     )
+
+
+def loss_of_sums(
+    sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss = beta * BCE + Dice, BCE and Dice (eqs. 5 to 7), scalars, of the sums that `bce_dice_sums` gives.
+
+    sums: (2 + 3 V,). class_weights: (V,), Q_v of eq. 7, sum 1; equal where None. eps: smoothing of Dice, in pixels.
+    """
+    to, oo, tt = sums[2:].view(3, -1)
+    # a batch without a single counted pixel has loss 0 from BCE, not nan
+    bce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
+    Q = 1 / len(to) if class_weights is None else class_weights
+    dice = 1 - (Q * (2 * to + eps) / (tt + oo + eps)).sum()
+    return beta * bce + dice, bce, dice

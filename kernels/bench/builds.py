@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import bce_dice
+from kernels import bce_dice, bce_dice_loss
 
 ARCHITECTURES = (80, 90)
 LOGITS = ("fp32", "fp16", "bf16")
@@ -28,6 +28,7 @@ class Variant(NamedTuple):
     name: str
     types: dict[str, str]
     constants: dict[str, Any]
+    warps: int = bce_dice.WARPS
 
 
 class Build(NamedTuple):
@@ -64,6 +65,17 @@ def variants() -> Iterator[Variant]:
         for kernel, classes in itertools.product((bce_dice._softmax_sums, bce_dice._softmax_gradient), CLASSES):
             constants = {"HAS_WEIGHT": weighed} | bce_dice.softmax_sizes(classes)
             yield Variant(kernel, f"{kernel.__name__}[{about},{classes}classes]", types, constants)
+    for kernel, classes in itertools.product(
+        (bce_dice_loss._loss_of_sums, bce_dice_loss._loss_of_sums_gradient), CLASSES
+    ):
+        types = dict.fromkeys(kernel.arg_names, "*fp32") | {"V": "i32", "beta": "fp32", "eps": "fp32"}
+        flags = dict.fromkeys(("HAS_LOSS", "HAS_BCE", "HAS_DICE", "HAS_Q"), True) | {"CLASSES": classes}
+        constants = {name: flags[name] for name in kernel.arg_names if name in flags}
+        yield Variant(kernel, f"{kernel.__name__}[{classes}classes]", types, constants, warps=1)
+    for width in (1, 19):
+        types = {"rows_ptr": "*fp32", "out_ptr": "*fp32", "rows": "i32", "row_step": "i32"}
+        constants = {"WIDTH": width, "ROWS": bce_dice.ROWS}
+        yield Variant(bce_dice._add_rows, f"_add_rows[{width}]", types, constants)
 
 
 def build(variant: Variant, architecture: int) -> Build:
@@ -75,7 +87,7 @@ def build(variant: Variant, architecture: int) -> Build:
     signature |= {name: "constexpr" for name in ("z_p", "t_p") if name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
     source = ASTSource(variant.kernel, signature, constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": bce_dice.WARPS})
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

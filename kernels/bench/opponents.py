@@ -17,20 +17,14 @@ TORCHVISION = ("nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align"
 KEPT: list[Any] = []
 
 
-def loss_of_sums(sums: Tensor) -> Tensor:
-    """BCE + Dice of the sums, as deepskip.loss has it (floor 1 does not know floor 2)."""
-    to, oo, tt = sums[2:].view(3, -1)
-    return sums[0] / sums[1] + 1 - ((2 * to + 1) / (tt + oo + 1)).mean()
-
-
 def fused(logits: Tensor, target: Tensor) -> Tensor:
     """This project's: Triton on a GPU, blocks on a CPU."""
-    return loss_of_sums(kernels.bce_dice_sums(logits, target))
+    return kernels.loss_of_sums(kernels.bce_dice_sums(logits, target))[0]
 
 
 def eager(logits: Tensor, target: Tensor) -> Tensor:
     """The plain PyTorch form."""
-    return loss_of_sums(reference.bce_dice_sums(logits, target))
+    return reference.loss_of_sums(reference.bce_dice_sums(logits, target))[0]
 
 
 def monai_dice_ce(classes: int) -> Loss:
