@@ -81,9 +81,11 @@ def _dots(x: Tensor, y: Tensor) -> Tensor:
     )
 
 
-def balance(t: Tensor, alpha: float) -> Tensor:
-    """Gives alpha where t is 1, and 1 - alpha where it is 0."""
-    return (t * (2 * alpha - 1)).add_(1 - alpha)
+def _balance(t: Tensor, alpha: float, scale: float = 1.0) -> Tensor:
+    """Gives alpha where t is 1 and 1 - alpha where it is 0, times scale; a single number where they are the same."""
+    if alpha == 0.5:
+        return torch.tensor(0.5 * scale)
+    return torch.add(torch.tensor((1 - alpha) * scale), t, alpha=(2 * alpha - 1) * scale)
 
 
 class _Sums(torch.autograd.Function):
@@ -117,11 +119,13 @@ class _Sums(torch.autograd.Function):
                 continue
             z, t, o, counts = _sigmoid_block(z, labels, ignore_index)
             # -log o where t is 1, -log (1 - o) where it is 0, without a difference of large numbers
-            bce = balance(t, alpha).mul_(F.softplus(torch.addcmul(z, t, z, value=-2)))
+            bce = F.softplus(torch.addcmul(z, t, z, value=-2))
             pixels = t.numel() if counts is None else counts.sum()
             if counts is not None:
                 bce, o = bce * counts, o * counts
-            parts = [bce.sum()[None], torch.as_tensor(pixels / V)[None], _dots(t, o), _dots(o, o), _dots(t, t)]
+            a = _balance(t, alpha)
+            total = a * bce.sum() if a.ndim == 0 else a.flatten().dot(bce.flatten())
+            parts = [total[None], torch.as_tensor(pixels / V)[None], _dots(t, o), _dots(o, o), _dots(t, t)]
             sums.add_(torch.cat(parts), alpha=w)
         return sums.float()
 
@@ -149,9 +153,9 @@ class _Sums(torch.autograd.Function):
                 d.scatter_add_(1, labels, -a)
             else:
                 z, t, o, counts = _sigmoid_block(z, labels, ignore_index)
-                d = balance(t, alpha).mul_(o - t).mul_(g_bce)
-                slope = o - o * o
-                d.addcmul_(slope, t * g_to[:, None, None] + 2 * g_oo * o)
+                h = torch.addcmul(t * g_to[:, None, None], o, 2 * g_oo)
+                d = (o - t).mul_(_balance(t, alpha, g_bce))
+                d.addcmul_(torch.addcmul(o, o, o, value=-1), h)
             if w != 1:
                 d *= w
             if counts is not None:

@@ -25,7 +25,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
         suites = [str(suite) for suite in sorted(HERE.glob("bench_*.py"))]
-        status = pytest.main([*suites, "-q", "--timeout=0", "--benchmark-disable-gc", f"--benchmark-json={path}"])
+        status = pytest.main(
+            [*suites, "-q", "-p", "no:timeout", "-o", "addopts=", "--benchmark-disable-gc", f"--benchmark-json={path}"]
+        )
         if status:
             sys.exit(status)
         rows = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
@@ -33,7 +35,8 @@ def main() -> None:
     name = re.sub(r"[^a-z0-9]+", "-", results["environment"]["name"].lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(page(results))
+    (arguments.out / f"{name}.md").write_text(page(results) + f"\n![times]({name}.svg)\n")
+    plot(results, arguments.out / f"{name}.svg")
     print(page(results))
 
 
@@ -53,16 +56,40 @@ def page(results: dict[str, Any]) -> str:
     for size in sizes:
         rows = [row for row in results["bce_dice"] if row["size"] == size]
         lines += ["", f"## {size}, {rows[0]['dtype']}", ""]
-        lines.append("| implementation | ms | 10 % | 90 % | DeepSkip is | GB/s | of a copy | extra MB | saved MB |")
-        lines.append("|---|---|---|---|---|---|---|---|---|")
+        on_gpu = rows[0]["launches"] is not None
+        lines.append(
+            "| implementation | ms | 10 % | 90 % | DeepSkip is | GB/s | of a copy | extra MB | saved MB |"
+            + " launches |" * on_gpu
+        )
+        lines.append("|---|---|---|---|---|---|---|---|---|" + "---|" * on_gpu)
         for row in rows:
             times = " | ".join(f"{1000 * row[key]:.3f}" for key in ("seconds", "seconds_10", "seconds_90"))
             rate, whole = row["bytes_per_second"], row["copy_bandwidth"]
             lines.append(
                 f"| {row['implementation']} | {times} | {row['deepskip_is']:.2f} x | {rate / 1e9:.1f} | {rate / whole:.2f} | "
-                f"{row['peak_bytes'] / 1e6:.2f} | {row['saved_bytes'] / 1e6:.2f} |"
+                f"{row['peak_bytes'] / 1e6:.2f} | {row['saved_bytes'] / 1e6:.2f} |" + f" {row['launches']} |" * on_gpu
             )
     return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws the times of every size as bars, whiskers from 10 % to 90 %; says so where matplotlib is not installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"matplotlib is not installed: {path.name} is not drawn")
+        return
+    sizes = list(dict.fromkeys(row["size"] for row in results["bce_dice"]))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4 * len(sizes), 2.4), layout="constrained", squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        rows = [row for row in results["bce_dice"] if row["size"] == size][::-1]
+        times, low, high = ([1000 * row[key] for row in rows] for key in ("seconds", "seconds_10", "seconds_90"))
+        whiskers = [[t - a for t, a in zip(times, low, strict=True)], [b - t for t, b in zip(times, high, strict=True)]]
+        colors = ["#c44e52" if row["implementation"] == "deepskip" else "#8c8c8c" for row in rows]
+        axis.barh([row["implementation"] for row in rows], times, xerr=whiskers, color=colors)
+        axis.set(title=size, xlabel="ms, forward and backward")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, 
         "seconds": theirs, "seconds_10": quantiles[0], "seconds_90": quantiles[-1], "deepskip_is": theirs / ours,
         "bytes_per_second": counted_bytes(size) / theirs, "copy_bandwidth": bandwidth,
         "peak_bytes": measure.peak_bytes(lambda: step(loss, *sets[0]), DEVICE),
+        "launches": measure.launches(lambda: step(loss, *sets[0]), DEVICE),
         "saved_bytes": measure.saved_bytes(lambda: loss(*sets[0]), sets[0]),
     }  # fmt: skip
     benchmark.pedantic(lambda: step(loss, *next(turns)), rounds=10, warmup_rounds=1)

@@ -72,6 +72,18 @@ def saved_bytes(call: Callable[[], Any], inputs: tuple[Tensor, ...]) -> int:
     return sum(kept.values())
 
 
+def launches(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Counts the kernels, copies and fills that a call starts on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    wait(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        wait(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Measures bytes/s of copying a large tensor: read and written bytes over the median of 20 times."""
     x = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
