@@ -1,9 +1,10 @@
 """Operators that DeepSkip spends its time in; `backend` says which implementation a tensor gets."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from kernels import backend, bce_dice_cpu, reference
-from kernels.reference import deep_skip
+from kernels import backend, bce_dice_cpu, deep_skip_cpu, reference
 
 # tells this package from another one of the same name on PyPI; `import deepskip` looks for it
 PROJECT = "deepskip"
@@ -42,3 +43,9 @@ def loss_of_sums(
         return bce_dice_loss.loss_of_sums(sums, class_weights, beta, eps)
     form = bce_dice_cpu if found == "cpu" else reference
     return form.loss_of_sums(sums, class_weights, beta, eps)
+
+
+def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
+    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1); see `reference.deep_skip`."""
+    form = deep_skip_cpu if backend.implementation(inputs[0]) == "cpu" else reference
+    return form.deep_skip(inputs, weights, mode)

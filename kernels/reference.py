@@ -27,13 +27,15 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     Returns (N, K * len(inputs), H, W).
     """
     size = inputs[0].shape[-2:]
-    align_corners = False if mode == "bilinear" else None
     branches = []
     for x, weight in zip(inputs, weights, strict=True):
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode=mode, align_corners=align_corners)
-        branches.append(F.conv2d(x, weight, padding=1))
+        branches.append(F.conv2d(x if x.shape[-2:] == size else upsample(x, size, mode), weight, padding=1))
     return torch.cat(branches, dim=1)
+
+
+def upsample(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Enlarges (N, C, h, w) to a size (H, W); mode: "bilinear" (align_corners=False) or "nearest"."""
+    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False if mode == "bilinear" else None)
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:

@@ -1,0 +1,155 @@
+"""The deep-skip stage for CPUs (eq. 1): deeper maps are convolved at their own width, and nothing upsampled is kept.
+
+conv3(up(x)) = V(conv(x)): the convolution is 1 x 3 at the low resolution, with s times as many outputs (a phase of the columns
+each) for every tap of the rows; V adds up rows and taps as a small matrix product. Multiply-adds fall by the factor s, and the
+convolution has 3 s K outputs where the plain one has K, which vector units of 16 lanes do not fill at K = 8. The borders,
+where the plain form's convolution meets zeros and its upsampling repeats, are exact.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import interpolation, reference
+
+
+def _pays(factor: int, channels: int) -> bool:
+    """Says whether the low resolution is faster than the plain form; measured (docs/kernels.md)."""
+    return factor > 2 or (factor == 2 and channels < 16)
+
+
+def _wide_weight(weight: Tensor, s: int, mode: str) -> Tensor:
+    """Makes (3 s K, C, 1, 3), outputs by row tap, column phase and channel, of (K, C, 3, 3)."""
+    K, C = weight.shape[:2]
+    columns = interpolation.column_taps(s, mode)
+    wide = columns.reshape(s * 3, 3) @ weight.permute(3, 2, 0, 1).reshape(3, 3 * K * C)
+    # channels last, as oneDNN takes it
+    return wide.view(s, 3, 3, K, C).permute(2, 0, 3, 1, 4).reshape(3 * s * K, 1, 3, C).permute(0, 3, 1, 2)
+
+
+def _narrow_gradient(wide: Tensor, shape: torch.Size, s: int, mode: str) -> Tensor:
+    """The transpose of `_wide_weight`."""
+    K, C = shape[:2]
+    columns = interpolation.column_taps(s, mode)
+    by_column = wide.view(3, s, K, C, 3).permute(1, 4, 0, 2, 3).reshape(s * 3, 3 * K * C)
+    return (columns.reshape(s * 3, 3).T @ by_column).view(3, 3, K, C).permute(2, 3, 1, 0)
+
+
+# the sides: x's first and last column, the tap that is outside there, and the phase of the columns that it is outside of
+_SIDES = ((0, 0), (-1, 2))
+
+
+def _low_forward(x: Tensor, weight: Tensor, s: int, mode: str) -> Tensor:
+    """Gives conv3(up(x)) as (H, N, W, K), contiguous."""
+    N, C, h, w = x.shape
+    K = len(weight)
+    y = F.conv2d(F.pad(x, (1, 1, 0, 0), mode="replicate"), _wide_weight(weight, s, mode))
+    # a row more above and below: the matrices have zeros there
+    rows = y.new_empty(h + 2, 3, N, w, s, K)
+    rows[0].zero_()
+    rows[-1].zero_()
+    inner = rows[1:-1]
+    inner.view(h, 3, N, w, s * K).copy_(y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K).permute(1, 3, 0, 2, 4))
+    for side, tap in _SIDES:
+        # repeated columns gave the tap beyond the side what the plain form has as zero
+        beyond = x[..., side].permute(2, 0, 1).reshape(h * N, C) @ weight[..., tap].permute(1, 2, 0).reshape(C, 3 * K)
+        inner[:, :, :, side, side] -= beyond.view(h, N, 3, K).transpose(1, 2)
+    row = N * w * s * K
+    windows = rows.as_strided((h, 9, row), (3 * row, row, 1))
+    return torch.bmm(interpolation.row_taps(h, s, mode).view(h, s, 9), windows).view(h * s, N, w * s, K)
+
+
+def _low_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, needs: tuple[bool, bool]) -> tuple:
+    """Gives the gradients of x and weight for that of the output, (N, K, H, W)."""
+    N, C, h, w = x.shape
+    K = len(weight)
+    row = N * w * s * K
+    # s rows more above and below, which the matrices weigh with 0
+    rows = grad.new_empty((h + 2) * s, N, w * s, K)
+    rows[:s].zero_()
+    rows[-s:].zero_()
+    rows[s:-s].copy_(grad.permute(2, 0, 3, 1))
+    windows = rows.as_strided((h, 3 * s, row), (s * row, row, 1))
+    # row y of x, tap d, is in the rows of y - 1, y, y + 1: there it is the row below, the row itself, the row above
+    taps = F.pad(interpolation.row_taps(h, s, mode), (0, 0, 0, 0, 0, 0, 1, 1))
+    gathered = torch.stack([taps[o : h + o, :, 2 - o] for o in range(3)], 1).reshape(h, 3 * s, 3)
+    d_rows = torch.bmm(gathered.transpose(1, 2), windows).view(h, 3, N, w, s, K)
+    d_y = d_rows.view(h, 3, N, w, s * K).permute(2, 0, 3, 1, 4).reshape(N, h, w, 3 * s * K).permute(0, 3, 1, 2)
+    padded = F.pad(x, (1, 1, 0, 0), mode="replicate")
+    d_padded, d_wide, _ = torch.ops.aten.convolution_backward(
+        d_y, padded, _wide_weight(weight, s, mode), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needs, False]
+    )
+    d_weight = _narrow_gradient(d_wide, weight.shape, s, mode) if needs[1] else None
+    d_x = d_padded[..., 1:-1] if needs[0] else None
+    for side, tap in _SIDES:
+        d_beyond = d_rows[:, :, :, side, side].permute(0, 2, 1, 3).reshape(h * N, 3 * K)
+        if d_x is not None:
+            w_tap = weight[..., tap].permute(1, 2, 0).reshape(C, 3 * K)
+            d_x[..., side] += d_padded[..., side] - (d_beyond @ w_tap.T).view(h, N, C).permute(1, 2, 0)
+        if d_weight is not None:
+            x_side = x[..., side].permute(2, 0, 1).reshape(h * N, C)
+            d_weight[..., tap] -= (x_side.T @ d_beyond).view(C, 3, K).permute(2, 0, 1)
+    return d_x, d_weight
+
+
+def _plain_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, needs: tuple[bool, bool]) -> tuple:
+    size = grad.shape[-2:]
+    up = x if s == 1 else reference.upsample(x, size, mode)
+    d_up, d_weight, _ = torch.ops.aten.convolution_backward(
+        grad, up, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needs, False]
+    )
+    if s == 1 or not needs[0]:
+        return d_up, d_weight
+    if mode == "bilinear":
+        return torch.ops.aten.upsample_bilinear2d_backward(d_up, size, x.shape, False), d_weight
+    return torch.ops.aten.upsample_nearest2d_backward(d_up, size, x.shape), d_weight
+
+
+class _DeepSkip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mode: str, *tensors: Tensor) -> Tensor:
+        inputs, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        N, _, H, W = inputs[0].shape
+        K = len(weights[0])
+        ctx.mode = mode
+        ctx.save_for_backward(*tensors)
+        out = torch.empty((N, K * len(inputs), H, W), memory_format=torch.channels_last)
+        for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+            s = H // x.shape[2]
+            place = out[:, i * K : (i + 1) * K]
+            if _pays(s, K):
+                place.copy_(_low_forward(x, weight, s, mode).permute(1, 3, 0, 2))
+            else:
+                place.copy_(F.conv2d(x if s == 1 else reference.upsample(x, (H, W), mode), weight, padding=1))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.saved_tensors) // 2
+        inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        K = len(weights[0])
+        d_inputs, d_weights = [], []
+        for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+            s = grad.shape[2] // x.shape[2]
+            form = _low_backward if _pays(s, K) else _plain_backward
+            needs = (ctx.needs_input_grad[1 + i], ctx.needs_input_grad[1 + count + i])
+            d_x, d_weight = form(grad[:, i * K : (i + 1) * K], x, weight, s, ctx.mode, needs)
+            d_inputs.append(d_x)
+            d_weights.append(d_weight)
+        return None, *d_inputs, *d_weights
+
+
+def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
+    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1): as `reference.deep_skip`.
+
+    Shapes as there; fp32. Other types, factors that are not whole and autocast get the plain form. Once differentiable.
+    """
+    H, W = inputs[0].shape[-2:]
+    whole = all(x.shape[-1] * (H // x.shape[-2]) == W and H % x.shape[-2] == 0 for x in inputs)
+    if not whole or inputs[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return reference.deep_skip(inputs, weights, mode)
+    return _DeepSkip.apply(mode, *inputs, *weights)
