@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+
 # basic blocks a level, from level 2 on: ResNet-34's; a sixth level repeats the last number
 RESNET34_BLOCKS = (3, 4, 6, 3, 3)
 
@@ -25,6 +27,22 @@ class ConvNormReLU(nn.Sequential):
             norm_layer(norm, out_channels),
             nn.ReLU(inplace=True),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, relu = self
+        weight = conv.get_parameter("weight")
+        if not isinstance(norm, nn.BatchNorm2d):
+            return relu(norm(kernels.conv3(x, weight)))
+        gain, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        assert mean is not None
+        assert var is not None
+        if kernels.backend.folds_norms(x) and not norm.training:
+            scale = gain * (var + norm.eps).rsqrt()
+            return kernels.conv3(x, weight * scale[:, None, None, None], bias - mean * scale).relu_()
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        y = kernels.conv3(x, weight)
+        return kernels.batch_norm_relu(y, gain, bias, mean, var, norm.training, norm.momentum or 0.0, norm.eps)
 
 
 class BasicBlock(nn.Module):

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels import backend, bce_dice_cpu, deep_skip_cpu, reference
+from kernels import backend, batch_norm_cpu, bce_dice_cpu, conv3_cpu, deep_skip_cpu, reference
 
 # tells this package from another one of the same name on PyPI; `import deepskip` looks for it
 PROJECT = "deepskip"
 
-__all__ = ["PROJECT", "backend", "bce_dice_sums", "deep_skip", "loss_of_sums"]
+__all__ = ["PROJECT", "backend", "batch_norm_relu", "bce_dice_sums", "conv3", "deep_skip", "loss_of_sums"]
 
 
 def bce_dice_sums(
@@ -49,3 +49,24 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1); see `reference.deep_skip`."""
     form = deep_skip_cpu if backend.implementation(inputs[0]) == "cpu" else reference
     return form.deep_skip(inputs, weights, mode)
+
+
+def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolves (N, C, H, W) with (K, C, 3, 3), zero padding 1."""
+    form = conv3_cpu if backend.implementation(x) == "cpu" else reference
+    return form.conv3(x, weight, bias)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Normalises (N, C, H, W) over all but C, then ReLU; arguments as in `torch.nn.functional.batch_norm`."""
+    form = batch_norm_cpu if backend.implementation(x) == "cpu" else reference
+    return form.batch_norm_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)

@@ -38,6 +38,11 @@ def implementation(x: Tensor) -> str:
     return "cpu" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
 
 
+def folds_norms(x: Tensor) -> bool:
+    """Says whether a norm of fixed statistics goes into the convolution before it: on CPUs, where no gradient is wanted."""
+    return not torch.is_grad_enabled() and implementation(x) == "cpu"
+
+
 @cache
 def _usable(device: int) -> bool:
     # the cache is what makes it one warning

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import interpolation, reference
+from kernels import conv3_cpu, interpolation, reference
 
 
 def _pays(factor: int, channels: int) -> bool:
@@ -98,9 +98,7 @@ def _low_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, ne
 def _plain_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, needs: tuple[bool, bool]) -> tuple:
     size = grad.shape[-2:]
     up = x if s == 1 else reference.upsample(x, size, mode)
-    d_up, d_weight, _ = torch.ops.aten.convolution_backward(
-        grad, up, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needs, False]
-    )
+    d_up, d_weight = conv3_cpu.gradients(grad, up, weight, needs)
     if s == 1 or not needs[0]:
         return d_up, d_weight
     if mode == "bilinear":
@@ -123,7 +121,7 @@ class _DeepSkip(torch.autograd.Function):
             if _pays(s, K):
                 place.copy_(_low_forward(x, weight, s, mode).permute(1, 3, 0, 2))
             else:
-                place.copy_(F.conv2d(x if s == 1 else reference.upsample(x, (H, W), mode), weight, padding=1))
+                place.copy_(conv3_cpu.convolve(x if s == 1 else reference.upsample(x, (H, W), mode), weight))
         return out
 
     @staticmethod

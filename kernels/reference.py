@@ -29,8 +29,27 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     size = inputs[0].shape[-2:]
     branches = []
     for x, weight in zip(inputs, weights, strict=True):
-        branches.append(F.conv2d(x if x.shape[-2:] == size else upsample(x, size, mode), weight, padding=1))
+        branches.append(conv3(x if x.shape[-2:] == size else upsample(x, size, mode), weight))
     return torch.cat(branches, dim=1)
+
+
+def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolves (N, C, H, W) with (K, C, 3, 3), zero padding 1."""
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Normalises (N, C, H, W) over all but C, then ReLU; arguments as in `torch.nn.functional.batch_norm`."""
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps).relu_()
 
 
 def upsample(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
