@@ -115,7 +115,7 @@ class DeepSkipUNet(nn.Module):
 def pad_by_edge(x: Tensor, bottom: int, right: int) -> Tensor:
     """Repeats the last row and column of (N, C, H, W) so many times."""
     if not torch.compiler.is_exporting():
-        return F.pad(x, (0, right, 0, bottom), mode="replicate")
+        return x if bottom == right == 0 else F.pad(x, (0, right, 0, bottom), mode="replicate")
     # by gathering: with views an exported program would be tied to padded or to unpadded sizes
     height, width = x.shape[-2:]
     rows = torch.arange(height + bottom, device=x.device).clamp(max=height - 1)

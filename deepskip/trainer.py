@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kernels
 from deepskip import augment, checkpoint
+from deepskip.allocator import keep_freed_memory
 from deepskip.complexity import conv_weights
 from deepskip.config import Config, OptimConfig
 from deepskip.inference import normalize, predict_logits, to_labels
@@ -77,6 +78,8 @@ def train(
     optim = config.optim
     started = time.perf_counter()
     kernels.backend.choose(config.run.kernels)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     # every rank draws the same weights
     torch.manual_seed(config.run.seed)

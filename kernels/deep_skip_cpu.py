@@ -16,11 +16,6 @@ from torch import Tensor
 from kernels import conv3_cpu, interpolation, reference
 
 
-def _pays(factor: int, channels: int) -> bool:
-    """Says whether the low resolution is faster than the plain form; measured (docs/kernels.md)."""
-    return factor > 2 or (factor == 2 and channels < 16)
-
-
 def _wide_weight(weight: Tensor, s: int, mode: str) -> Tensor:
     """Makes (3 s K, C, 1, 3), outputs by row tap, column phase and channel, of (K, C, 3, 3)."""
     K, C = weight.shape[:2]
@@ -38,25 +33,35 @@ def _narrow_gradient(wide: Tensor, shape: torch.Size, s: int, mode: str) -> Tens
     return (columns.reshape(s * 3, 3).T @ by_column).view(3, 3, K, C).permute(2, 3, 1, 0)
 
 
-# the sides: x's first and last column, the tap that is outside there, and the phase of the columns that it is outside of
-_SIDES = ((0, 0), (-1, 2))
+def _side_weights(weight: Tensor, s: int, w: int, mode: str) -> list[tuple[int, Tensor]]:
+    """Gives (column, (C, 3 s K)) for the first and the last column of x: what they add to those of the wide weight.
+
+    There the plain form's upsampling repeats the column, and its convolution meets a zero beyond it.
+    """
+    K, C = weight.shape[:2]
+    exact, inside = interpolation.row_taps(w, s, mode), interpolation.column_taps(s, mode)
+    sides = []
+    for column in (0, -1) if w > 1 else (0,):
+        more = exact[column, :, 1] - inside[:, 1]
+        wide = more @ weight.permute(3, 1, 2, 0).reshape(3, C * 3 * K)
+        sides.append((column, wide.view(s, C, 3, K).permute(1, 2, 0, 3).reshape(C, 3 * s * K)))
+    return sides
 
 
 def _low_forward(x: Tensor, weight: Tensor, s: int, mode: str) -> Tensor:
     """Gives conv3(up(x)) as (H, N, W, K), contiguous."""
     N, C, h, w = x.shape
     K = len(weight)
-    y = F.conv2d(F.pad(x, (1, 1, 0, 0), mode="replicate"), _wide_weight(weight, s, mode))
+    y = F.conv2d(x, _wide_weight(weight, s, mode), padding=(0, 1))
     # a row more above and below: the matrices have zeros there
-    rows = y.new_empty(h + 2, 3, N, w, s, K)
+    rows = y.new_empty(h + 2, 3, N, w, s * K)
     rows[0].zero_()
     rows[-1].zero_()
     inner = rows[1:-1]
-    inner.view(h, 3, N, w, s * K).copy_(y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K).permute(1, 3, 0, 2, 4))
-    for side, tap in _SIDES:
-        # repeated columns gave the tap beyond the side what the plain form has as zero
-        beyond = x[..., side].permute(2, 0, 1).reshape(h * N, C) @ weight[..., tap].permute(1, 2, 0).reshape(C, 3 * K)
-        inner[:, :, :, side, side] -= beyond.view(h, N, 3, K).transpose(1, 2)
+    inner.copy_(y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K).permute(1, 3, 0, 2, 4))
+    for column, wide in _side_weights(weight, s, w, mode):
+        more = x[..., column].permute(2, 0, 1).reshape(h * N, C) @ wide
+        inner[..., column, :] += more.view(h, N, 3, s * K).transpose(1, 2)
     row = N * w * s * K
     windows = rows.as_strided((h, 9, row), (3 * row, row, 1))
     return torch.bmm(interpolation.row_taps(h, s, mode).view(h, s, 9), windows).view(h * s, N, w * s, K)
@@ -73,37 +78,22 @@ def _low_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, ne
     rows[-s:].zero_()
     rows[s:-s].copy_(grad.permute(2, 0, 3, 1))
     windows = rows.as_strided((h, 3 * s, row), (s * row, row, 1))
-    # row y of x, tap d, is in the rows of y - 1, y, y + 1: there it is the row below, the row itself, the row above
-    taps = F.pad(interpolation.row_taps(h, s, mode), (0, 0, 0, 0, 0, 0, 1, 1))
-    gathered = torch.stack([taps[o : h + o, :, 2 - o] for o in range(3)], 1).reshape(h, 3 * s, 3)
-    d_rows = torch.bmm(gathered.transpose(1, 2), windows).view(h, 3, N, w, s, K)
-    d_y = d_rows.view(h, 3, N, w, s * K).permute(2, 0, 3, 1, 4).reshape(N, h, w, 3 * s * K).permute(0, 3, 1, 2)
-    padded = F.pad(x, (1, 1, 0, 0), mode="replicate")
-    d_padded, d_wide, _ = torch.ops.aten.convolution_backward(
-        d_y, padded, _wide_weight(weight, s, mode), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needs, False]
+    d_rows = torch.bmm(interpolation.gathered_taps(h, s, mode), windows).view(h, 3, N, w, s * K)
+    d_y = d_rows.permute(2, 0, 3, 1, 4).reshape(N, h, w, 3 * s * K).permute(0, 3, 1, 2)
+    d_x, d_wide, _ = torch.ops.aten.convolution_backward(
+        d_y, x, _wide_weight(weight, s, mode), None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [*needs, False]
     )
     d_weight = _narrow_gradient(d_wide, weight.shape, s, mode) if needs[1] else None
-    d_x = d_padded[..., 1:-1] if needs[0] else None
-    for side, tap in _SIDES:
-        d_beyond = d_rows[:, :, :, side, side].permute(0, 2, 1, 3).reshape(h * N, 3 * K)
+    exact, inside = interpolation.row_taps(w, s, mode), interpolation.column_taps(s, mode)
+    for column, wide in _side_weights(weight, s, w, mode):
+        d_more = d_y[..., column].permute(0, 2, 1).reshape(N * h, 3 * s * K)
         if d_x is not None:
-            w_tap = weight[..., tap].permute(1, 2, 0).reshape(C, 3 * K)
-            d_x[..., side] += d_padded[..., side] - (d_beyond @ w_tap.T).view(h, N, C).permute(1, 2, 0)
+            d_x[..., column] += (d_more @ wide.T).view(N, h, C).transpose(1, 2)
         if d_weight is not None:
-            x_side = x[..., side].permute(2, 0, 1).reshape(h * N, C)
-            d_weight[..., tap] -= (x_side.T @ d_beyond).view(C, 3, K).permute(2, 0, 1)
+            x_side = x[..., column].permute(0, 2, 1).reshape(N * h, C)
+            d_side = (x_side.T @ d_more).view(C, 3, s, K)
+            d_weight += torch.einsum("cdpk,pe->kcde", d_side, exact[column, :, 1] - inside[:, 1])
     return d_x, d_weight
-
-
-def _plain_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, needs: tuple[bool, bool]) -> tuple:
-    size = grad.shape[-2:]
-    up = x if s == 1 else reference.upsample(x, size, mode)
-    d_up, d_weight = conv3_cpu.gradients(grad, up, weight, needs)
-    if s == 1 or not needs[0]:
-        return d_up, d_weight
-    if mode == "bilinear":
-        return torch.ops.aten.upsample_bilinear2d_backward(d_up, size, x.shape, False), d_weight
-    return torch.ops.aten.upsample_nearest2d_backward(d_up, size, x.shape), d_weight
 
 
 class _DeepSkip(torch.autograd.Function):
@@ -117,11 +107,8 @@ class _DeepSkip(torch.autograd.Function):
         out = torch.empty((N, K * len(inputs), H, W), memory_format=torch.channels_last)
         for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
             s = H // x.shape[2]
-            place = out[:, i * K : (i + 1) * K]
-            if _pays(s, K):
-                place.copy_(_low_forward(x, weight, s, mode).permute(1, 3, 0, 2))
-            else:
-                place.copy_(conv3_cpu.convolve(x if s == 1 else reference.upsample(x, (H, W), mode), weight))
+            branch = conv3_cpu.convolve(x, weight) if s == 1 else _low_forward(x, weight, s, mode).permute(1, 3, 0, 2)
+            out[:, i * K : (i + 1) * K].copy_(branch)
         return out
 
     @staticmethod
@@ -133,9 +120,12 @@ class _DeepSkip(torch.autograd.Function):
         d_inputs, d_weights = [], []
         for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
             s = grad.shape[2] // x.shape[2]
-            form = _low_backward if _pays(s, K) else _plain_backward
             needs = (ctx.needs_input_grad[1 + i], ctx.needs_input_grad[1 + count + i])
-            d_x, d_weight = form(grad[:, i * K : (i + 1) * K], x, weight, s, ctx.mode, needs)
+            part = grad[:, i * K : (i + 1) * K]
+            if s == 1:
+                d_x, d_weight = conv3_cpu.gradients(part, x, weight, needs)
+            else:
+                d_x, d_weight = _low_backward(part, x, weight, s, ctx.mode, needs)
             d_inputs.append(d_x)
             d_weights.append(d_weight)
         return None, *d_inputs, *d_weights

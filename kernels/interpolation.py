@@ -34,6 +34,14 @@ def row_taps(h: int, s: int, mode: str) -> Tensor:
     return blocks if h <= 3 else torch.cat([blocks[:1], blocks[1:2].expand(h - 2, -1, -1, -1), blocks[2:]])
 
 
+@lru_cache(maxsize=256)
+def gathered_taps(h: int, s: int, mode: str) -> Tensor:
+    """Gives (h, 3, 3 s), the transpose of `row_taps`: weight of row s (y - 1) + r, r from 0 to 3 s, in tap d of row y."""
+    taps = F.pad(row_taps(h, s, mode), (0, 0, 0, 0, 0, 0, 1, 1))
+    # row y is the row below for the outputs of y - 1, the row itself for its own, the row above for those of y + 1
+    return torch.cat([taps[o : h + o, :, 2 - o] for o in range(3)], 1).transpose(1, 2).contiguous()
+
+
 def column_taps(s: int, mode: str) -> Tensor:
     """Gives (s, 3, 3): as `row_taps`, of a column far from the sides."""
     return row_taps(3, s, mode)[1]
