@@ -15,6 +15,14 @@ from torch import Tensor
 
 from kernels import conv3_cpu, interpolation, reference
 
+# elements of output that are made at a time; measured
+BLOCK = 2**20
+
+
+def _low_pays(factor: int, channels: int) -> bool:
+    """Says whether forward is faster at the low resolution; backward is at every factor. Measured (docs/kernels.md)."""
+    return factor > 2 or (factor == 2 and channels < conv3_cpu.LANES)
+
 
 def _wide_weight(weight: Tensor, s: int, mode: str) -> Tensor:
     """Makes (3 s K, C, 1, 3), outputs by row tap, column phase and channel, of (K, C, 3, 3)."""
@@ -33,38 +41,59 @@ def _narrow_gradient(wide: Tensor, shape: torch.Size, s: int, mode: str) -> Tens
     return (columns.reshape(s * 3, 3).T @ by_column).view(3, 3, K, C).permute(2, 3, 1, 0)
 
 
+def _side_taps(s: int, w: int, column: int, mode: str) -> Tensor:
+    return interpolation.row_taps(w, s, mode)[column, :, 1] - interpolation.column_taps(s, mode)[:, 1]
+
+
 def _side_weights(weight: Tensor, s: int, w: int, mode: str) -> list[tuple[int, Tensor]]:
     """Gives (column, (C, 3 s K)) for the first and the last column of x: what they add to those of the wide weight.
 
     There the plain form's upsampling repeats the column, and its convolution meets a zero beyond it.
     """
     K, C = weight.shape[:2]
-    exact, inside = interpolation.row_taps(w, s, mode), interpolation.column_taps(s, mode)
     sides = []
     for column in (0, -1) if w > 1 else (0,):
-        more = exact[column, :, 1] - inside[:, 1]
-        wide = more @ weight.permute(3, 1, 2, 0).reshape(3, C * 3 * K)
+        wide = _side_taps(s, w, column, mode) @ weight.permute(3, 1, 2, 0).reshape(3, C * 3 * K)
         sides.append((column, wide.view(s, C, 3, K).permute(1, 2, 0, 3).reshape(C, 3 * s * K)))
     return sides
 
 
-def _low_forward(x: Tensor, weight: Tensor, s: int, mode: str) -> Tensor:
-    """Gives conv3(up(x)) as (H, N, W, K), contiguous."""
-    N, C, h, w = x.shape
-    K = len(weight)
-    y = F.conv2d(x, _wide_weight(weight, s, mode), padding=(0, 1))
-    # a row more above and below: the matrices have zeros there
-    rows = y.new_empty(h + 2, 3, N, w, s * K)
-    rows[0].zero_()
-    rows[-1].zero_()
-    inner = rows[1:-1]
-    inner.copy_(y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K).permute(1, 3, 0, 2, 4))
-    for column, wide in _side_weights(weight, s, w, mode):
-        more = x[..., column].permute(2, 0, 1).reshape(h * N, C) @ wide
-        inner[..., column, :] += more.view(h, N, 3, s * K).transpose(1, 2)
-    row = N * w * s * K
-    windows = rows.as_strided((h, 9, row), (3 * row, row, 1))
-    return torch.bmm(interpolation.row_taps(h, s, mode).view(h, s, 9), windows).view(h * s, N, w * s, K)
+class _Low:
+    """A deeper map on its way up: convolved at its own resolution, then a block of samples at a time at the output's."""
+
+    def __init__(self, x: Tensor, weight: Tensor, s: int, mode: str, block: int) -> None:
+        N, C, h, w = x.shape
+        K = len(weight)
+        self.size = h * s, block, w * s, K
+        y = F.conv2d(x, _wide_weight(weight, s, mode), padding=(0, 1))
+        self.y = y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K)
+        for column, wide in _side_weights(weight, s, w, mode):
+            more = x[..., column].permute(0, 2, 1).reshape(N * h, C) @ wide
+            self.y[:, :, column] += more.view(N, h, 3, s * K)
+        # rows of all samples of the block side by side, with one more above and below: the matrices have zeros there
+        rows = y.new_zeros(h + 2, 3, block, w, s * K)
+        row = block * w * s * K
+        self.inner, self.windows = rows[1:-1], rows.as_strided((h, 9, row), (3 * row, row, 1))
+        self.taps = interpolation.row_taps(h, s, mode).view(h, s, 9)
+        self.out = y.new_empty(h, s, row)
+
+    def branch(self, samples: slice) -> Tensor:
+        """Gives conv3(up(x)) of a block as (samples, H, W, K); the next call overwrites it."""
+        self.inner.copy_(self.y[samples].permute(1, 3, 0, 2, 4))
+        torch.bmm(self.taps, self.windows, out=self.out)
+        return self.out.view(self.size).transpose(0, 1)
+
+
+class _Plain:
+    """A map of the output's own size, or one that the plain form is faster for."""
+
+    def __init__(self, x: Tensor, weight: Tensor, size: torch.Size, mode: str) -> None:
+        x = x if x.shape[-2:] == size else reference.upsample(x, size, mode)
+        self.out = conv3_cpu.convolve(x, weight).permute(0, 2, 3, 1)
+
+    def branch(self, samples: slice) -> Tensor:
+        """Gives the branch of a block as (samples, H, W, K)."""
+        return self.out[samples]
 
 
 def _low_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, needs: tuple[bool, bool]) -> tuple:
@@ -96,6 +125,71 @@ def _low_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, ne
     return d_x, d_weight
 
 
+class _LowGradient:
+    """The way back down: a block of samples at a time to the low resolution, then through the convolution."""
+
+    def __init__(self, x: Tensor, weight: Tensor, s: int, mode: str, block: int) -> None:
+        N, _, h, w = x.shape
+        K = len(weight)
+        self.x, self.weight, self.s, self.mode = x, weight, s, mode
+        # s rows more above and below, which the matrices weigh with 0
+        rows = x.new_zeros((h + 2) * s, block, w * s, K)
+        row = block * w * s * K
+        self.inner, self.windows = rows[s:-s], rows.as_strided((h, 3 * s, row), (s * row, row, 1))
+        self.taps = interpolation.gathered_taps(h, s, mode)
+        self.out = x.new_empty(h, 3, row)
+        self.d_y = x.new_empty(N, h, w, 3, s * K)
+
+    def take(self, samples: slice, grad: Tensor) -> None:
+        """Brings a block's gradient (samples, H, W, K) to where the convolution ended."""
+        _, h, w, _, wide = self.d_y.shape
+        self.inner.copy_(grad.transpose(0, 1))
+        torch.bmm(self.taps, self.windows, out=self.out)
+        self.d_y[samples] = self.out.view(h, 3, -1, w, wide).permute(2, 0, 3, 1, 4)
+
+    def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Gives the gradients of x and weight."""
+        x, weight, s, mode = self.x, self.weight, self.s, self.mode
+        N, C, h, w = x.shape
+        K = len(weight)
+        d_y = self.d_y.view(N, h, w, 3 * s * K).permute(0, 3, 1, 2)
+        d_x, d_wide, _ = torch.ops.aten.convolution_backward(
+            d_y, x, _wide_weight(weight, s, mode), None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [*needs, False]
+        )
+        d_weight = _narrow_gradient(d_wide, weight.shape, s, mode) if needs[1] else None
+        for column, wide in _side_weights(weight, s, w, mode):
+            d_more = d_y[..., column].permute(0, 2, 1).reshape(N * h, 3 * s * K)
+            if d_x is not None:
+                d_x[..., column] += (d_more @ wide.T).view(N, h, C).transpose(1, 2)
+            if d_weight is not None:
+                x_side = x[..., column].permute(0, 2, 1).reshape(N * h, C)
+                d_side = (x_side.T @ d_more).view(C, 3, s, K)
+                d_weight += torch.einsum("cdpk,pe->kcde", d_side, _side_taps(s, w, column, mode))
+        return d_x, d_weight
+
+
+class _PlainGradient:
+    """Of a map of the output's own size."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        N, _, H, W = x.shape
+        self.x, self.weight = x, weight
+        self.grad = x.new_empty(N, H, W, len(weight))
+
+    def take(self, samples: slice, grad: Tensor) -> None:
+        """Keeps a block's gradient (samples, H, W, K)."""
+        self.grad[samples] = grad
+
+    def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Gives the gradients of x and weight."""
+        return conv3_cpu.gradients(self.grad.permute(0, 3, 1, 2), self.x, self.weight, needs)
+
+
+def _block(N: int, elements: int) -> int:
+    """Gives a divisor of N: how many samples of so many elements are made at a time."""
+    return next(n for n in range(min(N, max(1, BLOCK // elements)), 0, -1) if N % n == 0)
+
+
 class _DeepSkip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: str, *tensors: Tensor) -> Tensor:
@@ -104,31 +198,38 @@ class _DeepSkip(torch.autograd.Function):
         K = len(weights[0])
         ctx.mode = mode
         ctx.save_for_backward(*tensors)
-        out = torch.empty((N, K * len(inputs), H, W), memory_format=torch.channels_last)
-        for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+        # branches of a few samples stay in the cache until they are side by side
+        block = _block(N, H * W * K * len(inputs))
+        branches: list[_Low | _Plain] = []
+        for x, weight in zip(inputs, weights, strict=True):
             s = H // x.shape[2]
-            branch = conv3_cpu.convolve(x, weight) if s == 1 else _low_forward(x, weight, s, mode).permute(1, 3, 0, 2)
-            out[:, i * K : (i + 1) * K].copy_(branch)
-        return out
+            low = _low_pays(s, K)
+            branches.append(_Low(x, weight, s, mode, block) if low else _Plain(x, weight, inputs[0].shape[-2:], mode))
+        out = torch.empty(N, H, W, len(inputs), K)
+        for n in range(0, N, block):
+            samples = slice(n, n + block)
+            torch.stack([one.branch(samples) for one in branches], 3, out=out[samples])
+        return out.view(N, H, W, -1).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.saved_tensors) // 2
         inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        K = len(weights[0])
-        d_inputs, d_weights = [], []
-        for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-            s = grad.shape[2] // x.shape[2]
-            needs = (ctx.needs_input_grad[1 + i], ctx.needs_input_grad[1 + count + i])
-            part = grad[:, i * K : (i + 1) * K]
-            if s == 1:
-                d_x, d_weight = conv3_cpu.gradients(part, x, weight, needs)
-            else:
-                d_x, d_weight = _low_backward(part, x, weight, s, ctx.mode, needs)
-            d_inputs.append(d_x)
-            d_weights.append(d_weight)
-        return None, *d_inputs, *d_weights
+        N, channels, H, W = grad.shape
+        grad = grad.permute(0, 2, 3, 1).view(N, H, W, count, -1)
+        block = _block(N, channels * H * W)
+        ways: list[_LowGradient | _PlainGradient] = []
+        for x, weight in zip(inputs, weights, strict=True):
+            s = H // x.shape[2]
+            ways.append(_PlainGradient(x, weight) if s == 1 else _LowGradient(x, weight, s, ctx.mode, block))
+        for n in range(0, N, block):
+            samples = slice(n, n + block)
+            for i, way in enumerate(ways):
+                way.take(samples, grad[samples, :, :, i])
+        needs = ctx.needs_input_grad[1 : 1 + count], ctx.needs_input_grad[1 + count :]
+        found = [way.gradients((x, weight)) for way, x, weight in zip(ways, *needs, strict=True)]
+        return None, *(d_x for d_x, _ in found), *(d_weight for _, d_weight in found)
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
