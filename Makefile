@@ -1,7 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
 # make setup   the virtual environment alone
-# make bench   the kernels beside other implementations, in an environment of its own (.venv-bench-kernels)
+# make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
@@ -52,12 +52,12 @@ lock:
 bench:
 	@$(PYTHON) -m venv .venv-bench-kernels
 	@.venv-bench-kernels/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r kernels/bench/requirements.txt
-	@.venv-bench-kernels/bin/python -m kernels.bench $(ARGS)
+	@.venv-bench-kernels/bin/python -m kernels.bench kernels/bench deepskip/bench $(ARGS)
 
 bench-data:
-	@$(PYTHON) -m venv .venv-bench .venv-bench-kernels
+	@$(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r data_shards/bench/requirements.txt
 	@.venv-bench/bin/python -m data_shards.bench $(ARGS)
 
 clean:
-	@rm -rf $(VENV) .venv-bench *.egg-info
+	@rm -rf $(VENV) .venv-bench .venv-bench-kernels *.egg-info

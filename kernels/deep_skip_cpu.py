@@ -235,10 +235,12 @@ class _DeepSkip(torch.autograd.Function):
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1): as `reference.deep_skip`.
 
-    Shapes as there; fp32. Other types, factors that are not whole and autocast get the plain form. Once differentiable.
+    Shapes as there; fp32. Other types, factors that are not whole, autocast and levels that the plain form is faster for get
+    that. Once differentiable.
     """
     H, W = inputs[0].shape[-2:]
     whole = all(x.shape[-1] * (H // x.shape[-2]) == W and H % x.shape[-2] == 0 for x in inputs)
-    if not whole or inputs[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    low = whole and any(_low_pays(H // x.shape[-2], len(weights[0])) for x in inputs)
+    if not low or inputs[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return reference.deep_skip(inputs, weights, mode)
     return _DeepSkip.apply(mode, *inputs, *weights)

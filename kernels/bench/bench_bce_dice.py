@@ -2,7 +2,6 @@
 
 import itertools
 import statistics
-import time
 from typing import Any
 
 import pytest
@@ -69,16 +68,7 @@ def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, 
 
     def seconds(which: opponents.Loss) -> float:
         chosen = next(turns)
-        if DEVICE.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step(which, *chosen)
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1000
-        started = time.perf_counter()
-        step(which, *chosen)
-        return time.perf_counter() - started
+        return measure.seconds(lambda: step(which, *chosen), DEVICE)
 
     for _ in range(3):
         seconds(loss)
@@ -87,12 +77,13 @@ def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, 
     pairs = [(seconds(loss), seconds(opponents.fused)) for _ in range(ROUNDS)]
     theirs, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
     quantiles = statistics.quantiles([pair[0] for pair in pairs], n=10)
-    benchmark.extra_info |= {
+    row = {
         "size": "x".join(map(str, size)), "implementation": name, "dtype": str(DTYPE).removeprefix("torch."),
         "seconds": theirs, "seconds_10": quantiles[0], "seconds_90": quantiles[-1], "deepskip_is": theirs / ours,
-        "bytes_per_second": counted_bytes(size) / theirs, "copy_bandwidth": bandwidth,
-        "peak_bytes": measure.peak_bytes(lambda: step(loss, *sets[0]), DEVICE),
+        "bytes_per_second": counted_bytes(size) / theirs, "of_a_copy": counted_bytes(size) / theirs / bandwidth,
+        "copy_bandwidth": bandwidth, "peak_bytes": measure.peak_bytes(lambda: step(loss, *sets[0]), DEVICE),
         "launches": measure.launches(lambda: step(loss, *sets[0]), DEVICE),
         "saved_bytes": measure.saved_bytes(lambda: loss(*sets[0]), sets[0]),
     }  # fmt: skip
+    benchmark.extra_info |= {"suite": "bce_dice", "rows": [row]}
     benchmark.pedantic(lambda: step(loss, *next(turns)), rounds=10, warmup_rounds=1)

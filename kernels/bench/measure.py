@@ -32,6 +32,31 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Times a call, on a GPU by events."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Gives every call's median seconds; in turns, so that a slow spell of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 3):
+        for name, call in calls.items():
+            took = seconds(call, device)
+            if turn >= 3:
+                times[name].append(took)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """Gives the most bytes that were allocated at once during a call, beyond those before it."""
     call()

@@ -36,13 +36,18 @@ def monai_dice_ce(classes: int) -> Loss:
     return lambda logits, target: loss(logits, (target[:, None]).float())
 
 
-def smp_dice_bce(classes: int) -> Loss:
-    """segmentation_models_pytorch's Dice and its BCE, or torch's cross-entropy, added up."""
+def define_torchvision() -> None:
+    """Lets torchvision, which segmentation_models_pytorch imports, be imported beside a torch built for CPUs."""
     if not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")
         for name in TORCHVISION:
             library.define(f"{name}(Tensor x) -> Tensor")
         KEPT.append(library)
+
+
+def smp_dice_bce(classes: int) -> Loss:
+    """segmentation_models_pytorch's Dice and its BCE, or torch's cross-entropy, added up."""
+    define_torchvision()
     from segmentation_models_pytorch.losses import DiceLoss, SoftBCEWithLogitsLoss
 
     if classes == 1:

@@ -1,0 +1,86 @@
+"""The deep-skip stage of every decoder level, beside the plain form; `make bench` runs it and writes the page."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+from kernels.bench import measure
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+SIZES = ((16, 512, 512), (8, 1024, 1024)) if DEVICE.type == "cuda" else ((8, 128, 128),)
+ROUNDS = 50 if DEVICE.type == "cuda" else 15
+BASE, LEVELS = 8, 5
+Stage = Callable[[list[Tensor], list[Tensor]], Tensor]
+
+
+def level_inputs(u: int, N: int, H: int, W: int, layout: torch.memory_format) -> tuple[list[Tensor], list[Tensor]]:
+    """Makes the maps and weights of decoder level u, 1 first: E_u .. E_{B-1} and D_{u+1}; H and W are the level's own."""
+    generator = torch.Generator(DEVICE).manual_seed(u)
+    channels = BASE * 2 ** (u - 1)
+    inputs, weights = [], []
+    for s in (*(2**j for j in range(LEVELS - u)), 2):
+        x = torch.randn(N, channels * s, H // s, W // s, generator=generator, device=DEVICE)
+        weight = (
+            torch.randn(channels, channels * s, 3, 3, generator=generator, device=DEVICE) / (9 * channels * s) ** 0.5
+        )
+        inputs.append(x.to(DTYPE).contiguous(memory_format=layout).requires_grad_())
+        weights.append(weight.to(DTYPE).contiguous(memory_format=layout).requires_grad_())
+    return inputs, weights
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("u", range(1, LEVELS))
+def test_deep_skip(benchmark: Any, u: int, size: tuple[int, int, int]) -> None:
+    N, H, W = size[0], size[1] // 2 ** (u - 1), size[2] // 2 ** (u - 1)
+    torch.backends.cudnn.benchmark = True
+    last = level_inputs(u, N, H, W, torch.channels_last)
+    first = level_inputs(u, N, H, W, torch.contiguous_format)
+    compiled = torch.compile(reference.deep_skip, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    stages: dict[str, tuple[Stage, tuple[list[Tensor], list[Tensor]]]] = {
+        "deepskip": (kernels.deep_skip, last),
+        "plain, channels last": (reference.deep_skip, last),
+        "plain, contiguous": (reference.deep_skip, first),
+        "torch.compile, channels last": (compiled, last),
+    }
+    # nothing is timed that is not right
+    exact = reference.deep_skip([x.detach().double() for x in last[0]], [w.detach().double() for w in last[1]])
+    grad = torch.randn_like(exact).to(DTYPE)
+
+    def forward(name: str) -> Tensor:
+        stage, tensors = stages[name]
+        with torch.no_grad():
+            return stage(*tensors)
+
+    def step(name: str) -> None:
+        stage, (inputs, weights) = stages[name]
+        for x in (*inputs, *weights):
+            x.grad = None
+        stage(inputs, weights).backward(grad)
+
+    for name in stages:
+        error = (forward(name).double() - exact).norm() / exact.norm()
+        assert error <= (1e-6 if torch.float32 == DTYPE else 1e-2), f"{name} is off by {error:.2e}"
+    forwards = measure.in_turns({name: partial(forward, name) for name in stages}, ROUNDS, DEVICE)
+    steps = measure.in_turns({name: partial(step, name) for name in stages}, ROUNDS, DEVICE)
+    rows = []
+    for name, (stage, tensors) in stages.items():
+        rows.append(
+            {
+                "size": f"level {u}, {N}x{H}x{W}", "implementation": name, "dtype": str(DTYPE).removeprefix("torch."),
+                "forward": forwards[name], "forward_ratio": forwards[name] / forwards["deepskip"],
+                "seconds": steps[name], "ratio": steps[name] / steps["deepskip"],
+                "peak_bytes": measure.peak_bytes(partial(step, name), DEVICE),
+                "saved_bytes": measure.saved_bytes(
+                    partial(stage, *tensors), (*tensors[0], *tensors[1])
+                ),
+            }
+        )  # fmt: skip
+    benchmark.extra_info |= {"suite": "deep_skip", "rows": rows}
+    benchmark.pedantic(lambda: step("deepskip"), rounds=3)
