@@ -47,7 +47,12 @@ def loss_of_sums(
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1); see `reference.deep_skip`."""
-    form = deep_skip_cpu if backend.implementation(inputs[0]) == "cpu" else reference
+    found = backend.implementation(inputs[0])
+    if found == "triton":
+        from kernels import deep_skip_gpu
+
+        return deep_skip_gpu.deep_skip(inputs, weights, mode)
+    form = deep_skip_cpu if found == "cpu" else reference
     return form.deep_skip(inputs, weights, mode)
 
 

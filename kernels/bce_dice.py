@@ -352,9 +352,9 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     return dz, None, None, None, None
 
 
-def no_second_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+def no_second_backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple:
     raise RuntimeError(
-        "bce_dice has no second derivative in Triton; DEEPSKIP_KERNELS=reference differentiates any number of times"
+        "Triton's kernels have no second derivative; DEEPSKIP_KERNELS=reference differentiates any number of times"
     )
 
 

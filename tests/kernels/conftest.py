@@ -12,7 +12,7 @@ def triton_form() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
-        from kernels import bce_dice, bce_dice_loss  # noqa: F401
+        from kernels import bce_dice, bce_dice_loss, deep_skip_gpu  # noqa: F401
 
     assert torch.cuda.is_available() != bce_dice.INTERPRETED
     return bce_dice
@@ -23,3 +23,10 @@ def triton_loss(triton_form: ModuleType) -> ModuleType:
     from kernels import bce_dice_loss
 
     return bce_dice_loss
+
+
+@pytest.fixture(scope="session")
+def triton_deep_skip(triton_form: ModuleType) -> ModuleType:
+    from kernels import deep_skip_gpu
+
+    return deep_skip_gpu

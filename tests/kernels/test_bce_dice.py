@@ -164,7 +164,7 @@ def test_compiled_whole_and_no_second_derivative(triton_form: ModuleType) -> Non
     torch.testing.assert_close(compiled(one), loss(other))
     torch.testing.assert_close(*torch.autograd.grad(compiled(one), one), *torch.autograd.grad(loss(other), other))
     (first,) = torch.autograd.grad(loss(other), other, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative in Triton"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
 
 

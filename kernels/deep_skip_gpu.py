@@ -1,0 +1,304 @@
+"""The deep-skip stage in Triton (eq. 1): deeper maps are multiplied at their own resolution, and nothing upsampled is stored.
+
+conv3(up(x)) is linear twice over: out = A(x W). W mixes channels: (C, 9 K), all nine taps of the convolution side by side, a
+matrix product at the low resolution, with 1 / s^2 of the plain form's multiply-adds. A is what is left, and holds no weights:
+each output is a mean of low-resolution taps, by upsampling, the shift of the tap, and zeros beyond the border:
+    out[Y, X, k] = sum_{d, e, y, x} a(Y + d, y) a(X + e, x) (x W)[y, x, d, e, k],   d and e in -1, 0, 1
+with a(U, y) the weight of row y of a map in row U of the upsampled one, 0 where U is outside. Backwards G = A^T g is made at the
+low resolution, and the gradients are the matrix products G W^T and x^T G.
+
+The kernels are A and A^T for all branches of a level in one launch, ordered so that programs that write, or read, the same
+pixels' channels run side by side. Rows are summed with scalar weights, columns by the matrix units: a(X + e, x) is worked out
+where it is needed, and its values for factors up to 64 are exact in bf16. Each program sums in fp32, in a fixed order, what no
+other program writes. The level's own map is convolved by cuDNN and put beside the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.bce_dice import INTERPRETED, must_run, no_second_backward
+
+# columns of the output that a program copies of the level's own map
+OWN_COLUMNS = 128
+# three products of tf32 for each of fp32 take more registers
+WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}
+# 6 levels, the most there are, need no larger one
+FACTORS = (2, 4, 8, 16)
+
+
+class Plan(NamedTuple):
+    """How a launch is cut up: a stripe is as many rows of output as the deepest map has in one of its own.
+
+    blocks: programs of a stripe by branch, the level's own map first. windows: columns of a map that a program looks at, two
+    more than it owns. channels: outputs that a program makes.
+    """
+
+    stripe: int
+    blocks: tuple[int, ...]
+    windows: tuple[int, ...]
+    channels: int
+
+
+def window(factor: int) -> int:
+    """Gives the columns of a map that a program looks at: what its registers hold (kernels.bench.builds)."""
+    return 16 if factor <= 8 else 8
+
+
+def plan(W: int, factors: Sequence[int], K: int, dtype: torch.dtype, backward: bool) -> Plan:
+    """Cuts rows of W outputs, K channels a branch, into programs."""
+    stripe = max(factors)
+    windows = [window(s) for s in factors]
+    # forward, a program makes all rows of a stripe; backward, one row of the map
+    rows = [stripe // s if backward else 1 for s in factors]
+    blocks = [r * triton.cdiv(W // s, x - 2) for s, x, r in zip(factors, windows, rows, strict=True)]
+    channels = 16 if K <= 16 or dtype == torch.float32 else 32
+    return Plan(stripe, (triton.cdiv(W, OWN_COLUMNS), *blocks), tuple(windows), channels)
+
+
+@triton.jit
+def _weight(u, cell, size, FACTOR: tl.constexpr, BILINEAR: tl.constexpr):
+    # of a map's row `cell` in row u of the upsampled map; align_corners=False
+    if BILINEAR:
+        source = tl.minimum(tl.maximum((u + 0.5) / FACTOR - 0.5, 0.0), size - 1.0)
+        weight = tl.maximum(1.0 - tl.abs(source - cell), 0.0)
+    else:
+        weight = tl.where(u // FACTOR == cell, 1.0, 0.0)
+    return tl.where((u >= 0) & (u < size * FACTOR), weight, 0.0)
+
+
+@triton.jit
+def _spread_map(
+    t_ptr, out_ptr, Y0, block, k, H, W, x_step, c_step, K: tl.constexpr,
+    STRIPE: tl.constexpr, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    h, w = H // FACTOR, W // FACTOR
+    cell = block * (WINDOW - 2)
+    # taps of the columns side by side, three and a spare; a window has a column more on either side
+    r = tl.arange(0, 4 * WINDOW)
+    column, e = cell - 1 + r % WINDOW, r // WINDOW
+    inside = (e < 3) & (column >= 0) & (column < w)
+    X = cell * FACTOR + tl.arange(0, FACTOR * WINDOW)
+    columns = _weight(X[:, None] + e[None, :] - 1, column[None, :], w, FACTOR, BILINEAR)
+    columns = tl.where(inside[None, :], columns, 0.0).to(OPERAND)
+    taps = column[:, None] * (9 * K) + e[:, None] * K + k[None, :]
+    is_tap = inside[:, None] & (k < K)[None, :]
+    outputs = X[:, None] * x_step + k[None, :] * c_step
+    is_output = ((X < (cell + WINDOW - 2) * FACTOR) & (X < W))[:, None] & (k < K)[None, :]
+    for i in range(STRIPE):
+        Y = Y0 + i
+        rows = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
+        for d in tl.static_range(3):
+            u = Y + d - 1
+            if (u >= 0) & (u < H):
+                if BILINEAR:
+                    source = tl.maximum((u + 0.5) / FACTOR - 0.5, 0.0)
+                    low = source.to(tl.int32)
+                    part = source - low
+                    high = tl.minimum(low + 1, h - 1)
+                    above = t_ptr + low.to(tl.int64) * w * (9 * K) + d * 3 * K
+                    below = t_ptr + high.to(tl.int64) * w * (9 * K) + d * 3 * K
+                    rows += (1.0 - part) * tl.load(above + taps, mask=is_tap, other=0.0).to(tl.float32)
+                    rows += part * tl.load(below + taps, mask=is_tap, other=0.0).to(tl.float32)
+                else:
+                    same = t_ptr + (u // FACTOR).to(tl.int64) * w * (9 * K) + d * 3 * K
+                    rows += tl.load(same + taps, mask=is_tap, other=0.0).to(tl.float32)
+        out = tl.dot(columns, rows.to(OPERAND), input_precision=PRECISION)
+        tl.store(out_ptr + Y.to(tl.int64) * W * x_step + outputs, out.to(out_ptr.dtype.element_ty), mask=is_output)
+
+
+@triton.jit
+def _gather_map(
+    g_ptr, t_ptr, Y0, block, k, H, W, x_step, c_step, K: tl.constexpr,
+    STRIPE: tl.constexpr, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    h, w = H // FACTOR, W // FACTOR
+    # one row of the map: the programs of a stripe go through its rows
+    y = Y0 // FACTOR + block % (STRIPE // FACTOR)
+    cell = block // (STRIPE // FACTOR) * (WINDOW - 2)
+    r = tl.arange(0, 4 * WINDOW)
+    column, e = cell + r % WINDOW, r // WINDOW
+    mine = (e < 3) & (r % WINDOW < WINDOW - 2) & (column < w)
+    # all outputs that the program's columns are in: a cell more on either side
+    X = (cell - 1) * FACTOR + tl.arange(0, FACTOR * WINDOW)
+    inside = (X >= 0) & (X < W)
+    columns = _weight(X[None, :] + e[:, None] - 1, column[:, None], w, FACTOR, BILINEAR)
+    columns = tl.where(inside[None, :] & mine[:, None], columns, 0.0).to(OPERAND)
+    outputs = X[:, None] * x_step + k[None, :] * c_step
+    is_output = inside[:, None] & (k < K)[None, :]
+    above = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
+    same = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
+    below = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
+    # the rows of output that a row of the map is in
+    start = tl.maximum(y * FACTOR - FACTOR // 2 - 1, 0)
+    end = tl.minimum(y * FACTOR + FACTOR + FACTOR // 2 + 1, H)
+    for i in range(end - start):
+        Y = start + i
+        g = tl.load(g_ptr + Y.to(tl.int64) * W * x_step + outputs, mask=is_output, other=0.0)
+        taps = tl.dot(columns, g.to(OPERAND), input_precision=PRECISION)
+        above += _weight(Y - 1, y, h, FACTOR, BILINEAR) * taps
+        same += _weight(Y, y, h, FACTOR, BILINEAR) * taps
+        below += _weight(Y + 1, y, h, FACTOR, BILINEAR) * taps
+    to = t_ptr + y.to(tl.int64) * w * (9 * K) + column[:, None] * (9 * K) + e[:, None] * K + k[None, :]
+    mask = mine[:, None] & (k < K)[None, :]
+    tl.store(to, above.to(t_ptr.dtype.element_ty), mask=mask)
+    tl.store(to + 3 * K, same.to(t_ptr.dtype.element_ty), mask=mask)
+    tl.store(to + 6 * K, below.to(t_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _copy(
+    from_ptr, to_ptr, Y0, block, k, W, from_step, to_step, c_step, K: tl.constexpr,
+    STRIPE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    X = block * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (X < W)[:, None] & (k < K)[None, :]
+    from_ptr += Y0.to(tl.int64) * W * from_step + X[:, None] * from_step + k[None, :] * c_step
+    to_ptr += Y0.to(tl.int64) * W * to_step + X[:, None] * to_step + k[None, :] * c_step
+    for _ in range(STRIPE):
+        tl.store(to_ptr, tl.load(from_ptr, mask=mask), mask=mask)
+        from_ptr += W * from_step
+        to_ptr += W * to_step
+
+
+@triton.jit
+def _branches(
+    wide_ptr, own_ptr, maps, blocks, per_stripe, H, W, K: tl.constexpr,
+    FACTORS: tl.constexpr, WINDOWS: tl.constexpr, STRIPE: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    LAST: tl.constexpr, BILINEAR: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % per_stripe
+    # rows of all images in a run; the deepest map's factor divides H, so a stripe holds rows of one image
+    row = (tl.program_id(0) // per_stripe).to(tl.int64) * STRIPE
+    n, Y0 = row // H, (row % H).to(tl.int32)
+    k = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    pixels = H.to(tl.int64) * W
+    # elements from a column to the next, and from a channel to the next: channels last, or contiguous
+    x_step = (len(FACTORS) + 1) * K if LAST else 1
+    own_step = K if LAST else 1
+    c_step = 1 if LAST else pixels
+    wide_ptr += n * pixels * ((len(FACTORS) + 1) * K)
+    if block < blocks[0]:
+        own = own_ptr + n * pixels * K
+        if BACKWARD:
+            _copy(wide_ptr, own, Y0, block, k, W, x_step, own_step, c_step, K, STRIPE, COLUMNS)
+        else:
+            _copy(own, wide_ptr, Y0, block, k, W, own_step, x_step, c_step, K, STRIPE, COLUMNS)
+    start = blocks[0]
+    for j in tl.static_range(len(FACTORS)):
+        if (block >= start) & (block < start + blocks[j + 1]):
+            wide = wide_ptr + (j + 1) * K * c_step
+            taps = maps[j] + n * (pixels // (FACTORS[j] * FACTORS[j])) * (9 * K)
+            if BACKWARD:
+                _gather_map(
+                    wide, taps, Y0, block - start, k, H, W, x_step, c_step, K,
+                    STRIPE, FACTORS[j], WINDOWS[j], BILINEAR, OPERAND, PRECISION,
+                )  # fmt: skip
+            else:
+                _spread_map(
+                    taps, wide, Y0, block - start, k, H, W, x_step, c_step, K,
+                    STRIPE, FACTORS[j], WINDOWS[j], BILINEAR, OPERAND, PRECISION,
+                )  # fmt: skip
+        start += blocks[j + 1]
+
+
+def _launch(wide: Tensor, own: Tensor, maps: Sequence[Tensor], last: bool, mode: str, backward: bool) -> None:
+    """Runs A (own, maps -> wide) or its transpose; wide and own channels last or contiguous, maps (N, h, w, 9 K)."""
+    N, K, H, W = own.shape
+    if not own.numel():
+        return
+    factors = tuple(H // x.shape[1] for x in maps)
+    cut = plan(W, factors, K, own.dtype, backward)
+    # bf16 is wrong in the interpreter's arithmetic; three products of tf32 are as good as one of fp32
+    operand = getattr(tl, "float32" if INTERPRETED else str(own.dtype).removeprefix("torch."))
+    _branches[(N * H // cut.stripe * sum(cut.blocks), triton.cdiv(K, cut.channels))](
+        wide, own, tuple(maps), cut.blocks, sum(cut.blocks), H, W, K,
+        FACTORS=factors, WINDOWS=cut.windows, STRIPE=cut.stripe, COLUMNS=OWN_COLUMNS, CHANNELS=cut.channels,
+        LAST=last, BILINEAR=mode == "bilinear", BACKWARD=backward, OPERAND=operand, PRECISION="tf32x3",
+        num_warps=WARPS[own.dtype],
+    )  # fmt: skip
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _like(x: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+@torch.library.custom_op("deepskip::spread_taps", mutates_args=())
+def _spread(own: Tensor, taps: Sequence[Tensor], mode: str) -> Tensor:
+    N, K, H, W = own.shape
+    last = _is_last(own)
+    wide = _like(own, (N, K * (len(taps) + 1), H, W), last)
+    _launch(wide, own if last else own.contiguous(), [x.contiguous() for x in taps], last, mode, backward=False)
+    return wide
+
+
+@_spread.register_fake
+def _(own: Tensor, taps: Sequence[Tensor], mode: str) -> Tensor:
+    N, K, H, W = own.shape
+    return _like(own, (N, K * (len(taps) + 1), H, W), _is_last(own))
+
+
+def _gradients(grad: Tensor, factors: Sequence[int]) -> list[Tensor]:
+    N, channels, H, W = grad.shape
+    K = channels // (len(factors) + 1)
+    maps = [grad.new_empty(N, H // s, W // s, 9 * K) for s in factors]
+    return [_like(grad, (N, K, H, W), _is_last(grad)), *maps]
+
+
+@torch.library.custom_op("deepskip::gather_taps", mutates_args=())
+def _gather(grad: Tensor, factors: Sequence[int], mode: str) -> list[Tensor]:
+    last = _is_last(grad)
+    own, *taps = _gradients(grad, factors)
+    _launch(grad if last else grad.contiguous(), own, taps, last, mode, backward=True)
+    return [own, *taps]
+
+
+@_gather.register_fake
+def _(grad: Tensor, factors: Sequence[int], mode: str) -> list[Tensor]:
+    return _gradients(grad, factors)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    own, taps, ctx.mode = inputs
+    ctx.factors = [own.shape[2] // x.shape[1] for x in taps]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    own, *taps = _gather(grad, ctx.factors, ctx.mode)
+    return own, taps, None
+
+
+_spread.register_autograd(_backward, setup_context=_keep)
+_gather.register_autograd(no_second_backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
+    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1): as `reference.deep_skip`.
+
+    Shapes as there; fp32, fp16 or bf16, channels last or contiguous. Deeper maps that are not smaller by 2, 4, 8 or 16 both
+    ways get the plain form. Raises ValueError for tensors of a CPU, RuntimeError where a second derivative is asked for.
+    """
+    must_run(inputs[0])
+    H, W = inputs[0].shape[-2:]
+    if not all(H // x.shape[2] in FACTORS and x.shape[2] * (H // x.shape[2]) == H for x in inputs[1:]) or any(
+        x.shape[3] * (H // x.shape[2]) != W for x in inputs[1:]
+    ):
+        return reference.deep_skip(inputs, weights, mode)
+    taps = []
+    for x, weight in zip(inputs[1:], weights[1:], strict=True):
+        mixed = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+        taps.append(F.linear(x.permute(0, 2, 3, 1), mixed))
+    return _spread(reference.conv3(inputs[0], weights[0]), taps, mode)
