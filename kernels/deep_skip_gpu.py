@@ -4,8 +4,8 @@ conv3(up(x)) is linear twice over: out = A(x W). W mixes channels: (C, 9 K), all
 matrix product at the low resolution, with 1 / s^2 of the plain form's multiply-adds. A is what is left, and holds no weights:
 each output is a mean of low-resolution taps, by upsampling, the shift of the tap, and zeros beyond the border:
     out[Y, X, k] = sum_{d, e, y, x} a(Y + d, y) a(X + e, x) (x W)[y, x, d, e, k],   d and e in -1, 0, 1
-with a(U, y) the weight of row y of a map in row U of the upsampled one, 0 where U is outside. Backwards G = A^T g is made at the
-low resolution, and the gradients are the matrix products G W^T and x^T G.
+with a(U, y) the weight of row y of a map in row U of the upsampled one, 0 where U is outside. Backwards G = A^T g is made at
+the low resolution, and the gradients are the matrix products G W^T and x^T G.
 
 The kernels are A and A^T for all branches of a level in one launch, ordered so that programs that write, or read, the same
 pixels' channels run side by side. Rows are summed with scalar weights, columns by the matrix units: a(X + e, x) is worked out
@@ -91,7 +91,8 @@ def _spread_map(
     taps = column[:, None] * (9 * K) + e[:, None] * K + k[None, :]
     is_tap = inside[:, None] & (k < K)[None, :]
     outputs = X[:, None] * x_step + k[None, :] * c_step
-    is_output = ((X < (cell + WINDOW - 2) * FACTOR) & (X < W))[:, None] & (k < K)[None, :]
+    end = tl.minimum((cell + WINDOW - 2) * FACTOR, W)
+    is_output = (X < end)[:, None] & (k < K)[None, :]
     for i in range(STRIPE):
         Y = Y0 + i
         rows = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
