@@ -92,7 +92,7 @@ def _spread_map(
     is_tap = inside[:, None] & (k < K)[None, :]
     outputs = X[:, None] * x_step + k[None, :] * c_step
     end = tl.minimum((cell + WINDOW - 2) * FACTOR, W)
-    is_output = (X < end)[:, None] & (k < K)[None, :]
+    is_output = (end > X)[:, None] & (k < K)[None, :]
     for i in range(STRIPE):
         Y = Y0 + i
         rows = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
