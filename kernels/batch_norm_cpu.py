@@ -1,7 +1,7 @@
 """Batch norm and ReLU of few channels on CPUs: rows of 64 numbers hold several pixels, so that vector units are full.
 
-torch's own takes a scalar path below 16 channels (eight times as long for 8 channels as for 16, measured). Sums are made in
-parts that stay with the thread, and the cache, that made their numbers.
+torch's own takes a scalar path below 16 channels (eight times as long for 8 channels as for 16, measured). Here its passes run
+over 64 channels, of which several are one: each pass gives sums that are put together afterwards.
 """
 
 from typing import Any
@@ -12,18 +12,11 @@ from torch import Tensor
 from kernels import reference
 
 ROW = 64
-# parts that are summed on their own, at least one a thread
-PARTS = 8
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).reshape(-1, ROW)
-
-
-def _channel_sums(rows: Tensor, channels: int) -> Tensor:
-    """Sums (R, 64) into (C,)."""
-    parts = rows.view(PARTS, -1, ROW).sum(1)
-    return parts.view(-1, channels).sum(0)
+def _wide(x: Tensor) -> Tensor:
+    """Views channels-last (N, C, H, W) as (1, 64, rows, 1), channels last."""
+    return x.permute(0, 2, 3, 1).reshape(1, -1, 1, ROW).permute(0, 3, 1, 2)
 
 
 def _repeated(values: Tensor) -> Tensor:
@@ -34,35 +27,38 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         C = len(weight)
-        rows = _rows(x)
-        count = x.numel() // C
-        mean = _channel_sums(rows, C) / count
-        out = rows - _repeated(mean)
-        variance = _channel_sums(out.square(), C) / count
-        scale = weight * (variance + eps).rsqrt()
-        torch.addcmul(_repeated(bias), out, _repeated(scale), out=out).clamp_min_(0)
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, variance, out)
+        wide = _wide(x)
+        means, variances = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
+        mean = means.view(-1, C).mean(0)
+        variance = (variances.view(-1, C) + (means.view(-1, C) - mean).square()).mean(0)
+        settings = [_repeated(values) for values in (weight, bias, mean, variance)]
+        out, _, _ = torch.ops.aten.native_batch_norm(wide, *settings, False, 0.0, eps)
+        out.clamp_min_(0)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), out)
         ctx.mark_non_differentiable(mean, variance)
         N, _, H, W = x.shape
-        return out.view(N, H, W, C).permute(0, 3, 1, 2), mean, variance
+        return out.permute(0, 2, 3, 1).view(N, H, W, C).permute(0, 3, 1, 2), mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, out = ctx.saved_tensors
+        x, weight, mean, inverse, out = ctx.saved_tensors
         C, count = len(weight), x.numel() // len(weight)
-        g = torch.ops.aten.threshold_backward(_rows(grad), out, 0)
-        centred = _rows(x) - _repeated(mean)
-        inverse = (variance + ctx.eps).rsqrt()
-        d_bias = _channel_sums(g, C)
-        d_weight = _channel_sums(g * centred, C) * inverse
+        wide = _wide(x)
+        g = torch.ops.aten.threshold_backward(_wide(grad), out, 0)
+        _, d_weights, d_biases = torch.ops.aten.native_batch_norm_backward(
+            g, wide, None, None, None, _repeated(mean), _repeated(inverse), True, 0.0, [False, True, True]
+        )
+        d_weight, d_bias = d_weights.view(-1, C).sum(0), d_biases.view(-1, C).sum(0)
         # dx = scale (g - mean of g - x_hat * mean of g x_hat)
         scale = weight * inverse
-        shift, slope = -scale * d_bias / count, -scale * inverse * d_weight / count
-        d_x = torch.addcmul(_repeated(shift), g, _repeated(scale), out=g).addcmul_(centred, _repeated(slope))
+        slope = -scale * inverse * d_weight / count
+        shift = -scale * d_bias / count - slope * mean
+        channels = (1, ROW, 1, 1)
+        d_x = torch.addcmul(_repeated(shift).view(channels), g, _repeated(scale).view(channels), out=g)
+        d_x.addcmul_(wide, _repeated(slope).view(channels))
         N, _, H, W = x.shape
-        return d_x.view(N, H, W, C).permute(0, 3, 1, 2), d_weight, d_bias, None
+        return d_x.permute(0, 2, 3, 1).view(N, H, W, C).permute(0, 3, 1, 2), d_weight, d_bias, None
 
 
 def batch_norm_relu(
@@ -76,7 +72,7 @@ def batch_norm_relu(
     eps: float,
 ) -> Tensor:
     """Normalises (N, C, H, W) over all but C, then ReLU: as `reference.batch_norm_relu`, which others than narrow maps get."""
-    narrow = len(weight) < 16 and ROW % len(weight) == 0 and x.numel() % (ROW * PARTS) == 0
+    narrow = len(weight) < 16 and ROW % len(weight) == 0 and x.numel() % ROW == 0
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if not (training and narrow and channels_last and x.dtype == torch.float32):
         return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
