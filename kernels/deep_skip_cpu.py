@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kernels import conv3_cpu, interpolation, reference
 
+# the weight for the low resolution, and what the first and the last column add to it
+Made = tuple[Tensor, list[tuple[int, Tensor]]]
 # elements of output that are made at a time; measured
 BLOCK = 2**20
 
@@ -65,9 +67,10 @@ class _Low:
         N, C, h, w = x.shape
         K = len(weight)
         self.size = h * s, block, w * s, K
-        y = F.conv2d(x, _wide_weight(weight, s, mode), padding=(0, 1))
+        self.made = _wide_weight(weight, s, mode), _side_weights(weight, s, w, mode)
+        y = F.conv2d(x, self.made[0], padding=(0, 1))
         self.y = y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K)
-        for column, wide in _side_weights(weight, s, w, mode):
+        for column, wide in self.made[1]:
             more = x[..., column].permute(0, 2, 1).reshape(N * h, C) @ wide
             self.y[:, :, column] += more.view(N, h, 3, s * K)
         # rows of all samples of the block side by side, with one more above and below: the matrices have zeros there
@@ -96,42 +99,14 @@ class _Plain:
         return self.out[samples]
 
 
-def _low_backward(grad: Tensor, x: Tensor, weight: Tensor, s: int, mode: str, needs: tuple[bool, bool]) -> tuple:
-    """Gives the gradients of x and weight for that of the output, (N, K, H, W)."""
-    N, C, h, w = x.shape
-    K = len(weight)
-    row = N * w * s * K
-    # s rows more above and below, which the matrices weigh with 0
-    rows = grad.new_empty((h + 2) * s, N, w * s, K)
-    rows[:s].zero_()
-    rows[-s:].zero_()
-    rows[s:-s].copy_(grad.permute(2, 0, 3, 1))
-    windows = rows.as_strided((h, 3 * s, row), (s * row, row, 1))
-    d_rows = torch.bmm(interpolation.gathered_taps(h, s, mode), windows).view(h, 3, N, w, s * K)
-    d_y = d_rows.permute(2, 0, 3, 1, 4).reshape(N, h, w, 3 * s * K).permute(0, 3, 1, 2)
-    d_x, d_wide, _ = torch.ops.aten.convolution_backward(
-        d_y, x, _wide_weight(weight, s, mode), None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [*needs, False]
-    )
-    d_weight = _narrow_gradient(d_wide, weight.shape, s, mode) if needs[1] else None
-    exact, inside = interpolation.row_taps(w, s, mode), interpolation.column_taps(s, mode)
-    for column, wide in _side_weights(weight, s, w, mode):
-        d_more = d_y[..., column].permute(0, 2, 1).reshape(N * h, 3 * s * K)
-        if d_x is not None:
-            d_x[..., column] += (d_more @ wide.T).view(N, h, C).transpose(1, 2)
-        if d_weight is not None:
-            x_side = x[..., column].permute(0, 2, 1).reshape(N * h, C)
-            d_side = (x_side.T @ d_more).view(C, 3, s, K)
-            d_weight += torch.einsum("cdpk,pe->kcde", d_side, exact[column, :, 1] - inside[:, 1])
-    return d_x, d_weight
-
-
 class _LowGradient:
     """The way back down: a block of samples at a time to the low resolution, then through the convolution."""
 
-    def __init__(self, x: Tensor, weight: Tensor, s: int, mode: str, block: int) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, s: int, mode: str, block: int, made: Made | None) -> None:
         N, _, h, w = x.shape
         K = len(weight)
         self.x, self.weight, self.s, self.mode = x, weight, s, mode
+        self.made = made or (_wide_weight(weight, s, mode), _side_weights(weight, s, w, mode))
         # s rows more above and below, which the matrices weigh with 0
         rows = x.new_zeros((h + 2) * s, block, w * s, K)
         row = block * w * s * K
@@ -154,10 +129,10 @@ class _LowGradient:
         K = len(weight)
         d_y = self.d_y.view(N, h, w, 3 * s * K).permute(0, 3, 1, 2)
         d_x, d_wide, _ = torch.ops.aten.convolution_backward(
-            d_y, x, _wide_weight(weight, s, mode), None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [*needs, False]
+            d_y, x, self.made[0], None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [*needs, False]
         )
         d_weight = _narrow_gradient(d_wide, weight.shape, s, mode) if needs[1] else None
-        for column, wide in _side_weights(weight, s, w, mode):
+        for column, wide in self.made[1]:
             d_more = d_y[..., column].permute(0, 2, 1).reshape(N * h, 3 * s * K)
             if d_x is not None:
                 d_x[..., column] += (d_more @ wide.T).view(N, h, C).transpose(1, 2)
@@ -205,6 +180,8 @@ class _DeepSkip(torch.autograd.Function):
             s = H // x.shape[2]
             low = _low_pays(s, K)
             branches.append(_Low(x, weight, s, mode, block) if low else _Plain(x, weight, inputs[0].shape[-2:], mode))
+        # made of the weights, and small: backward takes them as they are
+        ctx.made = [one.made if isinstance(one, _Low) else None for one in branches]
         out = torch.empty(N, H, W, len(inputs), K)
         for n in range(0, N, block):
             samples = slice(n, n + block)
@@ -220,9 +197,9 @@ class _DeepSkip(torch.autograd.Function):
         grad = grad.permute(0, 2, 3, 1).view(N, H, W, count, -1)
         block = _block(N, channels * H * W)
         ways: list[_LowGradient | _PlainGradient] = []
-        for x, weight in zip(inputs, weights, strict=True):
+        for x, weight, made in zip(inputs, weights, ctx.made, strict=True):
             s = H // x.shape[2]
-            ways.append(_PlainGradient(x, weight) if s == 1 else _LowGradient(x, weight, s, ctx.mode, block))
+            ways.append(_PlainGradient(x, weight) if s == 1 else _LowGradient(x, weight, s, ctx.mode, block, made))
         for n in range(0, N, block):
             samples = slice(n, n + block)
             for i, way in enumerate(ways):
