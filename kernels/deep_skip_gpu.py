@@ -46,15 +46,15 @@ class Plan(NamedTuple):
     channels: int
 
 
-def window(factor: int) -> int:
+def window(factor: int, dtype: torch.dtype) -> int:
     """Gives the columns of a map that a program looks at: what its registers hold (kernels.bench.builds)."""
-    return 16 if factor <= 8 else 8
+    return 16 if factor <= 8 else 4 if dtype == torch.float32 else 8
 
 
 def plan(W: int, factors: Sequence[int], K: int, dtype: torch.dtype, backward: bool) -> Plan:
     """Cuts rows of W outputs, K channels a branch, into programs."""
     stripe = max(factors)
-    windows = [window(s) for s in factors]
+    windows = [window(s, dtype) for s in factors]
     # forward, a program makes all rows of a stripe; backward, one row of the map
     rows = [stripe // s if backward else 1 for s in factors]
     blocks = [r * triton.cdiv(W // s, x - 2) for s, x, r in zip(factors, windows, rows, strict=True)]
