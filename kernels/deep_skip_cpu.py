@@ -21,7 +21,7 @@ Made = tuple[Tensor, list[tuple[int, Tensor]]]
 BLOCK = 2**20
 
 
-def _low_pays(factor: int, channels: int) -> bool:
+def low_pays(factor: int, channels: int) -> bool:
     """Says whether forward is faster at the low resolution; backward is at every factor. Measured (docs/kernels.md)."""
     return factor > 2 or (factor == 2 and channels < conv3_cpu.LANES)
 
@@ -178,7 +178,7 @@ class _DeepSkip(torch.autograd.Function):
         branches: list[_Low | _Plain] = []
         for x, weight in zip(inputs, weights, strict=True):
             s = H // x.shape[2]
-            low = _low_pays(s, K)
+            low = low_pays(s, K)
             branches.append(_Low(x, weight, s, mode, block) if low else _Plain(x, weight, inputs[0].shape[-2:], mode))
         # made of the weights, and small: backward takes them as they are
         ctx.made = [one.made if isinstance(one, _Low) else None for one in branches]
@@ -217,7 +217,7 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     """
     H, W = inputs[0].shape[-2:]
     whole = all(x.shape[-1] * (H // x.shape[-2]) == W and H % x.shape[-2] == 0 for x in inputs)
-    low = whole and any(_low_pays(H // x.shape[-2], len(weights[0])) for x in inputs)
+    low = whole and any(low_pays(H // x.shape[-2], len(weights[0])) for x in inputs)
     if not low or inputs[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return reference.deep_skip(inputs, weights, mode)
     return _DeepSkip.apply(mode, *inputs, *weights)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -33,12 +34,17 @@ def main() -> None:
         if status:
             sys.exit(status)
         suites: dict[str, list[dict[str, Any]]] = {}
+        traces: dict[str, str] = {}
         for entry in json.loads(path.read_text())["benchmarks"]:
             suites.setdefault(entry["extra_info"]["suite"], []).extend(entry["extra_info"]["rows"])
+            if trace := entry["extra_info"].get("trace"):
+                traces[entry["extra_info"]["suite"]] = trace
     results: dict[str, Any] = {"environment": measure.environment(device), "suites": suites}
     name = re.sub(r"[^a-z0-9]+", "-", results["environment"]["name"].lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    for suite, trace in traces.items():
+        shutil.move(trace, arguments.out / f"{name}-{suite}-trace.json.gz")
     pictures = report.plot(results, arguments.out, name)
     text = report.page(results) + "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
     (arguments.out / f"{name}.md").write_text(text)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # more than any last-level cache, so that rotated buffers come from memory
 ROTATED = 2**29
@@ -121,6 +122,64 @@ def copy_bandwidth(device: torch.device) -> float:
         wait(device)
         times.append(time.perf_counter() - started)
     return 2 * x.numel() / statistics.median(times[5:])
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures operations/s of a large matrix product, the median of 10 times."""
+    n = 8192 if device.type == "cuda" else 2048
+    x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = sorted(seconds(lambda: torch.mm(x, y), device) for _ in range(13))
+    return 2 * n**3 / times[len(times) // 2]
+
+
+class _OperatorTimes(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: dict[str, list[float]] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = time.perf_counter()
+        result = operator(*args, **(kwargs or {}))
+        self.times.setdefault(operator._opname, []).append(time.perf_counter() - started)
+        return result
+
+
+def operator_seconds(call: Callable[[], Any], device: torch.device, most: int = 12) -> list[tuple[str, float, float]]:
+    """Gives (operator, seconds a call of `call`, times it runs in one), the longest first and the rest as one.
+
+    On a GPU from the profiler, by kernel. On a CPU every operator is timed as it is dispatched: the profiler's own memory
+    grows among the tensors', and costs those of some megabytes page faults that they do not have without it.
+    """
+    repeats = 10
+    found: dict[str, tuple[float, float]] = {}
+    if device.type == "cuda":
+        call()
+        wait(device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(repeats):
+                call()
+            wait(device)
+        for entry in profile.key_averages():
+            found[entry.key] = entry.self_device_time_total / 1e6 / repeats, entry.count / repeats
+    else:
+        with _OperatorTimes() as mode:
+            for _ in range(repeats):
+                call()
+        found = {name: (sum(times) / repeats, len(times) / repeats) for name, times in mode.times.items()}
+    rows = sorted(((name, *values) for name, values in found.items()), key=lambda row: -row[1])
+    rest = rows[most:]
+    return [*rows[:most], ("all others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
+
+
+def trace(call: Callable[[], Any], device: torch.device, path: Path) -> None:
+    """Writes the profiler's trace of one call, to be looked at in Perfetto or Chrome."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    call()
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        wait(device)
+    profile.export_chrome_trace(str(path))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -32,13 +32,25 @@ SUITES = {
     "deep_skip": Suite(
         "The deep-skip stage, level by level",
         "All implementations in turns. Size: samples x height x width of the output, b = 8. Extra: the most that was allocated "
-        "at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights.",
+        "at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every upsampled "
+        "map for the plain form, nothing for ours.",
         (
             ("forward ms", "forward", 1e3, "{:.2f}"), ("DeepSkip is", "forward_ratio", 1, _RATIO),
             ("forward + backward ms", "seconds", 1e3, "{:.2f}"), ("DeepSkip is", "ratio", 1, _RATIO),
             ("extra MB", "peak_bytes", 1e-6, "{:.1f}"), ("saved MB", "saved_bytes", 1e-6, "{:.1f}"),
+            ("predicted", "predicted_bytes", 1e-6, "{:.1f}"),
         ),
         "seconds",
+    ),
+    "ladder": Suite(
+        "What each step brought on this CPU",
+        "The network with one more form at a time, all in turns. Freed memory: the process keeps it for the next step; "
+        "it is kept from its row on, and cannot be undone, so the first and the last form are measured again with it.",
+        (
+            ("training images/s", "train", 1, "{:.1f}"), ("of the first", "train_ratio", 1, _RATIO),
+            ("inference images/s", "inference", 1, "{:.1f}"), ("of the first", "inference_ratio", 1, _RATIO),
+        ),
+        "train",
     ),
     "network": Suite(
         "The whole network",
@@ -50,6 +62,19 @@ SUITES = {
             ("DeepSkip is", "inference_ratio", 1, _RATIO), ("extra MB, training", "peak_bytes", 1e-6, "{:.0f}"),
         ),
         "train",
+    ),
+    "step": Suite(
+        "Where a training step goes",
+        "The trainer's step in parts, one after the other; the share is of their sum. By operator: on a GPU the profiler's "
+        "kernels, on a CPU each operator as it is dispatched (which costs time of its own). Operations are those of the plain "
+        "form, counted by torch; of the peak: beside a large matrix product in the same run. The trace beside this page is the "
+        "profiler's; on a CPU its own memory makes operators that write some megabytes several times as slow.",
+        (
+            ("ms", "seconds", 1e3, "{:.2f}"), ("share", "share", 100, "{:.1f} %"), ("calls", "calls", 1, "{:.0f}"),
+            ("GFLOP", "operations", 1e-9, "{:.1f}"), ("GFLOP/s", "rate", 1e-9, "{:.0f}"),
+            ("matrix product GFLOP/s", "peak", 1e-9, "{:.0f}"), ("of the peak", "utilisation", 1, "{:.2f}"),
+        ),
+        "seconds",
     ),
 }  # fmt: skip
 
