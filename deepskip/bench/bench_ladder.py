@@ -38,7 +38,7 @@ class Rung:
                 if form not in self.forms:
                     stack.enter_context(mock.patch.object(kernels, form, reference))
             if "conv3_cpu" not in self.forms:
-                stack.enter_context(mock.patch.object(kernels.backend, "folds_norms", lambda x: False))
+                stack.enter_context(mock.patch.object(kernels.backend, "folds_norms", return_value=False))
             stack.enter_context(torch.set_grad_enabled(training))
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 logits = self.network(self.image)
