@@ -1,16 +1,22 @@
-"""python -m cluster.preempt: this machine goes away soon. Asks the training workers on it to stop, and gives them time to.
+"""python -m cluster.preempt: this machine goes away soon. Tells Ray, and gives the training workers on it time to stop.
 
-What a cloud or Kubernetes calls before it takes a machine back. A worker that is asked by SIGTERM writes a checkpoint first.
-Every training of this user on the machine is asked: it is for machines and containers that one cluster has to itself.
+What a cloud or Kubernetes calls before it takes a machine back. Ray drains the node: nothing new is started on it, and
+trainings with workers on it write a checkpoint. Where Ray cannot be told, the workers are asked by SIGTERM.
+Every training of this user on the machine is meant: it is for machines and containers that one cluster has to itself.
 """
 
 import argparse
 import os
+import subprocess
+import sys
+import time
 
 import psutil
 
 # what ray names the process of a worker of ray train
 WORKER = "ray::RayTrainWorker"
+DRAIN = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+DRAIN_SECONDS = 15.0
 
 
 def training_workers() -> list[psutil.Process]:
@@ -26,15 +32,32 @@ def training_workers() -> list[psutil.Process]:
     return found
 
 
+def drain(seconds: float) -> bool:
+    """Tells Ray that this node goes away in so many seconds; says whether Ray heard it."""
+    command = [
+        *DRAIN,
+        "--reason-message",
+        "the machine is taken back",
+        "--deadline-remaining-seconds",
+        str(int(seconds)),
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=DRAIN_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def preempt(seconds: float) -> tuple[int, int]:
-    """Sends SIGTERM to the training workers and waits up to `seconds`; gives how many ended and how many did not."""
+    """Has the training workers stop and waits up to `seconds` for it; gives how many ended and how many did not."""
+    deadline = time.monotonic() + seconds
     workers = training_workers()
-    for worker in workers:
-        try:
-            worker.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    ended, left = psutil.wait_procs(workers, timeout=seconds)
+    if not drain(seconds):
+        for worker in workers:
+            try:
+                worker.terminate()
+            except psutil.NoSuchProcess:
+                continue
+    ended, left = psutil.wait_procs(workers, timeout=max(0.0, deadline - time.monotonic()))
     return len(ended), len(left)
 
 

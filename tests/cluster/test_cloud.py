@@ -69,8 +69,12 @@ def test_the_environment_that_ray_gets() -> None:
     assert float(found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) < 60
     # slurm and kuberay are given the same
     others = (ROOT / "cluster/slurm/train.sbatch").read_text(), (ROOT / "cluster/kuberay/raycluster.yaml").read_text()
-    fast = {name: value for name, value in found.items() if "HEALTH_CHECK" in name.upper() or "START_TIMEOUT" in name}
-    assert len(fast) == 6
+    fast = {
+        name: value
+        for name, value in found.items()
+        if "HEALTH_CHECK" in name.upper() or "TIMEOUT" in name or "POLL" in name
+    }
+    assert len(fast) == 7
     for name, value in fast.items():
         assert f"{name}={value}" in others[0]
         assert f'{{name: {name}, value: "{value}"}}' in others[1]

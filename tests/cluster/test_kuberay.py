@@ -211,18 +211,29 @@ def test_the_dockerfile_copies_what_is_there_and_ends_as_no_root() -> None:
     assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000:1000"
 
 
-def test_preempt_asks_training_workers_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hears", [True, False])
+def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.MonkeyPatch, hears: bool) -> None:
     # a title of this test's own: trainings beside it go on
     title = f"ray::Test{os.getpid()}"
     assert cluster.preempt.WORKER == "ray::RayTrainWorker"
     assert RayTrainWorker.__name__ == "RayTrainWorker"
     monkeypatch.setattr(cluster.preempt, "WORKER", title)
+    told: list[str] = []
+
+    def ray(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        told.extend(command)
+        if hears:
+            # the training ends its workers by itself
+            os.kill(worker.pid, signal.SIGUSR1)
+        return subprocess.CompletedProcess(command, 0 if hears else 1)
+
+    monkeypatch.setattr(cluster.preempt.subprocess, "run", ray)
 
     def process(title: str) -> subprocess.Popen[str]:
         # argv[0] is what ray's setproctitle leaves
         code = (
             "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit())); "
-            "print('up', flush=True); sys.stdin.read()"
+            "signal.signal(signal.SIGUSR1, lambda *_: sys.exit()); print('up', flush=True); sys.stdin.read()"
         )
         return subprocess.Popen(
             [title, "-c", code], executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -235,7 +246,9 @@ def test_preempt_asks_training_workers_and_nobody_else(monkeypatch: pytest.Monke
             assert each.stdout.readline() == "up\n"
         assert cluster.preempt.preempt(20) == (1, 0)
         assert worker.stdout is not None
-        assert worker.stdout.read() == "asked\n"
+        assert worker.stdout.read() == ("" if hears else "asked\n")
+        assert told[told.index("drain-node") :][:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        assert told[-2:] == ["--deadline-remaining-seconds", "20"]
         assert other.poll() is None
     finally:
         for each in (worker, other):
