@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def time_all_reduce(rank: int, world_size: int, store: str, out: str) -> None:
     rows = []
     for size in (32, *SIZES):
         values = torch.ones(size // 4)
-        rows.append([size, statistics.median(seconds_of(lambda values=values: dist.all_reduce(values), 60, 10))])
+        rows.append([size, statistics.median(seconds_of(partial(dist.all_reduce, values), 60, 10))])
     if rank == 0:
         Path(out).write_text(json.dumps(rows))
     dist.destroy_process_group()
