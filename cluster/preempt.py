@@ -2,7 +2,7 @@
 
 What a cloud or Kubernetes calls before it takes a machine back. Ray drains the node: nothing new is started on it, and
 trainings with workers on it write a checkpoint. Where Ray cannot be told, the workers are asked by SIGTERM.
-Every training of this user on the machine is meant: it is for machines and containers that one cluster has to itself.
+Only the cluster whose token this process was given is meant, whatever else runs on the machine.
 """
 
 import argparse
@@ -15,18 +15,21 @@ import psutil
 
 # what ray names the process of a worker of ray train
 WORKER = "ray::RayTrainWorker"
+# every process of a cluster has its token in its environment, or the path to it
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 DRAIN = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
 DRAIN_SECONDS = 15.0
 
 
 def training_workers() -> list[psutil.Process]:
-    """Finds this user's training workers on this machine, or in this container."""
+    """Finds the training workers of our cluster on this machine, or in this container."""
+    ours = [os.environ.get(name) for name in TOKENS]
     found = []
     for process in psutil.process_iter():
         try:
-            title = " ".join(process.cmdline())
-            if title.startswith(WORKER) and process.uids().real == os.getuid():
-                found.append(process)
+            if " ".join(process.cmdline()).startswith(WORKER):
+                variables = process.environ()
+                found += [process] if [variables.get(name) for name in TOKENS] == ours else []
         except psutil.Error:
             continue
     return found

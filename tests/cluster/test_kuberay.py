@@ -229,19 +229,22 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cluster.preempt.subprocess, "run", ray)
 
-    def process(title: str) -> subprocess.Popen[str]:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ours")
+
+    def process(title: str, cluster_of: str = "ours") -> subprocess.Popen[str]:
         # argv[0] is what ray's setproctitle leaves
         code = (
             "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit())); "
             "signal.signal(signal.SIGUSR1, lambda *_: sys.exit()); print('up', flush=True); sys.stdin.read()"
         )
         return subprocess.Popen(
-            [title, "-c", code], executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [title, "-c", code], executable=sys.executable, env=os.environ | {"RAY_AUTH_TOKEN": cluster_of},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
-    worker, other = process(f"{title}.poll"), process("ray::Mailbox")
+    worker, other, stranger = process(f"{title}.poll"), process("ray::Mailbox"), process(f"{title}.poll", "theirs")
     try:
-        for each in (worker, other):
+        for each in (worker, other, stranger):
             assert each.stdout is not None
             assert each.stdout.readline() == "up\n"
         assert cluster.preempt.preempt(20) == (1, 0)
@@ -249,9 +252,9 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
         assert worker.stdout.read() == ("" if hears else "asked\n")
         assert told[told.index("drain-node") :][:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         assert told[-2:] == ["--deadline-remaining-seconds", "20"]
-        assert other.poll() is None
+        assert (other.poll(), stranger.poll()) == (None, None)
     finally:
-        for each in (worker, other):
+        for each in (worker, other, stranger):
             each.kill()
             each.communicate()
 
