@@ -38,6 +38,7 @@ lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/bandit -q -r -c pyproject.toml cluster data_shards deepskip jobs kernels
 
 # pins what is new and keeps the other pins; `make lock UPGRADE=--upgrade` pins everything anew. The local version of a cpu
 # build is no version that others can install.
