@@ -37,7 +37,7 @@ def test_a_write_that_fails_leaves_nothing_and_spoils_nothing(tmp_path: Path, mo
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         checkpoint.save({"step": step}, checkpoint.step_path(tmp_path, step))
-        checkpoint.prune(tmp_path)
+        checkpoint.prune(tmp_path, 2)
     assert [p.name for p in checkpoint.step_paths(tmp_path)] == ["step-00000005.pt", "step-00000004.pt"]
 
 
