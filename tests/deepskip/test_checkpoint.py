@@ -167,13 +167,18 @@ def test_a_full_disk_is_told_at_the_next_call_and_the_last_one_is_whole(
             writer.check()
     with pytest.raises(CheckpointNotWritten, match="could not be written"), CheckpointWriter(tmp_path, 2, 1) as writer:
         writer.save(state(5))
-    with pytest.raises(KeyError), CheckpointWriter(tmp_path, 2, 1) as writer:
-        writer.save(state(5))
-        raise KeyError
+    with pytest.raises(KeyError):
+        save_and_fail(tmp_path)
     found, warnings = start(tmp_path)
     assert found is not None
     assert torch.equal(found["model"]["weight"], torch.full((3, 2), 1.0))
     assert warnings == []
+
+
+def save_and_fail(run: Path) -> None:
+    with CheckpointWriter(run, 2, 1) as writer:
+        writer.save(state(5))
+        raise KeyError("what ended the block is told")
 
 
 class Bomb:
