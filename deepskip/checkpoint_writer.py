@@ -91,12 +91,13 @@ class CheckpointWriter:
         try:
             checkpoint.save(state, location)
         except OSError as error:
+            reason = error.strerror or str(error).removeprefix(f"{location}: ")
             advice = _ADVICE.get(error.errno or 0, "Look at that storage")
             last = "starts over, for there is no earlier one"
             if self.last_step is not None:
                 last = f"goes on from {checkpoint.step_path(self.run, self.last_step)}, which is whole"
             raise CheckpointNotWritten(
-                f"{location} could not be written: {error.strerror or error}. {advice}; the same command then {last}."
+                f"{location} could not be written: {reason}. {advice}; the same command then {last}."
             ) from error
 
 
