@@ -352,6 +352,11 @@ def train_worker(settings: dict[str, Any]) -> None:
             mlflow_run_id=settings["run_id"],
             stop_requested=preemption.requested,
         )
+    except trainer.Preempted as error:
+        # ray starts the workers again, which go on from that checkpoint
+        if rank == 0:
+            ray.get(mailbox.put.remote("warning", error.step, {"text": str(error)}))
+        raise
     except (
         BadSample,
         BrokenShard,

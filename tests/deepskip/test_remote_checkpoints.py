@@ -92,12 +92,17 @@ def test_a_store_that_is_away_is_no_empty_one(s3: Any, monkeypatch: pytest.Monke
         agreed_start(run, 0, 1, torch.device("cpu"), pytest.fail)
     assert len(tries) == files.TRIES
     with (
-        pytest.raises(CheckpointNotWritten, match=r"step-00000002\.pt could not be written: 6 tries.*Connection refused"),
+        pytest.raises(
+            CheckpointNotWritten, match=r"step-00000002\.pt could not be written: 6 tries.*Connection refused"
+        ),
         CheckpointWriter(run, 2, 1) as writer,
     ):
         writer.save({"step": 2})
     monkeypatch.undo()
-    with pytest.raises(CheckpointNotWritten, match="bucket does not exist"), CheckpointWriter("s3://nowhere/run", 2) as writer:
+    with (
+        pytest.raises(CheckpointNotWritten, match="bucket does not exist"),
+        CheckpointWriter("s3://nowhere/run", 2) as writer,
+    ):
         writer.save({"step": 2})
     with pytest.raises(OSError, match="is no URL that files can be at"):
         files.read("nonsense://x/y")

@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 
 from data_shards.__main__ import pack_coins
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_to_a_worker(tmp_path: Path, rank: int) -> None:
+def test_sigterm_to_a_worker(tmp_path: Path) -> None:
     pack_coins(tmp_path / "data" / "coins", {"train": 16, "val": 2})
     steps = 60
-    settings = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2", "--optim.steps", str(steps)]
+    settings = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2"]
+    settings += ["--optim.steps", str(steps)]
     settings += ["--run.log_every", "1", "--run.validate_every", "1000", "--run.checkpoint_every", "1000"]
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     process = subprocess.Popen(
@@ -34,8 +33,8 @@ def test_sigterm_to_a_worker(tmp_path: Path, rank: int) -> None:
                 family = psutil.Process(process.pid).children(recursive=True)
                 workers = sorted((p for p in family if "RayTrainWorker" in p.name()), key=lambda p: p.pid)
                 assert len(workers) == 2
-                workers[rank].terminate()
+                workers[1].terminate()
     assert process.wait(60) == 0, output
     # nothing but the checkpoint made on the signal can join the parts without a gap or a step done twice
     assert done == list(range(1, steps + 1)), output
-    assert "stopped" in output or done
+    assert re.search(r"warning: stopped after step \d+, as it was asked to; its checkpoint is written", output)
