@@ -127,6 +127,10 @@ class RunConfig:
     """steps between validations"""
     checkpoint_every: int = 100
     """steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that stay, beside the best"""
+    patience: int = 0
+    """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """operators: auto takes Triton's on GPUs that can run them, else plain PyTorch's"""
     panels: int = 8
@@ -197,6 +201,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("run.log_every", 1, float("inf")),
     ("run.validate_every", 1, float("inf")),
     ("run.checkpoint_every", 1, float("inf")),
+    ("run.keep_checkpoints", 1, float("inf")),
+    ("run.patience", 0, float("inf")),
     ("run.panels", 0, 64),
     ("cluster.workers", 1, float("inf")),
     ("cluster.cpus_per_worker", 0.01, float("inf")),

@@ -21,6 +21,7 @@ FREE = (
     "run.name",
     "run.storage",
     "run.log_every",
+    "run.keep_checkpoints",
     "run.kernels",
     "run.tracking_uri",
     "data.loader_workers",

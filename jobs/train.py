@@ -138,6 +138,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def absolute(path: str, key: str) -> Path:
     """Makes a path absolute; ends the program where it is relative to a folder that Ray will remove."""
+    if storage.is_remote(path):
+        stop(
+            f"{key} is {path}: a job keeps its lock, its record and its tracking database beside the checkpoints, and needs a "
+            "file system for them; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
+        )
     if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
         stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
     return Path(path).absolute()
@@ -284,13 +289,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     from data_shards.sample import BadSample
     from data_shards.scan import BrokenShard
     from data_shards.stream import Crops, Shards, train_batches, whole_images
-    from deepskip import trainer
+    from deepskip import checkpoint, trainer
+    from jobs import preemption
 
     mailbox = settings["mailbox"]
     # the fault is told already; starting over would only meet it again
     if ray.get(mailbox.is_fatal.remote()):
         return
     config: Config = settings["config"]
+    preemption.listen()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -343,7 +350,13 @@ def train_worker(settings: dict[str, Any]) -> None:
             device=device,
             observe=observe,
             mlflow_run_id=settings["run_id"],
+            stop_requested=preemption.requested,
         )
+    except trainer.Preempted as error:
+        # ray starts the workers again, which go on from that checkpoint
+        if rank == 0:
+            ray.get(mailbox.put.remote("warning", error.step, {"text": str(error)}))
+        raise
     except (
         BadSample,
         BrokenShard,
@@ -351,6 +364,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         BrokenIndex,
         storage.StorageError,
         trainer.NonFiniteLoss,
+        checkpoint.CheckpointNotWritten,
+        checkpoint.CheckpointTooNew,
     ) as error:
         ray.get(mailbox.put.remote("fatal", 0, {"text": str(error)}))
         raise
@@ -414,7 +429,8 @@ def print_table(summary: dict[str, Any]) -> None:
     """Prints the metrics of a finished training."""
     values = summary["val"]
     width = max(len(name) for name in METRICS.values())
-    print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps")
+    early = f", stopped early after {summary['steps']}" if summary.get("stopped_early") else ""
+    print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps{early}")
     for key, name in METRICS.items():
         value = values[key]
         # a ratio of nothing to nothing, as precision is where nothing was predicted
