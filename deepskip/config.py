@@ -133,6 +133,9 @@ class RunConfig:
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """operators: auto takes Triton's on GPUs that can run them, else plain PyTorch's"""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """torch.compile of the training step's network by this mode; the last two replay it as CUDA graphs. Crops have one size, so
+    it is compiled once; validation runs as it is where ema_decay is not 0"""
     panels: int = 8
     """validation images in the prediction panel"""
     experiment: str = "deepskip"

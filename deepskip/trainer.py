@@ -123,6 +123,9 @@ def train(
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    if config.run.compile != "none":
+        # in place: the state keeps its names, and the moving average stays as it is
+        network.compile(mode=config.run.compile)
     writer = CheckpointWriter(run, config.run.keep_checkpoints, step if state else None)
     stop_vote = StopVote(stop_requested, world_size, device)
     model: nn.Module = network

@@ -22,6 +22,7 @@ FREE = (
     "run.storage",
     "run.log_every",
     "run.keep_checkpoints",
+    "run.compile",
     "run.kernels",
     "run.tracking_uri",
     "data.loader_workers",

@@ -112,6 +112,27 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: item for part in value for key, item in flat(value[part], f"{name}/{part}").items()}
 
 
+def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_it, modes = torch.compile, []
+
+    def traced(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        modes.append(mode)
+        # inductor needs a compiler for c++, which not every machine has
+        return compile_it(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    plain, _ = losses(tmp_path / "plain", config())
+    settings = config()
+    settings.run.compile = "max-autotune"
+    compiled, _ = losses(tmp_path / "compiled", settings)
+    assert modes == ["max-autotune"]
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    states = [checkpoint.newest(tmp_path / name)[0] for name in ("plain", "compiled")]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert list(states[0]["model"]) == list(states[1]["model"])
+
+
 def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
     optim = OptimConfig(steps=50, warmup_steps=10, learning_rate=0.3, final_learning_rate=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
