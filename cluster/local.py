@@ -1,7 +1,4 @@
-"""A Ray head on this machine: behind a token, its dashboard on loopback, beside any other Ray, gone when it is stopped.
-
-Ray's own gRPC port listens on every interface whatever the node's address; the token is what guards it.
-"""
+"""A Ray head on this machine: behind a token, on loopback alone, beside any other Ray, gone when it is stopped."""
 
 import contextlib
 import ctypes
@@ -22,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
+from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS
 
 HOST = "127.0.0.1"
 # every process of a head carries this variable, workers and jobs too, and is found by it
@@ -105,13 +104,11 @@ def start_head(
     head_environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("RAY_ADDRESS", "RAY_AUTH"))
     }
+    head_environment |= NODE_SETTINGS | DRIVER_SETTINGS | LOOPBACK_ONLY
     head_environment |= {
         MARK: temporary,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # at the default of 2 s a checkpoint is not safe until 2 s after it was reported
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         # a job that is stopped has this long to end its mlflow run; ray's own 3 s are too few
         "RAY_JOB_STOP_WAIT_TIME_S": "20",
     }

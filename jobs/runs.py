@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,9 @@ from jobs.settings import differences
 RECORD = "run.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
+PEN = ".pen"
+JOURNAL = "metrics.jsonl"
+UNSENT = "unsent.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
 # these may change between the parts of one training
@@ -105,6 +109,23 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str) -> None:
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
     (run.folder / SUMMARY).unlink(missing_ok=True)
+
+
+class PenLost(RuntimeError):
+    """Other workers have taken up the training, while these were cut off from Ray."""
+
+
+def take_pen(folder: Path) -> str:
+    """Takes the right to write a run's checkpoints away from workers that may still live elsewhere; gives its token."""
+    pen = uuid.uuid4().hex
+    write_json(folder / PEN, {"pen": pen})
+    return pen
+
+
+def check_pen(folder: Path, pen: str) -> None:
+    """Raises PenLost where somebody else took the pen."""
+    if read_json(folder / PEN) != {"pen": pen}:
+        raise PenLost(f"other workers have taken up the training in {folder}")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
