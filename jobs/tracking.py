@@ -138,7 +138,8 @@ class Tracker:
             return
         if kind == "panel":
             self.last_step[kind] = step
-            self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
+            if values["images"]:
+                self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
             return
         prefix = "val" if kind == "validation" else kind
         metrics = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}

@@ -229,7 +229,13 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     def follow() -> None:
         # once in POLL_SECONDS, or slower where the tracking server is
         while not done.wait(POLL_SECONDS):
-            deliver()
+            try:
+                deliver()
+            except Exception as error:
+                # with nobody to listen the training would go on unseen
+                result["fatal"] = {"text": f"what the workers said could not be passed on: {error!r}"}
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             if given.fewest < given.most:
                 scaling.refresh_reservations()
             if "fatal" not in result and (reason := watch.reason_to_give_up()):
