@@ -1,5 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
+# make test-faults   every fault by itself over real Ray nodes
+# make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make setup   the virtual environment alone
 # make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
@@ -10,7 +12,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint setup lock bench bench-data clean
+.PHONY: train test test-faults chaos lint setup lock bench bench-data clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -33,6 +35,12 @@ train: setup
 
 test: setup lint
 	@$(VENV)/bin/python -m pytest
+
+test-faults: setup
+	@$(VENV)/bin/python -m pytest -m faults tests/cluster
+
+chaos: setup
+	@$(VENV)/bin/python -m tests.cluster.chaos $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/ruff check .

@@ -88,8 +88,15 @@ class Training:
             found += [parsed[0] | line for line in parsed[1:]]
         return found
 
-    def wait_for(self, step: int, after: float = 0.0, world_size: int | None = None, seconds: float = 90) -> float:
-        """Waits until a step was done after a moment, by so many workers; gives when."""
+    def wait_for(
+        self,
+        step: int = 1,
+        after: float = 0.0,
+        world_size: int | None = None,
+        other_than: str | None = None,
+        seconds: float = 90,
+    ) -> float:
+        """Waits until a step was done after a moment, by so many workers, by another group than one; gives when."""
 
         def done() -> float | None:
             if self.process is not None and self.process.poll() not in (None, 0):
@@ -100,6 +107,7 @@ class Training:
                 if "loss" in line
                 and line["step"] >= step
                 and line["time"] > after
+                and line["group"] != other_than
                 and world_size in (None, line["world_size"])
             ]
             return min(times, default=None)
@@ -109,11 +117,20 @@ class Training:
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.said()}") from None
 
+    def group(self) -> str:
+        """Gives the group that trains now, or trained last."""
+        return str(max(self.lines(), key=lambda line: int(line["group"]))["group"])
+
     def worker(self, rank: int) -> tuple[Node, psutil.Process]:
         """Finds the newest worker of a rank."""
         last = max((line for line in self.lines() if line["rank"] == rank), key=lambda line: line["time"])
         node = next(node for node in self.nodes.nodes.values() if node.mark == last["node"])
         return node, self.nodes.outside(node, last["pid"])
+
+    def drivers(self) -> list[psutil.Process]:
+        """Finds the job's driver, as seen from outside."""
+        head = self.nodes.nodes[0]
+        return [p for p in self.nodes.processes(head) if p.cmdline()[1:3] == ["-m", "jobs.train"]]
 
     def kill_rank(self, rank: int) -> float:
         """Kills a worker and gives when."""
