@@ -5,6 +5,7 @@
 # make setup   the virtual environment alone
 # make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
+# make bench-jobs   Ray Train and the trainer beside a bare loop
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
 ARGS ?=
@@ -12,7 +13,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults chaos lint setup lock bench bench-data clean
+.PHONY: train test test-faults chaos lint setup lock bench bench-data bench-jobs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -66,6 +67,9 @@ bench-data:
 	@$(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r data_shards/bench/requirements.txt
 	@.venv-bench/bin/python -m data_shards.bench $(ARGS)
+
+bench-jobs: setup
+	@$(VENV)/bin/python -m jobs.bench $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .venv-bench .venv-bench-kernels *.egg-info

@@ -16,7 +16,7 @@ DRIVER_SETTINGS = {
     # ray train looks after its workers this often; its default of 2 s makes recovery slow
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # a group for which a lost machine has left no room is given up after this, and planned anew; by default after 60 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # a Ray of one machine listens on loopback alone only where it is told that this system knows no clusters

@@ -1,5 +1,6 @@
 """A run's folder: its name, whether it is new, goes on or is finished, and its lock."""
 
+import errno
 import fcntl
 import itertools
 import json
@@ -109,6 +110,16 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str) -> None:
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
     (run.folder / SUMMARY).unlink(missing_ok=True)
+
+
+def disk_full(error: BaseException | None) -> str | None:
+    """Says what to do where an error, or what led to it, is that a disk is full; None where it is not."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f" at {error.filename}" if error.filename else ""
+            return f"the disk is full{what}; the last checkpoint is whole. Make room, and the same command goes on from it."
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class PenLost(RuntimeError):

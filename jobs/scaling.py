@@ -4,6 +4,7 @@ import math
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -88,14 +89,12 @@ def scaling_config(asked: ClusterConfig, given: Room) -> ScalingConfig:
     )
 
 
-def refresh_reservations() -> None:
-    """Has Ray look at its machines now: elastic training plans by a view that is otherwise up to 20 s old."""
-    # an inner part of ray: where a version lacks it, recovery is slower and nothing else
-    try:
+def look_at_machines() -> None:
+    """Has Ray count its machines now: an elastic training is planned by a count that is up to 20 s old otherwise."""
+    # an inner part of ray: where a version lacks it, or it is slow, so is recovery, and nothing else
+    with suppress(ValueError, AttributeError, TypeError, ray.exceptions.RayError):
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        coordinator.get_reserved_resources.remote("", recompute=True)
-    except (ValueError, AttributeError, TypeError):
-        return
+        ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=2)
 
 
 def beside_driver() -> dict[str, Any]:
@@ -187,6 +186,8 @@ class Failures(UserCallback):
             reasons.setdefault(why(error), []).append(str(rank))
         text = "; ".join(f"rank {', '.join(ranks)} {reason}" for reason, ranks in reasons.items())
         self.mailbox.put.remote("failure", 0, {"text": text})
+        # next the controller decides on how many workers to go on with
+        look_at_machines()
 
 
 def why(error: Exception) -> str:
@@ -212,6 +213,8 @@ class Watch:
     def started(self, step: int) -> None:
         """Takes note that a group of workers goes on after `step`."""
         self.starts += 1
+        if step > self.start_step:
+            self.failures = 0
         self.start_step = self.newest_step = step
         self.waiting_since = None
 

@@ -51,6 +51,8 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
     # migrations and retries are logged at length; what goes wrong is raised
     for logger in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    # what it logs here it raises too
+    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
     if run_id is not None:

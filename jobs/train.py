@@ -79,7 +79,16 @@ def cache_of(config: Config) -> storage.Cache:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains; the exit status is 0 when the training is done and its summary is written."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run_job(sys.argv[1:] if argv is None else argv)
+    except OSError as error:
+        if text := runs.disk_full(error):
+            stop(text)
+        raise
+
+
+def run_job(argv: list[str]) -> None:
+    """Trains, with the arguments of the command line."""
     config, stem = parse("train", argv)
     folder = absolute(config.run.storage, "run.storage")
     config.data.path = config.data.path.removeprefix("file://")
@@ -237,7 +246,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if given.fewest < given.most:
-                scaling.refresh_reservations()
+                scaling.look_at_machines()
             if "fatal" not in result and (reason := watch.reason_to_give_up()):
                 result["fatal"] = {"text": reason}
                 # only the main thread can leave trainer.fit
@@ -377,6 +386,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         trainer.NonFiniteLoss,
     ) as error:
         ray.get(mailbox.put.remote("fatal", 0, {"text": str(error)}))
+        raise
+    except Exception as error:
+        if text := runs.disk_full(error):
+            ray.get(mailbox.put.remote("fatal", 0, {"text": text}))
         raise
     if rank == 0:
         ray.get(mailbox.put.remote("summary", 0, summary))
