@@ -38,6 +38,14 @@ def kill_at_rename(training: Training) -> float:
     return training.kill_at_rename()
 
 
+def hang(training: Training) -> float:
+    """The last rank stops for good, without dying."""
+    _, process = training.worker(training.world_sizes()[-1] - 1)
+    moment = time.time()
+    process.suspend()
+    return moment
+
+
 def lose_machine(training: Training) -> float:
     """All processes of the machine of the last rank end, and it is gone."""
     node, _ = training.worker(training.world_sizes()[-1] - 1)
@@ -101,6 +109,7 @@ FAULTS = [
     Fault("a worker is killed", kill_other_rank, promised=WORKER),
     Fault("rank 0 is killed", kill_rank_0, promised=WORKER),
     Fault("rank 0 is killed between writing a checkpoint and renaming it", kill_at_rename, promised=WORKER),
+    Fault("a worker hangs, collective_timeout being 20 s", hang),
     Fault("a machine is lost, the others go on", lose_machine, (1, 2), MACHINE),
     Fault("a machine is lost, another comes in its place", replace_machine, promised=None),
     Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
