@@ -329,7 +329,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         runs.check_pen(folder, pen)
         if kind == "panel":
             values = {"images": [for_panel(item) for item in values["images"]]}
-        mailbox.put.remote(kind, step, values)
+        # workers that nobody hears any more get no further
+        ray.get(mailbox.put.remote(kind, step, values), timeout=config.cluster.collective_timeout)
 
     try:
         data = config.data

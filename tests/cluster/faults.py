@@ -19,8 +19,6 @@ class Fault:
     workers: int | tuple[int, int] = 2
     # seconds within which a step is done again, as far as one is promised
     promised: float | None = None
-    # the training goes on by itself
-    alone: bool = True
 
 
 def kill_other_rank(training: Training) -> float:
@@ -114,8 +112,8 @@ FAULTS = [
     Fault("a machine is lost, another comes in its place", replace_machine, promised=None),
     Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
     Fault("the network of a machine is cut for 20 s, the others wait", cut_network),
-    Fault("the driver is killed, the job submitted again", kill_driver, alone=False),
-    Fault("the head is lost, the job submitted again to a new one", lose_head, alone=False),
+    Fault("the driver is killed, the job submitted again", kill_driver),
+    Fault("the head is lost, the job submitted again to a new one", lose_head),
 ]
 
 

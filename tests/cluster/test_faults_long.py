@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 def test_what_comes_out_is_the_same_training(
     fault: Fault, start: Callable[..., Training], unbroken: Training, request: pytest.FixtureRequest
 ) -> None:
-    training = start(f"fault-{FAULTS.index(fault)}", workers=fault.workers, pace=0.4)
+    training = start(f"fault-{FAULTS.index(fault)}", workers=fault.workers, pace=0.5)
     training.wait_for(12)
     seconds = [recover(training, fault)]
     if fault.promised == 15.0:
