@@ -1,9 +1,11 @@
 """A run's folder: its name, whether it is new, goes on or is finished, and its lock."""
 
+import errno
 import fcntl
 import itertools
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +15,9 @@ from jobs.settings import differences
 RECORD = "run.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
+PEN = ".pen"
+JOURNAL = "metrics.jsonl"
+UNSENT = "unsent.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
 # these may change between the parts of one training
@@ -107,6 +112,33 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str) -> None:
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
     (run.folder / SUMMARY).unlink(missing_ok=True)
+
+
+def disk_full(error: BaseException | None) -> str | None:
+    """Says what to do where an error, or what led to it, is that a disk is full; None where it is not."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f" at {error.filename}" if error.filename else ""
+            return f"the disk is full{what}; the last checkpoint is whole. Make room, and the same command goes on from it."
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class PenLost(RuntimeError):
+    """Other workers have taken up the training, while these were cut off from Ray."""
+
+
+def take_pen(folder: Path) -> str:
+    """Takes the right to write a run's checkpoints away from workers that may still live elsewhere; gives its token."""
+    pen = uuid.uuid4().hex
+    write_json(folder / PEN, {"pen": pen})
+    return pen
+
+
+def check_pen(folder: Path, pen: str) -> None:
+    """Raises PenLost where somebody else took the pen."""
+    if read_json(folder / PEN) != {"pen": pen}:
+        raise PenLost(f"other workers have taken up the training in {folder}")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

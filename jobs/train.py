@@ -10,16 +10,12 @@ import shlex
 import signal
 import sys
 import threading
-import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# these must be in the environment before ray is imported; ray train looks after its workers once in this interval, and its
-# default of 2 s makes reports and recovery slow
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
+from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
 from data_shards import storage
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.config import Config
@@ -83,7 +79,16 @@ def cache_of(config: Config) -> storage.Cache:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains; the exit status is 0 when the training is done and its summary is written."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run_job(sys.argv[1:] if argv is None else argv)
+    except OSError as error:
+        if text := runs.disk_full(error):
+            stop(text)
+        raise
+
+
+def run_job(argv: list[str]) -> None:
+    """Trains, with the arguments of the command line."""
     config, stem = parse("train", argv)
     folder = absolute(config.run.storage, "run.storage")
     config.data.path = config.data.path.removeprefix("file://")
@@ -101,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
         print_table(runs.read_json(error.folder / runs.SUMMARY))
+        send_late(error.folder, config)
         return
     except runs.RunError as error:
         stop(str(error))
@@ -116,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         stop(str(error))
     runs.record(run, settings, run_id)
     validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
-    tracker = tracking.Tracker(uri, run_id, validation.ignore_index)
+    tracker = tracking.Tracker(uri, run_id, validation.ignore_index, run.folder / runs.JOURNAL)
     status = "FAILED"
     try:
         with tracking.system_metrics(run_id):
@@ -129,11 +135,31 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         if fault := tracker.finish(status):
-            print(f"warning: MLflow at {uri} did not take everything: {fault}", flush=True)
+            print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
+            with suppress(OSError):
+                runs.write_json(run.folder / runs.UNSENT, {"status": status})
     log_model(run, run_id)
     runs.write_json(run.folder / runs.SUMMARY, without_nan(summary))
     print_table(summary)
     print_next_steps(config, run, uri, argv)
+
+
+def send_late(folder: Path, config: Config) -> None:
+    """Sends what MLflow did not take of a run that is finished, its status above all."""
+    from jobs import tracking
+
+    unsent = runs.read_json(folder / runs.UNSENT)
+    if not unsent:
+        return
+    uri = tracking.tracking_uri(folder.parent, config.run.tracking_uri)
+    run_id = runs.read_json(folder / runs.RECORD)["mlflow_run_id"]
+    validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
+    fault = tracking.Tracker(uri, run_id, validation.ignore_index, folder / runs.JOURNAL).finish(unsent["status"])
+    if fault:
+        print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
+        return
+    (folder / runs.UNSENT).unlink()
+    print(f"MLflow at {uri} has now what it did not take before")
 
 
 def absolute(path: str, key: str) -> Path:
@@ -148,31 +174,45 @@ def absolute(path: str, key: str) -> Path:
     return Path(path).absolute()
 
 
+def prepare_environment(collective_timeout: float) -> None:
+    """Sets what Ray reads when it is imported; what is set already stays."""
+    settings = DRIVER_SETTINGS | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{collective_timeout:g}"}
+    if not os.environ.get("RAY_ADDRESS"):
+        settings |= LOOPBACK_ONLY
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, Any]:
     """Runs the training on Ray and passes on what it says while it goes; gives the trainer's summary."""
+    asked = config.cluster
+    prepare_environment(asked.collective_timeout)
+
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
-    scaling = resources(config)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    from jobs import scaling
+
+    ray.init(log_to_driver=False, logging_level="ERROR", **scaling.own_ray())
+    given = scaling.resources(asked)
+    mailbox = ray.remote(Mailbox).options(**scaling.beside_driver()).remote()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "run": str(run.folder), "run_id": run_id, "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=scaling["workers"],
-            use_gpu=scaling["gpu"],
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if scaling["gpu"] else {}),
-        ),
+        scaling_config=scaling.scaling_config(asked, given),
+        torch_config=scaling.ProcessGroup(timeout_s=asked.collective_timeout),
         run_config=RunConfig(
             name="ray",
             storage_path=str(run.folder),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            # how often is for the driver to say, which sees whether the training came further
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[scaling.Failures(mailbox)],
         ),
     )
     result: dict[str, Any] = {}
     bad_samples = runs.BadSamples(run.folder)
+    watch = scaling.Watch(asked, config.run.checkpoint_every)
     done = threading.Event()
 
     def deliver() -> None:
@@ -184,21 +224,40 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             elif kind == "bad_sample":
                 if bad_samples.add(values):
                     print(f"warning: left out {values['key']} of {values['shard']}: {values['reason']}", flush=True)
+            elif kind == "failure":
+                watch.failed(values["text"])
+                if "fatal" not in result:
+                    print(f"warning: the workers stopped: {values['text']}", flush=True)
+            elif kind == "start":
+                watch.started(step)
+                if watch.starts > 1:
+                    workers = f"{values['workers']} worker{'s' * (values['workers'] > 1)}"
+                    print(f"going on after step {step} with {workers}", flush=True)
             else:
                 if kind == "train":
+                    watch.came_to(step)
                     print(progress_line(step, config.optim.steps, values), flush=True)
                 tracker.take(kind, step, values)
         tracker.send()
 
     def follow() -> None:
+        # once in POLL_SECONDS, or slower where the tracking server is
         while not done.wait(POLL_SECONDS):
-            deliver()
+            try:
+                deliver()
+            except Exception as error:
+                # with nobody to listen the training would go on unseen
+                result["fatal"] = {"text": f"what the workers said could not be passed on: {error!r}"}
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if given.fewest < given.most:
+                scaling.look_at_machines()
+            if "fatal" not in result and (reason := watch.reason_to_give_up()):
+                result["fatal"] = {"text": reason}
+                # only the main thread can leave trainer.fit
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    print(
-        f"training {run.name} on {scaling['workers']} {'GPU' if scaling['gpu'] else 'CPU'} "
-        f"worker{'s' * (scaling['workers'] > 1)}, {config.optim.steps} steps",
-        flush=True,
-    )
+    print(f"training {run.name} on {given}, {config.optim.steps} steps", flush=True)
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
     try:
@@ -208,10 +267,15 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
         follower.join()
         deliver()
         if "fatal" not in result:
-            stop(f"the training failed {config.cluster.max_failures + 1} times; the last time:\n{error}")
+            stop(f"the training failed:\n{error}")
+    except SystemExit:
+        if "fatal" not in result:
+            raise
     finally:
         done.set()
         follower.join(timeout=5)
+    if "fatal" in result:
+        stop(result["fatal"]["text"])
     deliver()
     if len(bad_samples):
         tracker.take_file(bad_samples.path)
@@ -219,43 +283,6 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     if "fatal" in result:
         stop(result["fatal"]["text"])
     return result["summary"] | {"bad_samples": len(bad_samples)}
-
-
-def own_ray() -> dict[str, Any]:
-    """Gives what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback."""
-    if os.environ.get("RAY_ADDRESS"):
-        return {}
-    # a head without authentication mode writes a token into the home that every later head then asks for
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-
-
-def resources(config: Config) -> dict[str, Any]:
-    """Decides workers and GPUs, and waits for the cluster to have them; ends the program after cluster.wait_seconds."""
-    import ray
-
-    asked = config.cluster
-    deadline = time.monotonic() + asked.wait_seconds
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        gpu = asked.gpu if asked.gpu is not None else gpus > 0
-        workers = asked.workers or (int(gpus) if gpu else max(1, min(2, int(cpus // asked.cpus_per_worker))))
-        # a worker does not span machines
-        fitting = sum(
-            int(min(node.get("CPU", 0) // asked.cpus_per_worker, node.get("GPU", 0) if gpu else math.inf))
-            for node in nodes
-        )
-        if workers and fitting >= workers:
-            return {"workers": workers, "gpu": gpu}
-        if time.monotonic() > deadline:
-            need = f"{asked.cpus_per_worker:g} CPU{' and 1 GPU' if gpu else ''}"
-            stop(
-                f"cluster.workers is {workers or 'one a GPU'}, each with {need}, but the cluster has {cpus:g} CPUs and "
-                f"{gpus:g} GPUs on {len(nodes)} machines, room for {fitting}; waited {asked.wait_seconds:g} s. "
-                "Ask for fewer, or add machines."
-            )
-        time.sleep(0.5)
 
 
 class Mailbox:
@@ -302,10 +329,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
+    folder = Path(settings["run"])
+    pen = runs.take_pen(folder) if rank == 0 else ""
+
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
+        runs.check_pen(folder, pen)
         if kind == "panel":
             values = {"images": [for_panel(item) for item in values["images"]]}
-        mailbox.put.remote(kind, step, values)
+        # workers that nobody hears any more get no further
+        ray.get(mailbox.put.remote(kind, step, values), timeout=config.cluster.collective_timeout)
 
     try:
         data = config.data
@@ -319,6 +351,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             loader_workers = 4 if device.type == "cuda" else 0
 
         def train_stream(step: int) -> Any:
+            if rank == 0:
+                mailbox.put.remote("start", step, {"workers": world_size})
             stream = train_batches(
                 train_shards,
                 config.run.seed,
@@ -340,7 +374,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         summary = trainer.train(
             config,
             data_info(train_shards.index),
-            run=Path(settings["run"]),
+            run=folder,
             train_batches=train_stream,
             validation_images=lambda: whole_images(
                 validation_shards, rank, world_size, lambda report: skipped("val", report)
@@ -368,6 +402,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         checkpoint.CheckpointTooNew,
     ) as error:
         ray.get(mailbox.put.remote("fatal", 0, {"text": str(error)}))
+        raise
+    except Exception as error:
+        if text := runs.disk_full(error):
+            ray.get(mailbox.put.remote("fatal", 0, {"text": text}))
         raise
     if rank == 0:
         ray.get(mailbox.put.remote("summary", 0, summary))
