@@ -5,7 +5,9 @@ import fcntl
 import itertools
 import json
 import os
+import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -139,6 +141,26 @@ def check_pen(folder: Path, pen: str) -> None:
     """Raises PenLost where somebody else took the pen."""
     if read_json(folder / PEN) != {"pen": pen}:
         raise PenLost(f"other workers have taken up the training in {folder}")
+
+
+def write_down(journal: Path, kind: str, step: int, values: dict[str, float]) -> int:
+    """Appends what was measured at a step to a run's journal, as far as the disk takes it; gives its time stamp, in ms."""
+    stamp = int(time.time() * 1000)
+    # the training itself meets the full disk; what was measured is in memory still
+    with suppress(OSError), journal.open("a") as file:
+        file.write(json.dumps([kind, step, values, stamp]) + "\n")
+    return stamp
+
+
+def read_journal(journal: Path) -> list[tuple[str, int, dict[str, float], int]]:
+    """Reads (kind, step, values, time stamp) of what a run measured; a line that was cut short is cut off."""
+    if not journal.is_file():
+        return []
+    text = journal.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        os.truncate(journal, len(whole.encode()))
+    return [(kind, step, values, stamp) for kind, step, values, stamp in map(json.loads, whole.splitlines())]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

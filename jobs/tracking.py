@@ -1,7 +1,6 @@
 """The MLflow run of a training: one run however often the training restarts, never in the training's way."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ from mlflow.types import Schema, TensorSpec
 
 from deepskip import figures
 from deepskip.inference import Segmenter
+from jobs.runs import read_journal
 from jobs.settings import flatten
 
 DATABASE = "mlflow.db"
@@ -90,17 +90,6 @@ def in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def read_journal(path: Path) -> list[tuple[str, int, dict[str, float], int]]:
-    """Reads (kind, step, metrics, time stamp in ms) of what a run measured; a line that was cut short is cut off."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
-    return [(kind, step, metrics, stamp) for kind, step, metrics, stamp in map(json.loads, whole.splitlines())]
-
-
 @contextmanager
 def system_metrics(run_id: str) -> Iterator[None]:
     """Logs this machine's CPU, memory and GPU use to the run while the block runs."""
@@ -117,8 +106,8 @@ def system_metrics(run_id: str) -> Iterator[None]:
 class Tracker:
     """Sends events to the run in order; what a server does not take is kept and sent again.
 
-    Metrics also go to a journal in the run's folder, and a later part of the training begins with them: what one part
-    could not send the next one does. A metric that arrives twice has the same time stamp, by which MLflow knows it.
+    It begins with the journal of earlier parts of the training: what one part could not send the next one does. A metric that
+    arrives twice has the same time stamp, by which MLflow knows it.
     history: (step, value) pairs of every metric of the run.
     """
 
@@ -128,34 +117,21 @@ class Tracker:
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.last_step: dict[str, int] = {}
         self.next_try = 0.0
-        self.journal = journal
-        self.fault: str | None = None
-        for kind, step, metrics, stamp in read_journal(journal):
-            self._queue(kind, step, metrics, stamp)
+        for kind, step, values, stamp in read_journal(journal):
+            self.take(kind, step, values, stamp)
 
-    def take(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Takes one event of the trainer: "train" or "validation" metrics, or a "panel"."""
+    def take(self, kind: str, step: int, values: dict[str, Any], stamp: int) -> None:
+        """Takes one event of the trainer, "train" or "validation" metrics or a "panel", and when it was, in ms."""
         # a restarted training comes past some steps again
         if step <= self.last_step.get(kind, -1):
             return
+        self.last_step[kind] = step
         if kind == "panel":
-            self.last_step[kind] = step
             if values["images"]:
                 self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
             return
         prefix = "val" if kind == "validation" else kind
         metrics = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
-        stamp = int(time.time() * 1000)
-        self._queue(kind, step, metrics, stamp)
-        try:
-            with self.journal.open("a") as file:
-                file.write(json.dumps([kind, step, metrics, stamp]) + "\n")
-        except OSError as error:
-            # the training itself will meet the full disk; what was measured is in memory still
-            self.fault = in_short(error)
-
-    def _queue(self, kind: str, step: int, metrics: dict[str, float], stamp: int) -> None:
-        self.last_step[kind] = step
         for name, value in metrics.items():
             self.history.setdefault(name, []).append((step, value))
         self.waiting.append(("metrics", step, [Metric(name, value, stamp, step) for name, value in metrics.items()]))

@@ -196,7 +196,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
 
     ray.init(log_to_driver=False, logging_level="ERROR", **scaling.own_ray())
     given = scaling.resources(asked)
-    mailbox = ray.remote(Mailbox).options(**scaling.beside_driver()).remote()
+    mailbox = ray.remote(Mailbox).options(**scaling.beside_driver()).remote(run.folder / runs.JOURNAL)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "run": str(run.folder), "run_id": run_id, "mailbox": mailbox},
@@ -216,7 +216,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     done = threading.Event()
 
     def deliver() -> None:
-        for kind, step, values in ray.get(mailbox.drain.remote()):
+        for kind, step, values, stamp in ray.get(mailbox.drain.remote()):
             if kind in ("summary", "fatal"):
                 result[kind] = values
             elif kind == "warning":
@@ -237,7 +237,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
                 if kind == "train":
                     watch.came_to(step)
                     print(progress_line(step, config.optim.steps, values), flush=True)
-                tracker.take(kind, step, values)
+                tracker.take(kind, step, values, stamp)
         tracker.send()
 
     def follow() -> None:
@@ -286,18 +286,23 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
 
 
 class Mailbox:
-    """Takes events from workers and hands them out; outlives the workers that put them in."""
+    """Takes events from workers and hands them out; outlives the workers that put them in.
 
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int, dict[str, Any]]] = []
+    What was measured is in the journal before the worker hears that it was taken, so a driver may be killed at any time.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self.events: list[tuple[str, int, dict[str, Any], int]] = []
         self.fatal = False
 
     def put(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Takes one event."""
         self.fatal = self.fatal or kind == "fatal"
-        self.events.append((kind, step, values))
+        stamp = runs.write_down(self.journal, kind, step, values) if kind in ("train", "validation") else 0
+        self.events.append((kind, step, values, stamp))
 
-    def drain(self) -> list[tuple[str, int, dict[str, Any]]]:
+    def drain(self) -> list[tuple[str, int, dict[str, Any], int]]:
         """Hands out all events since the last call."""
         events, self.events = self.events, []
         return events

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data_shards.__main__ import pack_coins
-from jobs.runs import JOURNAL
+from jobs.runs import JOURNAL, read_journal
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, LEFT_OUT = 5, 2
@@ -73,8 +73,7 @@ def bare(workers: int, options: list[str]) -> float:
 def trained(run: Path, options: list[str]) -> float:
     """Gives the job's seconds a step, from what it logged."""
     subprocess.run([sys.executable, "-m", "jobs.train", *options], capture_output=True, check=True)
-    lines = [json.loads(line) for line in (run / JOURNAL).read_text().splitlines()]
-    speeds = [metrics["train/images_per_second"] for kind, _, metrics, _ in lines if kind == "train"]
+    speeds = [values["images_per_second"] for kind, _, values, _ in read_journal(run / JOURNAL) if kind == "train"]
     batch = json.loads((run / "run.json").read_text())["config"]["optim"]["global_batch_size"]
     return statistics.median(batch / speed for speed in speeds[LEFT_OUT:])
 

@@ -36,7 +36,8 @@ def main() -> None:
         Crops(config.data.crop, config.data.foreground_crops, config.run.seed),
     )
     index, optim = shards.index, config.optim
-    network = DeepSkipUNet(index.bands, index.num_classes).to(memory_format=torch.channels_last)
+    network = DeepSkipUNet(index.bands, index.num_classes)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(optim, network)
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay), use_buffers=True)
     loss_of = BCEDiceLoss(config.loss.alpha, config.loss.beta, None, index.ignore_index, config.loss.eps)

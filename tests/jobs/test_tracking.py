@@ -15,6 +15,7 @@ import pytest
 
 from cluster.local import end_with_parent, free_ports
 from jobs import tracking
+from jobs.runs import JOURNAL, write_down
 
 CONFIG = {"optim": {"steps": 10}}
 
@@ -78,23 +79,24 @@ def losses(server: Server, run_id: str) -> list[tuple[int, float]]:
 
 def tracker_of(server: Server, name: str, folder: Path, run_id: str | None = None) -> tracking.Tracker:
     run_id = tracking.start_run(server.uri, folder, "deepskip", name, run_id, CONFIG)
-    return tracking.Tracker(server.uri, run_id, 255, folder / "metrics.jsonl")
+    return tracking.Tracker(server.uri, run_id, 255, folder / JOURNAL)
 
 
-def train(tracker: tracking.Tracker, steps: range) -> None:
+def train(tracker: tracking.Tracker, journal: Path, steps: range) -> None:
     for step in steps:
-        tracker.take("train", step, {"loss": 1 / step})
+        values = {"loss": 1 / step}
+        tracker.take("train", step, values, write_down(journal, "train", step, values))
 
 
 def test_what_is_measured_while_the_server_hangs_or_is_away_arrives_later_and_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = tracker_of(server, "away", tmp_path)
-    train(tracker, range(1, 4))
+    tracker, journal = tracker_of(server, "away", tmp_path), tmp_path / JOURNAL
+    train(tracker, journal, range(1, 4))
     assert tracker.send() is None
     # it hangs: the request is given up here
     server.send_signal(signal.SIGSTOP)
-    train(tracker, range(4, 6))
+    train(tracker, journal, range(4, 6))
     assert tracker.send() is not None
     server.send_signal(signal.SIGCONT)
     # it takes a request, and its answer is lost: the same is sent a second time
@@ -107,11 +109,11 @@ def test_what_is_measured_while_the_server_hangs_or_is_away_arrives_later_and_on
     with monkeypatch.context() as patch:
         patch.setattr(tracker.client, "log_batch", answer_lost)
         assert tracker.send() is not None
-    train(tracker, range(6, 7))
+    train(tracker, journal, range(6, 7))
     assert tracker.send() is None
     assert losses(server, tracker.run_id) == [(step, 1 / step) for step in range(1, 7)]
     server.send_signal(signal.SIGKILL)
-    train(tracker, range(7, 2000))
+    train(tracker, journal, range(7, 2000))
     assert tracker.send() is not None
     server.start()
     assert tracker.send() is None
@@ -121,23 +123,23 @@ def test_what_is_measured_while_the_server_hangs_or_is_away_arrives_later_and_on
 
 
 def test_a_later_part_of_the_training_sends_what_an_earlier_one_could_not(server: Server, tmp_path: Path) -> None:
-    first = tracker_of(server, "parts", tmp_path)
-    train(first, range(1, 4))
+    first, journal = tracker_of(server, "parts", tmp_path), tmp_path / JOURNAL
+    train(first, journal, range(1, 4))
     assert first.send() is None
     # its driver is killed with a step unsent, and half a line written
-    train(first, range(4, 6))
-    with first.journal.open("a") as file:
+    train(first, journal, range(4, 6))
+    with journal.open("a") as file:
         file.write('["train", 6, {"train/lo')
     second = tracker_of(server, "parts", tmp_path, first.run_id)
     # from its checkpoint on it comes past some steps again
-    train(second, range(3, 8))
+    train(second, journal, range(3, 8))
     assert second.send() is None
     assert losses(server, second.run_id) == [(step, 1 / step) for step in range(1, 8)]
     assert [step for step, _ in second.history["train/loss"]] == list(range(1, 8))
     # a third part begins, and ends, while the server is away
     server.send_signal(signal.SIGKILL)
     third = tracker_of(server, "parts", tmp_path, first.run_id)
-    train(third, range(8, 10))
+    train(third, journal, range(8, 10))
     assert third.finish("FAILED") is not None
     server.start()
     assert tracker_of(server, "parts", tmp_path, first.run_id).finish("FAILED") is None
@@ -155,9 +157,8 @@ def test_a_run_that_the_server_no_longer_knows_is_made_anew(server: Server, tmp_
     assert mlflow.MlflowClient(server.uri).get_run(tracker.run_id).info.status == "RUNNING"
 
 
-def test_a_full_disk_under_the_journal_stops_no_metric(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
-    tracker = tracker_of(server, "full", tmp_path)
-    tracker.journal = Path("/dev/full")
-    train(tracker, range(1, 3))
+def test_a_full_disk_under_the_journal_stops_no_metric(server: Server, tmp_path: Path) -> None:
+    tracker, journal = tracker_of(server, "full", tmp_path), Path("/dev/full")
+    train(tracker, journal, range(1, 3))
     assert tracker.send() is None
     assert losses(server, tracker.run_id) == [(1, 1.0), (2, 0.5)]
