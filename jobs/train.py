@@ -6,7 +6,6 @@ a Ray of its own.
 
 import math
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -19,22 +18,12 @@ from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
 from data_shards import storage
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.config import Config
-from jobs import runs
+from jobs import report, runs
 from jobs.settings import parse, stop
 
 POLL_SECONDS = 0.5
 # longest side of the pictures in a panel, pixels
 PANEL_SIDE = 512
-METRICS = {
-    "iou": "IoU",
-    "dice": "Dice",
-    "pixel_accuracy": "pixel accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "object_recall": "object recall",
-    "false_alarms_per_image": "false alarms per image",
-}
 
 
 def check(argv: list[str]) -> None:
@@ -105,7 +94,7 @@ def run_job(argv: list[str]) -> None:
         run = runs.claim(folder, config.run.name, stem, settings)
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
-        print_table(runs.read_json(error.folder / runs.SUMMARY))
+        report.print_table(runs.read_json(error.folder / runs.SUMMARY))
         send_late(error.folder, config)
         return
     except runs.RunError as error:
@@ -140,8 +129,8 @@ def run_job(argv: list[str]) -> None:
                 runs.write_json(run.folder / runs.UNSENT, {"status": status})
     log_model(run, run_id)
     runs.write_json(run.folder / runs.SUMMARY, without_nan(summary))
-    print_table(summary)
-    print_next_steps(config, run, uri, argv)
+    report.print_table(summary)
+    report.print_next_steps(config, run, uri, argv)
 
 
 def send_late(folder: Path, config: Config) -> None:
@@ -236,7 +225,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             else:
                 if kind == "train":
                     watch.came_to(step)
-                    print(progress_line(step, config.optim.steps, values), flush=True)
+                    print(report.progress_line(step, config.optim.steps, values), flush=True)
                 tracker.take(kind, step, values, stamp)
         tracker.send()
 
@@ -438,17 +427,6 @@ def for_panel(item: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """Makes the progress line; `jobs.submit` keeps lines that begin with "step " in one place."""
-    minutes, seconds = divmod(round(values["seconds_left"]), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  Dice {values['dice']:.3f}  "
-        f"{values['images_per_second']:.1f} images/s  {left} left"
-    )
-
-
 def log_model(run: runs.Run, run_id: str) -> None:
     """Logs the best checkpoint's model to MLflow; a server that is away costs a warning, not the training."""
     from deepskip.inference import load
@@ -466,43 +444,6 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """Prints the metrics of a finished training."""
-    values = summary["val"]
-    width = max(len(name) for name in METRICS.values())
-    early = f", stopped early after {summary['steps']}" if summary.get("stopped_early") else ""
-    print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps{early}")
-    for key, name in METRICS.items():
-        value = values[key]
-        # a ratio of nothing to nothing, as precision is where nothing was predicted
-        undefined = value is None or math.isnan(value)
-        print(f"  {name:<{width}}  {'undefined' if undefined else f'{value:.4f}'}")
-    print(f"  {'parameters':<{width}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
-    print(f"  {'images/s':<{width}}  {summary['images_per_second']:.1f}")
-    print(f"  {'seconds':<{width}}  {summary['seconds']:.0f}\n")
-
-
-def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -> None:
-    """Says how to look at the run, train it further, and use it."""
-    python = shlex.quote(shown(Path(sys.executable)))
-    folder = shlex.quote(shown(run.folder))
-    again = shlex.join([*argv, "--run.name", run.name, "--optim.steps", str(2 * config.optim.steps)])
-    if uri.startswith("sqlite:"):
-        print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
-    else:
-        print(f"MLflow page:  {uri}")
-    print(
-        f"resume:       the same command goes on where a training was cut off; further: {python} -m jobs.submit train {again}"
-    )
-    print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
-
-
-def shown(path: Path) -> str:
-    """Gives a path as short as it can be typed here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 if __name__ == "__main__":
