@@ -66,6 +66,7 @@ def losses(
     settings: Config,
     stop_at: int | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    validations: dict[int, float] | None = None,
     **distributed: int,
 ) -> tuple[dict[int, float], dict[str, Any]]:
     seen: dict[int, float] = {}
@@ -73,6 +74,8 @@ def losses(
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
         if kind == "train":
             seen[step] = values["loss"]
+        elif kind == "validation" and validations is not None:
+            validations[step] = values["loss"]
 
     def share(step: int) -> Iterator[Batch]:
         for number, batch in enumerate(batches(step, **distributed), step):
@@ -333,24 +336,28 @@ def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
 
     calls: list[None] = []
     settings = config(steps=8)
-    settings.run.validate_every, settings.run.checkpoint_every = 2, 100
-    unbroken = losses(folder / "unbroken", settings, rank=rank, world_size=world_size)
-    first = losses(folder / "broken", settings, stop_requested=send, rank=rank, world_size=world_size)
+    settings.run.validate_every, settings.run.checkpoint_every, settings.optim.ema_decay = 2, 100, 0.9
+    measured: tuple[dict[int, float], dict[int, float]] = ({}, {})
+
+    def part(name: str, validations: dict[int, float], stop: Callable[[], bool] | None = None) -> Any:
+        return losses(
+            folder / name, settings, stop_requested=stop, validations=validations, rank=rank, world_size=world_size
+        )
+
+    unbroken, first = part("unbroken", measured[0]), part("broken", measured[1], send)
     state, _ = checkpoint.newest(folder / "broken")
     assert state is not None
-    second = losses(folder / "broken", settings, rank=rank, world_size=world_size)
-    return unbroken, first, state["step"], second
+    return unbroken, first, state["step"], part("broken", measured[1]), measured
 
 
 def test_sigterm_to_one_of_two_workers(tmp_path: Path) -> None:
     # batch norm: the running statistics of the ranks differ, and validation must not depend on whose they are
     results = on_ranks(2, tmp_path, preempted_by_a_signal)
-    stopped_at = 3 + ranks.VOTE_STEPS
-    for unbroken, first, step, second in results:
-        assert step == stopped_at
-        assert first[1] == {}
-        assert second[1]["val"] == pytest.approx(unbroken[1]["val"], rel=0, abs=0, nan_ok=True)
-    unbroken, first, _, second = results[0]
+    for _, first, step, _, _ in results:
+        assert (step, first[1]) == (3 + ranks.VOTE_STEPS, {})
+    unbroken, first, _, second, (expected, found) = results[0]
     assert (list(first[0]), list(second[0])) == ([1, 2, 3, 4, 5], [6, 7, 8])
     assert first[0] | second[0] == unbroken[0]
+    assert list(found) == [2, 4, 6, 8]
+    assert found == expected
     assert_same_state(tmp_path / "unbroken", tmp_path / "broken")
