@@ -101,8 +101,9 @@ def report(
     lines = [
         "# Chaos: the last report",
         "",
-        f"`make chaos ARGS='--minutes {arguments.minutes:g} --seed {arguments.seed}'`: {minutes:.1f} minutes, {len(trainings)} training{'s' * (len(trainings) > 1)} of "
-        f"{STEPS} steps, {len(done)} faults, on {os.cpu_count()} cores ({platform.machine()}), "
+        f"`make chaos ARGS='--minutes {arguments.minutes:g} --seed {arguments.seed}'`: {minutes:.1f} minutes, {len(trainings)} "
+        f"training{'s' * (len(trainings) > 1)} of {STEPS} steps, {len(done)} faults, "
+        f"on {os.cpu_count()} cores ({platform.machine()}), "
         f"{time.strftime('%Y-%m-%d')}.",
         "",
         "Each training ran on 1 to 2 workers (`cluster.workers: [1, 2]`) of three Ray nodes, each in a network, process and",
