@@ -61,7 +61,7 @@ def main() -> None:
         finally:
             nodes.stop()
         minutes = (time.time() - started) / 60
-        arguments.report.write_text(report(arguments.seed, minutes, trainings, done, broken))
+        arguments.report.write_text(report(arguments, minutes, trainings, done, broken))
     say(f"{len(done)} faults in {len(trainings)} trainings, {minutes:.1f} minutes; {len(broken)} broken")
     sys.exit(bool(broken))
 
@@ -88,7 +88,7 @@ def one_training(
 
 
 def report(
-    seed: int,
+    arguments: argparse.Namespace,
     minutes: float,
     trainings: list[Training],
     done: list[tuple[float, str, str, float]],
@@ -101,8 +101,9 @@ def report(
     lines = [
         "# Chaos: the last report",
         "",
-        f"`make chaos ARGS='--minutes {minutes:.0f} --seed {seed}'`: {minutes:.1f} minutes, {len(trainings)} trainings of "
-        f"{STEPS} steps, {len(done)} faults, on {os.cpu_count()} cores ({platform.machine()}), "
+        f"`make chaos ARGS='--minutes {arguments.minutes:g} --seed {arguments.seed}'`: {minutes:.1f} minutes, {len(trainings)} "
+        f"training{'s' * (len(trainings) > 1)} of {STEPS} steps, {len(done)} faults, "
+        f"on {os.cpu_count()} cores ({platform.machine()}), "
         f"{time.strftime('%Y-%m-%d')}.",
         "",
         "Each training ran on 1 to 2 workers (`cluster.workers: [1, 2]`) of three Ray nodes, each in a network, process and",
