@@ -65,7 +65,7 @@ def test_the_environment_that_ray_gets() -> None:
     assert found["RAY_AUTH_MODE"] == "token"
     assert found["RAY_AUTH_TOKEN_PATH"] in read(FILES[0])["file_mounts"]
     assert found["PATH"].startswith("/home/ubuntu/deepskip/.venv/bin:")
-    assert float(found["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) == 0.1
+    assert float(found["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) == 0.5
     assert float(found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) < 60
     # slurm and kuberay are given the same
     others = (ROOT / "cluster/slurm/train.sbatch").read_text(), (ROOT / "cluster/kuberay/raycluster.yaml").read_text()

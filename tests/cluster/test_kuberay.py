@@ -149,7 +149,7 @@ def test_ray_asks_for_the_token_and_recovers_fast(kind: str) -> None:
         variables = environment(template["spec"]["containers"][0])
         assert variables["RAY_AUTH_MODE"] == "token"
         assert variables["RAY_AUTH_TOKEN"] == {"secretKeyRef": {"name": "deepskip-ray", "key": "auth_token"}}
-        assert float(variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) == 0.1
+        assert float(variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) == 0.5
         assert float(variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) < 60
         assert (
             int(variables["RAY_health_check_period_ms"]) * int(variables["RAY_health_check_failure_threshold"]) < 15000
