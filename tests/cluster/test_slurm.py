@@ -18,7 +18,7 @@ from cluster.address import addresses, main
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "train.sbatch"
 # what every stand-in does first: write down its arguments, and the token where it is told one
 RECORD = """#!/bin/bash
-printf '%s\\x1f' "${0##*/}" "$@" >>"$RECORDS"; echo >>"$RECORDS"
+printf -v call '%s\\x1f' "${0##*/}" "$@"; printf '%s\\n' "$call" >>"$RECORDS"
 """
 # runs the command of the step here; its own options begin with --
 SRUN = """
