@@ -141,7 +141,9 @@ def build(name: str, in_channels: int, num_classes: int, size: Size = "default",
     try:
         return rival.make(in_channels, num_classes, **known | widths)
     except ImportError as error:
-        raise ImportError(f"{name} needs a package that is not installed ({error}): pip install .[baselines]") from error
+        raise ImportError(
+            f"{name} needs a package that is not installed ({error}): pip install .[baselines]"
+        ) from error
 
 
 def check_width(what: str, value: Any, like: Any) -> None:

@@ -22,6 +22,8 @@ class Features(nn.Module):
             in_chans=in_channels,
             output_stride=8,
             channels=tuple(channels),
+            # as torchvision does; else the first step leaves all but the last norms of a block as they are
+            zero_init_last=False,
         )
         self.out_channels = self.body.feature_info.channels()[-1]
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepskip.baselines.padded import Padded
+
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 # DenseNet-BC: a bottleneck has four times the growth, a transition halves the channels
@@ -51,7 +53,7 @@ class DenseBlock(nn.ModuleList):
 class DenseUNet(nn.Module):
     """A DenseNet with a U-Net's decoder, whose skips are added, in 2 or 3 dimensions.
 
-    forward: (N, C, [bands,] H, W) -> features (N, stem, [half the bands,] half H, half W), of any size.
+    forward: (N, C, [bands,] H, W), H and W multiples of 2^(blocks + 1) -> features (N, stem, [half the bands,] half H, half W).
     """
 
     def __init__(self, dims: int, in_channels: int, stem: int, growth: int, blocks: Sequence[int]) -> None:
@@ -89,12 +91,8 @@ class DenseUNet(nn.Module):
             if i < len(self.transitions):
                 skips.append(x)
                 x = self.transitions[i](x)
-                # like the paper's, transitions leave the third axis as it is; a last odd row stands for itself
-                x = (
-                    F.avg_pool2d(x, 2, ceil_mode=True)
-                    if self.dims == 2
-                    else F.avg_pool3d(x, (1, 2, 2), ceil_mode=True)
-                )
+                # like the paper's, transitions leave the third axis as it is
+                x = F.avg_pool2d(x, 2) if self.dims == 2 else F.avg_pool3d(x, (1, 2, 2))
         x = self.last(x)
         skips[-1] = self.widen(skips[-1])
         for conv in self.decoder:
@@ -105,7 +103,7 @@ class DenseUNet(nn.Module):
 
 
 class HDenseUNet(nn.Module):
-    """forward: (N, bands, H, W) float -> logits (N, classes, H, W), of any size and any number of bands."""
+    """forward: (N, bands, H, W) float, H and W multiples of 2^(blocks + 1) -> logits (N, classes, H, W)."""
 
     def __init__(
         self,
@@ -143,4 +141,5 @@ def enlarge(x: Tensor, size: torch.Size) -> Tensor:
 
 def build_h_dense_unet(in_channels: int, num_classes: int, **widths: int | Sequence[int]) -> nn.Module:
     """Builds H-DenseUNet; widths as HDenseUNet has them."""
-    return HDenseUNet(in_channels, num_classes, **widths)  # type: ignore[arg-type]
+    network = HDenseUNet(in_channels, num_classes, **widths)  # type: ignore[arg-type]
+    return Padded(network, 2 ** (len(network.flat.blocks) + 1))

@@ -32,6 +32,8 @@ class Pyramid(nn.Module):
             out_indices=(1, 2, 3, 4),
             in_chans=in_channels,
             channels=tuple(channels),
+            # as torchvision does; else the first step leaves all but the last norms of a block as they are
+            zero_init_last=False,
         )
         self.pyramid = FeaturePyramidNetwork(
             self.body.feature_info.channels(), out_channels, extra_blocks=LastLevelMaxPool()

@@ -26,5 +26,7 @@ def build_pspnet(
         in_channels=in_channels,
         classes=num_classes,
         channels=tuple(channels),
+        # as torchvision does; else the first step leaves all but the last norms of a block as they are
+        zero_init_last=False,
     )
     return Padded(network, 8)

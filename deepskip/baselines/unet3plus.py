@@ -50,7 +50,9 @@ class UNet3Plus(nn.Module):
         for u in reversed(range(LEVELS - 1)):
             size = maps[u].shape[-2:]
             brought = [bring(y, size, 2 ** (u - j) if j < u else 1) for j, y in enumerate(maps)]
-            taken = [branch(y) for branch, y in zip(self.branches[u], brought, strict=True)]  # type: ignore[arg-type]
+            branches = self.branches[u]
+            assert isinstance(branches, nn.ModuleList)
+            taken = [branch(y) for branch, y in zip(branches, brought, strict=True)]
             maps[u] = self.merges[u](torch.cat(taken, 1))
         return self.head(maps[0])
 

@@ -62,7 +62,9 @@ def roi_align_by_hand(features: Tensor, scale: float, ph: int, pw: int, ratio: i
     return out
 
 
-@pytest.mark.parametrize(("ratio", "aligned", "scale"), [(2, False, 1.0), (0, False, 0.5), (2, True, 0.5), (0, True, 1.0)])
+@pytest.mark.parametrize(
+    ("ratio", "aligned", "scale"), [(2, False, 1.0), (0, False, 0.5), (2, True, 0.5), (0, True, 1.0)]
+)
 def test_roi_align_against_loops(ratio: int, aligned: bool, scale: float) -> None:
     features = torch.randn(2, 3, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one, other = (features.clone().requires_grad_() for _ in range(2))
