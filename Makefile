@@ -1,8 +1,11 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
+# make test-faults   every fault by itself over real Ray nodes
+# make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make setup   the virtual environment alone
 # make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
+# make bench-jobs   Ray Train and the trainer beside a bare loop
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
 ARGS ?=
@@ -10,7 +13,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint setup lock bench bench-data clean
+.PHONY: train test test-faults chaos lint setup lock bench bench-data bench-jobs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -34,10 +37,17 @@ train: setup
 test: setup lint
 	@$(VENV)/bin/python -m pytest
 
+test-faults: setup
+	@$(VENV)/bin/python -m pytest -m faults tests/cluster
+
+chaos: setup
+	@$(VENV)/bin/python -m tests.cluster.chaos $(ARGS)
+
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/bandit -q -r -c pyproject.toml cluster data_shards deepskip jobs kernels
 
 # pins what is new and keeps the other pins; `make lock UPGRADE=--upgrade` pins everything anew. The local version of a cpu
 # build is no version that others can install.
@@ -58,6 +68,9 @@ bench-data:
 	@$(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r data_shards/bench/requirements.txt
 	@.venv-bench/bin/python -m data_shards.bench $(ARGS)
+
+bench-jobs: setup
+	@$(VENV)/bin/python -m jobs.bench $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .venv-bench .venv-bench-kernels *.egg-info

@@ -1,7 +1,4 @@
-"""A Ray head on this machine: behind a token, its dashboard on loopback, beside any other Ray, gone when it is stopped.
-
-Ray's own gRPC port listens on every interface whatever the node's address; the token is what guards it.
-"""
+"""A Ray head on this machine: behind a token, on loopback alone, beside any other Ray, gone when it is stopped."""
 
 import contextlib
 import ctypes
@@ -22,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
+from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS
 
 HOST = "127.0.0.1"
 # every process of a head carries this variable, workers and jobs too, and is found by it
@@ -105,20 +104,20 @@ def start_head(
     head_environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("RAY_ADDRESS", "RAY_AUTH"))
     }
+    head_environment |= NODE_SETTINGS | DRIVER_SETTINGS | LOOPBACK_ONLY
     head_environment |= {
         MARK: temporary,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # at the default of 2 s a checkpoint is not safe until 2 s after it was reported
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         # a job that is stopped has this long to end its mlflow run; ray's own 3 s are too few
         "RAY_JOB_STOP_WAIT_TIME_S": "20",
     }
     log = Path(temporary) / "start.log"
+    parent = os.getpid() if die_with_parent else 0
+    hold = [sys.executable, "-m", "cluster.holder", temporary, str(parent)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=head_environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            [*hold, *command], env=head_environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True, preexec_fn=end_with_parent() if die_with_parent else None,
         )  # fmt: skip
     head = Head(ports["--port"], ports["--dashboard-port"], token, temporary, process.pid)
@@ -151,26 +150,39 @@ def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def stop_head(head: Head) -> None:
     """Ends every process of the head, and no other, and removes its temporary folder; may be called twice."""
-    for send in (psutil.Process.terminate, psutil.Process.kill):
-        processes = head_processes(head)
-        for process in processes:
-            try:
-                send(process)
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    end_marked(head.temporary)
     # the head is our child where this process started it; a zombie would stay until we end
     with contextlib.suppress(ChildProcessError):
         os.waitpid(head.pid, os.WNOHANG)
     shutil.rmtree(head.temporary, ignore_errors=True)
 
 
+def end_marked(mark: str) -> None:
+    """Ends every process that carries a mark, but this one: asks first, and kills until none is left."""
+    send = psutil.Process.terminate
+    # a process that was just starting another is asked again
+    for _ in range(10):
+        processes = marked_processes(mark)
+        if not processes:
+            return
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                send(process)
+        psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        send = psutil.Process.kill
+
+
 def head_processes(head: Head) -> list[psutil.Process]:
     """Finds the head's living processes by the mark in their environment; never this process itself."""
+    return marked_processes(head.temporary)
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Finds the living processes that carry a mark; never this process itself."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == head.temporary:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                 found.append(process)
         # other people's processes, and those that end while we look
         except (psutil.Error, OSError):

@@ -1,17 +1,28 @@
-"""Checkpoints: written whole or not at all, read without running anything from them."""
+"""Checkpoints: written whole or not at all, read without running anything from them, wherever their run is stored.
 
-import os
+A file is a zip as torch.save writes it, whose comment is "sha256:" and the 64 digits of all bytes before them: a byte that
+changed anywhere is noticed, and plain torch.load(weights_only=True) still takes the file.
+"""
+
+import errno
+import hashlib
+import io
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepskip import files
+from deepskip.files import Location
+
 FORMAT = "deepskip-checkpoint"
-VERSION = 1
+VERSION = 2
 FOLDER = "checkpoints"
 BEST = "best.pt"
-KEPT = 2
+# what a broken checkpoint's name gets when a training passes over it
+BROKEN = ".broken"
+_MARK = b"sha256:"
+_DIGITS = 64
 
 State = dict[str, Any]
 
@@ -20,79 +31,129 @@ class CheckpointError(RuntimeError):
     """No checkpoint that is there, whole and ours."""
 
 
-def save(state: State, path: Path) -> None:
-    """Writes a checkpoint under a temporary name, syncs it to disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # the rename itself lives in the folder
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+class CheckpointTooNew(CheckpointError):
+    """A checkpoint of a later DeepSkip: not broken, and not to be passed over."""
 
 
-def read(path: Path) -> State:
-    """Reads one checkpoint onto the CPU; raises CheckpointError when it is broken or something else."""
+class CheckpointNotWritten(RuntimeError):
+    """A checkpoint could not be written; says where, why, what to do, and from which one the training can go on."""
+
+
+def pack(state: State) -> bytearray:
+    """Gives the bytes of a checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
+    data = bytearray(buffer.getbuffer())
+    # a zip ends with the length of its comment, here 0
+    data[-2:] = (len(_MARK) + _DIGITS).to_bytes(2, "little")
+    data += _MARK
+    data += hashlib.sha256(data).hexdigest().encode()
+    return data
+
+
+def unpack(data: bytes, location: Location) -> State:
+    """Gives the state in a checkpoint file's bytes, on the CPU; raises CheckpointError, with the location in it."""
+    body, digits = memoryview(data)[:-_DIGITS], data[-_DIGITS:]
+    if bytes(body[-len(_MARK) :]) != _MARK:
+        raise CheckpointError(f"{location} is no whole checkpoint: its end is missing, or DeepSkip did not write it")
+    if hashlib.sha256(body).hexdigest().encode() != digits:
+        raise CheckpointError(
+            f"{location} is no whole checkpoint: its bytes changed since it was written (sha256 differs)"
+        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # a file from strangers fails in many ways: zip, pickle, runtime and unicode errors among them
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # a checksum is no signature: what strangers wrote fails in many ways, zip, pickle, runtime and unicode errors among them
     except Exception as error:
-        raise CheckpointError(f"{path} is no whole checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by DeepSkip")
+        raise CheckpointError(f"{location} is no whole checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("version"), int):
+        raise CheckpointError(f"{location} was not written by DeepSkip")
     if state["version"] > VERSION:
-        raise CheckpointError(f"{path} is of version {state['version']}; this DeepSkip reads up to {VERSION}")
+        raise CheckpointTooNew(
+            f"{location} is of version {state['version']}; this DeepSkip reads up to {VERSION}. Install a later one."
+        )
     return state
 
 
-def step_path(run: Path, step: int) -> Path:
-    """Names the checkpoint of a step."""
-    return run / FOLDER / f"step-{step:08d}.pt"
+def save(state: State, location: Location) -> None:
+    """Writes a checkpoint, whole or not at all; raises OSError."""
+    files.write(location, pack(state))
 
 
-def step_paths(run: Path) -> list[Path]:
+def read(location: Location) -> State:
+    """Reads one checkpoint onto the CPU; raises CheckpointError when it is broken or something else, or OSError."""
+    return unpack(files.read(location), location)
+
+
+def step_path(run: Location, step: int) -> Any:
+    """Names the checkpoint of a step: a Path, or a URL where the run is at one."""
+    return files.join(run, FOLDER, f"step-{step:08d}.pt")
+
+
+def step_paths(run: Location) -> list[Any]:
     """Lists a run's checkpoints of steps, newest first."""
-    found = [p for p in (run / FOLDER).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", p.name)]
-    return sorted(found, key=lambda p: int(p.stem[5:]), reverse=True)
+    steps = [int(m[1]) for n in files.names(files.join(run, FOLDER)) if (m := re.fullmatch(r"step-(\d{8,})\.pt", n))]
+    return [step_path(run, step) for step in sorted(steps, reverse=True)]
 
 
-def newest(run: Path) -> tuple[State | None, list[str]]:
-    """Gives the newest checkpoint that loads, or None, and what was wrong with each newer one."""
-    faults: list[str] = []
+def find_newest(run: Location) -> tuple[tuple[bytes, State] | None, dict[Location, str]]:
+    """Gives the newest checkpoint that is whole, as a file's bytes and a state, or None, and what is wrong with each newer one.
+
+    Raises CheckpointTooNew, and OSError where a file cannot be read: a storage that is away must not look like an empty one.
+    """
+    faults: dict[Location, str] = {}
     for path in step_paths(run):
         try:
-            return read(path), faults
+            data = files.read(path)
+            return (data, unpack(data, path)), faults
+        except CheckpointTooNew:
+            raise
         except CheckpointError as error:
-            faults.append(str(error))
+            faults[path] = str(error)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            # a bad sector
+            if error.errno != errno.EIO:
+                raise
+            faults[path] = f"{path} cannot be read: {error.strerror}"
     return None, faults
 
 
-def prune(run: Path) -> None:
-    """Removes all but the newest checkpoints of steps."""
-    for path in step_paths(run)[KEPT:]:
-        path.unlink(missing_ok=True)
+def newest(run: Location) -> tuple[State | None, list[str]]:
+    """Gives the newest checkpoint that is whole, or None, and what is wrong with each newer one; raises as find_newest."""
+    found, faults = find_newest(run)
+    return found[1] if found else None, list(faults.values())
 
 
-def load_for_inference(run_or_path: Path) -> State:
+def set_aside(path: Location) -> None:
+    """Renames a broken checkpoint, so that it is never again taken for a newest one."""
+    files.rename(path, files.name(path) + BROKEN)
+
+
+def prune(run: Location, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints of steps."""
+    for path in step_paths(run)[keep:]:
+        files.remove(path)
+
+
+def load_for_inference(run_or_path: Location) -> State:
     """Reads a checkpoint file, or a run's best checkpoint, or its newest; raises CheckpointError where there is none."""
-    if run_or_path.is_file():
-        return read(run_or_path)
-    if not run_or_path.is_dir():
-        raise CheckpointError(f"{run_or_path} does not exist; name a run's folder (runs/NAME) or a checkpoint file")
-    best = run_or_path / FOLDER / BEST
-    if best.is_file():
-        return read(best)
-    state, faults = newest(run_or_path)
+    location = files.locate(run_or_path)
+    folder = files.join(location, FOLDER)
+    found = files.names(folder)
+    if BEST in found:
+        return read(files.join(folder, BEST))
+    if not found:
+        try:
+            return read(location)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{location} does not exist; name a run's folder (runs/NAME) or a checkpoint file"
+            ) from None
+        except IsADirectoryError:
+            pass
+    state, faults = newest(location)
     if state is None:
-        detail = "; ".join(faults) or f"looked for {best} and {run_or_path / FOLDER}/step-*.pt"
-        raise CheckpointError(f"{run_or_path} holds no checkpoint: {detail}")
+        detail = "; ".join(faults) or f"looked for {files.join(folder, BEST)} and {folder}/step-*.pt"
+        raise CheckpointError(f"{location} holds no checkpoint: {detail}")
     return state

@@ -127,8 +127,15 @@ class RunConfig:
     """steps between validations"""
     checkpoint_every: int = 100
     """steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that stay, beside the best"""
+    patience: int = 0
+    """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """operators: auto takes Triton's on GPUs that can run them, else plain PyTorch's"""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """torch.compile of the training step's network by this mode; the last two replay it as CUDA graphs. Crops have one size, so
+    it is compiled once; validation runs as it is where ema_decay is not 0"""
     panels: int = 8
     """validation images in the prediction panel"""
     experiment: str = "deepskip"
@@ -141,16 +148,23 @@ class RunConfig:
 class ClusterConfig:
     """What Ray gives to the training."""
 
-    workers: int | None = None
-    """training processes; null takes one a GPU, or 2 where there is no GPU (1 on a single core)"""
+    workers: int | tuple[int, int] | None = None
+    """training processes, or [fewest, most]: goes on with fewer where machines are lost and takes new ones; null takes one
+    a GPU, or 2 where there is no GPU (1 on a single core)"""
     cpus_per_worker: float = 1.0
     """CPU cores of each worker"""
     gpu: bool | None = None
     """one GPU a worker; null uses GPUs where the cluster has any"""
     wait_seconds: float = 20.0
     """how long to wait for the cluster to have what was asked for, before giving up"""
+    resize_seconds: float = 60.0
+    """how often an elastic training looks for new machines; it grows by going back to its newest checkpoint"""
+    collective_timeout: float = 120.0
+    """longest time that workers wait for each other, or do not answer Ray, before they count as lost, seconds"""
     max_failures: int = 3
-    """how often a training is restarted after a worker died"""
+    """how often in a row, with no new checkpoint between, a training is restarted after a worker died; -1 for ever"""
+    recovery_seconds: float = 600.0
+    """how long a training waits for machines in place of lost ones before it gives up"""
 
 
 @dataclass
@@ -197,12 +211,21 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("run.log_every", 1, float("inf")),
     ("run.validate_every", 1, float("inf")),
     ("run.checkpoint_every", 1, float("inf")),
+    ("run.keep_checkpoints", 1, float("inf")),
+    ("run.patience", 0, float("inf")),
     ("run.panels", 0, 64),
-    ("cluster.workers", 1, float("inf")),
     ("cluster.cpus_per_worker", 0.01, float("inf")),
     ("cluster.wait_seconds", 0, float("inf")),
     ("cluster.max_failures", -1, float("inf")),
+    ("cluster.resize_seconds", 1, float("inf")),
+    ("cluster.collective_timeout", 1, float("inf")),
+    ("cluster.recovery_seconds", 0, float("inf")),
 )
+
+
+def workers_range(workers: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Gives the fewest and the most of cluster.workers; None where it is left open."""
+    return (workers, workers) if isinstance(workers, int) else workers and (workers[0], workers[1])
 
 
 def check_values(config: Config) -> None:
@@ -215,6 +238,8 @@ def check_values(config: Config) -> None:
         if value is not None and not low <= value <= high:
             allowed = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
             faults.append(f"{name} is {value}; it must be {allowed}")
+    if (asked := workers_range(config.cluster.workers)) and not 1 <= asked[0] <= asked[1]:
+        faults.append(f"cluster.workers is {config.cluster.workers}; it must be 1 or more, or [fewest, most]")
     if config.run.name is not None and (not config.run.name or "/" in config.run.name or config.run.name[0] == "."):
         faults.append(f"run.name is {config.run.name!r}; it must be a plain folder name")
     if faults:

@@ -124,11 +124,11 @@ class Segmenter(nn.Module):
 
 
 def load(run_or_path: str | Path, device: str | torch.device = "cpu") -> Segmenter:
-    """Loads a trained model from a run's folder (its best checkpoint) or from a checkpoint file.
+    """Loads a trained model from a run's folder or URL (its best checkpoint) or from a checkpoint file.
 
     Raises checkpoint.CheckpointError when there is none, or none that is whole.
     """
-    return build_segmenter(checkpoint.load_for_inference(Path(run_or_path))).to(device)
+    return build_segmenter(checkpoint.load_for_inference(run_or_path)).to(device)
 
 
 def build_segmenter(state: dict[str, Any]) -> Segmenter:

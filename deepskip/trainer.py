@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kernels
-from deepskip import augment, checkpoint
+from deepskip import augment, checkpoint, files
 from deepskip.allocator import keep_freed_memory
+from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import conv_weights
 from deepskip.config import Config, OptimConfig
-from deepskip.inference import normalize, predict_logits, to_labels
+from deepskip.evaluation import evaluate
+from deepskip.files import Location
+from deepskip.inference import normalize, to_labels
 from deepskip.loss import BCEDiceLoss
-from deepskip.metrics import SegmentationMetrics
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import build_optimizer, set_learning_rate
+from deepskip.ranks import StopVote, agreed_start, share_buffers
 
 # image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
 Batch = dict[str, Any]
@@ -41,7 +43,18 @@ class DataInfo:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss was nan or infinite; the message has the step and the samples."""
+    """The loss, or a weight, was nan or infinite; the message has the step and the samples."""
+
+
+class Preempted(RuntimeError):
+    """The training stopped because it was asked to; `step` is that of its checkpoint, which is written."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}, as it was asked to; its checkpoint is written")
+        self.step = step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Preempted, (self.step,)
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -57,7 +70,7 @@ def train(
     config: Config,
     data: DataInfo,
     *,
-    run: Path,
+    run: Location,
     train_batches: Callable[[int], Iterator[Batch]],
     validation_images: Callable[[], Iterable[Batch]],
     rank: int = 0,
@@ -65,16 +78,18 @@ def train(
     device: torch.device | str = "cpu",
     observe: Callable[[str, int, dict[str, Any]], None] = lambda kind, step, values: None,
     mlflow_run_id: str | None = None,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Trains from the run's newest checkpoint, or from scratch, to config.optim.steps.
+    """Trains from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
 
-    train_batches: called with the first step, yields this rank's share of every global batch. validation_images: yields
-    this rank's share of the validation split, one image a batch. observe: called on rank 0 with
-    ("train" | "validation" | "panel" | "warning", steps done, values).
+    run: folder or URL of its checkpoints. train_batches: called with the first step, yields this rank's share of every global
+    batch. validation_images: yields this rank's share of the validation split, one image a batch. observe: called on rank 0
+    with ("train" | "validation" | "panel" | "warning", steps done, values). stop_requested: asked after every step, on every
+    rank or on none; where it is true on any, a checkpoint is written and all raise Preempted within ranks.VOTE_STEPS steps.
     In a process group every rank must call. Returns a summary: metrics of the best validation, sizes and times.
-    Raises NonFiniteLoss.
+    Raises NonFiniteLoss, Preempted, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, OSError.
     """
-    device = torch.device(device)
+    device, run = torch.device(device), files.locate(run)
     optim = config.optim
     started = time.perf_counter()
     kernels.backend.choose(config.run.kernels)
@@ -95,88 +110,111 @@ def train(
         config.loss.alpha, config.loss.beta, config.loss.class_weights, data.ignore_index, config.loss.eps
     )
 
-    step, best, trained_seconds = 0, None, 0.0
-    state, faults = checkpoint.newest(run)
-    for fault in faults if rank == 0 else []:
-        observe("warning", 0, {"text": f"passed over a broken checkpoint: {fault}"})
+    # stale: validations since the best one
+    step, best, stale, trained_seconds = 0, None, 0, 0.0
+    state = agreed_start(run, rank, world_size, device, lambda text: observe("warning", 0, {"text": text}))
     if state is not None:
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.module.load_state_dict(state["ema"])
             ema.n_averaged.fill_(state["step"])
-        step, best, trained_seconds = state["step"], state["best"], state["seconds"]
-        torch.set_rng_state(state["rng"])
+        step, best, stale, trained_seconds = (state[name] for name in ("step", "best", "stale", "seconds"))
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    if config.run.compile != "none":
+        # in place: the state keeps its names, and the moving average stays as it is
+        network.compile(mode=config.run.compile)
+    writer = CheckpointWriter(run, config.run.keep_checkpoints, step if state else None)
+    stop_vote = StopVote(stop_requested, world_size, device)
     model: nn.Module = network
     if world_size > 1:
         model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
 
     def snapshot() -> checkpoint.State:
+        # bfloat16 needs no gradient scaler, the learning rate and the augmentation are functions of the step
         return {
             "config": asdict(config),
             "data": asdict(data),
             "model": network.state_dict(),
             "ema": ema.module.state_dict() if ema is not None else None,
             "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            },
             "step": step,
             "best": best,
+            "stale": stale,
             "seconds": trained_seconds + time.perf_counter() - started,
             "mlflow_run_id": mlflow_run_id,
         }
 
     def validate() -> dict[str, Any]:
+        evaluated = ema.module if ema is not None else network
+        if world_size > 1:
+            share_buffers(evaluated)
         metrics, panel = evaluate(
-            ema.module if ema is not None else network, loss_of, data, validation_images(), device, config.run.panels
+            evaluated, loss_of, data.num_classes, data.ignore_index, validation_images(), device, config.run.panels
         )
         if rank == 0:
             observe("validation", step, metrics)
             observe("panel", step, {"images": panel})
         return metrics
 
-    metrics: dict[str, Any] | None = None
+    def out_of_patience() -> bool:
+        return 0 < config.run.patience <= stale
+
     window: list[tuple[Tensor, ...]] = []
     keys: list[list[str]] = []
     images, busy, clock = 0, 0.0, time.perf_counter()
     total_images, total_busy = 0, 0.0
     batches = on_device(train_batches(step), device)
     model.train()
-    while step < optim.steps:
-        batch = next(batches)
-        image = normalize(batch["image"], batch["mean"], batch["std"])
-        mask, weight = batch["mask"].long(), batch["weight"]
-        draws = augment.draw(config.augment, config.run.seed, batch["epoch"], batch["sample"], data.in_channels)
-        image, mask = augment.augment(config.augment, draws, image, mask, data.ignore_index)
-        set_learning_rate(optimizer, learning_rate(optim, step))
+    with writer:
+        while step < optim.steps and not out_of_patience():
+            batch = next(batches)
+            image = normalize(batch["image"], batch["mean"], batch["std"])
+            mask, weight = batch["mask"].long(), batch["weight"]
+            draws = augment.draw(config.augment, config.run.seed, batch["epoch"], batch["sample"], data.in_channels)
+            image, mask = augment.augment(config.augment, draws, image, mask, data.ignore_index)
+            set_learning_rate(optimizer, learning_rate(optim, step))
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(image.contiguous(memory_format=torch.channels_last))
-        parts = loss_of.parts(logits, mask, weight)
-        # the loss is of the global batch, so gradients must be summed over ranks where ddp averages them
-        (parts.loss * world_size).backward()
-        if optim.clip_norm:
-            nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.update_parameters(network)
-        step += 1
-        images += optim.global_batch_size
-        window.append((*(part.detach() for part in parts), overlap_counts(logits.detach(), mask, weight, data)))
-        keys.append(batch["key"])
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(image.contiguous(memory_format=torch.channels_last))
+            parts = loss_of.parts(logits, mask, weight)
+            # the loss is of the global batch, so gradients must be summed over ranks where ddp averages them
+            (parts.loss * world_size).backward()
+            if optim.clip_norm:
+                nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.update_parameters(network)
+            step += 1
+            images += optim.global_batch_size
+            window.append((*(part.detach() for part in parts), overlap_counts(logits.detach(), mask, weight, data)))
+            keys.append(batch["key"])
+            writer.check()
 
-        due = [step % every == 0 or step == optim.steps for every in
-               (config.run.log_every, config.run.validate_every, config.run.checkpoint_every)]  # fmt: skip
-        if any(due):
+            stopping = stop_vote() and step < optim.steps
+            log, validation, save = (
+                step % every == 0 or step == optim.steps
+                for every in (config.run.log_every, config.run.validate_every, config.run.checkpoint_every)
+            )
+            if not (log or validation or save or stopping):
+                continue
             # one wait for the device a window
             losses = torch.stack([torch.stack(entry[:3]) for entry in window]).double().cpu()
-            stop_if_not_finite(losses[:, 0], step, keys, world_size)
-            counts = torch.stack([entry[3] for entry in window]).sum(0)
+            counts = torch.stack([*torch.stack([entry[3] for entry in window]).sum(0), broken_weights(network)])
             if world_size > 1:
                 dist.all_reduce(counts)
+            tp, fp, fn, broken = counts.tolist()
+            # before anything is written
+            stop_if_not_finite(losses[:, 0], broken > 0, step, keys, world_size, writer)
             busy += time.perf_counter() - clock
             loss, bce, dice_loss = losses.mean(0).tolist()
-            tp, fp, fn = counts.tolist()
             total_images, total_busy = total_images + images, total_busy + busy
             if rank == 0:
                 values = {
@@ -190,19 +228,25 @@ def train(
                 }
                 observe("train", step, values)
             window, keys, images, busy = [], [], 0, 0.0
-            if due[1]:
+            better = False
+            if validation:
                 metrics = validate()
-                if best is None or not metrics["iou"] <= best["iou"]:
-                    best = metrics | {"step": step}
-                    if rank == 0:
-                        inference_state = snapshot() | {"optimizer": None}
-                        checkpoint.save(inference_state, run / checkpoint.FOLDER / checkpoint.BEST)
+                better = best is None or not metrics["iou"] <= best["iou"]
+                best, stale = (metrics | {"step": step}, 0) if better else (best, stale + 1)
                 model.train()
-            if due[2] and rank == 0:
-                checkpoint.save(snapshot(), checkpoint.step_path(run, step))
-                checkpoint.prune(run)
+            save = save or stopping or out_of_patience()
+            if rank == 0 and (save or better):
+                writer.save(snapshot(), step=save, best=better)
+            if stopping:
+                writer.wait()
+                stop_vote.close()
+                if world_size > 1:
+                    # a rank that ends is the end of the others: not before rank 0 has written
+                    dist.barrier()
+                raise Preempted(step)
             clock = time.perf_counter()
 
+    stop_vote.close()
     if best is None:
         best = validate() | {"step": step}
     return {
@@ -212,6 +256,7 @@ def train(
             data.in_channels, data.num_classes, config.model.base_channels, config.model.levels, config.model.encoder
         ),
         "steps": step,
+        "stopped_early": step < optim.steps,
         "images_per_second": total_images / total_busy if total_busy else 0.0,
         "seconds": trained_seconds + time.perf_counter() - started,
     }
@@ -242,57 +287,33 @@ def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, data: DataInfo)
     return torch.stack([(a & b & counted).sum() for a, b in ((right, true), (~right, guessed), (~right, true))])
 
 
-def stop_if_not_finite(losses: Tensor, step: int, keys: list[list[str]], world_size: int) -> None:
-    """Raises NonFiniteLoss for the first bad loss of a window that ends with `step`; every rank sees the same losses."""
+def broken_weights(network: nn.Module) -> Tensor:
+    """Gives 1 where a weight or a running statistic is nan or infinite, else 0, without waiting for the device."""
+    tensors = [x for x in network.state_dict().values() if x.is_floating_point()]
+    return (~torch.isfinite(nn.utils.get_total_norm(tensors, math.inf))).long()
+
+
+def stop_if_not_finite(
+    losses: Tensor, broken: bool, step: int, keys: list[list[str]], world_size: int, writer: CheckpointWriter
+) -> None:
+    """Raises NonFiniteLoss for the first bad loss of a window that ends with `step`, or for broken weights after it.
+
+    Every rank sees the same losses, and raises only when the checkpoint before is written.
+    """
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if not bad:
+    if not bad and not broken:
         return
-    batch_keys = keys[bad[0]]
+    writer.wait()
+    # weights that break before the last step of a window make the next loss bad
+    place = bad[0] if bad else len(losses) - 1
+    batch_keys = keys[place]
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, batch_keys)
         batch_keys = [key for part in gathered for key in part]
+    number, value = step - len(losses) + place + 1, losses[place].item()
+    what = f"the loss of step {number} is {value}" if bad else f"step {number}, of loss {value}, broke the weights"
     raise NonFiniteLoss(
-        f"the loss of step {step - len(losses) + bad[0] + 1} is {losses[bad[0]].item()}; its samples: "
-        f"{', '.join(batch_keys)}. The last checkpoint is from before it. Lower optim.learning_rate or look at these samples."
+        f"{what}; its samples: {', '.join(batch_keys)}. "
+        "The last checkpoint is from before it. Lower optim.learning_rate or look at these samples."
     )
-
-
-@torch.inference_mode()
-def evaluate(
-    network: nn.Module,
-    loss_of: BCEDiceLoss,
-    data: DataInfo,
-    images: Iterable[Batch],
-    device: torch.device,
-    panels: int = 0,
-) -> tuple[dict[str, Any], list[dict[str, Tensor | str]]]:
-    """Measures the network on whole images and returns the metrics (over all ranks) and this rank's first `panels` images.
-
-    "loss" and "soft_dice" are of the whole split, from sums over it (eq. 5). "images" is the number of images.
-    """
-    network.eval()
-    metrics = SegmentationMetrics(data.num_classes, data.ignore_index, device)
-    sums = torch.zeros(2 + 3 * data.num_classes, dtype=torch.float64, device=device)
-    panel: list[dict[str, Tensor | str]] = []
-    count = torch.zeros((), device=device)
-    for batch in images:
-        image = normalize(*(batch[name].to(device) for name in ("image", "mean", "std")))
-        mask = batch["mask"].to(device).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
-        labels = to_labels(logits)
-        sums += loss_of.sums(logits, mask).double()
-        metrics.update(labels[0], mask[0])
-        count += 1
-        if len(panel) < panels:
-            shown = {name: batch[name][0] for name in ("image", "mask", "key")}
-            panel.append(shown | {"labels": labels[0].cpu()})
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-        dist.all_reduce(count)
-    if count == 0:
-        raise ValueError("the validation split is empty")
-    parts = loss_of.from_sums(sums)
-    result = metrics.compute()
-    return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": int(count)}, panel

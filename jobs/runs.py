@@ -1,9 +1,13 @@
 """A run's folder: its name, whether it is new, goes on or is finished, and its lock."""
 
+import errno
 import fcntl
 import itertools
 import json
 import os
+import time
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +17,9 @@ from jobs.settings import differences
 RECORD = "run.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
+PEN = ".pen"
+JOURNAL = "metrics.jsonl"
+UNSENT = "unsent.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
 # these may change between the parts of one training
@@ -21,6 +28,8 @@ FREE = (
     "run.name",
     "run.storage",
     "run.log_every",
+    "run.keep_checkpoints",
+    "run.compile",
     "run.kernels",
     "run.tracking_uri",
     "data.loader_workers",
@@ -105,6 +114,53 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str) -> None:
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
     (run.folder / SUMMARY).unlink(missing_ok=True)
+
+
+def disk_full(error: BaseException | None) -> str | None:
+    """Says what to do where an error, or what led to it, is that a disk is full; None where it is not."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f" at {error.filename}" if error.filename else ""
+            return f"the disk is full{what}; the last checkpoint is whole. Make room, and the same command goes on from it."
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class PenLost(RuntimeError):
+    """Other workers have taken up the training, while these were cut off from Ray."""
+
+
+def take_pen(folder: Path) -> str:
+    """Takes the right to write a run's checkpoints away from workers that may still live elsewhere; gives its token."""
+    pen = uuid.uuid4().hex
+    write_json(folder / PEN, {"pen": pen})
+    return pen
+
+
+def check_pen(folder: Path, pen: str) -> None:
+    """Raises PenLost where somebody else took the pen."""
+    if read_json(folder / PEN) != {"pen": pen}:
+        raise PenLost(f"other workers have taken up the training in {folder}")
+
+
+def write_down(journal: Path, kind: str, step: int, values: dict[str, float]) -> int:
+    """Appends what was measured at a step to a run's journal, as far as the disk takes it; gives its time stamp, in ms."""
+    stamp = int(time.time() * 1000)
+    # the training itself meets the full disk; what was measured is in memory still
+    with suppress(OSError), journal.open("a") as file:
+        file.write(json.dumps([kind, step, values, stamp]) + "\n")
+    return stamp
+
+
+def read_journal(journal: Path) -> list[tuple[str, int, dict[str, float], int]]:
+    """Reads (kind, step, values, time stamp) of what a run measured; a line that was cut short is cut off."""
+    if not journal.is_file():
+        return []
+    text = journal.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        os.truncate(journal, len(whole.encode()))
+    return [(kind, step, values, stamp) for kind, step, values, stamp in map(json.loads, whole.splitlines())]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

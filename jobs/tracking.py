@@ -26,12 +26,15 @@ from mlflow.types import Schema, TensorSpec
 
 from deepskip import figures
 from deepskip.inference import Segmenter
+from jobs.runs import read_journal
 from jobs.settings import flatten
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 RETRY_SECONDS = 5.0
 LAST_FLUSH_SECONDS = 20.0
+# MLflow takes no more in one request
+MOST_METRICS = 1000
 
 
 class TrackingUnreachable(RuntimeError):
@@ -48,12 +51,20 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
     # migrations and retries are logged at length; what goes wrong is raised
     for logger in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    # what it logs here it raises too
+    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
-    try:
-        if run_id is not None:
+    if run_id is not None:
+        try:
             client.update_run(run_id, status="RUNNING")
             return run_id
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                # the run is there; what is measured waits for the server
+                print(f"warning: MLflow at {uri} does not answer, the training goes on: {in_short(error)}", flush=True)
+                return run_id
+    try:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             # mlflow's default for sqlite is ./mlruns of whatever folder a program runs in
@@ -68,11 +79,15 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
         return run.info.run_id
     # requests, sqlalchemy and mlflow each have their own errors for this
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise TrackingUnreachable(
-            f"MLflow at {uri} cannot be used: {reason}. Start that server, or set run.tracking_uri or MLFLOW_TRACKING_URI "
-            "to another, or leave both out for sqlite."
+            f"MLflow at {uri} cannot be used: {in_short(error)}. Start that server, or set run.tracking_uri or "
+            "MLFLOW_TRACKING_URI to another, or leave both out for sqlite."
         ) from error
+
+
+def in_short(error: Exception) -> str:
+    """Puts an error on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 @contextmanager
@@ -91,30 +106,35 @@ def system_metrics(run_id: str) -> Iterator[None]:
 class Tracker:
     """Sends events to the run in order; what a server does not take is kept and sent again.
 
-    history: (step, value) pairs of every metric that came by.
+    It begins with the journal of earlier parts of the training: what one part could not send the next one does. A metric that
+    arrives twice has the same time stamp, by which MLflow knows it.
+    history: (step, value) pairs of every metric of the run.
     """
 
-    def __init__(self, uri: str, run_id: str, ignore_index: int) -> None:
+    def __init__(self, uri: str, run_id: str, ignore_index: int, journal: Path) -> None:
         self.client, self.run_id, self.ignore_index = mlflow.MlflowClient(uri), run_id, ignore_index
         self.waiting: deque[tuple[str, int, Any]] = deque()
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.last_step: dict[str, int] = {}
         self.next_try = 0.0
+        for kind, step, values, stamp in read_journal(journal):
+            self.take(kind, step, values, stamp)
 
-    def take(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Takes one event of the trainer: "train" or "validation" metrics, or a "panel"."""
+    def take(self, kind: str, step: int, values: dict[str, Any], stamp: int) -> None:
+        """Takes one event of the trainer, "train" or "validation" metrics or a "panel", and when it was, in ms."""
         # a restarted training comes past some steps again
         if step <= self.last_step.get(kind, -1):
             return
         self.last_step[kind] = step
         if kind == "panel":
-            self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
+            if values["images"]:
+                self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
             return
         prefix = "val" if kind == "validation" else kind
         metrics = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
         for name, value in metrics.items():
             self.history.setdefault(name, []).append((step, value))
-        self.waiting.append(("metrics", step, (metrics, int(time.time() * 1000))))
+        self.waiting.append(("metrics", step, [Metric(name, value, stamp, step) for name, value in metrics.items()]))
 
     def send(self) -> str | None:
         """Sends what waits, unless the server was away a moment ago; gives what went wrong, or None."""
@@ -122,20 +142,32 @@ class Tracker:
             return None
         while self.waiting:
             kind, step, value = self.waiting[0]
+            count = 1
             try:
                 if kind == "panel":
                     self.client.log_figure(self.run_id, value, f"panels/step-{step:08d}.png")
                 elif kind == "file":
                     self.client.log_artifact(self.run_id, str(value))
                 else:
-                    metrics, stamp = value
-                    self.client.log_batch(self.run_id, [Metric(k, v, stamp, step) for k, v in metrics.items()])
+                    metrics, count = self._next_metrics()
+                    self.client.log_batch(self.run_id, metrics)
             # whatever it is, the training goes on and the event stays first in the line
             except Exception as error:
                 self.next_try = time.monotonic() + RETRY_SECONDS
-                return " ".join(str(error).split())[:200]
-            self.waiting.popleft()
+                return in_short(error)
+            for _ in range(count):
+                self.waiting.popleft()
         return None
+
+    def _next_metrics(self) -> tuple[list[Metric], int]:
+        """Gives as many metrics from the head of the line as one request may have, and how many events they are."""
+        metrics: list[Metric] = []
+        count = 0
+        for kind, _, value in self.waiting:
+            if kind != "metrics" or (metrics and len(metrics) + len(value) > MOST_METRICS):
+                break
+            metrics, count = metrics + value, count + 1
+        return metrics, count
 
     def take_file(self, path: Path) -> None:
         """Takes a file to keep beside the metrics."""
@@ -160,7 +192,7 @@ class Tracker:
                 self.client.log_figure(self.run_id, figures.curves(self.history), "curves.png")
             self.client.set_terminated(self.run_id, status)
         except Exception as error:
-            return " ".join(str(error).split())[:200]
+            return in_short(error)
         return None
 
 

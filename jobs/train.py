@@ -6,39 +6,24 @@ a Ray of its own.
 
 import math
 import os
-import shlex
 import signal
 import sys
 import threading
-import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# these must be in the environment before ray is imported; ray train looks after its workers once in this interval, and its
-# default of 2 s makes reports and recovery slow
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
+from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
 from data_shards import storage
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.config import Config
-from jobs import runs
+from jobs import report, runs
 from jobs.settings import parse, stop
 
 POLL_SECONDS = 0.5
 # longest side of the pictures in a panel, pixels
 PANEL_SIDE = 512
-METRICS = {
-    "iou": "IoU",
-    "dice": "Dice",
-    "pixel_accuracy": "pixel accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "object_recall": "object recall",
-    "false_alarms_per_image": "false alarms per image",
-}
 
 
 def check(argv: list[str]) -> None:
@@ -83,7 +68,16 @@ def cache_of(config: Config) -> storage.Cache:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains; the exit status is 0 when the training is done and its summary is written."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run_job(sys.argv[1:] if argv is None else argv)
+    except OSError as error:
+        if text := runs.disk_full(error):
+            stop(text)
+        raise
+
+
+def run_job(argv: list[str]) -> None:
+    """Trains, with the arguments of the command line."""
     config, stem = parse("train", argv)
     folder = absolute(config.run.storage, "run.storage")
     config.data.path = config.data.path.removeprefix("file://")
@@ -100,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         run = runs.claim(folder, config.run.name, stem, settings)
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
-        print_table(runs.read_json(error.folder / runs.SUMMARY))
+        report.print_table(runs.read_json(error.folder / runs.SUMMARY))
+        send_late(error.folder, config)
         return
     except runs.RunError as error:
         stop(str(error))
@@ -116,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         stop(str(error))
     runs.record(run, settings, run_id)
     validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
-    tracker = tracking.Tracker(uri, run_id, validation.ignore_index)
+    tracker = tracking.Tracker(uri, run_id, validation.ignore_index, run.folder / runs.JOURNAL)
     status = "FAILED"
     try:
         with tracking.system_metrics(run_id):
@@ -129,49 +124,88 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         if fault := tracker.finish(status):
-            print(f"warning: MLflow at {uri} did not take everything: {fault}", flush=True)
+            print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
+            with suppress(OSError):
+                runs.write_json(run.folder / runs.UNSENT, {"status": status})
     log_model(run, run_id)
     runs.write_json(run.folder / runs.SUMMARY, without_nan(summary))
-    print_table(summary)
-    print_next_steps(config, run, uri, argv)
+    report.print_table(summary)
+    report.print_next_steps(config, run, uri, argv)
+
+
+def send_late(folder: Path, config: Config) -> None:
+    """Sends what MLflow did not take of a run that is finished, its status above all."""
+    from jobs import tracking
+
+    unsent = runs.read_json(folder / runs.UNSENT)
+    if not unsent:
+        return
+    uri = tracking.tracking_uri(folder.parent, config.run.tracking_uri)
+    run_id = runs.read_json(folder / runs.RECORD)["mlflow_run_id"]
+    validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
+    fault = tracking.Tracker(uri, run_id, validation.ignore_index, folder / runs.JOURNAL).finish(unsent["status"])
+    if fault:
+        print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
+        return
+    (folder / runs.UNSENT).unlink()
+    print(f"MLflow at {uri} has now what it did not take before")
 
 
 def absolute(path: str, key: str) -> Path:
     """Makes a path absolute; ends the program where it is relative to a folder that Ray will remove."""
+    if storage.is_remote(path):
+        stop(
+            f"{key} is {path}: a job keeps its lock, its record and its tracking database beside the checkpoints, and needs a "
+            "file system for them; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
+        )
     if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
         stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
     return Path(path).absolute()
 
 
+def prepare_environment(collective_timeout: float) -> None:
+    """Sets what Ray reads when it is imported; what is set already stays."""
+    settings = DRIVER_SETTINGS | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{collective_timeout:g}"}
+    if not os.environ.get("RAY_ADDRESS"):
+        settings |= LOOPBACK_ONLY
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, Any]:
     """Runs the training on Ray and passes on what it says while it goes; gives the trainer's summary."""
+    asked = config.cluster
+    prepare_environment(asked.collective_timeout)
+
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
-    scaling = resources(config)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    from jobs import scaling
+
+    ray.init(log_to_driver=False, logging_level="ERROR", **scaling.own_ray())
+    given = scaling.resources(asked)
+    mailbox = ray.remote(Mailbox).options(**scaling.beside_driver()).remote(run.folder / runs.JOURNAL)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "run": str(run.folder), "run_id": run_id, "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=scaling["workers"],
-            use_gpu=scaling["gpu"],
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if scaling["gpu"] else {}),
-        ),
+        scaling_config=scaling.scaling_config(asked, given),
+        torch_config=scaling.ProcessGroup(timeout_s=asked.collective_timeout),
         run_config=RunConfig(
             name="ray",
             storage_path=str(run.folder),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            # how often is for the driver to say, which sees whether the training came further
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[scaling.Failures(mailbox)],
         ),
     )
     result: dict[str, Any] = {}
     bad_samples = runs.BadSamples(run.folder)
+    watch = scaling.Watch(asked, config.run.checkpoint_every)
     done = threading.Event()
 
     def deliver() -> None:
-        for kind, step, values in ray.get(mailbox.drain.remote()):
+        for kind, step, values, stamp in ray.get(mailbox.drain.remote()):
             if kind in ("summary", "fatal"):
                 result[kind] = values
             elif kind == "warning":
@@ -179,21 +213,40 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             elif kind == "bad_sample":
                 if bad_samples.add(values):
                     print(f"warning: left out {values['key']} of {values['shard']}: {values['reason']}", flush=True)
+            elif kind == "failure":
+                watch.failed(values["text"])
+                if "fatal" not in result:
+                    print(f"warning: the workers stopped: {values['text']}", flush=True)
+            elif kind == "start":
+                watch.started(step)
+                if watch.starts > 1:
+                    workers = f"{values['workers']} worker{'s' * (values['workers'] > 1)}"
+                    print(f"going on after step {step} with {workers}", flush=True)
             else:
                 if kind == "train":
-                    print(progress_line(step, config.optim.steps, values), flush=True)
-                tracker.take(kind, step, values)
+                    watch.came_to(step)
+                    print(report.progress_line(step, config.optim.steps, values), flush=True)
+                tracker.take(kind, step, values, stamp)
         tracker.send()
 
     def follow() -> None:
+        # once in POLL_SECONDS, or slower where the tracking server is
         while not done.wait(POLL_SECONDS):
-            deliver()
+            try:
+                deliver()
+            except Exception as error:
+                # with nobody to listen the training would go on unseen
+                result["fatal"] = {"text": f"what the workers said could not be passed on: {error!r}"}
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if given.fewest < given.most:
+                scaling.look_at_machines()
+            if "fatal" not in result and (reason := watch.reason_to_give_up()):
+                result["fatal"] = {"text": reason}
+                # only the main thread can leave trainer.fit
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    print(
-        f"training {run.name} on {scaling['workers']} {'GPU' if scaling['gpu'] else 'CPU'} "
-        f"worker{'s' * (scaling['workers'] > 1)}, {config.optim.steps} steps",
-        flush=True,
-    )
+    print(f"training {run.name} on {given}, {config.optim.steps} steps", flush=True)
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
     try:
@@ -203,10 +256,15 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
         follower.join()
         deliver()
         if "fatal" not in result:
-            stop(f"the training failed {config.cluster.max_failures + 1} times; the last time:\n{error}")
+            stop(f"the training failed:\n{error}")
+    except SystemExit:
+        if "fatal" not in result:
+            raise
     finally:
         done.set()
         follower.join(timeout=5)
+    if "fatal" in result:
+        stop(result["fatal"]["text"])
     deliver()
     if len(bad_samples):
         tracker.take_file(bad_samples.path)
@@ -216,56 +274,24 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     return result["summary"] | {"bad_samples": len(bad_samples)}
 
 
-def own_ray() -> dict[str, Any]:
-    """Gives what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback."""
-    if os.environ.get("RAY_ADDRESS"):
-        return {}
-    # a head without authentication mode writes a token into the home that every later head then asks for
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-
-
-def resources(config: Config) -> dict[str, Any]:
-    """Decides workers and GPUs, and waits for the cluster to have them; ends the program after cluster.wait_seconds."""
-    import ray
-
-    asked = config.cluster
-    deadline = time.monotonic() + asked.wait_seconds
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        gpu = asked.gpu if asked.gpu is not None else gpus > 0
-        workers = asked.workers or (int(gpus) if gpu else max(1, min(2, int(cpus // asked.cpus_per_worker))))
-        # a worker does not span machines
-        fitting = sum(
-            int(min(node.get("CPU", 0) // asked.cpus_per_worker, node.get("GPU", 0) if gpu else math.inf))
-            for node in nodes
-        )
-        if workers and fitting >= workers:
-            return {"workers": workers, "gpu": gpu}
-        if time.monotonic() > deadline:
-            need = f"{asked.cpus_per_worker:g} CPU{' and 1 GPU' if gpu else ''}"
-            stop(
-                f"cluster.workers is {workers or 'one a GPU'}, each with {need}, but the cluster has {cpus:g} CPUs and "
-                f"{gpus:g} GPUs on {len(nodes)} machines, room for {fitting}; waited {asked.wait_seconds:g} s. "
-                "Ask for fewer, or add machines."
-            )
-        time.sleep(0.5)
-
-
 class Mailbox:
-    """Takes events from workers and hands them out; outlives the workers that put them in."""
+    """Takes events from workers and hands them out; outlives the workers that put them in.
 
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int, dict[str, Any]]] = []
+    What was measured is in the journal before the worker hears that it was taken, so a driver may be killed at any time.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self.events: list[tuple[str, int, dict[str, Any], int]] = []
         self.fatal = False
 
     def put(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Takes one event."""
         self.fatal = self.fatal or kind == "fatal"
-        self.events.append((kind, step, values))
+        stamp = runs.write_down(self.journal, kind, step, values) if kind in ("train", "validation") else 0
+        self.events.append((kind, step, values, stamp))
 
-    def drain(self) -> list[tuple[str, int, dict[str, Any]]]:
+    def drain(self) -> list[tuple[str, int, dict[str, Any], int]]:
         """Hands out all events since the last call."""
         events, self.events = self.events, []
         return events
@@ -284,21 +310,28 @@ def train_worker(settings: dict[str, Any]) -> None:
     from data_shards.sample import BadSample
     from data_shards.scan import BrokenShard
     from data_shards.stream import Crops, Shards, train_batches, whole_images
-    from deepskip import trainer
+    from deepskip import checkpoint, trainer
+    from jobs import preemption
 
     mailbox = settings["mailbox"]
     # the fault is told already; starting over would only meet it again
     if ray.get(mailbox.is_fatal.remote()):
         return
     config: Config = settings["config"]
+    preemption.listen()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
+    folder = Path(settings["run"])
+    pen = runs.take_pen(folder) if rank == 0 else ""
+
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
+        runs.check_pen(folder, pen)
         if kind == "panel":
             values = {"images": [for_panel(item) for item in values["images"]]}
-        mailbox.put.remote(kind, step, values)
+        # workers that nobody hears any more get no further
+        ray.get(mailbox.put.remote(kind, step, values), timeout=config.cluster.collective_timeout)
 
     try:
         data = config.data
@@ -312,6 +345,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             loader_workers = 4 if device.type == "cuda" else 0
 
         def train_stream(step: int) -> Any:
+            if rank == 0:
+                mailbox.put.remote("start", step, {"workers": world_size})
             stream = train_batches(
                 train_shards,
                 config.run.seed,
@@ -333,7 +368,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         summary = trainer.train(
             config,
             data_info(train_shards.index),
-            run=Path(settings["run"]),
+            run=folder,
             train_batches=train_stream,
             validation_images=lambda: whole_images(
                 validation_shards, rank, world_size, lambda report: skipped("val", report)
@@ -343,7 +378,13 @@ def train_worker(settings: dict[str, Any]) -> None:
             device=device,
             observe=observe,
             mlflow_run_id=settings["run_id"],
+            stop_requested=preemption.requested,
         )
+    except trainer.Preempted as error:
+        # ray starts the workers again, which go on from that checkpoint
+        if rank == 0:
+            ray.get(mailbox.put.remote("warning", error.step, {"text": str(error)}))
+        raise
     except (
         BadSample,
         BrokenShard,
@@ -351,8 +392,14 @@ def train_worker(settings: dict[str, Any]) -> None:
         BrokenIndex,
         storage.StorageError,
         trainer.NonFiniteLoss,
+        checkpoint.CheckpointNotWritten,
+        checkpoint.CheckpointTooNew,
     ) as error:
         ray.get(mailbox.put.remote("fatal", 0, {"text": str(error)}))
+        raise
+    except Exception as error:
+        if text := runs.disk_full(error):
+            ray.get(mailbox.put.remote("fatal", 0, {"text": text}))
         raise
     if rank == 0:
         ray.get(mailbox.put.remote("summary", 0, summary))
@@ -380,17 +427,6 @@ def for_panel(item: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """Makes the progress line; `jobs.submit` keeps lines that begin with "step " in one place."""
-    minutes, seconds = divmod(round(values["seconds_left"]), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  Dice {values['dice']:.3f}  "
-        f"{values['images_per_second']:.1f} images/s  {left} left"
-    )
-
-
 def log_model(run: runs.Run, run_id: str) -> None:
     """Logs the best checkpoint's model to MLflow; a server that is away costs a warning, not the training."""
     from deepskip.inference import load
@@ -408,42 +444,6 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """Prints the metrics of a finished training."""
-    values = summary["val"]
-    width = max(len(name) for name in METRICS.values())
-    print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps")
-    for key, name in METRICS.items():
-        value = values[key]
-        # a ratio of nothing to nothing, as precision is where nothing was predicted
-        undefined = value is None or math.isnan(value)
-        print(f"  {name:<{width}}  {'undefined' if undefined else f'{value:.4f}'}")
-    print(f"  {'parameters':<{width}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
-    print(f"  {'images/s':<{width}}  {summary['images_per_second']:.1f}")
-    print(f"  {'seconds':<{width}}  {summary['seconds']:.0f}\n")
-
-
-def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -> None:
-    """Says how to look at the run, train it further, and use it."""
-    python = shlex.quote(shown(Path(sys.executable)))
-    folder = shlex.quote(shown(run.folder))
-    again = shlex.join([*argv, "--run.name", run.name, "--optim.steps", str(2 * config.optim.steps)])
-    if uri.startswith("sqlite:"):
-        print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
-    else:
-        print(f"MLflow page:  {uri}")
-    print(
-        f"resume:       the same command goes on where a training was cut off; further: {python} -m jobs.submit train {again}"
-    )
-    print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
-
-
-def shown(path: Path) -> str:
-    """Gives a path as short as it can be typed here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The whole network, training and inference, beside its plain form and other people's; `make bench` runs it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,13 @@ def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
         made["smp U-Net, ResNet-18"] = (smp.Unet("resnet18", encoder_weights=None), "auto", last)
     except ImportError:
         pass
+    if DEVICE.type == "cuda":
+        # every network by its fastest public setting: CUDA graphs, and what a search of kernels finds
+        for name in ("deepskip", "plain, channels last", "MONAI BasicUNet"):
+            if name in made:
+                network, kind, form = made[name]
+                compiled = torch.compile(copy.deepcopy(network), mode="max-autotune")
+                made[f"{name}, max-autotune"] = (compiled, kind, form)  # type: ignore[assignment]
     return made
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import math
 import os
+import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
-from deepskip import checkpoint
+from deepskip import checkpoint, ranks
 from deepskip.config import Config, OptimConfig
-from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, learning_rate, train
+from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, learning_rate, train
 
 DATA = DataInfo(2, 1, 255, [0.0, 0.0], [1.0, 1.0], {"bands": None, "longest_side": None})
 
@@ -59,23 +62,78 @@ def images(rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
 
 
 def losses(
-    run: Path, settings: Config, stop_at: int | None = None, **distributed: int
+    run: Path | str,
+    settings: Config,
+    stop_at: int | None = None,
+    stop_requested: Callable[[], bool] | None = None,
+    validations: dict[int, float] | None = None,
+    **distributed: int,
 ) -> tuple[dict[int, float], dict[str, Any]]:
     seen: dict[int, float] = {}
 
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
         if kind == "train":
             seen[step] = values["loss"]
-            if step == stop_at:
+        elif kind == "validation" and validations is not None:
+            validations[step] = values["loss"]
+
+    def share(step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(step, **distributed), step):
+            # killed before it begins the step after
+            if number == stop_at:
                 raise KeyboardInterrupt
+            yield batch
 
     summary: dict[str, Any] = {}
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, Preempted):
         summary = train(
-            settings, DATA, run=run, train_batches=lambda step: batches(step, **distributed),
-            validation_images=lambda: images(**distributed), observe=observe, **distributed,
+            settings, DATA, run=run, train_batches=share, validation_images=lambda: images(**distributed),
+            observe=observe, stop_requested=stop_requested, **distributed,
         )  # fmt: skip
     return seen, summary
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    states = [checkpoint.newest(run)[0] for run in (one, other)]
+    assert states[0] is not None
+    assert states[1] is not None
+    left, right = (flat(state) for state in states)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, right[name]), name
+        elif name != "/seconds":
+            # nan is nan
+            assert value == right[name] or (value != value and right[name] != right[name]), name
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: item for part in value for key, item in flat(value[part], f"{name}/{part}").items()}
+
+
+def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_it, modes = torch.compile, []
+
+    def traced(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        modes.append(mode)
+        # inductor needs a compiler for c++, which not every machine has
+        return compile_it(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    plain, _ = losses(tmp_path / "plain", config())
+    settings = config()
+    settings.run.compile = "max-autotune"
+    compiled, _ = losses(tmp_path / "compiled", settings)
+    assert modes == ["max-autotune"]
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    states = [checkpoint.newest(tmp_path / name)[0] for name in ("plain", "compiled")]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert list(states[0]["model"]) == list(states[1]["model"])
 
 
 def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
@@ -98,20 +156,82 @@ def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
     np.testing.assert_allclose([learning_rate(optim, step) for step in range(50)], expected, rtol=1e-6)
 
 
-def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    unbroken, summary = losses(tmp_path / "unbroken", config())
-    first, _ = losses(tmp_path / "broken", config(), stop_at=5)
-    second, resumed = losses(tmp_path / "broken", config())
-    # the observer stopped it before checkpoint 5 was written
-    assert (list(first), list(second)) == ([1, 2, 3, 4, 5], [5, 6])
-    assert first | second == unbroken
-    assert resumed["val"] == pytest.approx(summary["val"], rel=0, abs=0, nan_ok=True)
-    one, other = (checkpoint.newest(tmp_path / name)[0] for name in ("unbroken", "broken"))
-    assert one is not None
-    assert other is not None
-    for part in ("model", "ema"):
-        for name, tensor in one[part].items():
-            assert torch.equal(tensor, other[part][name]), (part, name)
+@pytest.mark.parametrize(("optimizer", "ema_decay"), [("muon", 0.3), ("adamw", 0.0)])
+def test_killed_twice_it_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, ema_decay: float) -> None:
+    settings = config(steps=8)
+    settings.optim.optimizer, settings.optim.ema_decay = optimizer, ema_decay
+    settings.run.checkpoint_every, settings.run.patience = 2, 5
+    unbroken, summary = losses(tmp_path / "unbroken", settings)
+    parts = [losses(tmp_path / "broken", settings, stop_at=stop_at) for stop_at in (3, 7, None)]
+    # a step after the last checkpoint is done again
+    assert [list(seen) for seen, _ in parts] == [[1, 2, 3], [3, 4, 5, 6, 7], [7, 8]]
+    for seen, _ in parts:
+        assert seen == {step: unbroken[step] for step in seen}
+    assert parts[2][1]["val"] == pytest.approx(summary["val"], rel=0, abs=0, nan_ok=True)
+    assert_same_state(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_out_of_patience(tmp_path: Path) -> None:
+    settings = config(steps=20)
+    # weights that stay give an IoU that stays
+    settings.optim.learning_rate, settings.optim.ema_decay, settings.model.norm = 0.0, 0.0, "group"
+    settings.run.patience, settings.run.validate_every, settings.run.checkpoint_every = 3, 2, 100
+    _, summary = losses(tmp_path / "unbroken", settings)
+    assert (summary["stopped_early"], summary["steps"], summary["val"]["step"]) == (True, 8, 2)
+    state, _ = checkpoint.newest(tmp_path / "unbroken")
+    assert state is not None
+    assert (state["step"], state["stale"]) == (8, 3)
+    # what was waited for so far is not forgotten, and a training that is over stays over
+    settings.run.checkpoint_every = 1
+    losses(tmp_path / "broken", settings, stop_at=5)
+    seen, resumed = losses(tmp_path / "broken", settings)
+    assert (list(seen), resumed["steps"], resumed["stopped_early"]) == ([6, 7, 8], 8, True)
+    seen, again = losses(tmp_path / "broken", settings)
+    assert (seen, again["val"]["step"], again["steps"], again["stopped_early"]) == ({}, 2, 8, True)
+    settings.run.patience = 0
+    assert losses(tmp_path / "broken", settings)[1]["stopped_early"] is False
+
+
+def test_stopped_on_request_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    settings = config()
+    settings.run.checkpoint_every = 100
+    unbroken, _ = losses(tmp_path / "unbroken", settings)
+    asked = iter([False, False, False, True])
+    with pytest.raises(Preempted, match="after step 4") as stopped:
+        train(
+            settings, DATA, run=tmp_path / "broken", train_batches=batches, validation_images=images,
+            stop_requested=lambda: next(asked),
+        )  # fmt: skip
+    assert stopped.value.step == 4
+    state, _ = checkpoint.newest(tmp_path / "broken")
+    assert state is not None
+    assert state["step"] == 4
+    # asked at its last step, a training ends as ever
+    asked = iter([False, True])
+    seen, summary = losses(tmp_path / "broken", settings, stop_requested=lambda: next(asked))
+    assert seen == {step: unbroken[step] for step in (5, 6)}
+    assert summary["steps"] == 6
+    assert_same_state(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_a_full_disk_ends_the_training_with_the_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config()
+    saved = checkpoint.save
+
+    def full_from_3(state: checkpoint.State, location: Path) -> None:
+        if state["step"] >= 3:
+            raise OSError(28, "No space left on device")
+        saved(state, location)
+
+    monkeypatch.setattr(checkpoint, "save", full_from_3)
+    with pytest.raises(checkpoint.CheckpointNotWritten, match=r"step-00000002\.pt, which is whole"):
+        losses(tmp_path, settings)
+    monkeypatch.undo()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    seen, _ = losses(tmp_path, settings)
+    assert list(seen) == [3, 4, 5, 6]
 
 
 def test_summary_and_best_checkpoint(tmp_path: Path) -> None:
@@ -142,25 +262,102 @@ def test_non_finite_loss_names_step_and_samples(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
-def one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+def test_weights_that_break_after_a_finite_loss_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    settings.run.checkpoint_every, settings.run.log_every, settings.run.validate_every = 2, 2, 2
+    clip, calls = nn.utils.clip_grad_norm_, []
+
+    def overflow_in_step_4(parameters: Any, norm: float) -> None:
+        parameters = list(parameters)
+        clip(parameters, norm)
+        calls.append(None)
+        if len(calls) == 4:
+            parameters[0].grad[0] = torch.inf
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", overflow_in_step_4)
+    with pytest.raises(NonFiniteLoss, match=r"step 4, of loss \d.*, broke the weights; its samples: key300, key301"):
+        train(settings, DATA, run=tmp_path, train_batches=batches, validation_images=images)
+    folder = tmp_path / checkpoint.FOLDER
+    assert {path.name for path in folder.iterdir()} <= {"step-00000002.pt", checkpoint.BEST}
+    for path in folder.iterdir():
+        state = checkpoint.read(path)
+        for part in ("model", "ema"):
+            assert all(torch.isfinite(tensor).all() for tensor in state[part].values())
+
+
+def one_rank(rank: int, world_size: int, port: int, folder: str, work: Callable[[Path, int, int], Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    seen, summary = losses(Path(folder), config(norm="group"), rank=rank, world_size=world_size)
-    if rank == 0:
-        torch.save((seen, summary["val"]), Path(folder) / "result.pt")
+    result = work(Path(folder), rank, world_size)
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
     # gloo's threads now and then abort an interpreter that shuts down, when all is done
     os._exit(0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_same_training_on_several_workers(world_size: int, tmp_path: Path) -> None:
+def on_ranks(world_size: int, folder: Path, work: Callable[[Path, int, int], Any]) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_rank, (world_size, port, str(tmp_path)), nprocs=world_size)
-    seen, validation = torch.load(tmp_path / "result.pt")
+    mp.spawn(one_rank, (world_size, port, str(folder), work), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def two_more_steps(folder: Path, rank: int, world_size: int) -> Any:
+    return losses(folder, config(norm="group"), stop_at=2 * world_size, rank=rank, world_size=world_size)
+
+
+def test_the_same_training_on_one_then_two_then_three_workers(tmp_path: Path) -> None:
     alone, summary = losses(tmp_path / "alone", config(norm="group"))
+    seen, _ = losses(tmp_path / "run", config(norm="group"), stop_at=2)
+    for world_size in (2, 3):
+        (more, last), *others = on_ranks(world_size, tmp_path / "run", two_more_steps)
+        assert (list(more), [losses for losses, _ in others]) == (
+            [2 * world_size - 1, 2 * world_size],
+            [{}] * len(others),
+        )
+        seen |= more
     assert list(seen) == list(alone)
     np.testing.assert_allclose(list(seen.values()), list(alone.values()), rtol=1e-4)
-    assert validation == pytest.approx(summary["val"], rel=1e-3, nan_ok=True)
+    assert last["val"] == pytest.approx(summary["val"], rel=1e-3, nan_ok=True)
+
+
+def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+
+    def send() -> bool:
+        # to one rank of the two, in its third step
+        calls.append(None)
+        if len(calls) == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked.is_set()
+
+    calls: list[None] = []
+    settings = config(steps=8)
+    settings.run.validate_every, settings.run.checkpoint_every, settings.optim.ema_decay = 2, 100, 0.9
+    measured: tuple[dict[int, float], dict[int, float]] = ({}, {})
+
+    def part(name: str, validations: dict[int, float], stop: Callable[[], bool] | None = None) -> Any:
+        return losses(
+            folder / name, settings, stop_requested=stop, validations=validations, rank=rank, world_size=world_size
+        )
+
+    unbroken, first = part("unbroken", measured[0]), part("broken", measured[1], send)
+    state, _ = checkpoint.newest(folder / "broken")
+    assert state is not None
+    return unbroken, first, state["step"], part("broken", measured[1]), measured
+
+
+def test_sigterm_to_one_of_two_workers(tmp_path: Path) -> None:
+    # batch norm: the running statistics of the ranks differ, and validation must not depend on whose they are
+    results = on_ranks(2, tmp_path, preempted_by_a_signal)
+    for _, first, step, _, _ in results:
+        assert (step, first[1]) == (3 + ranks.VOTE_STEPS, {})
+    unbroken, first, _, second, (expected, found) = results[0]
+    assert (list(first[0]), list(second[0])) == ([1, 2, 3, 4, 5], [6, 7, 8])
+    assert first[0] | second[0] == unbroken[0]
+    assert list(found) == [2, 4, 6, 8]
+    assert found == expected
+    assert_same_state(tmp_path / "unbroken", tmp_path / "broken")

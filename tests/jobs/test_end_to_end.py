@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,21 +206,46 @@ def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) ->
     assert "bad_samples.jsonl" in [file.path for file in client.list_artifacts(summary["mlflow_run_id"])]
 
 
-def test_stopped_by_a_signal_nothing_stays_and_the_run_says_killed(home: Path) -> None:
+def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Path) -> None:
     line, options = command(home, "jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, **options)
     assert process.stdout is not None
     for text in process.stdout:
         if text.startswith("step "):
             break
+    processes = processes_of(home)
+    names = " ".join(" ".join(each.cmdline()) for each in processes)
+    assert all(part in names for part in ("gcs_server", "raylet", "dashboard", "RayTrainWorker", "jobs.submit"))
+    doors = {
+        (door.laddr.ip.removeprefix("::ffff:"), door.laddr.port)
+        for each in processes
+        for door in each.net_connections("inet")
+        if door.status == psutil.CONN_LISTEN or (door.type == socket.SOCK_DGRAM and not door.raddr)
+    }
+    # the head, its dashboard, raylet and agents, the store where ranks find each other
+    assert len(doors) >= 8
+    assert {address for address, _ in doors} <= {"127.0.0.1", "::1"}
+    # the token is in no file
+    token = next(each.environ()["RAY_AUTH_TOKEN"] for each in processes if "gcs_server" in each.name())
+    head = Path(next(each.environ()[MARK] for each in processes if MARK in each.environ()))
+    for file in (*home.rglob("*"), *head.rglob("*")):
+        if file.is_file() and file.stat().st_size < 1e6:
+            assert token.encode() not in file.read_bytes(), file
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=100) == 128 + signal.SIGTERM
     run_id = json.loads((home / "runs" / "stopped" / "run.json").read_text())["mlflow_run_id"]
     assert mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}").get_run(run_id).info.status == "KILLED"
-    left = []
-    for other in psutil.process_iter():
+    assert not processes_of(home)
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Finds what was started for the user of this home."""
+    found = []
+    for process in psutil.process_iter():
         try:
-            left += [other] if MARK in (variables := other.environ()) and variables.get("HOME") == str(home) else []
+            if process.environ().get("HOME") == str(home):
+                process.net_connections("inet")
+                found.append(process)
         except (psutil.Error, OSError):
             continue
-    assert not left
+    return found

@@ -1,0 +1,53 @@
+"""Validation: the network's loss and metrics on whole images, added up over all ranks."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepskip.inference import normalize, predict_logits, to_labels
+from deepskip.loss import BCEDiceLoss
+from deepskip.metrics import SegmentationMetrics
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module,
+    loss_of: BCEDiceLoss,
+    num_classes: int,
+    ignore_index: int,
+    images: Iterable[dict[str, Any]],
+    device: torch.device,
+    panels: int = 0,
+) -> tuple[dict[str, Any], list[dict[str, Tensor | str]]]:
+    """Measures the network on whole images and returns the metrics (over all ranks) and this rank's first `panels` images.
+
+    "loss" and "soft_dice" are of the whole split, from sums over it (eq. 5). "images" is the number of images.
+    """
+    network.eval()
+    metrics = SegmentationMetrics(num_classes, ignore_index, device)
+    sums = torch.zeros(2 + 3 * num_classes, dtype=torch.float64, device=device)
+    panel: list[dict[str, Tensor | str]] = []
+    count = torch.zeros((), device=device)
+    for batch in images:
+        image = normalize(*(batch[name].to(device) for name in ("image", "mean", "std")))
+        mask = batch["mask"].to(device).long()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
+        labels = to_labels(logits)
+        sums += loss_of.sums(logits, mask).double()
+        metrics.update(labels[0], mask[0])
+        count += 1
+        if len(panel) < panels:
+            shown = {name: batch[name][0] for name in ("image", "mask", "key")}
+            panel.append(shown | {"labels": labels[0].cpu()})
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+        dist.all_reduce(count)
+    if count == 0:
+        raise ValueError("the validation split is empty")
+    parts = loss_of.from_sums(sums)
+    result = metrics.compute()
+    return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": int(count)}, panel

@@ -1,0 +1,1 @@
+"""What a training costs around its network, measured."""

@@ -1,0 +1,100 @@
+"""python -m jobs.bench: what Ray Train and the trainer cost a step, beside a bare loop under torchrun, on the built-in coins.
+
+Both run in turns, so that what else the machine does meets both. A step's time is the median over windows of log_every steps;
+the first windows, where memory is found, do not count. What the trainer does between steps (validation, checkpoints) is not
+in it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data_shards.__main__ import pack_coins
+from jobs.runs import JOURNAL, read_journal
+
+RESULTS = Path(__file__).parent / "results"
+WINDOW, LEFT_OUT = 5, 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures and writes results/NAME.json and .md."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=3, help="how often each is run")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--name", default=f"{os.cpu_count()}-cores")
+    arguments = parser.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        pack_coins(home / "data")
+        for workers in arguments.workers:
+            pairs = []
+            for pair in range(arguments.pairs):
+                settings = {
+                    "data.path": home / "data",
+                    "optim.steps": arguments.steps,
+                    "run.log_every": WINDOW,
+                    "run.validate_every": arguments.steps,
+                    "run.storage": home / "runs",
+                    "run.name": f"{workers}-{pair}",
+                    "cluster.workers": workers,
+                }
+                options = [f"--{key}={value}" for key, value in settings.items()]
+                pairs.append((bare(workers, options), trained(home / "runs" / f"{workers}-{pair}", options)))
+                print(f"{workers} workers: bare {pairs[-1][0]:.4f} s a step, trained {pairs[-1][1]:.4f} s", flush=True)
+            rows.append({"workers": workers, "pairs": pairs})
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    (RESULTS / f"{arguments.name}.md").write_text(table(rows, machine, arguments.steps))
+
+
+def bare(workers: int, options: list[str]) -> float:
+    """Gives the bare loop's seconds a step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
+    command += ["-m", "jobs.bench.bare", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    windows = [statistics.fmean(seconds[start : start + WINDOW]) for start in range(0, len(seconds), WINDOW)]
+    return statistics.median(windows[LEFT_OUT:])
+
+
+def trained(run: Path, options: list[str]) -> float:
+    """Gives the job's seconds a step, from what it logged."""
+    subprocess.run([sys.executable, "-m", "jobs.train", *options], capture_output=True, check=True)
+    speeds = [values["images_per_second"] for kind, _, values, _ in read_journal(run / JOURNAL) if kind == "train"]
+    batch = json.loads((run / "run.json").read_text())["config"]["optim"]["global_batch_size"]
+    return statistics.median(batch / speed for speed in speeds[LEFT_OUT:])
+
+
+def table(rows: list[dict], machine: dict, steps: int) -> str:
+    """Makes the page."""
+    lines = [
+        f"# Ray Train and the trainer beside a bare loop: {machine['cores']} cores, torch {machine['torch']}",
+        "",
+        f"`python -m jobs.bench`: coins, 128x128, global batch 8, {steps} steps, medians; pairs run in turns.",
+        "",
+        "| workers | bare, s a step | trained, s a step | cost of each pair | median |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        costs = [with_ray / alone - 1 for alone, with_ray in row["pairs"]]
+        alone, with_ray = (statistics.median(values) for values in zip(*row["pairs"], strict=True))
+        each = ", ".join(f"{cost:+.1%}" for cost in costs)
+        lines.append(f"| {row['workers']} | {alone:.4f} | {with_ray:.4f} | {each} | {statistics.median(costs):+.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""python -m jobs.bench.scaling: measures here what the model of cluster/scale.py is checked against, as one JSON file.
+
+Processes of one thread each, gloo on loopback: all-reduce by size over 2 to 4 processes, steps of the default network
+(3 x 128 x 128 crops) on 1 and 2 processes, without and with communication, and a checkpoint.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from deepskip import checkpoint
+from deepskip.allocator import keep_freed_memory
+from deepskip.config import OptimConfig
+from deepskip.loss import BCEDiceLoss
+from deepskip.network import DeepSkipUNet
+from deepskip.optimizer import build_optimizer
+
+CROP = 128
+SIZES = (1024, 16384, 262144, 2582660, 8388608)
+STEPS, WARM_UP = 40, 6
+
+
+def seconds_of(call: Callable[[], Any], calls: int, warm_up: int) -> list[float]:
+    """Times calls, seconds each; in a process group the calls of all ranks begin together."""
+    seconds = []
+    for index in range(warm_up + calls):
+        if dist.is_initialized():
+            dist.barrier()
+        began = time.perf_counter()
+        call()
+        if index >= warm_up:
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def time_all_reduce(rank: int, world_size: int, store: str, out: str) -> None:
+    """Times all-reduces of float32 by size; rank 0 writes [[bytes, seconds], ...]."""
+    join(rank, world_size, store)
+    rows = []
+    for size in (32, *SIZES):
+        values = torch.ones(size // 4)
+        rows.append([size, statistics.median(seconds_of(partial(dist.all_reduce, values), 60, 10))])
+    if rank == 0:
+        Path(out).write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def time_steps(rank: int, world_size: int, store: str, out: str, images: int, together: bool) -> None:
+    """Times training steps of `images` a process, with communication (`together`) or each process by itself.
+
+    Rank 0 writes the mean over ranks and steps, the deviation over steps, and the mean of the steps' slowest rank, seconds.
+    """
+    join(rank, world_size, store)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    network = DeepSkipUNet(in_channels=3, num_classes=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(OptimConfig(), network)
+    loss_of = BCEDiceLoss()
+    model = DistributedDataParallel(network) if together else network
+    image = torch.randn(images, 3, CROP, CROP).contiguous(memory_format=torch.channels_last)
+    mask = (torch.rand(images, CROP, CROP) < 0.1).long()
+
+    def step() -> None:
+        logits = model(image)
+        loss = loss_of.parts(logits, mask).loss if together else loss_of.from_sums(loss_of.sums(logits, mask)).loss
+        (loss * world_size).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ranks: list[list[float]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(ranks, seconds_of(step, STEPS, WARM_UP))
+    if rank == 0:
+        mean = statistics.mean(step for seconds in ranks for step in seconds)
+        deviation = statistics.mean(statistics.stdev(seconds) for seconds in ranks)
+        slowest = statistics.mean(max(step) for step in zip(*ranks, strict=True))
+        Path(out).write_text(json.dumps({"mean": mean, "deviation": deviation, "slowest": slowest}))
+    dist.destroy_process_group()
+
+
+def join(rank: int, world_size: int, store: str) -> None:
+    """Joins the process group with one thread."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+def on_processes(worker: Callable[..., None], world_size: int, *arguments: Any) -> Any:
+    """Runs a worker on so many processes and gives what its rank 0 wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        mp.spawn(worker, (world_size, f"{folder}/store", str(out), *arguments), nprocs=world_size)
+        return json.loads(out.read_text())
+
+
+def time_checkpoint() -> tuple[float, int]:
+    """Gives the seconds and the bytes of a whole checkpoint: weights, their moving average, the optimizer's state."""
+    network = DeepSkipUNet(in_channels=3, num_classes=1)
+    optimizer = build_optimizer(OptimConfig(), network)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    weights = network.state_dict()
+    state = {"model": weights, "ema": {k: v.clone() for k, v in weights.items()}, "optimizer": optimizer.state_dict()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.pt"
+        return statistics.median(seconds_of(lambda: checkpoint.save(state, path), 9, 2)), path.stat().st_size
+
+
+def measure() -> dict[str, Any]:
+    """Measures everything."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    seconds, size = time_checkpoint()
+    return {
+        "machine": {
+            "name": names[0].split(":")[1].strip() if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        },
+        "all_reduce": {str(n): on_processes(time_all_reduce, n) for n in (2, 3, 4)},
+        "alone": {str(images): on_processes(time_steps, 1, images, False) for images in (2, 4, 8)},
+        "beside": {str(images): on_processes(time_steps, 2, images, False) for images in (2, 4, 8)},
+        "together": {str(images): on_processes(time_steps, 2, images, True) for images in (2, 4, 8)},
+        "checkpoint": {"seconds": seconds, "bytes": size},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.scaling", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
+    arguments = parser.parse_args(argv)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(measure(), indent=1) + "\n")
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

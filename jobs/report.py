@@ -1,0 +1,69 @@
+"""What a training prints: its progress line, its table, and what to do next."""
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from deepskip.config import Config
+from jobs import runs
+
+METRICS = {
+    "iou": "IoU",
+    "dice": "Dice",
+    "pixel_accuracy": "pixel accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "object_recall": "object recall",
+    "false_alarms_per_image": "false alarms per image",
+}
+
+
+def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
+    """Makes the progress line; `jobs.submit` keeps lines that begin with "step " in one place."""
+    minutes, seconds = divmod(round(values["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return (
+        f"step {step}/{steps}  loss {values['loss']:.4f}  Dice {values['dice']:.3f}  "
+        f"{values['images_per_second']:.1f} images/s  {left} left"
+    )
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Prints the metrics of a finished training."""
+    values = summary["val"]
+    width = max(len(name) for name in METRICS.values())
+    early = f", stopped early after {summary['steps']}" if summary.get("stopped_early") else ""
+    print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps{early}")
+    for key, name in METRICS.items():
+        value = values[key]
+        # a ratio of nothing to nothing, as precision is where nothing was predicted
+        undefined = value is None or math.isnan(value)
+        print(f"  {name:<{width}}  {'undefined' if undefined else f'{value:.4f}'}")
+    print(f"  {'parameters':<{width}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
+    print(f"  {'images/s':<{width}}  {summary['images_per_second']:.1f}")
+    print(f"  {'seconds':<{width}}  {summary['seconds']:.0f}\n")
+
+
+def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -> None:
+    """Says how to look at the run, train it further, and use it."""
+    python = shlex.quote(shown(Path(sys.executable)))
+    folder = shlex.quote(shown(run.folder))
+    again = shlex.join([*argv, "--run.name", run.name, "--optim.steps", str(2 * config.optim.steps)])
+    if uri.startswith("sqlite:"):
+        print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
+    else:
+        print(f"MLflow page:  {uri}")
+    print(
+        f"resume:       the same command goes on where a training was cut off; further: {python} -m jobs.submit train {again}"
+    )
+    print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
+
+
+def shown(path: Path) -> str:
+    """Gives a path as short as it can be typed here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

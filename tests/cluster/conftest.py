@@ -1,0 +1,64 @@
+"""One cluster of test nodes, and one unbroken training, for all tests that need them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_shards.__main__ import pack_coins
+from tests.cluster.nodes import Nodes
+from tests.cluster.training import SAMPLES, Training
+
+STEPS = 60
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    pack_coins(folder / "data", {"train": SAMPLES, "val": 2})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nodes(home: Path) -> Iterator[Nodes]:
+    cluster = Nodes(home / "nodes")
+    try:
+        for number in range(3):
+            cluster.start(number)
+        cluster.wait(3)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def unbroken(nodes: Nodes, home: Path) -> Training:
+    training = Training(nodes, home, "unbroken", STEPS, pace=0.0)
+    training.submit()
+    assert training.result() == 0, training.said()
+    assert training.world_sizes() == [2]
+    return training
+
+
+@pytest.fixture
+def start(nodes: Nodes, home: Path) -> Iterator[Callable[..., Training]]:
+    """Starts trainings; whatever a test did to the cluster, it has three nodes again afterwards."""
+    started: list[Training] = []
+
+    def begin(name: str, **options: object) -> Training:
+        training = Training(nodes, home, name, STEPS, **options)
+        started.append(training)
+        training.submit()
+        return training
+
+    yield begin
+    for training in started:
+        if training.process is not None and training.process.poll() is None:
+            training.process.kill()
+            training.process.wait()
+    for number in range(3):
+        if number not in nodes.nodes:
+            nodes.start(number)
+    for number in [n for n in nodes.nodes if n > 2]:
+        nodes.kill(number)
+    nodes.wait(3)

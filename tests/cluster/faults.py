@@ -1,0 +1,135 @@
+"""What befalls a training: each fault does its harm and gives the moment it did; times are those of time.time()."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.cluster.nodes import until
+from tests.cluster.training import Training
+
+CUT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault: what it is, what it does, and on how many workers the training has to be."""
+
+    name: str
+    do: Callable[[Training], float]
+    workers: int | tuple[int, int] = 2
+    # seconds within which a step is done again, as far as one is promised
+    promised: float | None = None
+
+
+def kill_other_rank(training: Training) -> float:
+    """SIGKILL to the last rank."""
+    return training.kill_rank(training.world_sizes()[-1] - 1)
+
+
+def kill_rank_0(training: Training) -> float:
+    """SIGKILL to the rank that writes checkpoints."""
+    return training.kill_rank(0)
+
+
+def kill_at_rename(training: Training) -> float:
+    """SIGKILL when a checkpoint is written and not yet renamed."""
+    return training.kill_at_rename()
+
+
+def hang(training: Training) -> float:
+    """The last rank stops for good, without dying."""
+    _, process = training.worker(training.world_sizes()[-1] - 1)
+    moment = time.time()
+    process.suspend()
+    return moment
+
+
+def lose_machine(training: Training) -> float:
+    """All processes of the machine of the last rank end, and it is gone."""
+    node, _ = training.worker(training.world_sizes()[-1] - 1)
+    moment = time.time()
+    training.nodes.kill(node.number)
+    return moment
+
+
+def replace_machine(training: Training) -> float:
+    """A machine is lost, and an empty one comes in its place at once."""
+    node, _ = training.worker(training.world_sizes()[-1] - 1)
+    moment = time.time()
+    training.nodes.kill(node.number)
+    training.nodes.start(node.number)
+    return moment
+
+
+def cut_network(training: Training) -> float:
+    """A machine's network is away for CUT_SECONDS."""
+    node, _ = training.worker(training.world_sizes()[-1] - 1)
+    moment = time.time()
+    training.nodes.cut(node.number)
+    time.sleep(CUT_SECONDS)
+    training.nodes.mend(node.number)
+    return moment
+
+
+def add_machine(training: Training) -> float:
+    """The third machine comes."""
+    missing = next(number for number in (1, 2) if number not in training.nodes.nodes)
+    moment = time.time()
+    training.nodes.start(missing)
+    return moment
+
+
+def lose_head(training: Training) -> float:
+    """The head is lost, the job with it; a new head comes and the job is submitted again."""
+    assert training.process is not None
+    moment = time.time()
+    training.nodes.kill(0)
+    training.process.wait(timeout=30)
+    training.nodes.start(0)
+    training.nodes.wait(len(training.nodes.nodes))
+    training.submit()
+    return moment
+
+
+def kill_driver(training: Training) -> float:
+    """SIGKILL to the job's driver; the job is submitted again."""
+    assert training.process is not None
+    moment = time.time()
+    for process in training.drivers():
+        process.kill()
+    training.process.wait(timeout=30)
+    training.submit()
+    return moment
+
+
+WORKER, MACHINE = 15.0, 20.0
+FAULTS = [
+    Fault("a worker is killed", kill_other_rank, promised=WORKER),
+    Fault("rank 0 is killed", kill_rank_0, promised=WORKER),
+    Fault("rank 0 is killed between writing a checkpoint and renaming it", kill_at_rename, promised=WORKER),
+    Fault("a worker hangs, collective_timeout being 20 s", hang),
+    Fault("a machine is lost, the others go on", lose_machine, (1, 2), MACHINE),
+    Fault("a machine is lost, another comes in its place", replace_machine, promised=None),
+    Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
+    Fault("the network of a machine is cut for 20 s, the others wait", cut_network),
+    Fault("the driver is killed, the job submitted again", kill_driver),
+    Fault("the head is lost, the job submitted again to a new one", lose_head),
+]
+
+
+def recover(training: Training, fault: Fault, seconds: float = 150) -> float:
+    """Does the harm and waits for the next step of other workers than before; gives the time between, in seconds."""
+    group = training.group()
+    moment = fault.do(training)
+    return training.wait_for(after=moment, other_than=group, seconds=seconds) - moment
+
+
+def restore(training: Training) -> None:
+    """Brings the cluster back to three machines."""
+    nodes = training.nodes
+    for number in range(3):
+        if number not in nodes.nodes:
+            nodes.start(number)
+    for number in [n for n in nodes.nodes if n > 2]:
+        nodes.kill(number)
+    until(lambda: nodes.living() == 3, 120, "three machines")

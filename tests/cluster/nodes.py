@@ -1,0 +1,276 @@
+"""Ray nodes on one machine that fail on their own: each in a network, process and mount namespace, with its own address.
+
+A node is `unshare`, whose child, process 1 of the node, starts Ray again whenever it ends, as a kubelet does. All nodes are
+plugged into a bridge, which lies in a namespace too, so nothing of this is seen outside and two test runs never meet. A node
+ends with its process 1, which ends with `unshare`, which ends with the test run, however that ends: nothing stays.
+Where namespaces are not allowed the nodes are process groups on loopback, and networks cannot be cut.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.local import end_with_parent, free_ports
+from cluster.settings import DRIVER_SETTINGS, NODE_SETTINGS
+
+ROOT = Path(__file__).parents[2]
+RAY = f"{shlex.quote(sys.executable)} -m ray.scripts.scripts"
+# in the environment of every process of a node
+MARK = "DEEPSKIP_TEST_NODE"
+UP_SECONDS = 120.0
+CLONE_NEWNET = 0x40000000
+
+
+def namespaces_allowed() -> bool:
+    """Says whether this machine lets us make network, mount and process namespaces."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip", "mount"))):
+        return False
+    trial = "ip link set lo up && ip link add br0 type bridge && mount -t tmpfs none /mnt"
+    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", trial]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@dataclass
+class Node:
+    """One node: number, address, mark, the process that holds it, and its process 1 as seen from outside."""
+
+    number: int
+    address: str
+    mark: str
+    holder: subprocess.Popen[bytes]
+    init: int
+
+
+class Nodes:
+    """A cluster: node 0 is the head, without CPUs for workers; the others have one CPU each.
+
+    folder: logs go there. variables: more environment for every process.
+    """
+
+    def __init__(self, folder: Path, variables: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.isolated = namespaces_allowed()
+        # short, since the paths of ray's sockets may have at most 107 characters
+        self.temporary = Path(tempfile.mkdtemp(prefix="dsn-", dir="/tmp"))
+        self.port, self.dashboard_port = free_ports(2)
+        self.variables = NODE_SETTINGS | DRIVER_SETTINGS | (variables or {})
+        self.variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.nodes: dict[int, Node] = {}
+        self.switch: subprocess.Popen[bytes] | None = None
+        if self.isolated:
+            self.switch = self._hold(["--net", "--pid"], "while :; do sleep 1000; done", dict(os.environ))
+            self._in_switch("ip link add br0 type bridge && ip link set br0 up")
+
+    def address(self, number: int) -> str:
+        """Gives a node's address."""
+        return f"10.77.0.{number + 1}" if self.isolated else "127.0.0.1"
+
+    def _hold(self, namespaces: list[str], script: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        command = ["bash", "-c", script]
+        if self.isolated:
+            command = ["unshare", *namespaces, "--fork", "--kill-child", "--mount-proc", *command]
+        with (self.folder / "nodes.log").open("ab") as log:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT,
+                start_new_session=True, preexec_fn=end_with_parent(),
+            )  # fmt: skip
+
+    def _in_switch(self, script: str) -> None:
+        assert self.switch is not None
+        command = ["nsenter", "--target", str(child_of(self.switch.pid)), "--net", "bash", "-ec", script]
+        subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+    def start(self, number: int) -> Node:
+        """Brings a node up, 0 being the head, without waiting for Ray."""
+        address = self.address(number)
+        options = f"--block --disable-usage-stats --node-ip-address={address} --num-cpus={min(number, 1)}"
+        options += " --min-worker-port=0 --max-worker-port=0 --object-store-memory=100000000"
+        if number:
+            options += f" --address={self.address(0)}:{self.port}"
+        else:
+            options += f" --head --port={self.port} --temp-dir={self.temporary}"
+            options += f" --dashboard-host={address} --dashboard-port={self.dashboard_port}"
+        script = f"while :; do {RAY} start {options}; sleep 0.5; done"
+        if self.isolated:
+            # a folder for ray's files and a hosts file of its own, as another machine has
+            own = self.temporary / f"node{number}"
+            own.mkdir(exist_ok=True)
+            hosts = self.temporary / f"hosts{number}"
+            hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 node{number}\n")
+            script = (
+                f"read go; hostname node{number}; mount --bind {hosts} /etc/hosts; mount --bind {own} {self.temporary}; "
+                f"{script}"
+            )
+        mark = secrets.token_hex(8)
+        holder = self._hold(["--net", "--mount", "--pid", "--uts"], script, self.environment(mark))
+        node = Node(number, address, mark, holder, child_of(holder.pid) if self.isolated else holder.pid)
+        self.nodes[number] = node
+        if self.isolated:
+            plug = f"v{number}"
+            self._in_switch(
+                f"ip link add {plug} type veth peer name eth0 netns {node.init}; ip link set {plug} master br0 up"
+            )
+            inside = f"ip link set lo up; ip addr add {address}/24 dev eth0; ip link set eth0 up"
+            subprocess.run(["nsenter", "-t", str(node.init), "-n", "bash", "-ec", inside], check=True, timeout=20)
+            assert holder.stdin is not None
+            holder.stdin.write(b"go\n")
+            holder.stdin.close()
+        return node
+
+    def environment(self, mark: str) -> dict[str, str]:
+        """Gives the environment of a node's processes."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+        return own | self.variables | {MARK: mark, "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
+
+    def wait(self, count: int, seconds: float = UP_SECONDS) -> None:
+        """Waits until Ray has exactly so many living nodes, the head being one."""
+        until(lambda: self.living() == count, seconds, f"{count} living nodes")
+
+    def living(self) -> int:
+        """Asks the head how many nodes it holds to be alive; -1 where it does not answer."""
+        url = f"http://{self.address(0)}:{self.dashboard_port}/api/v0/nodes"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self.variables['RAY_AUTH_TOKEN']}"})
+
+        def ask() -> int:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                listed = json.load(answer)["data"]["result"]["result"]
+            return sum(node["state"] == "ALIVE" for node in listed)
+
+        try:
+            return self.in_network(ask)
+        except (OSError, KeyError, TypeError, ValueError):
+            return -1
+
+    def in_network(self, action: Callable[[], Any]) -> Any:
+        """Runs a function in a thread that has the head's network; gives what it gives."""
+        if not self.isolated:
+            return action()
+        found: list[Any] = []
+
+        def run() -> None:
+            with Path(f"/proc/{self.nodes[0].init}/ns/net").open() as network:
+                if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), CLONE_NEWNET):
+                    found.append(OSError(ctypes.get_errno(), "setns"))
+                    return
+            try:
+                found.append(action())
+            except Exception as error:
+                found.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    def run(self, command: list[str], output: Path, variables: dict[str, str], cwd: Path) -> subprocess.Popen[bytes]:
+        """Starts a program on the head's machine."""
+        head = self.nodes[0]
+        environment = self.environment(head.mark) | {"RAY_ADDRESS": f"{head.address}:{self.port}"} | variables
+        enter = ["nsenter", "-t", str(head.init), "--net", "--mount", "--pid", "--uts", f"--wd={cwd}"]
+        with output.open("ab") as log:
+            return subprocess.Popen(
+                [*enter, *command] if self.isolated else command,
+                env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd,
+                preexec_fn=end_with_parent(),
+            )  # fmt: skip
+
+    def processes(self, node: Node) -> list[psutil.Process]:
+        """Finds the living processes of a node."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == node.mark:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def outside(self, node: Node, inside: int) -> psutil.Process:
+        """Finds a process of a node by the number it has there."""
+        for process in self.processes(node):
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                continue
+            numbers = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()
+            if int(numbers[-1]) == inside:
+                return process
+        raise ProcessLookupError(f"node {node.number} has no process {inside}")
+
+    def kill(self, number: int) -> None:
+        """Ends a machine at once, all its processes with it."""
+        node = self.nodes.pop(number)
+        if self.isolated:
+            # what holds namespaces ends with their process 1, and so does everything in them
+            os.kill(node.init, signal.SIGKILL)
+            node.holder.wait(timeout=30)
+        processes = self.processes(node)
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(processes, timeout=30)
+        node.holder.wait(timeout=30)
+        if self.isolated:
+            until(lambda: not self._plugged(number), 20, f"the plug of node {number} to go")
+
+    def _plugged(self, number: int) -> bool:
+        try:
+            self._in_switch(f"ip link show v{number}")
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
+    def cut(self, number: int) -> None:
+        """Unplugs a node: packets to and from it vanish."""
+        self._in_switch(f"ip link set v{number} nomaster")
+
+    def mend(self, number: int) -> None:
+        """Plugs a node in again."""
+        self._in_switch(f"ip link set v{number} master br0")
+
+    def stop(self) -> None:
+        """Ends everything; nothing stays."""
+        for number in sorted(self.nodes, reverse=True):
+            self.kill(number)
+        if self.switch is not None:
+            self.switch.kill()
+            self.switch.wait(timeout=30)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def child_of(pid: int) -> int:
+    """Waits for the only child of a process and gives its number."""
+    until(lambda: psutil.Process(pid).children(), 20, "a child")
+    return int(psutil.Process(pid).children()[0].pid)
+
+
+def until(true: Callable[[], Any], seconds: float, what: str, every: float = 0.1) -> Any:
+    """Waits for a condition, gives its value, and raises TimeoutError that says what did not come."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if value := true():
+            return value
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}")
+        time.sleep(every)

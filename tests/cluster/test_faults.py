@@ -1,0 +1,38 @@
+"""Trainings over real Ray nodes, while workers, machines and networks fail: what comes out is the same training."""
+
+import time
+from collections.abc import Callable
+
+from tests.cluster.nodes import Nodes
+from tests.cluster.training import Training, check
+
+STEPS = 60
+# with other numbers of workers sums are made in another order
+RELATIVE = 1e-4
+
+
+def test_workers_are_killed(start: Callable[..., Training], unbroken: Training) -> None:
+    training = start("workers")
+    training.wait_for(8)
+    # rank 0 is the one that writes checkpoints and talks to the driver
+    for rank, step in ((1, 22), (0, 36)):
+        killed = training.kill_rank(rank)
+        training.wait_for(step, after=killed)
+    killed = training.kill_at_rename()
+    training.wait_for(STEPS, after=killed)
+    assert training.result() == 0, training.said()
+    assert training.world_sizes() == [2, 2, 2, 2]
+    check(training, unbroken)
+
+
+def test_a_machine_is_lost_and_another_comes(start: Callable[..., Training], unbroken: Training, nodes: Nodes) -> None:
+    training = start("elastic", workers=(1, 2), pace=0.3)
+    training.wait_for(8, world_size=2)
+    lost = time.time()
+    nodes.kill(2)
+    training.wait_for(10, after=lost, world_size=1)
+    nodes.start(2)
+    training.wait_for(15, world_size=2, after=time.time())
+    assert training.result() == 0, training.said()
+    assert training.world_sizes() == [2, 1, 2]
+    check(training, unbroken, RELATIVE)

@@ -1,0 +1,97 @@
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepskip.config import ClusterConfig, Config, check_values
+from jobs import runs, scaling
+from jobs.settings import parse
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    assert parse("train", ["--cluster.workers", "3"])[0].cluster.workers == 3
+    assert parse("train", ["--cluster.workers", "[1, 3]"])[0].cluster.workers == (1, 3)
+    assert parse("train", [])[0].cluster.workers is None
+
+
+@pytest.mark.parametrize("workers", [0, (0, 2), (3, 2)])
+def test_workers_that_cannot_be_are_named(workers: int | tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"cluster\.workers is"):
+        check_values(Config(cluster=ClusterConfig(workers=workers)))
+
+
+def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
+    watch = scaling.Watch(ClusterConfig(max_failures=2), checkpoint_every=10)
+    watch.started(0)
+    for _ in range(2):
+        watch.failed("rank 1 died")
+        assert watch.reason_to_give_up() is None
+        watch.started(0)
+    # past a checkpoint: the next failure is a first one
+    watch.came_to(12)
+    watch.failed("rank 1 died")
+    watch.started(10)
+    watch.came_to(19)
+    watch.failed("rank 0 died")
+    assert watch.reason_to_give_up() is None
+    watch.started(10)
+    watch.failed("rank 0 died")
+    assert watch.reason_to_give_up() is None
+    watch.started(10)
+    watch.failed("rank 0 died")
+    assert watch.reason_to_give_up() == "the training failed 3 times after step 10: rank 0 died"
+
+
+def test_no_failure_is_forgiven_or_every_one() -> None:
+    for allowed, given_up in ((0, True), (-1, False)):
+        watch = scaling.Watch(ClusterConfig(max_failures=allowed), checkpoint_every=10)
+        watch.started(0)
+        assert watch.reason_to_give_up() is None
+        watch.failed("rank 0 died")
+        assert (watch.reason_to_give_up() is not None) == given_up
+
+
+def test_waiting_for_machines_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(scaling.time, "monotonic", lambda: now)
+    node = {"Alive": True, "Resources": {"CPU": 3.0}}
+    monkeypatch.setattr(scaling.ray, "nodes", lambda: [node, node | {"Alive": False}])
+    asked = ClusterConfig(workers=(4, 8), recovery_seconds=60)
+    found = scaling.room(asked)
+    assert (found.fewest, found.most, found.fitting, found.gpu) == (4, 8, 3, False)
+    assert str(replace(found, most=4)) == "4 CPU workers"
+    watch = scaling.Watch(asked, checkpoint_every=10)
+    watch.started(0)
+    now = 1000.0
+    assert watch.reason_to_give_up() is None
+    watch.failed("rank 0 died")
+    now = 1059.0
+    assert watch.reason_to_give_up() is None
+    now = 1061.0
+    said = watch.reason_to_give_up()
+    assert said is not None
+    assert "no workers started for 60 s" in said
+    assert "needs 4, the cluster has 3 CPUs and 0 GPUs on 1 machines, room for 3" in said
+
+
+def test_whoever_took_the_pen_last_has_it(tmp_path: Path) -> None:
+    first = runs.take_pen(tmp_path)
+    runs.check_pen(tmp_path, first)
+    second = runs.take_pen(tmp_path)
+    runs.check_pen(tmp_path, second)
+    with pytest.raises(runs.PenLost):
+        runs.check_pen(tmp_path, first)
+
+
+def test_a_full_disk_is_known_behind_other_errors() -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/runs/a")
+        except OSError as error:
+            raise RuntimeError("not written") from error
+    except RuntimeError as error:
+        said = runs.disk_full(error)
+    assert said is not None
+    assert said.startswith("the disk is full at /runs/a;")
+    assert runs.disk_full(OSError(errno.EACCES, "denied")) is None

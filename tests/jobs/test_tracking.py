@@ -1,0 +1,164 @@
+"""The tracker against a real MLflow server that is stopped, killed and comes back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from cluster.local import end_with_parent, free_ports
+from jobs import tracking
+from jobs.runs import JOURNAL, write_down
+
+CONFIG = {"optim": {"steps": 10}}
+
+
+class Server:
+    """An MLflow server over a database in a folder, on one port for good."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, (self.port,) = folder, free_ports(1)
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
+        )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert time.monotonic() < deadline, "the MLflow server does not come up"
+                time.sleep(0.2)
+
+    def send_signal(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("mlflow"))
+    running.start()
+    yield running
+    running.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(tracking, "LAST_FLUSH_SECONDS", 1.0)
+
+
+def losses(server: Server, run_id: str) -> list[tuple[int, float]]:
+    history = mlflow.MlflowClient(server.uri).get_metric_history(run_id, "train/loss")
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def tracker_of(server: Server, name: str, folder: Path, run_id: str | None = None) -> tracking.Tracker:
+    run_id = tracking.start_run(server.uri, folder, "deepskip", name, run_id, CONFIG)
+    return tracking.Tracker(server.uri, run_id, 255, folder / JOURNAL)
+
+
+def train(tracker: tracking.Tracker, journal: Path, steps: range) -> None:
+    for step in steps:
+        values = {"loss": 1 / step}
+        tracker.take("train", step, values, write_down(journal, "train", step, values))
+
+
+def test_what_is_measured_while_the_server_hangs_or_is_away_arrives_later_and_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, journal = tracker_of(server, "away", tmp_path), tmp_path / JOURNAL
+    train(tracker, journal, range(1, 4))
+    assert tracker.send() is None
+    # it hangs: the request is given up here
+    server.send_signal(signal.SIGSTOP)
+    train(tracker, journal, range(4, 6))
+    assert tracker.send() is not None
+    server.send_signal(signal.SIGCONT)
+    # it takes a request, and its answer is lost: the same is sent a second time
+    take = tracker.client.log_batch
+
+    def answer_lost(*arguments: Any) -> None:
+        take(*arguments)
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.client, "log_batch", answer_lost)
+        assert tracker.send() is not None
+    train(tracker, journal, range(6, 7))
+    assert tracker.send() is None
+    assert losses(server, tracker.run_id) == [(step, 1 / step) for step in range(1, 7)]
+    server.send_signal(signal.SIGKILL)
+    train(tracker, journal, range(7, 2000))
+    assert tracker.send() is not None
+    server.start()
+    assert tracker.send() is None
+    assert tracker.finish("FINISHED") is None
+    assert losses(server, tracker.run_id) == [(step, 1 / step) for step in range(1, 2000)]
+    assert mlflow.MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_later_part_of_the_training_sends_what_an_earlier_one_could_not(server: Server, tmp_path: Path) -> None:
+    first, journal = tracker_of(server, "parts", tmp_path), tmp_path / JOURNAL
+    train(first, journal, range(1, 4))
+    assert first.send() is None
+    # its driver is killed with a step unsent, and half a line written
+    train(first, journal, range(4, 6))
+    with journal.open("a") as file:
+        file.write('["train", 6, {"train/lo')
+    second = tracker_of(server, "parts", tmp_path, first.run_id)
+    # from its checkpoint on it comes past some steps again
+    train(second, journal, range(3, 8))
+    assert second.send() is None
+    assert losses(server, second.run_id) == [(step, 1 / step) for step in range(1, 8)]
+    assert [step for step, _ in second.history["train/loss"]] == list(range(1, 8))
+    # a third part begins, and ends, while the server is away
+    server.send_signal(signal.SIGKILL)
+    third = tracker_of(server, "parts", tmp_path, first.run_id)
+    train(third, journal, range(8, 10))
+    assert third.finish("FAILED") is not None
+    server.start()
+    assert tracker_of(server, "parts", tmp_path, first.run_id).finish("FAILED") is None
+    assert losses(server, first.run_id) == [(step, 1 / step) for step in range(1, 10)]
+    client = mlflow.MlflowClient(server.uri)
+    runs = client.search_runs(
+        [client.get_experiment_by_name("deepskip").experiment_id], "attributes.run_name = 'parts'"
+    )
+    assert [run.info.status for run in runs] == ["FAILED"]
+
+
+def test_a_run_that_the_server_no_longer_knows_is_made_anew(server: Server, tmp_path: Path) -> None:
+    tracker = tracker_of(server, "forgotten", tmp_path, "0" * 32)
+    assert tracker.run_id != "0" * 32
+    assert mlflow.MlflowClient(server.uri).get_run(tracker.run_id).info.status == "RUNNING"
+
+
+def test_a_full_disk_under_the_journal_stops_no_metric(server: Server, tmp_path: Path) -> None:
+    tracker, journal = tracker_of(server, "full", tmp_path), Path("/dev/full")
+    train(tracker, journal, range(1, 3))
+    assert tracker.send() is None
+    assert losses(server, tracker.run_id) == [(1, 1.0), (2, 0.5)]
