@@ -9,8 +9,13 @@ if getattr(kernels, "PROJECT", None) != "deepskip":
         "Uninstall the other one (pip uninstall kernels) or put DeepSkip's folder first on PYTHONPATH."
     )
 
-from deepskip.inference import load
-from deepskip.loss import BCEDiceLoss
-from deepskip.network import DeepSkipUNet
+from deepskip import torchvision_ops
+
+# torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
+torchvision_ops.declare()
+
+from deepskip.inference import load  # noqa: E402
+from deepskip.loss import BCEDiceLoss  # noqa: E402
+from deepskip.network import DeepSkipUNet  # noqa: E402
 
 __all__ = ["BCEDiceLoss", "DeepSkipUNet", "load"]

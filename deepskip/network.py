@@ -39,7 +39,8 @@ class DeepSkipUNet(nn.Module):
 
     in_channels: bands, 1 or more. num_classes: 1 for binary (sigmoid), else exclusive classes (softmax) or independent
     labels. base_channels: b; level u has b * 2^(u-1) channels. levels: B, 3 to 6. encoder: "vgg16" or "resnet34".
-    norm: "batch" or "group". upsample: "bilinear" (align_corners=False) or "nearest".
+    norm: "batch" or "group". upsample: "bilinear" (align_corners=False) or "nearest". deep_skips: False leaves a plain
+    U-Net of the same widths, the paper's baseline: level u then joins E_u and D_{u+1} only.
     forward: (N, in_channels, H, W) float -> logits (N, num_classes, H, W).
     Raises ValueError that names the argument, its value and what is allowed.
     """
@@ -53,6 +54,7 @@ class DeepSkipUNet(nn.Module):
         encoder: str = "vgg16",
         norm: str = "batch",
         upsample: str = "bilinear",
+        deep_skips: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -69,6 +71,7 @@ class DeepSkipUNet(nn.Module):
         if upsample not in ("bilinear", "nearest"):
             raise ValueError(f'upsample is {upsample!r}; it must be "bilinear" or "nearest"')
         self.in_channels, self.num_classes, self.levels = in_channels, num_classes, levels
+        self.deep_skips = deep_skips
 
         channels = [base_channels * 2**u for u in range(levels)]
         self.encoder = nn.ModuleList(
@@ -77,10 +80,15 @@ class DeepSkipUNet(nn.Module):
         )
         # level u takes E_u .. E_{B-1} and D_{u+1}; D_B is E_B, so E_B comes in only through D_{B-1}
         self.decoder = nn.ModuleList(
-            DecoderLevel([*channels[u:-1], channels[u + 1]], channels[u], norm, upsample) for u in range(levels - 1)
+            DecoderLevel([*channels[self.taken(u)], channels[u + 1]], channels[u], norm, upsample)
+            for u in range(levels - 1)
         )
         self.head = nn.Conv2d(channels[0], num_classes, 1)
         self.reset_parameters()
+
+    def taken(self, u: int) -> slice:
+        """Says which encoder maps decoder level u (0 first) takes."""
+        return slice(u, -1 if self.deep_skips else u + 1)
 
     def reset_parameters(self) -> None:
         """Initialises convolutions by He's rule (fan out) and the head to a rare foreground."""
@@ -108,7 +116,7 @@ class DeepSkipUNet(nn.Module):
             x = level(x if u == 0 else F.max_pool2d(x, 2))
             encoded.append(x)
         for u in reversed(range(self.levels - 1)):
-            x = self.decoder[u]([*encoded[u:-1], x])
+            x = self.decoder[u]([*encoded[self.taken(u)], x])
         return crop(self.head(x), height, width)
 
 

@@ -1,0 +1,145 @@
+"""H-DenseUNet (Li et al. 2018, IEEE TMI, "H-DenseUNet: Hybrid Densely Connected UNet...") with bands as the third axis.
+
+A 2-D DenseUNet sees all bands at once; a 3-D one sees the bands as a volume, with the 2-D network's scores beside them, so
+its kernels join neighbouring bands. Their features are added and merged (hybrid feature fusion). The paper's volume has
+a label a slice; here one label stands for all bands, so the 3-D features are averaged over the bands before the
+last upsampling, which is 2-D. Both networks are trained together through the fused logits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepskip.baselines.padded import Padded
+
+CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+# DenseNet-BC: a bottleneck has four times the growth, a transition halves the channels
+BOTTLENECK = 4
+
+
+def norm_relu_conv(dims: int, in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
+    """Gives a dense network's unit: norm, ReLU, convolution that keeps the size."""
+    conv = CONV[dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+    return [NORM[dims](in_channels), nn.ReLU(inplace=True), conv]
+
+
+def conv_norm_relu(dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
+    """Gives the decoder's unit: 3-wide convolution, norm, ReLU."""
+    conv = CONV[dims](in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, NORM[dims](out_channels), nn.ReLU(inplace=True))
+
+
+class DenseBlock(nn.ModuleList):
+    """Layers that each see all maps before them (Huang et al. 2017)."""
+
+    def __init__(self, dims: int, in_channels: int, growth: int, layers: int) -> None:
+        super().__init__(
+            nn.Sequential(
+                *norm_relu_conv(dims, in_channels + i * growth, BOTTLENECK * growth, 1),
+                *norm_relu_conv(dims, BOTTLENECK * growth, growth, 3),
+            )
+            for i in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+class DenseUNet(nn.Module):
+    """A DenseNet with a U-Net's decoder, whose skips are added, in 2 or 3 dimensions.
+
+    forward: (N, C, [bands,] H, W), H and W multiples of 2^(blocks + 1) -> features (N, stem, [half the bands,] half H, half W).
+    """
+
+    def __init__(self, dims: int, in_channels: int, stem: int, growth: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.dims = dims
+        self.stem = nn.Sequential(
+            CONV[dims](in_channels, stem, 7, stride=2, padding=3, bias=False), NORM[dims](stem), nn.ReLU(inplace=True)
+        )
+        self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
+        skips, channels = [stem], stem
+        for i, layers in enumerate(blocks):
+            self.blocks.append(DenseBlock(dims, channels, growth, layers))
+            channels += layers * growth
+            if i < len(blocks) - 1:
+                skips.append(channels)
+                self.transitions.append(nn.Sequential(*norm_relu_conv(dims, channels, channels // 2, 1)))
+                channels //= 2
+        self.last = nn.Sequential(NORM[dims](channels), nn.ReLU(inplace=True))
+        # the lowest skip is brought to the width of what it is added to; above it the decoder has the skips' widths
+        self.widen = CONV[dims](skips[-1], channels, 1, bias=False)
+        widths = [channels, *reversed(skips[:-1])]
+        self.decoder = nn.ModuleList(
+            conv_norm_relu(dims, below, above) for below, above in zip(widths, [*widths[1:], stem], strict=True)
+        )
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        skips = [x]
+        x = F.max_pool2d(x, 3, 2, 1) if self.dims == 2 else F.max_pool3d(x, 3, 2, 1)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i < len(self.transitions):
+                skips.append(x)
+                x = self.transitions[i](x)
+                # like the paper's, transitions leave the third axis as it is
+                x = F.avg_pool2d(x, 2) if self.dims == 2 else F.avg_pool3d(x, (1, 2, 2))
+        x = self.last(x)
+        skips[-1] = self.widen(skips[-1])
+        for conv in self.decoder:
+            skip = skips.pop()
+            mode = "bilinear" if self.dims == 2 else "trilinear"
+            x = conv(F.interpolate(x, skip.shape[2:], mode=mode, align_corners=False) + skip)
+        return x
+
+
+class HDenseUNet(nn.Module):
+    """forward: (N, bands, H, W) float, H and W multiples of 2^(blocks + 1) -> logits (N, classes, H, W)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        stem: int,
+        growth: int,
+        blocks: Sequence[int],
+        growth_3d: int,
+        blocks_3d: Sequence[int],
+        features: int,
+    ) -> None:
+        super().__init__()
+        self.flat = DenseUNet(2, in_channels, stem, growth, blocks)
+        self.flat_features = conv_norm_relu(2, stem, features)
+        self.flat_head = nn.Conv2d(features, num_classes, 1)
+        self.volume = DenseUNet(3, 1 + num_classes, stem, growth_3d, blocks_3d)
+        self.volume_features = conv_norm_relu(2, stem, features)
+        self.fusion = conv_norm_relu(2, features, features)
+        self.head = nn.Conv2d(features, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        flat = self.flat_features(enlarge(self.flat(x), size))
+        scores = self.flat_head(flat)
+        volume = torch.cat([x[:, None], scores[:, :, None].expand(-1, -1, x.shape[1], -1, -1)], 1)
+        deep = self.volume_features(enlarge(self.volume(volume).mean(2), size))
+        return self.head(self.fusion(flat + deep))
+
+
+def enlarge(x: Tensor, size: torch.Size) -> Tensor:
+    """Upsamples (N, C, h, w) bilinearly."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def build_h_dense_unet(in_channels: int, num_classes: int, **widths: int | Sequence[int]) -> nn.Module:
+    """Builds H-DenseUNet; widths as HDenseUNet has them."""
+    network = HDenseUNet(in_channels, num_classes, **widths)  # type: ignore[arg-type]
+    return Padded(network, 2 ** (len(network.flat.blocks) + 1))

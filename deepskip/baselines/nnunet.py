@@ -1,0 +1,40 @@
+"""nnU-Net's plain convolutional U-Net (Isensee et al. 2021, Nature Methods), by its authors' own package."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from deepskip import torchvision_ops
+from deepskip.baselines.padded import Padded
+
+
+def build_nnunet(in_channels: int, num_classes: int, *, features: Sequence[int]) -> nn.Module:
+    """Builds PlainConvUNet with nnU-Net's 2-D settings; features: channels of each stage, as many as there are stages.
+
+    Initialised as nnU-Net does. Its training recipe (deep supervision, self-configuration) is left out.
+    """
+    torchvision_ops.declare()
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+    stages = len(features)
+    network = PlainConvUNet(
+        in_channels,
+        stages,
+        tuple(features),
+        nn.Conv2d,
+        3,
+        [1] + [2] * (stages - 1),
+        2,
+        num_classes,
+        2,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm2d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+    network.apply(network.initialize)
+    # heads of lower stages serve deep supervision only
+    network.decoder.seg_layers = torch.nn.ModuleList([network.decoder.seg_layers[-1]])
+    return Padded(network, 2 ** (stages - 1))
