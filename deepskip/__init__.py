@@ -9,7 +9,7 @@ if getattr(kernels, "PROJECT", None) != "deepskip":
         "Uninstall the other one (pip uninstall kernels) or put DeepSkip's folder first on PYTHONPATH."
     )
 
-from deepskip import torchvision_ops
+from kernels import torchvision_ops
 
 # torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
 torchvision_ops.declare()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from deepskip import torchvision_ops
+from kernels import torchvision_ops
 
 
 class Features(nn.Module):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from deepskip import torchvision_ops
 from deepskip.baselines.padded import Padded
+from kernels import torchvision_ops
 
 
 def build_pspnet(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import kernels
 from deepskip import BCEDiceLoss, DeepSkipUNet
 from deepskip.allocator import keep_freed_memory
-from kernels.bench import measure, opponents
+from kernels.bench import measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)
@@ -31,7 +31,6 @@ def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
 
         made["MONAI BasicUNet, widths 8 to 128"] = (BasicUNet(2, 3, 1, features=(8, 16, 32, 64, 128, 8)), "auto", last)
         made["MONAI BasicUNet"] = (BasicUNet(2, 3, 1), "auto", last)
-        opponents.define_torchvision()
         import segmentation_models_pytorch as smp
 
         made["smp U-Net, ResNet-18"] = (smp.Unet("resnet18", encoder_weights=None), "auto", last)

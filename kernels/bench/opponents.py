@@ -1,20 +1,14 @@
 """Losses that the fused one is compared with; each takes logits and target and gives a scalar."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
-from kernels import reference
+from kernels import reference, torchvision_ops
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-# the names of torchvision's operators, which its wheel does not register beside a torch built for CPUs
-TORCHVISION = ("nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward", "roi_pool",
-               "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "qroi_align", "deform_conv2d",
-               "_deform_conv2d_backward")  # fmt: skip
-KEPT: list[Any] = []
 
 
 def fused(logits: Tensor, target: Tensor) -> Tensor:
@@ -36,18 +30,10 @@ def monai_dice_ce(classes: int) -> Loss:
     return lambda logits, target: loss(logits, (target[:, None]).float())
 
 
-def define_torchvision() -> None:
-    """Lets torchvision, which segmentation_models_pytorch imports, be imported beside a torch built for CPUs."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in TORCHVISION:
-            library.define(f"{name}(Tensor x) -> Tensor")
-        KEPT.append(library)
-
-
 def smp_dice_bce(classes: int) -> Loss:
     """segmentation_models_pytorch's Dice and its BCE, or torch's cross-entropy, added up."""
-    define_torchvision()
+    # segmentation_models_pytorch imports torchvision
+    torchvision_ops.declare()
     from segmentation_models_pytorch.losses import DiceLoss, SoftBCEWithLogitsLoss
 
     if classes == 1:

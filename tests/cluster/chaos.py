@@ -54,10 +54,7 @@ def main() -> None:
                     say(f"BROKEN {broken[-1]}")
                     if training.process is not None and training.process.poll() is None:
                         training.process.kill()
-                for number in range(3):
-                    if number not in nodes.nodes:
-                        nodes.start(number)
-                nodes.wait(3)
+                nodes.restore()
         finally:
             nodes.stop()
         minutes = (time.time() - started) / 60

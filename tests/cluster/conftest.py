@@ -56,9 +56,4 @@ def start(nodes: Nodes, home: Path) -> Iterator[Callable[..., Training]]:
         if training.process is not None and training.process.poll() is None:
             training.process.kill()
             training.process.wait()
-    for number in range(3):
-        if number not in nodes.nodes:
-            nodes.start(number)
-    for number in [n for n in nodes.nodes if n > 2]:
-        nodes.kill(number)
-    nodes.wait(3)
+    nodes.restore()

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.cluster.nodes import until
 from tests.cluster.training import Training
 
 CUT_SECONDS = 20.0
@@ -44,30 +43,35 @@ def hang(training: Training) -> float:
     return moment
 
 
+def last_machine(training: Training) -> int:
+    """Gives the number of the machine of the last rank."""
+    node, _ = training.worker(training.world_sizes()[-1] - 1)
+    return node.number
+
+
 def lose_machine(training: Training) -> float:
     """All processes of the machine of the last rank end, and it is gone."""
-    node, _ = training.worker(training.world_sizes()[-1] - 1)
+    number = last_machine(training)
     moment = time.time()
-    training.nodes.kill(node.number)
+    training.nodes.kill(number)
     return moment
 
 
 def replace_machine(training: Training) -> float:
     """A machine is lost, and an empty one comes in its place at once."""
-    node, _ = training.worker(training.world_sizes()[-1] - 1)
-    moment = time.time()
-    training.nodes.kill(node.number)
-    training.nodes.start(node.number)
+    number = last_machine(training)
+    moment = lose_machine(training)
+    training.nodes.start(number)
     return moment
 
 
 def cut_network(training: Training) -> float:
     """A machine's network is away for CUT_SECONDS."""
-    node, _ = training.worker(training.world_sizes()[-1] - 1)
+    number = last_machine(training)
     moment = time.time()
-    training.nodes.cut(node.number)
+    training.nodes.cut(number)
     time.sleep(CUT_SECONDS)
-    training.nodes.mend(node.number)
+    training.nodes.mend(number)
     return moment
 
 
@@ -109,7 +113,7 @@ FAULTS = [
     Fault("rank 0 is killed between writing a checkpoint and renaming it", kill_at_rename, promised=WORKER),
     Fault("a worker hangs, collective_timeout being 20 s", hang),
     Fault("a machine is lost, the others go on", lose_machine, (1, 2), MACHINE),
-    Fault("a machine is lost, another comes in its place", replace_machine, promised=None),
+    Fault("a machine is lost, another comes in its place", replace_machine),
     Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
     Fault("the network of a machine is cut for 20 s, the others wait", cut_network),
     Fault("the driver is killed, the job submitted again", kill_driver),
@@ -122,14 +126,3 @@ def recover(training: Training, fault: Fault, seconds: float = 150) -> float:
     group = training.group()
     moment = fault.do(training)
     return training.wait_for(after=moment, other_than=group, seconds=seconds) - moment
-
-
-def restore(training: Training) -> None:
-    """Brings the cluster back to three machines."""
-    nodes = training.nodes
-    for number in range(3):
-        if number not in nodes.nodes:
-            nodes.start(number)
-    for number in [n for n in nodes.nodes if n > 2]:
-        nodes.kill(number)
-    until(lambda: nodes.living() == 3, 120, "three machines")

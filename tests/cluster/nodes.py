@@ -241,6 +241,15 @@ class Nodes:
             return False
         return True
 
+    def restore(self) -> None:
+        """Brings the cluster back to three machines, and waits for them."""
+        for number in range(3):
+            if number not in self.nodes:
+                self.start(number)
+        for number in [n for n in self.nodes if n > 2]:
+            self.kill(number)
+        self.wait(3)
+
     def cut(self, number: int) -> None:
         """Unplugs a node: packets to and from it vanish."""
         self._in_switch(f"ip link set v{number} nomaster")

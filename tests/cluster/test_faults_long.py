@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.faults import FAULTS, Fault, recover
+from tests.cluster.faults import FAULTS, WORKER, Fault, recover
 from tests.cluster.training import Training, check
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -19,7 +19,7 @@ def test_what_comes_out_is_the_same_training(
     training = start(f"fault-{FAULTS.index(fault)}", workers=fault.workers, pace=0.5)
     training.wait_for(12)
     seconds = [recover(training, fault)]
-    if fault.promised == 15.0:
+    if fault.promised == WORKER:
         training.wait_for(22, seconds=60)
         seconds.append(recover(training, fault))
     assert training.result(seconds=200) == 0, training.said()

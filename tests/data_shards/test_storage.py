@@ -14,10 +14,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_shards import storage
 from data_shards.__main__ import main
@@ -29,27 +27,6 @@ from data_shards.scan import BrokenShard
 from data_shards.storage import Cache, CacheFull, ChangedFile, StorageError
 from data_shards.stream import Batch, Crops, Shards, train_batches
 from data_shards.writer import write_shards
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("bucket")
-        yield fs
-    server.stop()
-    fs.clear_instance_cache()
 
 
 class Handler(SimpleHTTPRequestHandler):

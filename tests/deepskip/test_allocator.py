@@ -11,7 +11,8 @@ from deepskip.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 faults = []
-for _ in range(4):
+# what threads allocate in between splits the heap; it grows, in six rounds at most, until every hole is large enough
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     kept = [torch.ones(2**22) for _ in range(4)]
     del kept
@@ -26,5 +27,5 @@ def faults(how: str) -> int:
 
 
 def test_pages_are_not_fetched_again() -> None:
-    # 64 MB are 16,384 pages. Addresses are drawn for each process; now and then the heap meets another mapping early
-    assert min(faults("keep") for _ in range(3)) < 500
+    # 64 MB are 16,384 pages
+    assert faults("keep") < 500

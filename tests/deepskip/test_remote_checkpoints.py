@@ -1,13 +1,11 @@
 """Checkpoints in an object store: moto's S3 server."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from test_trainer import config, losses
 
 import deepskip
@@ -17,37 +15,14 @@ from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.ranks import agreed_start
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        # file systems are kept by their arguments, not by their endpoint, and moto keeps the buckets of other tests
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("training")
-        yield fs
-    server.stop()
-    fs.clear_instance_cache()
-
-
 def test_a_training_on_s3_is_the_training_on_disk(tmp_path: Path, s3: Any) -> None:
     expected, summary = losses(tmp_path, config())
-    url = "s3://training/runs/coins"
+    url = "s3://bucket/runs/coins"
     first, _ = losses(url, config(), stop_at=4)
     # half of an upload that a store shows, or a bad disk behind it
-    data = bytearray(s3.cat_file("training/runs/coins/checkpoints/step-00000004.pt"))
+    data = bytearray(s3.cat_file("bucket/runs/coins/checkpoints/step-00000004.pt"))
     data[len(data) // 2] ^= 4
-    s3.pipe_file("training/runs/coins/checkpoints/step-00000004.pt", bytes(data))
+    s3.pipe_file("bucket/runs/coins/checkpoints/step-00000004.pt", bytes(data))
     second, resumed = losses(url, config())
     assert (list(first), list(second)) == ([1, 2, 3, 4], [4, 5, 6])
     assert first | second == expected
@@ -60,25 +35,25 @@ def test_a_training_on_s3_is_the_training_on_disk(tmp_path: Path, s3: Any) -> No
 
 
 def test_others_write_there_too(s3: Any) -> None:
-    run = "s3://training/runs/two"
+    run = "s3://bucket/runs/two"
     with CheckpointWriter(run, 2) as writer:
         for step in (1, 2, 3):
             writer.save({"step": step}, best=step == 1)
     assert [files.name(path) for path in checkpoint.step_paths(run)] == ["step-00000003.pt", "step-00000002.pt"]
     # fsspec remembers listings
     other = fsspec.filesystem("s3", skip_instance_cache=True)
-    other.pipe_file("training/runs/two/checkpoints/step-00000009.pt", bytes(checkpoint.pack({"step": 9})))
+    other.pipe_file("bucket/runs/two/checkpoints/step-00000009.pt", bytes(checkpoint.pack({"step": 9})))
     state = agreed_start(run, 0, 1, torch.device("cpu"), pytest.fail)
     assert state is not None
     assert state["step"] == 9
     assert checkpoint.load_for_inference(run)["step"] == 1
     assert checkpoint.load_for_inference(checkpoint.step_path(run, 2))["step"] == 2
-    with pytest.raises(CheckpointError, match="s3://training/runs/none does not exist"):
-        checkpoint.load_for_inference("s3://training/runs/none")
+    with pytest.raises(CheckpointError, match="s3://bucket/runs/none does not exist"):
+        checkpoint.load_for_inference("s3://bucket/runs/none")
 
 
 def test_a_store_that_is_away_is_no_empty_one(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = "s3://training/runs/away"
+    run = "s3://bucket/runs/away"
     checkpoint.save({"step": 1}, checkpoint.step_path(run, 1))
     store, _ = files.remote(run)
     tries: list[str] = []
