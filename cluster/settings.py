@@ -17,6 +17,8 @@ DRIVER_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # a group for which a lost machine has left no room is given up after this, and planned anew; by default after 60 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
+    # trainings look this often whether a node is drained; by default every 5 s
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # a Ray of one machine listens on loopback alone only where it is told that this system knows no clusters

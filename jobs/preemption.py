@@ -1,4 +1,4 @@
-"""What asks a training worker to stop: SIGTERM to its process, or Ray draining one of the workers' nodes.
+"""What asks a training worker to stop: SIGTERM to its process or to the job, or Ray draining one of the workers' nodes.
 
 Ray runs the training in a thread, and only a main thread can set a signal's handler: the worker's actor is asked to. This is
 a module of its own because what `python -m jobs.train` defines is copied to workers, and a flag must be one and the same.
@@ -6,8 +6,11 @@ a module of its own because what `python -m jobs.train` defines is copied to wor
 
 import signal
 import threading
+import time
 from contextlib import suppress
 from typing import Any
+
+POLL_SECONDS = 1.0
 
 _asked = threading.Event()
 
@@ -17,6 +20,21 @@ def listen() -> None:
     import ray
 
     ray.get(ray.get_runtime_context().current_actor.__ray_call__.remote(_set_handler))
+
+
+def follow(mailbox: Any) -> None:
+    """Has this worker ask for a stop, too, when the driver says that the whole job is being stopped."""
+    threading.Thread(target=_poll, args=[mailbox], daemon=True).start()
+
+
+def _poll(mailbox: Any) -> None:
+    import ray
+
+    # a driver that is gone asks for nothing
+    with suppress(ray.exceptions.RayError):
+        while not ray.get(mailbox.is_over.remote()):
+            time.sleep(POLL_SECONDS)
+        _asked.set()
 
 
 def _set_handler(actor: Any) -> None:

@@ -22,6 +22,10 @@ from jobs import report, runs
 from jobs.settings import parse, stop
 
 POLL_SECONDS = 0.5
+# a job that is stopped waits so long for its workers' last checkpoint; less than heads give it (RAY_JOB_STOP_WAIT_TIME_S)
+STOP_SECONDS = 15.0
+# exit status of a program that SIGTERM has ended
+STOPPED = 128 + signal.SIGTERM
 # longest side of the pictures in a panel, pixels
 PANEL_SIDE = 512
 
@@ -99,8 +103,7 @@ def run_job(argv: list[str]) -> None:
         return
     except runs.RunError as error:
         stop(str(error))
-    # whoever stops the job gets an ended MLflow run
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    listen_to_sigterm()
 
     from jobs import tracking
 
@@ -163,6 +166,11 @@ def absolute(path: str, key: str) -> Path:
     return Path(path).absolute()
 
 
+def listen_to_sigterm() -> None:
+    """Makes SIGTERM an ordinary end of the program: whoever stops the job gets a last checkpoint and an ended MLflow run."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+
+
 def prepare_environment(collective_timeout: float) -> None:
     """Sets what Ray reads when it is imported; what is set already stays."""
     settings = DRIVER_SETTINGS | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{collective_timeout:g}"}
@@ -184,6 +192,8 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     from jobs import scaling
 
     ray.init(log_to_driver=False, logging_level="ERROR", **scaling.own_ray())
+    # ray has put itself before our handler, and would abort the process 3 s after the signal
+    listen_to_sigterm()
     given = scaling.resources(asked)
     mailbox = ray.remote(Mailbox).options(**scaling.beside_driver()).remote(run.folder / runs.JOURNAL)
     trainer = TorchTrainer(
@@ -202,14 +212,16 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     result: dict[str, Any] = {}
     bad_samples = runs.BadSamples(run.folder)
     watch = scaling.Watch(asked, config.run.checkpoint_every)
-    done = threading.Event()
+    done, stopped = threading.Event(), threading.Event()
 
     def deliver() -> None:
         for kind, step, values, stamp in ray.get(mailbox.drain.remote()):
             if kind in ("summary", "fatal"):
                 result[kind] = values
-            elif kind == "warning":
+            elif kind in ("warning", "stopped"):
                 print(f"warning: {values['text']}", flush=True)
+                if kind == "stopped":
+                    stopped.set()
             elif kind == "bad_sample":
                 if bad_samples.add(values):
                     print(f"warning: left out {values['key']} of {values['shard']}: {values['reason']}", flush=True)
@@ -259,7 +271,12 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             stop(f"the training failed:\n{error}")
     except SystemExit:
         if "fatal" not in result:
-            raise
+            if watch.waiting_since is None:
+                stopped.clear()
+                mailbox.stop.remote()
+                stopped.wait(STOP_SECONDS)
+            # ray makes 1 of whatever status a program ends with inside of its calls
+            sys.exit(STOPPED)
     finally:
         done.set()
         follower.join(timeout=5)
@@ -283,11 +300,11 @@ class Mailbox:
     def __init__(self, journal: Path) -> None:
         self.journal = journal
         self.events: list[tuple[str, int, dict[str, Any], int]] = []
-        self.fatal = False
+        self.over = False
 
     def put(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Takes one event."""
-        self.fatal = self.fatal or kind == "fatal"
+        self.over = self.over or kind == "fatal"
         stamp = runs.write_down(self.journal, kind, step, values) if kind in ("train", "validation") else 0
         self.events.append((kind, step, values, stamp))
 
@@ -296,9 +313,13 @@ class Mailbox:
         events, self.events = self.events, []
         return events
 
-    def is_fatal(self) -> bool:
-        """Says whether a worker met a fault that no restart mends."""
-        return self.fatal
+    def stop(self) -> None:
+        """Takes note that the job is being stopped."""
+        self.over = True
+
+    def is_over(self) -> bool:
+        """Says whether the job is being stopped, or a worker met a fault that no restart mends."""
+        return self.over
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -314,13 +335,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     from jobs import preemption
 
     mailbox = settings["mailbox"]
-    # the fault is told already; starting over would only meet it again
-    if ray.get(mailbox.is_fatal.remote()):
+    # a fault that is told already would only be met again
+    if ray.get(mailbox.is_over.remote()):
         return
     config: Config = settings["config"]
-    preemption.listen()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    preemption.listen()
+    if rank == 0:
+        preemption.follow(mailbox)
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
     folder = Path(settings["run"])
@@ -383,7 +406,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     except trainer.Preempted as error:
         # ray starts the workers again, which go on from that checkpoint
         if rank == 0:
-            ray.get(mailbox.put.remote("warning", error.step, {"text": str(error)}))
+            ray.get(mailbox.put.remote("stopped", error.step, {"text": str(error)}))
         raise
     except (
         BadSample,

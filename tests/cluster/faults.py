@@ -1,5 +1,6 @@
 """What befalls a training: each fault does its harm and gives the moment it did; times are those of time.time()."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ class Fault:
     workers: int | tuple[int, int] = 2
     # seconds within which a step is done again, as far as one is promised
     promised: float | None = None
+    # whether steps may be done again
+    repeats: bool = True
 
 
 def kill_other_rank(training: Training) -> float:
@@ -53,6 +56,16 @@ def lose_machine(training: Training) -> float:
     """All processes of the machine of the last rank end, and it is gone."""
     number = last_machine(training)
     moment = time.time()
+    training.nodes.kill(number)
+    return moment
+
+
+def take_machine_back(training: Training) -> float:
+    """The machine of the last rank is about to go, Ray and the training hear of it, and it goes."""
+    number = last_machine(training)
+    moment = time.time()
+    command = [sys.executable, "-m", "cluster.preempt", "--seconds", "30"]
+    assert training.nodes.run(command, training.output, number=number).wait(timeout=60) == 0
     training.nodes.kill(number)
     return moment
 
@@ -113,6 +126,7 @@ FAULTS = [
     Fault("rank 0 is killed between writing a checkpoint and renaming it", kill_at_rename, promised=WORKER),
     Fault("a worker hangs, collective_timeout being 20 s", hang),
     Fault("a machine is lost, the others go on", lose_machine, (1, 2), MACHINE),
+    Fault("a machine is taken back, with a warning, the others go on", take_machine_back, (1, 2), repeats=False),
     Fault("a machine is lost, another comes in its place", replace_machine),
     Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
     Fault("the network of a machine is cut for 20 s, the others wait", cut_network),

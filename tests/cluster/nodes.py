@@ -181,15 +181,18 @@ class Nodes:
             raise found[0]
         return found[0]
 
-    def run(self, command: list[str], output: Path, variables: dict[str, str], cwd: Path) -> subprocess.Popen[bytes]:
-        """Starts a program on the head's machine."""
-        head = self.nodes[0]
-        environment = self.environment(head.mark) | {"RAY_ADDRESS": f"{head.address}:{self.port}"} | variables
-        enter = ["nsenter", "-t", str(head.init), "--net", "--mount", "--pid", "--uts", f"--wd={cwd}"]
+    def run(
+        self, command: list[str], output: Path, variables: dict[str, str] | None = None, number: int = 0
+    ) -> subprocess.Popen[bytes]:
+        """Starts a program on a machine, the head's by default, in the project's folder."""
+        node = self.nodes[number]
+        address = {"RAY_ADDRESS": f"{self.address(0)}:{self.port}"}
+        environment = self.environment(node.mark) | address | (variables or {})
+        enter = ["nsenter", "-t", str(node.init), "--net", "--mount", "--pid", "--uts", f"--wd={ROOT}"]
         with output.open("ab") as log:
             return subprocess.Popen(
                 [*enter, *command] if self.isolated else command,
-                env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd,
+                env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT,
                 preexec_fn=end_with_parent(),
             )  # fmt: skip
 

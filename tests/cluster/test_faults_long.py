@@ -1,12 +1,14 @@
 """Each fault by itself, over real Ray nodes: `make test-faults`; MEASURE=FILE writes the recovery times down as a table."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.faults import FAULTS, WORKER, Fault, recover
+from tests.cluster.nodes import Nodes
 from tests.cluster.training import Training, check
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -24,6 +26,32 @@ def test_what_comes_out_is_the_same_training(
         seconds.append(recover(training, fault))
     assert training.result(seconds=200) == 0, training.said()
     check(training, unbroken, relative=0.0 if fault.workers == 2 else 1e-4)
+    assert fault.repeats or not training.repeated()
     if measured := os.environ.get("MEASURE"):
         with Path(measured).open("a") as file:
             file.write(f"| {fault.name} | {fault.workers} | {', '.join(f'{s:.1f}' for s in seconds)} |\n")
+
+
+def test_the_tracking_server_goes_down_and_comes_back(
+    start: Callable[..., Training], unbroken: Training, nodes: Nodes, home: Path
+) -> None:
+    store = f"sqlite:///{home / 'server.db'}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--artifacts-destination", str(home / "artifacts"), "--host", "127.0.0.1", "--port", "5055"]
+    variables = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5055"}
+    server = nodes.run(command, home / "server.log")
+    try:
+        training = start("tracked", pace=0.5, variables=variables)
+        training.wait_for(8)
+        server.kill()
+        server.wait()
+        # what is left of it holds the port
+        for process in nodes.processes(nodes.nodes[0]):
+            if "mlflow" in " ".join(process.cmdline()) and "jobs.train" not in " ".join(process.cmdline()):
+                process.kill()
+        training.wait_for(30)
+        server = nodes.run(command, home / "server.log")
+        assert training.result(seconds=200) == 0, training.said()
+        check(training, unbroken, uri=store)
+    finally:
+        server.kill()

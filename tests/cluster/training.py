@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 import psutil
 
-from tests.cluster.nodes import ROOT, Node, Nodes, until
+from tests.cluster.nodes import Node, Nodes, until
 from tests.cluster.recorder import FOLDER, KILL_AT_RENAME, PACE
 
 SAMPLES, BATCH, CHECKPOINT_EVERY = 24, 4, 5
@@ -65,7 +65,7 @@ class Training:
         settings |= {"run.storage": self.home / "runs"}
         command = [sys.executable, "-m", "jobs.train", *(f"--{key}={value}" for key, value in settings.items())]
         hook = {"RAY_TRAIN_CALLBACKS": "tests.cluster.recorder.Recorder", FOLDER: str(self.records)}
-        self.process = self.nodes.run(command, self.output, hook | {PACE: str(self.pace)} | self.variables, ROOT)
+        self.process = self.nodes.run(command, self.output, hook | {PACE: str(self.pace)} | self.variables)
 
     def result(self, seconds: float = 120) -> int:
         """Waits for the job and gives its exit status."""
@@ -154,6 +154,11 @@ class Training:
                 found.setdefault(line["step"], set()).add(line["loss"])
         return found
 
+    def repeated(self) -> set[int]:
+        """Gives the steps that were done more than once."""
+        times = Counter(line["step"] for line in self.lines() if "loss" in line)
+        return {step for step, count in times.items() if count > 1}
+
     def samples(self) -> dict[int, list[tuple[int, int]]]:
         """Gives the (epoch, sample) that went into each step, as it was done last, over all ranks."""
         lines = self.lines()
@@ -170,10 +175,10 @@ class Training:
         return list(groups.values())
 
 
-def check(training: Training, unbroken: Training, relative: float = 0.0) -> None:
+def check(training: Training, unbroken: Training, relative: float = 0.0, uri: str | None = None) -> None:
     """Asserts that a training came out as the unbroken one did: every sample once an epoch, losses, one MLflow run.
 
-    relative: by how much a loss may differ; 0 is bit for bit.
+    relative: by how much a loss may differ; 0 is bit for bit. uri: of MLflow, where it is not the runs' own.
     """
     assert training.process is not None
     assert training.process.poll() == 0, training.said()
@@ -188,7 +193,7 @@ def check(training: Training, unbroken: Training, relative: float = 0.0) -> None
         (right,) = expected[step]
         for loss in losses:
             assert loss == right if not relative else math.isclose(loss, right, rel_tol=relative), (step, loss, right)
-    check_mlflow(training, "FINISHED")
+    check_mlflow(training, "FINISHED", uri)
     summary = json.loads((training.folder / "summary.json").read_text())
     other = json.loads((unbroken.folder / "summary.json").read_text())
     assert math.isclose(summary["val"]["loss"], other["val"]["loss"], rel_tol=max(relative, 1e-12))

@@ -1,7 +1,8 @@
-"""SIGTERM to one worker of a job: a checkpoint of that step, and the training goes on behind it."""
+"""SIGTERM to one worker of a job, and to the job: a checkpoint of that step, and the training goes on behind it."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,30 +12,38 @@ import psutil
 from data_shards.__main__ import pack_coins
 
 
-def test_sigterm_to_a_worker(tmp_path: Path) -> None:
+def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
     pack_coins(tmp_path / "data" / "coins", {"train": 16, "val": 2})
     steps = 60
     settings = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2"]
     settings += ["--optim.steps", str(steps)]
     settings += ["--run.log_every", "1", "--run.validate_every", "1000", "--run.checkpoint_every", "1000"]
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "jobs.train", *settings],
-        cwd=tmp_path, env=variables | {"HOME": str(tmp_path)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout is not None
     output, done = "", []
-    for line in process.stdout:
-        output += line
-        if found := re.match(r"step (\d+)/", line):
-            done.append(int(found[1]))
-            if len(done) == 3:
-                family = psutil.Process(process.pid).children(recursive=True)
-                workers = sorted((p for p in family if "RayTrainWorker" in p.name()), key=lambda p: p.pid)
-                assert len(workers) == 2
-                workers[1].terminate()
-    assert process.wait(60) == 0, output
-    # nothing but the checkpoint made on the signal can join the parts without a gap or a step done twice
+    for status in (128 + signal.SIGTERM, 0):
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "jobs.train", *settings],
+            cwd=tmp_path, env=variables | {"HOME": str(tmp_path)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.stdout is not None
+        starts = 0
+        for line in process.stdout:
+            output += line
+            starts += line.startswith("going on after step")
+            if found := re.match(r"step (\d+)/", line):
+                done.append(int(found[1]))
+                if len(done) == 3:
+                    family = psutil.Process(process.pid).children(recursive=True)
+                    workers = sorted((p for p in family if "RayTrainWorker" in p.name()), key=lambda p: p.pid)
+                    assert len(workers) == 2
+                    workers[1].terminate()
+                elif starts and status:
+                    process.terminate()
+                    starts = 0
+        assert process.wait(60) == status, output
+    # nothing but the checkpoints made on the signals can join the parts without a gap or a step done twice
     assert done == list(range(1, steps + 1)), output
-    assert re.search(r"warning: stopped after step \d+, as it was asked to; its checkpoint is written", output)
+    assert (
+        len(re.findall(r"warning: stopped after step \d+, as it was asked to; its checkpoint is written", output)) == 2
+    )
