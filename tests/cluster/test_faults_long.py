@@ -2,13 +2,15 @@
 
 import os
 import sys
+import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.faults import FAULTS, WORKER, Fault, recover
-from tests.cluster.nodes import Nodes
+from tests.cluster.nodes import Nodes, until
 from tests.cluster.training import Training, check
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -32,6 +34,13 @@ def test_what_comes_out_is_the_same_training(
             file.write(f"| {fault.name} | {fault.workers} | {', '.join(f'{s:.1f}' for s in seconds)} |\n")
 
 
+def answers() -> bool:
+    """Says whether the tracking server does."""
+    with suppress(OSError), urllib.request.urlopen("http://127.0.0.1:5055/health", timeout=2) as answer:
+        return bool(answer.status == 200)
+    return False
+
+
 def test_the_tracking_server_goes_down_and_comes_back(
     start: Callable[..., Training], unbroken: Training, nodes: Nodes, home: Path
 ) -> None:
@@ -40,6 +49,7 @@ def test_the_tracking_server_goes_down_and_comes_back(
     command += ["--artifacts-destination", str(home / "artifacts"), "--host", "127.0.0.1", "--port", "5055"]
     variables = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5055"}
     server = nodes.run(command, home / "server.log")
+    until(lambda: nodes.in_network(answers), 60, "the tracking server")
     try:
         training = start("tracked", pace=0.5, variables=variables)
         training.wait_for(8)
