@@ -218,11 +218,11 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def end_with_parent() -> Callable[[], None]:
-    """Gives a function that a child calls to be sent SIGTERM when its parent ends (Linux)."""
+def end_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
+    """Gives a function that a child calls to be sent a signal when its parent ends (Linux)."""
     libc = ctypes.CDLL(None)
     PR_SET_PDEATHSIG = 1
-    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM) and None
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, number) and None
 
 
 def state_file() -> Path:

@@ -89,7 +89,8 @@ class Nodes:
         with (self.folder / "nodes.log").open("ab") as log:
             return subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT,
-                start_new_session=True, preexec_fn=end_with_parent(),
+                # unshare does not listen to SIGTERM
+                start_new_session=True, preexec_fn=end_with_parent(signal.SIGKILL),
             )  # fmt: skip
 
     def _in_switch(self, script: str) -> None:

@@ -1,14 +1,37 @@
 """Trainings over real Ray nodes, while workers, machines and networks fail: what comes out is the same training."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from tests.cluster.nodes import Nodes
+import psutil
+
+from tests.cluster.nodes import ROOT, Nodes, until
 from tests.cluster.training import Training, check
 
 STEPS = 60
 # with other numbers of workers sums are made in another order
 RELATIVE = 1e-4
+
+
+def test_nodes_end_with_whoever_started_them(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from tests.cluster.nodes import Nodes; "
+    script += (
+        "held = Nodes(Path(sys.argv[1]))._hold(['--net', '--pid'], 'sleep 1000', {}); print(held.pid, flush=True); "
+    )
+    script += "time.sleep(1000)"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert starter.stdout is not None
+    holder = psutil.Process(int(starter.stdout.readline()))
+    until(holder.children, 20, "the process in the node")
+    family = [holder, *holder.children(recursive=True)]
+    starter.kill()
+    starter.wait()
+    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_workers_are_killed(start: Callable[..., Training], unbroken: Training) -> None:
