@@ -91,7 +91,7 @@ def _sigmoid_sums(
         to += w * t * o
         oo += w * o * o
         tt += w * t * t
-        start += programs.to(tl.int64) * BLOCK
+        start += programs * BLOCK
     row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
     # a class has bce and count of its own here; they are added up with the rows
     tl.store(row + v, tl.sum(bce))
@@ -193,7 +193,7 @@ def _softmax_sums(
         to += tl.sum(weighed * o, axis=1)
         oo += tl.sum(w[None, :] * o * o, axis=1)
         tt += tl.sum(weighed, axis=1)
-        start += programs.to(tl.int64) * BLOCK
+        start += programs * BLOCK
     row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
     v = tl.arange(0, CLASSES)
     tl.store(row, tl.sum(bce))

@@ -93,26 +93,45 @@ def _spread_map(
     outputs = X[:, None] * x_step + k[None, :] * c_step
     end = tl.minimum((cell + WINDOW - 2) * FACTOR, W)
     is_output = (end > X)[:, None] & (k < K)[None, :]
-    for i in range(STRIPE):
-        Y = Y0 + i
-        rows = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
-        for d in tl.static_range(3):
-            u = Y + d - 1
-            if (u >= 0) & (u < H):
+    out_ptr += Y0.to(tl.int64) * W * x_step
+    for i in range(STRIPE // FACTOR):
+        y = Y0 // FACTOR + i
+        # FACTOR rows of output are made of the same nine taps: of a row and of those beside it, repeated beyond the border
+        here = t_ptr + y.to(tl.int64) * w * (9 * K) + taps
+        above = here - tl.where(y > 0, w * (9 * K), 0)
+        below = here + tl.where(y < h - 1, w * (9 * K), 0)
+        tiles = (
+            tl.load(above, mask=is_tap, other=0.0),
+            tl.load(above + 3 * K, mask=is_tap, other=0.0),
+            tl.load(above + 6 * K, mask=is_tap, other=0.0),
+            tl.load(here, mask=is_tap, other=0.0),
+            tl.load(here + 3 * K, mask=is_tap, other=0.0),
+            tl.load(here + 6 * K, mask=is_tap, other=0.0),
+            tl.load(below, mask=is_tap, other=0.0),
+            tl.load(below + 3 * K, mask=is_tap, other=0.0),
+            tl.load(below + 6 * K, mask=is_tap, other=0.0),
+        )
+        for q in tl.static_range(FACTOR):
+            rows = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
+            for d in tl.static_range(3):
+                # nothing is beyond the border of the upsampled map
+                on = 1.0
+                if q + d == 0:
+                    on = tl.where(y > 0, 1.0, 0.0)
+                if q + d == FACTOR + 1:
+                    on = tl.where(y < h - 1, 1.0, 0.0)
                 if BILINEAR:
-                    source = tl.maximum((u + 0.5) / FACTOR - 0.5, 0.0)
-                    low = source.to(tl.int32)
-                    part = source - low
-                    high = tl.minimum(low + 1, h - 1)
-                    above = t_ptr + low.to(tl.int64) * w * (9 * K) + d * 3 * K
-                    below = t_ptr + high.to(tl.int64) * w * (9 * K) + d * 3 * K
-                    rows += (1.0 - part) * tl.load(above + taps, mask=is_tap, other=0.0).to(tl.float32)
-                    rows += part * tl.load(below + taps, mask=is_tap, other=0.0).to(tl.float32)
+                    # half a row in units of 1 / (2 FACTOR): row q + d - 1 lies between two rows of the map
+                    low: tl.constexpr = (2 * (q + d) - 1 + FACTOR) // (2 * FACTOR)
+                    part: tl.constexpr = (2 * (q + d) - 1 + FACTOR) / (2 * FACTOR) - low
+                    rows += (on * (1.0 - part)) * tiles[3 * low + d].to(tl.float32)
+                    rows += (on * part) * tiles[3 * low + 3 + d].to(tl.float32)
                 else:
-                    same = t_ptr + (u // FACTOR).to(tl.int64) * w * (9 * K) + d * 3 * K
-                    rows += tl.load(same + taps, mask=is_tap, other=0.0).to(tl.float32)
-        out = tl.dot(columns, rows.to(OPERAND), input_precision=PRECISION)
-        tl.store(out_ptr + Y.to(tl.int64) * W * x_step + outputs, out.to(out_ptr.dtype.element_ty), mask=is_output)
+                    same: tl.constexpr = (q + d - 1 + FACTOR) // FACTOR
+                    rows += on * tiles[3 * same + d].to(tl.float32)
+            out = tl.dot(columns, rows.to(OPERAND), input_precision=PRECISION)
+            tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=is_output)
+            out_ptr += W * x_step
 
 
 @triton.jit
