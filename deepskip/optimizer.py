@@ -1,5 +1,6 @@
 """The optimizers: AdamW, and Muon for the convolutions, which gets further in short trainings (docs/paper.md)."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -65,44 +66,69 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    (self._step_muon if group["muon"] else self._step_adam)(p, group)
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                (self._step_muon if group["muon"] else self._step_adam)(parameters, group)
         return loss
 
-    def _step_muon(self, p: Tensor, group: dict[str, Any]) -> None:
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        momentum = state["momentum"].mul_(group["momentum"]).add_(p.grad)
-        direction = torch.add(p.grad, momentum, alpha=group["momentum"]).flatten(1)
-        rows, columns = direction.shape
+    # all parameters of a group in each operation: their many small ones take a GPU longer to start than to do
+    def _step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        directions = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+        matrices = [direction.flatten(1) for direction in directions]
         lr = MUON_LEARNING_RATE * group["lr"]
-        p.mul_(1 - lr * group["weight_decay"])
-        p.add_(orthogonalized(direction).view(p.shape), alpha=-lr * max(1, rows / columns) ** 0.5)
+        scales = [-lr * max(1, m.shape[0] / m.shape[1]) ** 0.5 for m in matrices]
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        updates = [x.reshape(p.shape) for x, p in zip(orthogonalized(matrices), parameters, strict=True)]
+        torch._foreach_add_(parameters, torch._foreach_mul(updates, scales))
 
-    def _step_adam(self, p: Tensor, group: dict[str, Any]) -> None:
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-        state["step"] += 1
+    def _step_adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        steps = [self.state[p]["step"] for p in parameters]
+        means = [self.state[p]["mean"] for p in parameters]
+        squares = [self.state[p]["square"] for p in parameters]
         first, second = group["betas"]
-        mean = state["mean"].lerp_(p.grad, 1 - first)
-        square = state["square"].lerp_(p.grad.square(), 1 - second)
-        scale = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-        p.addcdiv_(mean, scale, value=-group["lr"] / (1 - first ** state["step"]))
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
+        scales = torch._foreach_div(squares, [1 - second**step for step in steps])
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, scales, [-group["lr"] / (1 - first**step) for step in steps])
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """Brings the singular values of (m, n) near 1, to about 0.7 to 1.2, by five quintic Newton-Schulz steps."""
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Brings the singular values of each (m, n) near 1, to about 0.7 to 1.2, by five quintic Newton-Schulz steps.
+
+    x <- (a + b A + c A^2) x with A = x x^T, the shorter way round: the steps are polynomials of the first A, so they are
+    multiplied in (m, m), those of all matrices of that size at once, and x comes in once, at the end.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    wide = [x if x.shape[0] <= x.shape[1] else x.T for x in matrices]
+    alike = defaultdict(list)
+    for i, x in enumerate(wide):
+        alike[x.shape[0]].append(i)
+    done = list(matrices)
+    for members in alike.values():
+        gram = torch.stack([wide[i] @ wide[i].T for i in members])
+        norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].sqrt() + 1e-7
+        gram /= norm.square()
+        steps = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram) / norm
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            step.diagonal(dim1=1, dim2=2).add_(a)
+            steps = step @ steps
+            gram = step @ gram @ step
+        for i, product in zip(members, steps, strict=True):
+            x = product @ wide[i]
+            done[i] = x if wide[i] is matrices[i] else x.T
+    return done
