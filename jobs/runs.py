@@ -20,6 +20,7 @@ LOCK = ".lock"
 PEN = ".pen"
 JOURNAL = "metrics.jsonl"
 UNSENT = "unsent.json"
+MACHINES = "machines.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
 # these may change between the parts of one training

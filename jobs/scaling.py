@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +20,7 @@ from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deepskip.config import ClusterConfig, workers_range
+from jobs import runs
 from jobs.settings import stop
 
 POLL_SECONDS = 0.5
@@ -93,8 +95,25 @@ def look_at_machines() -> None:
     """Has Ray count its machines now: an elastic training is planned by a count that is up to 20 s old otherwise."""
     # an inner part of ray: where a version lacks it, or it is slow, so is recovery, and nothing else
     with suppress(ValueError, AttributeError, TypeError, ray.exceptions.RayError):
-        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=2)
+        ray.get(coordinator().get_reserved_resources.remote("", recompute=True), timeout=2)
+
+
+def coordinator() -> Any:
+    """Gives the actor by which Ray shares machines out among elastic trainings; raises ValueError where there is none."""
+    return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+
+
+def claim_machines(trainer: Any, note: Path) -> None:
+    """Gives back the machines that this run's last driver had, and notes in a file under what name this one has its own.
+
+    Ray leaves an elastic training's machines to it for three minutes after its driver was killed.
+    """
+    earlier = runs.read_json(note).get("requester")
+    with suppress(ValueError, AttributeError, TypeError, ray.exceptions.RayError):
+        if earlier:
+            ray.get(coordinator().cancel_request.remote(earlier), timeout=5)
+    with suppress(AttributeError):
+        runs.write_json(note, {"requester": f"train-{trainer.train_run_context.run_id}"})
 
 
 def beside_driver() -> dict[str, Any]:

@@ -209,6 +209,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             callbacks=[scaling.Failures(mailbox)],
         ),
     )
+    scaling.claim_machines(trainer, run.folder / runs.MACHINES)
     result: dict[str, Any] = {}
     bad_samples = runs.BadSamples(run.folder)
     watch = scaling.Watch(asked, config.run.checkpoint_every)

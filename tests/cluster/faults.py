@@ -130,7 +130,7 @@ FAULTS = [
     Fault("a machine is lost, another comes in its place", replace_machine),
     Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
     Fault("the network of a machine is cut for 20 s, the others wait", cut_network),
-    Fault("the driver is killed, the job submitted again", kill_driver),
+    Fault("the driver is killed, the job submitted again", kill_driver, (1, 2)),
     Fault("the head is lost, the job submitted again to a new one", lose_head),
 ]
 

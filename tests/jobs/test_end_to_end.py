@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,13 @@ def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) ->
     assert "bad_samples.jsonl" in [file.path for file in client.list_artifacts(summary["mlflow_run_id"])]
 
 
+def doors_of(process: psutil.Process) -> list[Any]:
+    # ray starts and ends processes while we look
+    with suppress(psutil.NoSuchProcess):
+        return process.net_connections("inet")
+    return []
+
+
 def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Path) -> None:
     line, options = command(home, "jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, **options)
@@ -219,7 +227,7 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
     doors = {
         (door.laddr.ip.removeprefix("::ffff:"), door.laddr.port)
         for each in processes
-        for door in each.net_connections("inet")
+        for door in doors_of(each)
         if door.status == psutil.CONN_LISTEN or (door.type == socket.SOCK_DGRAM and not door.raddr)
     }
     # the head, its dashboard, raylet and agents, the store where ranks find each other

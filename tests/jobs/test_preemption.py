@@ -30,6 +30,8 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
         starts = 0
         for line in process.stdout:
             output += line
+            # what there was is shown where this takes too long
+            sys.stdout.write(line)
             starts += line.startswith("going on after step")
             if found := re.match(r"step (\d+)/", line):
                 done.append(int(found[1]))

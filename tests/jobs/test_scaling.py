@@ -1,6 +1,8 @@
 import errno
+import inspect
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,3 +97,20 @@ def test_a_full_disk_is_known_behind_other_errors() -> None:
     assert said is not None
     assert said.startswith("the disk is full at /runs/a;")
     assert runs.disk_full(OSError(errno.EACCES, "denied")) is None
+
+
+def test_a_run_gives_back_the_machines_of_its_last_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[str] = []
+    cancel = SimpleNamespace(remote=cancelled.append)
+    monkeypatch.setattr(scaling, "coordinator", lambda: SimpleNamespace(cancel_request=cancel))
+    monkeypatch.setattr(scaling.ray, "get", lambda reference, timeout: reference)
+    for run_id in ("one", "two", "three"):
+        trainer = SimpleNamespace(train_run_context=SimpleNamespace(run_id=run_id))
+        scaling.claim_machines(trainer, tmp_path / runs.MACHINES)
+    assert cancelled == ["train-one", "train-two"]
+
+
+def test_the_name_that_ray_gives_a_trainings_request_is_the_one_we_note() -> None:
+    from ray.train.v2._internal.execution.scaling_policy import scaling_policy
+
+    assert 'self._requester_id = f"train-{train_run_context.run_id}"' in inspect.getsource(scaling_policy)
