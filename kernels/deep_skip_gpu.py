@@ -58,7 +58,8 @@ def plan(W: int, factors: Sequence[int], K: int, dtype: torch.dtype, backward: b
     # forward, a program makes all rows of a stripe; backward, one row of the map
     rows = [stripe // s if backward else 1 for s in factors]
     blocks = [r * triton.cdiv(W // s, x - 2) for s, x, r in zip(factors, windows, rows, strict=True)]
-    channels = 16 if K <= 16 or dtype == torch.float32 else 32
+    # a matrix product takes 8 columns or more
+    channels = min(max(triton.next_power_of_2(K), 8), 16 if dtype == torch.float32 else 32)
     return Plan(stripe, (triton.cdiv(W, OWN_COLUMNS), *blocks), tuple(windows), channels)
 
 
@@ -71,6 +72,27 @@ def _weight(u, cell, size, FACTOR: tl.constexpr, BILINEAR: tl.constexpr):
     else:
         weight = tl.where(u // FACTOR == cell, 1.0, 0.0)
     return tl.where((u >= 0) & (u < size * FACTOR), weight, 0.0)
+
+
+@triton.jit
+def _row_of_taps(tiles, y, h, U: tl.constexpr, d: tl.constexpr, FACTOR: tl.constexpr, BILINEAR: tl.constexpr):
+    # tap d of row U - 1, counted from row y of the map, of the upsampled map; beyond its border is nothing
+    on = 1.0
+    if U == 0:
+        on = tl.where(y > 0, 1.0, 0.0)
+    if U == FACTOR + 1:
+        on = tl.where(y < h - 1, 1.0, 0.0)
+    if BILINEAR:
+        # it lies so many parts of 2 FACTOR beyond the row above y
+        PLACE: tl.constexpr = 2 * U - 1 + FACTOR
+        LOW: tl.constexpr = PLACE // (2 * FACTOR)
+        PART: tl.constexpr = PLACE / (2 * FACTOR) - PLACE // (2 * FACTOR)
+        above, below = tiles[3 * LOW + d].to(tl.float32), tiles[3 * LOW + 3 + d].to(tl.float32)
+        row = (on * (1.0 - PART)) * above + (on * PART) * below
+    else:
+        SAME: tl.constexpr = (U - 1 + FACTOR) // FACTOR
+        row = on * tiles[3 * SAME + d].to(tl.float32)
+    return row
 
 
 @triton.jit
@@ -114,21 +136,7 @@ def _spread_map(
         for q in tl.static_range(FACTOR):
             rows = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
             for d in tl.static_range(3):
-                # nothing is beyond the border of the upsampled map
-                on = 1.0
-                if q + d == 0:
-                    on = tl.where(y > 0, 1.0, 0.0)
-                if q + d == FACTOR + 1:
-                    on = tl.where(y < h - 1, 1.0, 0.0)
-                if BILINEAR:
-                    # half a row in units of 1 / (2 FACTOR): row q + d - 1 lies between two rows of the map
-                    low: tl.constexpr = (2 * (q + d) - 1 + FACTOR) // (2 * FACTOR)
-                    part: tl.constexpr = (2 * (q + d) - 1 + FACTOR) / (2 * FACTOR) - low
-                    rows += (on * (1.0 - part)) * tiles[3 * low + d].to(tl.float32)
-                    rows += (on * part) * tiles[3 * low + 3 + d].to(tl.float32)
-                else:
-                    same: tl.constexpr = (q + d - 1 + FACTOR) // FACTOR
-                    rows += on * tiles[3 * same + d].to(tl.float32)
+                rows += _row_of_taps(tiles, y, h, q + d, d, FACTOR, BILINEAR)
             out = tl.dot(columns, rows.to(OPERAND), input_precision=PRECISION)
             tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=is_output)
             out_ptr += W * x_step

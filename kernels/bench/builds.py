@@ -66,9 +66,15 @@ def variants() -> Iterator[Variant]:
         for kernel in (bce_dice._sigmoid_sums, bce_dice._sigmoid_gradient):
             constants = {"HAS_WEIGHT": weighed, "BLOCK": bce_dice.SIGMOID_BLOCK}
             yield Variant(kernel, f"{kernel.__name__}[{about}]", types, constants)
+            if (logits, target, weighed) == ("bf16", "u8", False):
+                # one class, and one program a sample: Triton makes a constant of an argument that is 1
+                constants |= {"programs": 1, "V": 1}
+                yield Variant(kernel, f"{kernel.__name__}[{about},alone]", types, constants)
         for kernel, classes in itertools.product((bce_dice._softmax_sums, bce_dice._softmax_gradient), CLASSES):
             constants = {"HAS_WEIGHT": weighed} | bce_dice.softmax_sizes(classes)
             yield Variant(kernel, f"{kernel.__name__}[{about},{classes}classes]", types, constants)
+            if (logits, target, weighed, classes) == ("bf16", "u8", False, CLASSES[0]):
+                yield Variant(kernel, f"{kernel.__name__}[{about},alone]", types, constants | {"programs": 1})
     for kernel, classes in itertools.product(
         (bce_dice_loss._loss_of_sums, bce_dice_loss._loss_of_sums_gradient), CLASSES
     ):
