@@ -10,7 +10,7 @@ from functools import lru_cache
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_shards.index import FORMATS
 
@@ -20,6 +20,14 @@ MASK_KEYS = ("mask", "masks", "label", "labels")
 # bounds what a small file may unpack to
 MAX_PIXELS = 2**28
 MAX_BYTES = 2**31
+# pages of a TIFF: bands, mostly
+MAX_PAGES = 4096
+# scans of a JPEG: progressive ones have about ten, and each takes as long as a whole image
+MAX_SCANS = 100
+# what TIFF knows of that fills a buffer of the tile's size, and no larger one
+BOUNDED_COMPRESSION = ("NONE", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD", "CCITTFAX3", "CCITTFAX4")
+# and images within the image, which have a size of their own
+TILE_FORMATS = ("JPEG", "PNG", "WEBP", "JPEG2000")
 
 # the bound is ours, checked before anything is unpacked; pillow's own would only warn
 Image.MAX_IMAGE_PIXELS = None
@@ -42,6 +50,31 @@ class Sample:
     stored_image: tuple[str, bytes] | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an image may unpack to: pixels (height x width) and, where a small file could hide them, bytes."""
+
+    pixels: int = MAX_PIXELS
+    bytes: int = MAX_BYTES
+
+    def check(self, height: int, width: int) -> None:
+        """Raises TooLarge where there are more pixels."""
+        if height * width > self.pixels:
+            raise TooLarge(f"has {height} x {width} pixels; at most {self.pixels} are read")
+
+    def check_bytes(self, count: int) -> None:
+        """Raises TooLarge where there are more bytes."""
+        if count > self.bytes:
+            raise TooLarge(f"unpacks to {count} bytes; at most {self.bytes} are read")
+
+
+LIMITS = Limits()
+
+
+class TooLarge(ValueError):
+    """An image that unpacks to more than is read; says how much."""
+
+
 class BadSample(ValueError):
     """A sample that cannot be used; says which one and why."""
 
@@ -54,19 +87,19 @@ class BadSample(ValueError):
         return type(self), (self.shard, self.key, self.reason)
 
 
-def decode_image(extension: str, data: Data) -> np.ndarray:
-    """Decodes an image into (height, width, bands); raises ValueError that says what is wrong with it.
+def decode_image(extension: str, data: Data, limits: Limits = LIMITS) -> np.ndarray:
+    """Decodes an image into (height, width, bands); raises ValueError that says what is wrong with it, TooLarge among them.
 
     Transparency is dropped, palettes are applied, EXIF orientation is applied, pages of a TIFF are bands.
     """
-    array = _decode(extension, data, _picture, IMAGE_KEYS)
+    array = _decode(extension, data, _picture, IMAGE_KEYS, limits)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"has shape {array.shape}; an image is (height, width) or (height, width, bands)")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"has dtype {array.dtype}; an image is of integers or real numbers")
-    _check_pixels(array.shape[0], array.shape[1])
+    limits.check(array.shape[0], array.shape[1])
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError("has values that are nan or infinite")
     return array.astype(np.uint8) if array.dtype == bool else array
@@ -77,7 +110,7 @@ def decode_mask(extension: str, data: Data) -> np.ndarray:
 
     A palette's indices are the labels. Colour channels must be equal to each other.
     """
-    array = _decode(extension, data, _label_picture, MASK_KEYS)
+    array = _decode(extension, data, _label_picture, MASK_KEYS, LIMITS)
     if array.ndim == 3 and (array == array[..., :1]).all():
         array = array[..., 0]
     if array.ndim != 2 or 0 in array.shape:
@@ -164,30 +197,34 @@ def resize_longest_side(
 
 
 def _decode(
-    extension: str, data: Data, picture: Callable[[Image.Image], np.ndarray], keys: tuple[str, ...]
+    extension: str,
+    data: Data,
+    picture: Callable[[Image.Image], np.ndarray],
+    keys: tuple[str, ...],
+    limits: Limits,
 ) -> np.ndarray:
     try:
         if extension in ("png", "jpg", "jpeg"):
-            if extension == "png" and (plain := _plain_png(data)) is not None:
+            if extension == "png" and (plain := _plain_png(data, limits)) is not None:
                 return plain
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-                _check_pixels(image.height, image.width)
+                limits.check(image.height, image.width)
+                # within compressed data 0xff is followed by 0, so this counts no pixels
+                if image.format == "JPEG" and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
+                    raise ValueError(f"it has {scans} scans; at most {MAX_SCANS} are read")
                 return picture(image)
         if extension in ("tif", "tiff"):
-            return _read_tiff(data, palette=picture is _picture)
+            return _read_tiff(data, picture is _picture, limits)
         if extension == "npy":
             return _read_npy(data)
         if extension == "npz":
-            return _read_npz(data, keys)
+            return _read_npz(data, keys, limits)
+    except TooLarge as error:
+        raise TooLarge(f"the {extension} file does not decode: {error}") from error
     # decoders fail in many ways on bytes that are no image
     except Exception as error:
         raise ValueError(f"the {extension} file does not decode: {error}") from error
     raise ValueError(f"is a .{extension} file; images and masks are {', '.join(EXTENSIONS)}")
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"has {height} x {width} pixels; at most {MAX_PIXELS} are read")
 
 
 def _picture(image: Image.Image) -> np.ndarray:
@@ -205,7 +242,7 @@ def _label_picture(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def _plain_png(data: Data) -> np.ndarray | None:
+def _plain_png(data: Data, limits: Limits) -> np.ndarray | None:
     """Decodes grey and colour of 8 bits, and colour of 16; gives None for what pillow must see to."""
     # depth and colour type at bytes 24 and 25: 0 is grey, 2 colour, 4 and 6 the same with alpha
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 26:
@@ -217,7 +254,7 @@ def _plain_png(data: Data) -> np.ndarray | None:
     if b"eXIf" in contents:
         return None
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-    _check_pixels(height, width)
+    limits.check(height, width)
     array = imagecodecs.png_decode(contents)
     if array.ndim == 2:
         return array
@@ -225,19 +262,24 @@ def _plain_png(data: Data) -> np.ndarray | None:
     return array[..., 0] if array.shape[2] <= 2 else array[..., :3]
 
 
-def _read_tiff(data: Data, palette: bool) -> np.ndarray:
+def _read_tiff(data: Data, palette: bool, limits: Limits) -> np.ndarray:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
+        if len(file.pages) > MAX_PAGES:
+            raise ValueError(f"it has {len(file.pages)} pages; at most {MAX_PAGES} are read")
         series = file.series[0]
         page = file.pages.first
-        if series.nbytes > MAX_BYTES:
-            raise ValueError(f"unpacks to {series.nbytes} bytes; at most {MAX_BYTES} are read")
+        limits.check_bytes(series.nbytes)
         axes = [
             (axis, length) for axis, length in zip(series.axes, series.shape, strict=True) if length > 1 or axis in "YX"
         ]
-        array = series.asarray().reshape([length for _, length in axes])
         names = "".join(axis for axis, _ in axes)
         if len(names) > 3 or "Y" not in names or "X" not in names:
             raise ValueError(f"has axes {series.axes} of {series.shape}; height, width and one axis of bands are read")
+        sides = dict(axes)
+        limits.check(sides["Y"], sides["X"])
+        for each in series.pages:
+            _check_tiles(each, data)
+        array = series.asarray().reshape([length for _, length in axes])
         # bands last, wherever they were
         array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
         if palette and page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
@@ -246,6 +288,24 @@ def _read_tiff(data: Data, palette: bool) -> np.ndarray:
         if array.ndim == 3 and any(int(kind) in (1, 2) for kind in page.extrasamples):
             array = array[..., : -len(page.extrasamples)]
         return array
+
+
+def _check_tiles(page: tifffile.TiffPage | tifffile.TiffFrame | None, data: Data) -> None:
+    """Raises ValueError where a tile of a TIFF would unpack to more than its place in the image."""
+    if page is None or page.keyframe.compression.name in BOUNDED_COMPRESSION:
+        return
+    height, width = page.keyframe.chunks[:2] if len(page.keyframe.chunks) > 1 else (1, 1)
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if not count:
+            continue
+        try:
+            with Image.open(io.BytesIO(data[offset : offset + count]), formats=TILE_FORMATS) as tile:
+                size = tile.height, tile.width
+        except UnidentifiedImageError:
+            name = page.keyframe.compression.name
+            raise ValueError(f"has tiles of {name}, whose size cannot be seen before they are unpacked") from None
+        if size[0] > height or size[1] > width:
+            raise ValueError(f"a tile of {height} x {width} holds an image of {size[0]} x {size[1]}")
 
 
 def _read_npy(data: Data) -> np.ndarray:
@@ -271,22 +331,21 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read[min(2, np.lib.format.read_magic(file)[0])](file)
 
 
-def _read_npz(data: Data, keys: tuple[str, ...]) -> np.ndarray:
+def _read_npz(data: Data, keys: tuple[str, ...], limits: Limits) -> np.ndarray:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         found = [key for key in keys if key in names] or (list(names) if len(names) == 1 else [])
         if not found:
             raise ValueError(f"holds {', '.join(names) or 'no arrays'}; looked for {', '.join(keys)}")
         member = archive.getinfo(names[found[0]])
-        if member.file_size > MAX_BYTES:
-            raise ValueError(f"unpacks to {member.file_size} bytes; at most {MAX_BYTES} are read")
+        limits.check_bytes(member.file_size)
         with archive.open(member) as file:
             # what it claims to be, before it is unpacked
             start = file.read(12)
             start += file.read(_npy_start(start) - 12)
             shape, _, _ = _npy_header(start)
             if len(shape) > 1:
-                _check_pixels(*shape[:2])
+                limits.check(*shape[:2])
             return _read_npy(start + file.read())
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 from data_shards import sample
 from data_shards.sample import (
     BadSample,
+    Limits,
+    TooLarge,
     decode_image,
     decode_mask,
     encode_image,
@@ -151,13 +153,54 @@ def test_an_array_that_claims_more_than_it_has() -> None:
         decode_image("npy", bytes(data))
 
 
-def test_a_zip_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "MAX_BYTES", 10_000)
+def test_a_zip_bomb_is_refused() -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("image.npy", npy(np.zeros((200, 200), np.uint8)))
-    with pytest.raises(ValueError, match="at most 10000 are read"):
-        decode_image("npz", file.getvalue())
+    with pytest.raises(TooLarge, match="at most 10000 are read"):
+        decode_image("npz", file.getvalue(), Limits(bytes=10_000))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz"])
+def test_limits_of_a_caller(extension: str) -> None:
+    image = random(30, 20, 3)
+    whole = {
+        "png": pil(Image.fromarray(image)), "jpg": pil(Image.fromarray(image), "JPEG"), "tif": tif(image, photometric="rgb"),
+        "npy": npy(image), "npz": npz(image=image),
+    }[extension]  # fmt: skip
+    assert decode_image(extension, whole, Limits(pixels=600)).shape == (30, 20, 3)
+    with pytest.raises(TooLarge, match="30 x 20 pixels; at most 599 are read"):
+        decode_image(extension, whole, Limits(pixels=599))
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "png", "webp", "jpeg2000"])
+def test_a_tile_that_holds_a_larger_image_than_its_place(compression: str) -> None:
+    image = random(64, 80, 3)
+    whole = tif(image, photometric="rgb", compression=compression)
+    assert decode_image("tif", whole).shape == (64, 80, 3)
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        places = [file.pages.first.tags[tag].valueoffset for tag in ("ImageLength", "ImageWidth")]
+    for place in places:
+        smaller = whole[:place] + struct.pack("<H", 16) + whole[place + 2 :]
+        with pytest.raises(ValueError, match="holds an image of 64 x 80"):
+            decode_image("tif", smaller)
+
+
+def test_a_tile_whose_size_cannot_be_seen() -> None:
+    with pytest.raises(ValueError, match="tiles of LERC, whose size cannot be seen"):
+        decode_image("tif", tif(random(20, 20), compression="lerc"))
+
+
+def test_a_tiff_of_very_many_pages_and_a_jpeg_of_very_many_scans() -> None:
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(np.zeros((sample.MAX_PAGES + 1, 1, 1), np.uint8), photometric="minisblack", metadata=None)
+    with pytest.raises(ValueError, match="4097 pages; at most 4096"):
+        decode_image("tif", file.getvalue())
+    jpeg = pil(Image.fromarray(random(8, 8)), "JPEG", progressive=True)
+    assert decode_image("jpg", jpeg).shape == (8, 8, 1)
+    with pytest.raises(ValueError, match="scans; at most 100"):
+        decode_image("jpg", jpeg + b"\xff\xda" * 101)
 
 
 def test_pickles_are_not_run() -> None:

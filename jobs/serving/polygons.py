@@ -1,0 +1,134 @@
+"""Outlines of the objects of a mask as GeoJSON: along the edges of pixels, so that they hold exactly the mask's pixels."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import scipy.ndimage
+
+Ring = list[tuple[int, int]]
+EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
+# a step along the edges of pixels: (down, right)
+RIGHT, DOWN, LEFT, UP = (0, 1), (1, 0), (0, -1), (-1, 0)
+
+
+def find_objects(labels_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the objects of a mask: an image (H, W) of numbers from 1, 0 for background, and the class of each object.
+
+    An object is one class's pixels that touch by an edge or a corner, as in the metrics.
+    """
+    objects = np.zeros(labels_HW.shape, np.int32)
+    classes: list[int] = []
+    for label in np.unique(labels_HW[labels_HW > 0]):
+        found, count = scipy.ndimage.label(labels_HW == label, EIGHT_NEIGHBOURS, output=np.int32)
+        objects += np.where(found > 0, found + len(classes), 0)
+        classes += [int(label)] * count
+    return objects, np.array(classes, np.int64)
+
+
+def feature_collection(labels_HW: np.ndarray, scores_HW: np.ndarray) -> dict[str, Any]:
+    """Makes a GeoJSON FeatureCollection of a mask's objects: Polygon, or MultiPolygon where parts touch by corners alone.
+
+    scores_HW: each pixel's probability of its label. Coordinates are pixels, x to the right and y down from the upper
+    left corner of the image. Properties: class, area in pixels, score (mean probability).
+    """
+    objects, classes = find_objects(labels_HW)
+    areas = np.bincount(objects.ravel(), minlength=len(classes) + 1)[1:]
+    scores = np.bincount(objects.ravel(), scores_HW.ravel(), minlength=len(classes) + 1)[1:] / np.maximum(areas, 1)
+    # parts touch by edges: their outlines never cross themselves
+    parts, polygons = split_by_corners(objects)
+    owned: dict[int, list[list[Ring]]] = {}
+    for part, rings in outlines(parts).items():
+        owned.setdefault(int(polygons[part]), []).append(rings)
+    features = []
+    for number, label in enumerate(classes, 1):
+        shapes = owned[number]
+        geometry = (
+            {"type": "Polygon", "coordinates": shapes[0]}
+            if len(shapes) == 1
+            else {"type": "MultiPolygon", "coordinates": shapes}
+        )
+        properties = {
+            "class": int(label),
+            "area": int(areas[number - 1]),
+            "score": round(float(scores[number - 1]), 4),
+        }
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    return {"type": "FeatureCollection", "features": features}
+
+
+def split_by_corners(objects_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the parts of objects that hang together by edges; gives the image of parts and each part's object."""
+    parts, count = scipy.ndimage.label(objects_HW > 0, output=np.int32)
+    owner = np.zeros(count + 1, np.int32)
+    owner[parts] = objects_HW
+    if (owner[parts] == objects_HW).all():
+        return parts, owner
+    # objects of two classes share edges: each is looked at by itself
+    owners = [0]
+    for number, where in enumerate(scipy.ndimage.find_objects(objects_HW), 1):
+        found, more = scipy.ndimage.label(objects_HW[where] == number, output=np.int32)
+        parts[where] = np.where(found > 0, found + len(owners) - 1, parts[where])
+        owners += [number] * more
+    return parts, np.array(owners)
+
+
+def outlines(parts_HW: np.ndarray) -> dict[int, list[Ring]]:
+    """Gives the rings of each part, its outer one first: closed, corners only, as (x, y).
+
+    The shoelace sum is positive for outer rings and negative for holes, as GeoJSON has it.
+    """
+    padded = np.pad(parts_HW, 1)
+    steps: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    # along each side of a pixel whose neighbour there is of another part, with the part on the right hand
+    for (down, right), inside, outside in (
+        (RIGHT, padded[1:, 1:-1], padded[:-1, 1:-1]),
+        (LEFT, padded[:-1, 1:-1], padded[1:, 1:-1]),
+        (DOWN, padded[1:-1, :-1], padded[1:-1, 1:]),
+        (UP, padded[1:-1, 1:], padded[1:-1, :-1]),
+    ):
+        rows, columns = np.nonzero((inside != outside) & (inside > 0))
+        owners = inside[rows, columns]
+        # from the end at which the step begins
+        rows, columns = rows + (down < 0), columns + (right < 0)
+        for part, y, x in zip(owners.tolist(), rows.tolist(), columns.tolist(), strict=True):
+            steps.setdefault((part, y, x), []).append((down, right))
+    found: dict[int, list[Ring]] = {}
+    for part, y, x in list(steps):
+        while (part, y, x) in steps:
+            ring = follow(steps, part, y, x)
+            rings = found.setdefault(part, [])
+            # every part has one outer ring
+            rings.insert(0 if shoelace(ring) > 0 else len(rings), ring)
+    return found
+
+
+def follow(steps: dict[tuple[int, int, int], list[tuple[int, int]]], part: int, y: int, x: int) -> Ring:
+    """Takes one ring out of the steps, from a corner until it is closed."""
+    start, ring = (y, x), []
+    last: tuple[int, int] | None = None
+    while last is None or (y, x) != start:
+        ways = steps[part, y, x]
+        # where two corners of the part meet, turn left, round the outside: so a ring never meets itself
+        way = ways[0] if len(ways) == 1 or last is None else (-last[1], last[0])
+        ways.remove(way)
+        if not ways:
+            del steps[part, y, x]
+        if way != last:
+            ring.append((x, y))
+        y, x, last = y + way[0], x + way[1], way
+    # the ring may have begun in the middle of a side
+    if last == first_way(ring):
+        ring.pop(0)
+    return [*ring, ring[0]]
+
+
+def first_way(ring: Ring) -> tuple[int, int]:
+    """Gives the direction of a ring's first side."""
+    (x0, y0), (x1, y1) = ring[:2]
+    return (y1 > y0) - (y1 < y0), (x1 > x0) - (x1 < x0)
+
+
+def shoelace(ring: Ring) -> int:
+    """Computes twice the signed area of a closed ring."""
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in itertools.pairwise(ring))

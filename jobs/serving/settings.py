@@ -1,0 +1,158 @@
+"""Every setting of the server, with its unit and default, and what is checked before anything is started."""
+
+import argparse
+import ipaddress
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from cluster.local import usable_cpus
+from jobs.settings import explain, stop
+
+TOKEN_VARIABLE = "DEEPSKIP_TOKEN"
+# below this a token can be guessed over a network
+TOKEN_CHARACTERS = 16
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """A server: the model, where it listens, what it takes, and how much at once."""
+
+    checkpoint: str
+    """a run's folder (runs/NAME), its URL, or a checkpoint file"""
+    host: str = "127.0.0.1"
+    """address to listen on; any but this machine's own loopback needs a token"""
+    port: int = 8000
+    """port to listen on; 0 takes a free one"""
+    token_file: Path | None = None
+    """file whose only line is the token that requests must carry; null takes $DEEPSKIP_TOKEN, if that is set"""
+    max_body_mb: float = 64
+    """largest body of a request, MB; a larger one is refused before it is read (413)"""
+    max_megapixels: float = 32
+    """largest image, millions of pixels, however few bytes it is packed into (413)"""
+    max_waiting: int = 64
+    """requests that may wait or run at once; further ones are turned away (429)"""
+    max_held_mb: float = 1024
+    """bytes of bodies held at once, of all requests, MB; what does not fit is turned away (429)"""
+    body_seconds: float = 30
+    """a body must have come whole in this time (408)"""
+    answer_seconds: float = 120
+    """an answer must be ready in this time (504)"""
+    batch: int = 8
+    """images of one size that go through the network together, at most"""
+    batch_wait: float = 0.005
+    """seconds that the first image of a batch waits for others"""
+    replicas: int = 1
+    """copies of the model, over the whole cluster"""
+    cpus: int | None = None
+    """CPU cores of each replica; null shares out this machine's"""
+    gpus: float | None = None
+    """GPUs of each replica; null takes 1 where this machine has one, else 0"""
+
+    @property
+    def max_body(self) -> int:
+        """Largest body, bytes."""
+        return int(self.max_body_mb * 1e6)
+
+    @property
+    def max_pixels(self) -> int:
+        """Largest image, pixels."""
+        return int(self.max_megapixels * 1e6)
+
+
+# what each number may be, both ends included
+RANGES = {
+    "port": (0, 65535),
+    "max_body_mb": (0.001, 2000),
+    "max_megapixels": (0.001, 268),
+    "max_waiting": (1, 100_000),
+    "max_held_mb": (0.001, 1e6),
+    "body_seconds": (0.1, 3600),
+    "answer_seconds": (0.1, 3600),
+    "batch": (1, 1024),
+    "batch_wait": (0, 10),
+    "replicas": (1, 10_000),
+    "cpus": (1, 1024),
+    "gpus": (0, 64),
+}
+
+
+def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
+    """Reads the settings; gives them with the token. Bad ones end the program by `stop`."""
+    parser = ArgumentParser(
+        prog="python -m jobs.serve",
+        description="Serves a trained model over HTTP. Settings come from the defaults, then --config, then the command line.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_class_arguments(ServeConfig)
+    try:
+        parsed = parser.parse_args(argv)
+        values = parser.instantiate_classes(parsed).as_dict()
+        config = ServeConfig(**{key: value for key, value in values.items() if key != "config"})
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        stop(explain(str(error)))
+    except yaml.YAMLError as error:
+        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+    check_values(config)
+    if config.cpus is None:
+        config.cpus = max(1, usable_cpus() // config.replicas)
+    return config, read_token(config)
+
+
+def check_values(config: ServeConfig) -> None:
+    """Ends the program where a number is out of its range."""
+    faults = []
+    for key, (low, high) in RANGES.items():
+        value = getattr(config, key)
+        if value is not None and not low <= value <= high:
+            faults.append(f"{key} is {value:g}; it must be from {low:g} to {high:g}")
+    if config.max_held_mb < config.max_body_mb:
+        faults.append(
+            f"max_held_mb is {config.max_held_mb:g}; one body of max_body_mb ({config.max_body_mb:g}) must fit"
+        )
+    if faults:
+        stop("\n".join(faults))
+
+
+def read_token(config: ServeConfig) -> str | None:
+    """Gives the token; ends the program where there is none and the server would be reached from other machines."""
+    if config.token_file is not None:
+        try:
+            token = config.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            stop(f"token_file is {config.token_file}: {error}")
+        source = f"token_file {config.token_file}"
+    else:
+        token, source = os.environ.get(TOKEN_VARIABLE, "").strip(), f"${TOKEN_VARIABLE}"
+    if token:
+        if len(token) < TOKEN_CHARACTERS or not (token.isascii() and token.isprintable()) or " " in token:
+            stop(
+                f"the token in {source} must be {TOKEN_CHARACTERS} or more ASCII characters without a space; "
+                "make one: python -c 'import secrets; print(secrets.token_hex(32))'"
+            )
+        return token
+    if config.token_file is not None:
+        stop(f"{source} is empty")
+    if not is_loopback(config.host):
+        stop(
+            f"host is {config.host}, which other machines reach, and there is no token. Set token_file or ${TOKEN_VARIABLE}, "
+            "or leave host at 127.0.0.1"
+        )
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Says whether every address of a host is this machine's loopback; a host that has none is not."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    try:
+        found = {str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
