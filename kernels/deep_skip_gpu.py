@@ -27,40 +27,56 @@ from kernels.bce_dice import INTERPRETED, must_run, no_second_backward
 
 # columns of the output that a program copies of the level's own map
 OWN_COLUMNS = 128
-# three products of tf32 for each of fp32 take more registers
-WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}
 # 6 levels, the most there are, need no larger one
 FACTORS = (2, 4, 8, 16)
+
+
+class Shape(NamedTuple):
+    """What a program makes: the columns of a map that it looks at, two more than it owns, and channels, by so many warps."""
+
+    window: int
+    channels: int
+    warps: int
+
+
+# by the deepest map's factor, forward and backward: the fastest of those whose registers hold all of it (kernels.bench.builds)
+HALF = {
+    2: (Shape(16, 32, 4), Shape(16, 32, 4)),
+    4: (Shape(8, 16, 4), Shape(16, 32, 4)),
+    8: (Shape(8, 8, 4), Shape(16, 32, 4)),
+    16: (Shape(8, 8, 4), Shape(8, 32, 4)),
+}
+SINGLE = {
+    2: (Shape(8, 16, 8), Shape(16, 16, 8)),
+    4: (Shape(8, 8, 8), Shape(16, 16, 8)),
+    8: (Shape(4, 8, 8), Shape(16, 16, 8)),
+    16: (Shape(4, 8, 8), Shape(8, 8, 8)),
+}
 
 
 class Plan(NamedTuple):
     """How a launch is cut up: a stripe is as many rows of output as the deepest map has in one of its own.
 
-    blocks: programs of a stripe by branch, the level's own map first. windows: columns of a map that a program looks at, two
-    more than it owns. channels: outputs that a program makes.
+    blocks: programs of a stripe by branch, the level's own map first. window, channels, warps: as in Shape.
     """
 
     stripe: int
     blocks: tuple[int, ...]
-    windows: tuple[int, ...]
+    window: int
     channels: int
-
-
-def window(factor: int, dtype: torch.dtype) -> int:
-    """Gives the columns of a map that a program looks at: what its registers hold (kernels.bench.builds)."""
-    return 16 if factor <= 8 else 4 if dtype == torch.float32 else 8
+    warps: int
 
 
 def plan(W: int, factors: Sequence[int], K: int, dtype: torch.dtype, backward: bool) -> Plan:
     """Cuts rows of W outputs, K channels a branch, into programs."""
     stripe = max(factors)
-    windows = [window(s, dtype) for s in factors]
+    window, channels, warps = (SINGLE if dtype == torch.float32 else HALF)[stripe][backward]
     # forward, a program makes all rows of a stripe; backward, one row of the map
     rows = [stripe // s if backward else 1 for s in factors]
-    blocks = [r * triton.cdiv(W // s, x - 2) for s, x, r in zip(factors, windows, rows, strict=True)]
+    blocks = [r * triton.cdiv(W // s, window - 2) for s, r in zip(factors, rows, strict=True)]
     # a matrix product takes 8 columns or more
-    channels = min(max(triton.next_power_of_2(K), 8), 16 if dtype == torch.float32 else 32)
-    return Plan(stripe, (triton.cdiv(W, OWN_COLUMNS), *blocks), tuple(windows), channels)
+    channels = min(max(triton.next_power_of_2(K), 8), channels)
+    return Plan(stripe, (triton.cdiv(W, OWN_COLUMNS), *blocks), window, channels, warps)
 
 
 @triton.jit
@@ -200,7 +216,7 @@ def _copy(
 @triton.jit
 def _branches(
     wide_ptr, own_ptr, maps, blocks, per_stripe, H, W, K: tl.constexpr,
-    FACTORS: tl.constexpr, WINDOWS: tl.constexpr, STRIPE: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    FACTORS: tl.constexpr, WINDOW: tl.constexpr, STRIPE: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
     LAST: tl.constexpr, BILINEAR: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % per_stripe
@@ -228,12 +244,12 @@ def _branches(
             if BACKWARD:
                 _gather_map(
                     wide, taps, Y0, block - start, k, H, W, x_step, c_step, K,
-                    STRIPE, FACTORS[j], WINDOWS[j], BILINEAR, OPERAND, PRECISION,
+                    STRIPE, FACTORS[j], WINDOW, BILINEAR, OPERAND, PRECISION,
                 )  # fmt: skip
             else:
                 _spread_map(
                     taps, wide, Y0, block - start, k, H, W, x_step, c_step, K,
-                    STRIPE, FACTORS[j], WINDOWS[j], BILINEAR, OPERAND, PRECISION,
+                    STRIPE, FACTORS[j], WINDOW, BILINEAR, OPERAND, PRECISION,
                 )  # fmt: skip
         start += blocks[j + 1]
 
@@ -249,9 +265,9 @@ def _launch(wide: Tensor, own: Tensor, maps: Sequence[Tensor], last: bool, mode:
     operand = getattr(tl, "float32" if INTERPRETED else str(own.dtype).removeprefix("torch."))
     _branches[(N * H // cut.stripe * sum(cut.blocks), triton.cdiv(K, cut.channels))](
         wide, own, tuple(maps), cut.blocks, sum(cut.blocks), H, W, K,
-        FACTORS=factors, WINDOWS=cut.windows, STRIPE=cut.stripe, COLUMNS=OWN_COLUMNS, CHANNELS=cut.channels,
+        FACTORS=factors, WINDOW=cut.window, STRIPE=cut.stripe, COLUMNS=OWN_COLUMNS, CHANNELS=cut.channels,
         LAST=last, BILINEAR=mode == "bilinear", BACKWARD=backward, OPERAND=operand, PRECISION="tf32x3",
-        num_warps=WARPS[own.dtype],
+        num_warps=cut.warps,
     )  # fmt: skip
 
 

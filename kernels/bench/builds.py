@@ -101,13 +101,13 @@ def deep_skip_variants() -> Iterator[Variant]:
             "blocks": ("i32",) * len(cut.blocks), "per_stripe": "i32", "H": "i32", "W": "i32",
         }  # fmt: skip
         constants = {
-            "K": K, "FACTORS": factors, "WINDOWS": cut.windows, "STRIPE": cut.stripe, "CHANNELS": cut.channels,
+            "K": K, "FACTORS": factors, "WINDOW": cut.window, "STRIPE": cut.stripe, "CHANNELS": cut.channels,
             "COLUMNS": deep_skip_gpu.OWN_COLUMNS, "LAST": last, "BILINEAR": True, "BACKWARD": backward,
             "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": "tf32x3",
         }  # fmt: skip
         what = f"{'backward' if backward else 'forward'},{name},K={K},{len(factors)}maps,{'last' if last else 'first'}"
         kernel = deep_skip_gpu._branches
-        yield Variant(kernel, f"{kernel.__name__}[{what}]", types, constants, deep_skip_gpu.WARPS[dtype])
+        yield Variant(kernel, f"{kernel.__name__}[{what}]", types, constants, cut.warps)
 
 
 def build(variant: Variant, architecture: int) -> Build:
