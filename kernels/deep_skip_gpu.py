@@ -41,16 +41,16 @@ class Shape(NamedTuple):
 
 # by the deepest map's factor, forward and backward: the fastest of those whose registers hold all of it (kernels.bench.builds)
 HALF = {
-    2: (Shape(16, 32, 4), Shape(16, 32, 4)),
-    4: (Shape(8, 16, 4), Shape(16, 32, 4)),
-    8: (Shape(8, 8, 4), Shape(16, 32, 4)),
-    16: (Shape(8, 8, 4), Shape(8, 32, 4)),
+    2: (Shape(8, 32, 2), Shape(8, 32, 1)),
+    4: (Shape(8, 16, 2), Shape(8, 16, 1)),
+    8: (Shape(8, 8, 2), Shape(8, 8, 1)),
+    16: (Shape(8, 8, 4), Shape(8, 8, 1)),
 }
 SINGLE = {
-    2: (Shape(8, 16, 8), Shape(16, 16, 8)),
-    4: (Shape(8, 8, 8), Shape(16, 16, 8)),
-    8: (Shape(4, 8, 8), Shape(16, 16, 8)),
-    16: (Shape(4, 8, 8), Shape(8, 8, 8)),
+    2: (Shape(8, 32, 2), Shape(8, 32, 2)),
+    4: (Shape(8, 16, 2), Shape(8, 16, 2)),
+    8: (Shape(4, 8, 2), Shape(8, 8, 2)),
+    16: (Shape(4, 8, 8), Shape(8, 8, 4)),
 }
 
 
