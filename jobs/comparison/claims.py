@@ -1,0 +1,226 @@
+"""What became of the paper's claims, computed from the cells, and where its printed numbers contradict each other."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from jobs.comparison.results import OURS, Mean, Results, average, block, by_seed, over_categories, shown
+
+HELD, NOT_HELD, UNKNOWN = "held", "did not hold", "cannot be told"
+# with more parameters a form of ours is none of the small network that the paper is about
+SMALL = 700_000
+
+# what the paper prints, and what stands against it
+CONTRADICTIONS = (
+    "Tables 1 and 2 give the same model a MIoU of 70.13 and of 72.13.",
+    "Table 2 says 1.32 M parameters. Its equation 3 (VGG form) gives 0.64 M and its equation 4 (ResNet-34 form) 1.68 M; "
+    "neither gives 1.32 M ([paper.md](../paper.md)).",
+    "The baseline's row of IoUs averages 49.9; the table prints 51.23.",
+    "Equation 7 prints log o in the Dice term, which has no lower bound; Dice is made of o itself.",
+    "Equation 3 prints f(Z^1) inside its last sum, where only f(Z^u) counts a network's weights.",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one network is ahead of another, on the categories and seeds that both have.
+
+    one, other: their means over those categories. difference: of pairs of a seed, averaged over categories.
+    won: pairs of category and seed in which the one is ahead, of `pairs`. by_category: mean difference of each.
+    """
+
+    one: Mean
+    other: Mean
+    difference: Mean
+    won: int
+    pairs: int
+    by_category: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """Says whether the one is ahead; it cannot be told with one seed, or where means ± deviations overlap."""
+        if self.difference.seeds < 2:
+            return UNKNOWN
+        if abs(self.difference.value) <= self.one.deviation + self.other.deviation:
+            return UNKNOWN
+        return HELD if self.difference.value > 0 else NOT_HELD
+
+
+def compare(results: Results, one: str, other: str, metric: str) -> Difference:
+    """Compares two networks by a test metric, paired by category and seed."""
+    values = {
+        category: (by_seed(results, category, one, metric), by_seed(results, category, other, metric))
+        for category in results.categories
+    }
+    categories, seeds = block({category: ours.keys() & theirs.keys() for category, (ours, theirs) in values.items()})
+    if not categories:
+        return Difference(Mean(math.nan), Mean(math.nan), Mean(math.nan), 0, 0, {})
+    ahead = {c: {s: values[c][0][s] - values[c][1][s] for s in seeds} for c in categories}
+    sides = [average(statistics.fmean(values[c][side][s] for c in categories) for s in seeds) for side in (0, 1)]
+    return Difference(
+        *sides,
+        average(statistics.fmean(ahead[c][s] for c in categories) for s in seeds),
+        sum(value > 0 for found in ahead.values() for value in found.values()),
+        len(categories) * len(seeds),
+        {c: statistics.fmean(found.values()) for c, found in ahead.items()},
+    )
+
+
+def best(results: Results, networks: list[str], metric: str, split: str = "test") -> str | None:
+    """Finds the network with the highest mean over all categories; None where none has all of them."""
+    means = {network: over_categories(results, network, metric, split) for network in networks}
+    whole = [network for network, mean in means.items() if not mean.partial and not math.isnan(mean.value)]
+    return max(whole, key=lambda network: means[network].value, default=None)
+
+
+def points(value: float) -> str:
+    """Gives a difference of fractions in points of percent, with its sign."""
+    return "–" if math.isnan(value) else f"{100 * value:+.1f}"
+
+
+def spread(mean: Mean, signed: bool = False) -> str:
+    """Gives a mean ± deviation in percent."""
+    if math.isnan(mean.value):
+        return "–"
+    text = points(mean.value) if signed else f"{100 * mean.value:.1f}"
+    return text if math.isnan(mean.deviation) else f"{text} ± {100 * mean.deviation:.1f}"
+
+
+def million(count: float | None) -> str:
+    """Gives a number of parameters in millions."""
+    return "–" if count is None else f"{count / 1e6:.2f} M"
+
+
+def rivals_rows(results: Results, one: str) -> list[list[str]]:
+    """Makes the rows of a network against each rival: MIoUs, difference, pairs, extremes, object recall, verdict."""
+    rows = []
+    baseline = [name for name in ("ablation-none",) if name in results.networks and name != one]
+    for other in [*baseline, *results.group("rival")]:
+        found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
+        ends = sorted(found.by_category.items(), key=lambda item: item[1])
+        extremes = [f"{points(value)} {shown(category)}" for category, value in (ends[:1] + ends[-1:])]
+        rows.append(
+            [
+                results.label(other),
+                million(results.networks[other].get("parameters")),
+                spread(found.one),
+                spread(found.other),
+                spread(found.difference, signed=True),
+                f"{found.won} of {found.pairs}",
+                " to ".join(extremes) or "–",
+                spread(objects.difference, signed=True),
+                f"**{found.verdict}**",
+            ]
+        )
+    return rows
+
+
+def tally(results: Results, one: str) -> dict[str, list[str]]:
+    """Sorts the rivals by what became of the claim that `one` has the higher MIoU."""
+    sorted_: dict[str, list[str]] = {HELD: [], NOT_HELD: [], UNKNOWN: []}
+    for other in results.group("rival"):
+        sorted_[compare(results, one, other, "iou").verdict].append(results.label(other))
+    return sorted_
+
+
+def ablation_rows(results: Results) -> list[list[str]]:
+    """Makes the rows of what deep skips and loss do, alone and together; those whose networks are there."""
+    pairs = (
+        ("deep skips alone help", "ablation-skips", "ablation-none"),
+        ("BCE + Dice alone helps", "ablation-loss", "ablation-none"),
+        ("both together help", "ablation-both", "ablation-none"),
+        ("deep skips help beside BCE + Dice", "ablation-both", "ablation-loss"),
+        ("BCE + Dice helps beside deep skips", "ablation-both", "ablation-skips"),
+    )
+    rows = []
+    for claim, one, other in pairs:
+        if one in results.networks and other in results.networks:
+            found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
+            differences = [spread(each.difference, signed=True) for each in (found, objects)]
+            sides = [spread(found.one), spread(found.other)]
+            rows.append([claim, *sides, *differences, f"{found.won} of {found.pairs}", f"**{found.verdict}**"])
+    return rows
+
+
+def parameters_text(results: Results) -> str:
+    """Says what became of the claim that ours is the smallest."""
+    ours = results.networks[OURS].get("parameters")
+    counts = {n: results.networks[n].get("parameters") for n in results.group("rival", "paper")}
+    known = {n: count for n, count in counts.items() if count is not None}
+    if ours is None or not known:
+        return f"**Fewest parameters: {UNKNOWN}**; they were not counted."
+    smaller = [f"{results.label(n)} ({million(count)})" for n, count in known.items() if count < ours]
+    smallest = min(known, key=lambda n: known[n])
+    text = f"Ours has {million(ours)} where the paper says 1.32 M; "
+    if smaller:
+        return f"**Fewest parameters: {NOT_HELD}.** {text}fewer have {', '.join(smaller)}."
+    return (
+        f"**Fewest parameters: {HELD}.** {text}the smallest rival at the paper's widths is "
+        f"{results.label(smallest)} with {million(known[smallest])}."
+    )
+
+
+def widths_text(results: Results) -> str:
+    """Says how near the rivals' counts are to the paper's."""
+    off = []
+    for name, values in results.networks.items():
+        count, paper = values.get("parameters"), values.get("paper_parameters")
+        if count and paper and values["group"] == "rival" and values.get("form") == "paper":
+            off.append((abs(count / paper - 1), name, count, paper))
+    if not off:
+        return ""
+    worst, name, count, paper = max(off)
+    inside = "all within 3 %" if worst <= 0.03 else f"{sum(each[0] <= 0.03 for each in off)} of {len(off)} within 3 %"
+    return (
+        f"Of the rivals built to the paper's counts {inside}; farthest is {results.label(name)}: "
+        f"{million(count)} for {million(paper)} ({100 * (count / paper - 1):+.1f} %)."
+    )
+
+
+def reach_text(results: Results, one: str, metric: str, words: str) -> str:
+    """Says whether a network of ours reaches the best rival of any size by a metric."""
+    rival = best(results, results.group("rival"), metric)
+    if rival is None:
+        return f"{words}: {UNKNOWN}, no rival has every category."
+    found = compare(results, one, rival, metric)
+    if found.verdict == UNKNOWN:
+        why = "one seed has no spread" if found.difference.seeds < 2 else "the spreads overlap"
+        outcome = f"{UNKNOWN} ({why})"
+    else:
+        outcome = "reached and passed" if found.verdict == HELD else "not reached"
+    return (
+        f"{words}: **{outcome}**. {results.label(one)} {spread(found.one)}, the best rival, {results.label(rival)} "
+        f"({million(results.networks[rival].get('parameters'))}), {spread(found.other)}: "
+        f"{spread(found.difference, signed=True)} points, ahead in {found.won} of {found.pairs} pairs."
+    )
+
+
+def tuning_rows(results: Results) -> list[list[str]]:
+    """Makes the rows of what each change to ours does, beside ours itself; the one chosen on validation is marked."""
+    chosen = chosen_form(results)
+    rows = []
+    for name in [OURS, *results.group("tuning")]:
+        iou, objects = compare(results, name, OURS, "iou"), compare(results, name, OURS, "object_recall")
+        effect = {HELD: "better", NOT_HELD: "worse", UNKNOWN: UNKNOWN}[iou.verdict] if name != OURS else "–"
+        differences = [spread(each.difference, signed=True) if name != OURS else "–" for each in (iou, objects)]
+        rows.append(
+            [
+                results.label(name) + (" (chosen on validation)" if name == chosen else ""),
+                million(results.networks[name].get("parameters")),
+                spread(over_categories(results, name, "iou", "validation")),
+                spread(over_categories(results, name, "iou")),
+                differences[0],
+                spread(over_categories(results, name, "object_recall")),
+                differences[1],
+                effect,
+            ]
+        )
+    return rows
+
+
+def chosen_form(results: Results) -> str:
+    """Finds which of our small forms has the best mean validation IoU; the test split has no say."""
+    forms = [
+        name for name in [OURS, *results.group("tuning")] if (results.networks[name].get("parameters") or 0) <= SMALL
+    ]
+    return best(results, forms, "iou", "validation") or OURS

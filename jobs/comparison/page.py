@@ -1,0 +1,176 @@
+"""Writes the comparison's page: tables (Markdown, CSV), figures, claims, one self-contained HTML file, the README's table."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deepskip import files
+from jobs.comparison import figures, tables, text
+from jobs.comparison.html_page import to_html
+from jobs.comparison.panels import panel
+from jobs.comparison.results import OURS, Results, read, shown
+from jobs.settings import stop
+
+TITLE = "The paper's experiments, run"
+PAPER = "[10.18280/ts.400430](https://doi.org/10.18280/ts.400430)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.comparison.page",
+        description="Makes tables, figures and one HTML page of what python -m jobs.compare measured.",
+    )
+    parser.add_argument("--cells", type=Path, required=True, help="the comparison's folder: cells/ and networks.json")
+    parser.add_argument(
+        "--to", type=Path, required=True, help="folder for README.md, index.html, short.md, *.csv, *.svg, *.png"
+    )
+    return parser
+
+
+def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes | None]]]:
+    """Names every figure with its words and what draws it; nothing is drawn yet."""
+    networks = [(heading, names) for stem, heading, names in tables.blocks(results) if stem != "ablation"]
+    ablation = [(heading, names) for stem, heading, names in tables.blocks(results) if stem == "ablation"]
+    everything = networks + ablation
+    # without rivals there is the ablation to draw, and without either ours
+    sets = networks or ablation or [("ours", results.group("ours"))]
+    widest = sets[-1][1]
+    makers: dict[str, tuple[str, Callable[[], bytes | None]]] = {
+        "figure-4.svg": (
+            "Figure 4: IoU by category, mean and standard deviation over seeds",
+            lambda: figures.to_svg(figures.bars(results, everything or sets)),
+        ),
+        "figure-5.svg": (
+            f"Figure 5: loss, Dice and IoU of {results.label(OURS)} over steps",
+            lambda: figures.to_svg(figures.training_curves(results, OURS)),
+        ),
+        "convergence.svg": (
+            "Validation IoU over steps, mean over categories and seeds",
+            lambda: figures.to_svg(figures.convergence(results, everything or sets)),
+        ),
+        "parameters.svg": (
+            "MIoU by parameters; hollow: the paper's widths",
+            lambda: figures.to_svg(figures.parameters(results)),
+        ),
+    }
+    if any(cell.get("by_size") for cell in results.cells.values()):
+        makers["sizes.svg"] = (
+            "Object recall and IoU by object size, all categories together",
+            lambda: figures.to_svg(figures.sizes(results, sets)),
+        )
+        makers["sizes-categories.svg"] = (
+            "Object recall by object size in each category",
+            lambda: figures.to_svg(figures.sizes_of_categories(results, widest)),
+        )
+    for category in results.categories:
+        makers[f"panel-{category}.png"] = (
+            f"Best, median and worst test image of {shown(category)}",
+            # the category of this turn, not of the last
+            lambda category=category: panel(results, category),  # type: ignore[misc]
+        )
+    return makers
+
+
+def page_text(results: Results, shown_figures: dict[str, str], made: list[tables.Table]) -> str:
+    """Writes the page as Markdown; shown_figures: the words of every figure by its name."""
+
+    def picture(*names: str) -> str:
+        return "\n\n".join(f"![{shown_figures[n]}]({n})\n\n{shown_figures[n]}." for n in names if n in shown_figures)
+
+    def table(start: str) -> str:
+        return "\n\n".join(f"### {t.title}\n\n{tables.to_markdown(t)}" for t in made if t.name.startswith(start))
+
+    sections = [
+        (
+            "In short",
+            text.short_text(results),
+        ),
+        ("What was run", text.run_text(results)),
+        ("The paper's claims", text.claims_text(results)),
+        ("Where the paper's printed numbers contradict each other", text.contradictions_text()),
+        (
+            "IoU by category",
+            "MIoU is the mean of the categories' IoUs, as in the paper. Mean ± standard deviation over seeds; best in bold.\n\n"
+            + "\n\n".join([table("table-1"), table("table-2"), picture("figure-4.svg")]),
+        ),
+        (
+            "Pixels and objects",
+            "Of foreground pixels over a whole test split. An object is found when more than half of its pixels are; a predicted "
+            f"component that touches none is a false alarm.\n\n{table('table-3')}",
+        ),
+        (
+            "Cost",
+            "GFLOPs of one 3 x 256 x 256 image; seconds an image and memory (a training step of the grid's batch) on the "
+            f"hardware above.\n\n{table('table-4')}\n\n{picture('parameters.svg')}",
+        ),
+        (
+            "Objects, by category and size",
+            "\n\n".join([table("table-5"), picture("sizes.svg", "sizes-categories.svg")]),
+        ),
+        ("Training", picture("figure-5.svg", "convergence.svg")),
+        ("Then make the model win", text.winning_text(results)),
+        ("Predictions", picture(*(name for name in shown_figures if name.startswith("panel-")))),
+        ("Numbers to go on with", csv_text(made)),
+    ]
+    links = " · ".join(f"[{heading}](#{anchor(heading)})" for heading, body in sections if body.strip())
+    opening = (
+        f"# {TITLE}\n\nThe paper ({PAPER}) says that deep skips and BCE + Dice beat five other networks on small objects. It names "
+        "no data and gives no code. Here its experiments are run on data of the kinds it names, and this is what came out. "
+        f"`python -m jobs.comparison.page` wrote this page from the measured cells.\n\n{links}\n"
+    )
+    parts = [opening, *(f"## {heading}\n\n{body.strip()}\n" for heading, body in sections if body.strip())]
+    return "\n".join(parts)
+
+
+def anchor(heading: str) -> str:
+    """Gives a heading's anchor, as GitHub and Python-Markdown both make it of letters, blanks, commas and apostrophes."""
+    return heading.lower().replace("'", "").replace(",", "").replace(" ", "-")
+
+
+def csv_text(made: list[tables.Table]) -> str:
+    """Lists the CSV files."""
+    lines = [
+        "* [cells.csv](cells.csv): every cell, whole, failed or not run",
+        "* [sizes.csv](sizes.csv): by object size",
+    ]
+    lines += [f"* [{table.name}.csv]({table.name}.csv): {table.title}" for table in made]
+    return "\n".join(lines)
+
+
+def write_page(results: Results, to: Path) -> list[Path]:
+    """Writes everything, the pages last, so that no page names a file that is not there; gives the paths."""
+    made = tables.all_tables(results)
+    written = {f"{table.name}.csv": tables.to_csv(table).encode() for table in made}
+    written |= {"cells.csv": tables.cells_csv(results).encode(), "sizes.csv": tables.sizes_csv(results).encode()}
+    pictures: dict[str, bytes] = {}
+    words: dict[str, str] = {}
+    for name, (title, draw) in tqdm(figure_makers(results).items(), desc="figures", unit="figure"):
+        if (data := draw()) is not None:
+            pictures[name], words[name] = data, title
+    readme = page_text(results, words, made)
+    written |= pictures | {"short.md": text.readme_table(results).encode(), "README.md": readme.encode()}
+    written["index.html"] = to_html(readme, f"DeepSkip: {TITLE}", pictures).encode()
+    for name, data in written.items():
+        files.write(to / name, data)
+    return [to / name for name in written]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the page; a folder that is no comparison's ends the program with an `error:` line."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        results = read(arguments.cells)
+        if OURS not in results.networks:
+            raise ValueError(f"{arguments.cells / 'networks.json'} has no {OURS}, which all others are compared with")
+        paths = write_page(results, arguments.to)
+    except ValueError as error:
+        stop(str(error))
+    size = (arguments.to / "index.html").stat().st_size
+    print(f"{len(paths)} files in {arguments.to}; open {arguments.to / 'index.html'} ({size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Pictures of predictions: the best, median and worst test image of a category, ours beside the best rival's."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from deepskip.figures import comparison
+from jobs.comparison.claims import spread
+from jobs.comparison.results import OURS, Results, number, of_category, shown
+
+PLACES = ("best", "median", "worst")
+IGNORED = 255
+# of a picture on the page, so that all of them are sent in a few seconds
+MOST_BYTES = 240_000
+
+
+def pictures_path(results: Results, category: str, network: str) -> Path | None:
+    """Finds the pictures that a network's smallest seed left, None where there are none."""
+    for seed in results.seeds:
+        path = results.folder / "cells" / category / network / f"{seed}.npz"
+        if (category, network, seed) in results.cells and path.exists():
+            return path
+    return None
+
+
+def best_rival(results: Results, category: str) -> str | None:
+    """Finds the rival with the highest mean test IoU of a category that has pictures."""
+    rivals = [name for name in results.group("rival") if pictures_path(results, category, name)]
+    scores = {name: of_category(results, category, name, "iou").value for name in rivals}
+    return max((name for name in rivals if scores[name] == scores[name]), key=scores.__getitem__, default=None)
+
+
+def panel(results: Results, category: str) -> bytes | None:
+    """Draws a category's panel as PNG: three columns, the image above its prediction, ours above the best rival's.
+
+    None where ours has no pictures. Raises ValueError that names a file of pictures that cannot be read.
+    """
+    rival = best_rival(results, category)
+    networks = [name for name in (OURS, rival) if name and pictures_path(results, category, name)]
+    if OURS not in networks:
+        return None
+    figure = Figure(figsize=(6.6, 4.75 * len(networks)), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(len(networks), 1))
+    for part, name in zip(parts, networks, strict=True):
+        other = rival if name == OURS else OURS
+        iou = spread(of_category(results, category, name, "iou"))
+        part.suptitle(f"{shown(category)}: {results.label(name)}, IoU {iou} %", fontsize=10)
+        draw(part.subplots(2, 3), results, category, name, other)
+    figure.text(0.01, 0.002, "green: found   yellow: missed   red: false alarm", fontsize=8)
+    return small_png(figure)
+
+
+def draw(axes: Any, results: Results, category: str, network: str, other: str | None) -> None:
+    """Draws the three images of a network above what it made of them, each with its IoU and that of the other network."""
+    path = pictures_path(results, category, network)
+    assert path is not None
+    seed = int(path.stem)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        keys = [str(key) for key in arrays["keys"]]
+        shots = [[arrays[f"{place}_{what}"] for what in ("image", "mask", "prediction")] for place in PLACES]
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is no file of pictures: {error}") from None
+    own, others = image_scores(results, category, network, seed), image_scores(results, category, other, seed)
+    for column, (place, key, (image, mask, prediction)) in enumerate(zip(PLACES, keys, shots, strict=True)):
+        axes[0, column].imshow(image)
+        axes[1, column].imshow(comparison(image, (prediction != 0).astype(np.uint8), mask, IGNORED))
+        title = f"{place}: {100 * own[key]:.1f}" if key in own else place
+        if key in others and other:
+            title += f"\n{results.label(other)[:26]}: {100 * others[key]:.1f}"
+        axes[0, column].set_title(title, fontsize=7.5)
+        for row in (0, 1):
+            axes[row, column].set_axis_off()
+
+
+def image_scores(results: Results, category: str, network: str | None, seed: int) -> dict[str, float]:
+    """Gives the test IoU of each image of a cell by its key; empty where there is no such cell."""
+    cell = results.cells.get((category, network or "", seed), {})
+    scores = {str(image["key"]): number(image["iou"]) for image in cell.get("images", [])}
+    return {key: value for key, value in scores.items() if value == value}
+
+
+def small_png(figure: Figure) -> bytes:
+    """Writes a figure as a PNG of 256 colours, at the most dots an inch that keep it below MOST_BYTES."""
+    for dpi in (120, 100, 85, 72, 60, 50):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=dpi)
+        picture = Image.open(file).convert("RGB").quantize(192, dither=Image.Dither.NONE)
+        small = io.BytesIO()
+        picture.save(small, "PNG", optimize=True)
+        if small.tell() <= MOST_BYTES:
+            break
+    return small.getvalue()

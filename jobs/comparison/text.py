@@ -1,0 +1,253 @@
+"""The words of the comparison's page: what was run, what came out, what became of the claims; Markdown."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from jobs.comparison.claims import (
+    CONTRADICTIONS,
+    HELD,
+    NOT_HELD,
+    UNKNOWN,
+    ablation_rows,
+    best,
+    chosen_form,
+    million,
+    parameters_text,
+    reach_text,
+    rivals_rows,
+    spread,
+    tally,
+    tuning_rows,
+    widths_text,
+)
+from jobs.comparison.results import OURS, Mean, Results, average, over_categories, shortened, shown
+from jobs.comparison.tables import grid
+
+ABLATION = "ablation-both"
+RIVAL_HEADINGS = (
+    "against",
+    "its parameters",
+    "MIoU, %",
+    "its MIoU, %",
+    "difference, points",
+    "ahead in pairs",
+    "by category, from ... to",
+    "object recall, points",
+    "verdict",
+)
+
+
+def values_of(results: Results, key: str) -> list[Any]:
+    """Lists the different values of something that every whole cell states, commonest first."""
+    return [value for value, _ in Counter(cell.get(key) for cell in results.cells.values()).most_common() if value]
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Joins values with commas; large whole numbers get theirs too."""
+    return ", ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in values)
+
+
+def run_text(results: Results) -> str:
+    """Says what was run: the grid, its budget, the machine, the command, and what is missing from it."""
+    total = len(results.networks) * len(results.categories) * len(results.seeds)
+    missing = total - len(results.cells) - len(results.errors)
+    rows = [
+        ["cells", f"{len(results.cells):,} whole, {len(results.errors):,} failed, {missing:,} not run, of {total:,}"],
+        ["networks", f"{len(results.networks)}"],
+        ["categories", listed(map(shown, results.categories))],
+        ["seeds", listed(results.seeds)],
+        ["steps a cell", listed(values_of(results, "steps"))],
+        ["batch", listed(values_of(results, "batch_size"))],
+        ["samples seen a cell", listed(values_of(results, "train_samples_seen"))],
+        ["image side, pixels", listed(values_of(results, "image_size"))],
+        ["hardware", listed(values_of(results, "hardware"))],
+        ["torch", listed(values_of(results, "torch"))],
+        [
+            "time of all cells",
+            f"{sum(float(cell.get('seconds') or 0) for cell in results.cells.values()) / 3600:.1f} h",
+        ],
+    ]
+    text = grid(["what", ""], [row for row in rows if row[1]], words=2)
+    commands = "\n".join(str(command) for command in values_of(results, "command"))
+    if commands:
+        text += f"\n```\n{commands}\n```\n"
+    return text + "\n" + last_text(results) + failed_text(results)
+
+
+def last_text(results: Results) -> str:
+    """Says in how many cells validation was still rising at the end."""
+    last, known = 0, 0
+    for cell in results.cells.values():
+        points = cell.get("curves", {}).get("validation", [])
+        if points and cell.get("best_step") is not None:
+            known += 1
+            last += cell["best_step"] >= max(point["step"] for point in points)
+    if not known:
+        return ""
+    return (
+        f"The weights of the best validation IoU are the ones tested, with the threshold that is best on validation. In {last:,} "
+        f"of {known:,} cells that was the last validation: more steps might take those further. The test split was read once a "
+        "cell.\n"
+    )
+
+
+def failed_text(results: Results) -> str:
+    """Lists the cells that failed."""
+    if not results.errors:
+        return ""
+    lines = [
+        f"* {shown(category)}, {results.label(network)}, seed {seed}: `{shortened(error)}`"
+        for (category, network, seed), error in sorted(results.errors.items())
+    ]
+    more = [f"* and {len(lines) - 20} more, in [cells.csv](cells.csv)"] if len(lines) > 20 else []
+    return "\nCells that failed:\n\n" + "\n".join([*lines[:20], *more]) + "\n"
+
+
+def short_text(results: Results) -> str:
+    """Says what came out, in a few lines."""
+    lines = []
+    rival = best(results, results.group("rival"), "iou")
+    objects = best(results, results.group("rival"), "object_recall")
+    ours = over_categories(results, OURS, "iou"), over_categories(results, OURS, "object_recall")
+    count = million(results.networks[OURS].get("parameters"))
+    lines.append(
+        f"* {results.label(OURS)} ({count}): MIoU {spread(ours[0])} %, object recall {spread(ours[1])} % over "
+        f"{len(results.categories)} categories."
+    )
+    for name, metric, words in ((rival, "iou", "MIoU"), (objects, "object_recall", "object recall")):
+        if name:
+            value = spread(over_categories(results, name, metric))
+            size = million(results.networks[name].get("parameters"))
+            lines.append(f"* The rival with the highest {words}: {results.label(name)} ({size}), {value} %.")
+    for name in claimants(results):
+        found = tally(results, name)
+        parts = [f"**{verdict}** against {len(found[verdict])}" for verdict in (HELD, NOT_HELD, UNKNOWN)]
+        lines.append(f'* "Beats the rivals in MIoU", for {results.label(name)}: {", ".join(parts)}.')
+    for claim, *_, verdict in ablation_rows(results)[:3]:
+        lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
+    lines.append(f"* {parameters_text(results)}")
+    return "\n".join(lines) + "\n"
+
+
+def claimants(results: Results) -> list[str]:
+    """Lists the forms of ours that the paper's claim is put to: as we train it, and as the ablation does."""
+    return [name for name in (OURS, ABLATION) if name in results.networks and results.has(name)]
+
+
+def claims_text(results: Results) -> str:
+    """Says claim by claim which of the paper's held."""
+    seeds = len(results.seeds)
+    parts = [
+        "Two networks are compared on the cells that both have, paired by category and seed; a difference is a mean over "
+        "categories, ± its standard deviation over seeds. A claim **held** or **did not hold** where the two means "
+        "± their standard deviations do not overlap; else it **cannot be told**. "
+        + ("With one seed there is no spread, and nothing can be told." if seeds < 2 else f"There are {seeds} seeds: ")
+        + ("" if seeds < 2 else "small differences need more."),
+    ]
+    for name in claimants(results):
+        loss = results.networks[name].get("loss")
+        words = f" (loss: {loss})" if loss else ""
+        parts.append(f"### Does it beat the rivals? {results.label(name)}{words}")
+        parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name)))
+        parts.append(tally_text(results, name))
+    if rows := ablation_rows(results):
+        parts.append("### Do deep skips help, does the loss, do both?")
+        headings = (
+            "claim",
+            "with, MIoU %",
+            "without, MIoU %",
+            "difference, points",
+            "object recall, points",
+            "ahead in pairs",
+            "verdict",
+        )
+        parts.append(grid(headings, rows))
+    parts.append("### Is it the smallest?")
+    parts.append(parameters_text(results))
+    if text := widths_text(results):
+        parts.append(text)
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def tally_text(results: Results, name: str) -> str:
+    """Sums up the verdicts against the rivals in a sentence each."""
+    words = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
+    lines = [f"{words[verdict]} {', '.join(found)}." for verdict, found in tally(results, name).items() if found]
+    return " ".join(lines)
+
+
+def contradictions_text() -> str:
+    """Lists where the paper's printed numbers contradict each other."""
+    return "\n".join(f"* {line}" for line in CONTRADICTIONS) + "\n"
+
+
+def winning_text(results: Results) -> str:
+    """Says what each change to ours does, and whether ours reaches the best rival."""
+    parts = []
+    if results.group("tuning"):
+        headings = (
+            "form",
+            "parameters",
+            "validation MIoU, %",
+            "MIoU, %",
+            "effect, points",
+            "object recall, %",
+            "effect, points",
+            "MIoU is",
+        )
+        parts.append(
+            f"Each row changes one thing in {results.label(OURS)}; the effect is paired by category and seed, and its verdict as "
+            "above. The form is chosen on validation, test is only reported."
+        )
+        parts.append(grid(headings, tuning_rows(results)))
+    parts.append(
+        "The bar: at least the mean IoU and the mean object recall of the best rival of any size. The rival is chosen on test, "
+        "the harder bar."
+    )
+    forms = dict.fromkeys([OURS, chosen_form(results)])
+    lines = []
+    for form in forms:
+        for metric, words in (("iou", "Mean IoU"), ("object_recall", "Mean object recall")):
+            lines.append("* " + reach_text(results, form, metric, words))
+    parts.append("\n".join(lines))
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def mean_seconds(results: Results, network: str) -> Mean:
+    """Averages the seconds that a network's cells took."""
+    return average(
+        float(c["seconds"]) for (_, name, _), c in results.cells.items() if name == network and "seconds" in c
+    )
+
+
+def readme_table(results: Results) -> str:
+    """Makes the README's short form: at most 12 lines, ours and each rival at its better width, by MIoU."""
+    better: dict[str, str] = {}
+    for name in results.group("rival"):
+        family = name.removesuffix("-paper")
+        value = over_categories(results, name, "iou")
+        if not math.isnan(value.value) and not value.partial:
+            known = better.get(family)
+            if known is None or value.value > over_categories(results, known, "iou").value:
+                better[family] = name
+    names = sorted([OURS, *better.values()], key=lambda name: -over_categories(results, name, "iou").value)
+    # ours stays, whatever it reached
+    kept = [OURS, *[name for name in names if name != OURS][:7]]
+    rows = [
+        [
+            f"**{results.label(name)}**" if name == OURS else results.label(name),
+            million(results.networks[name].get("parameters")),
+            spread(over_categories(results, name, "iou")),
+            spread(over_categories(results, name, "object_recall")),
+        ]
+        for name in names
+        if name in kept
+    ]
+    steps, hardware = listed(values_of(results, "steps")), listed(values_of(results, "hardware"))
+    caption = (
+        f"{len(results.categories)} categories, {len(results.seeds)} seeds, {steps} steps a cell, {hardware}; mean ± standard "
+        "deviation over seeds, each rival at its better width: [docs/comparison](docs/comparison/README.md)"
+    )
+    return grid(["network", "parameters", "MIoU, %", "object recall, %"], rows) + "\n" + caption + "\n"
