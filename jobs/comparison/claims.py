@@ -2,13 +2,17 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jobs.comparison.results import OURS, Mean, Results, average, block, by_seed, over_categories, shown
+from jobs.comparison.results import OURS, Mean, Results, average, block, by_seed, family, over_categories, shown
+from jobs.comparison.tables import minus
 
 HELD, NOT_HELD, UNKNOWN = "held", "did not hold", "cannot be told"
 # with more parameters a form of ours is none of the small network that the paper is about
 SMALL = 700_000
+# those that the paper compares itself with
+THE_FIVE = ("unet", "fcn", "mask-rcnn", "h-dense-unet", "pspnet")
 
 # what the paper prints, and what stands against it
 CONTRADICTIONS = (
@@ -75,7 +79,7 @@ def best(results: Results, networks: list[str], metric: str, split: str = "test"
 
 def points(value: float) -> str:
     """Gives a difference of fractions in points of percent, with its sign."""
-    return "–" if math.isnan(value) else f"{100 * value:+.1f}"
+    return "–" if math.isnan(value) else minus(f"{100 * value:+.1f}")
 
 
 def spread(mean: Mean, signed: bool = False) -> str:
@@ -102,25 +106,39 @@ def rivals_rows(results: Results, one: str) -> list[list[str]]:
         rows.append(
             [
                 results.label(other),
-                million(results.networks[other].get("parameters")),
-                spread(found.one),
-                spread(found.other),
+                f"**{found.verdict}**",
                 spread(found.difference, signed=True),
                 f"{found.won} of {found.pairs}",
-                " to ".join(extremes) or "–",
+                spread(found.one),
+                spread(found.other),
                 spread(objects.difference, signed=True),
-                f"**{found.verdict}**",
+                " to ".join(extremes) or "–",
+                million(results.networks[other].get("parameters")),
             ]
         )
     return rows
 
 
-def tally(results: Results, one: str) -> dict[str, list[str]]:
-    """Sorts the rivals by what became of the claim that `one` has the higher MIoU."""
-    sorted_: dict[str, list[str]] = {HELD: [], NOT_HELD: [], UNKNOWN: []}
-    for other in results.group("rival"):
-        sorted_[compare(results, one, other, "iou").verdict].append(results.label(other))
-    return sorted_
+def the_five(results: Results) -> list[str]:
+    """Lists the rivals that the paper names, at its widths where it states them."""
+    found = {family(name): name for name in results.group("rival") if family(name) == name}
+    found |= {family(name): name for name in results.group("rival", "paper")}
+    return [found[name] for name in THE_FIVE if name in found]
+
+
+def tally(results: Results, one: str, others: Iterable[str]) -> dict[str, list[str]]:
+    """Sorts networks by what became of the claim that `one` has a higher MIoU."""
+    found: dict[str, list[str]] = {HELD: [], NOT_HELD: [], UNKNOWN: []}
+    for other in others:
+        found[compare(results, one, other, "iou").verdict].append(results.label(other))
+    return found
+
+
+def verdict_of(tallied: dict[str, list[str]]) -> str:
+    """Says what became of the claim to be ahead of all of them."""
+    if tallied[NOT_HELD]:
+        return NOT_HELD
+    return UNKNOWN if tallied[UNKNOWN] or not tallied[HELD] else HELD
 
 
 def ablation_rows(results: Results) -> list[list[str]]:
@@ -138,14 +156,15 @@ def ablation_rows(results: Results) -> list[list[str]]:
             found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
             differences = [spread(each.difference, signed=True) for each in (found, objects)]
             sides = [spread(found.one), spread(found.other)]
-            rows.append([claim, *sides, *differences, f"{found.won} of {found.pairs}", f"**{found.verdict}**"])
+            rows.append([claim, f"**{found.verdict}**", *differences, f"{found.won} of {found.pairs}", *sides])
     return rows
 
 
 def parameters_text(results: Results) -> str:
     """Says what became of the claim that ours is the smallest."""
     ours = results.networks[OURS].get("parameters")
-    counts = {n: results.networks[n].get("parameters") for n in results.group("rival", "paper")}
+    stated = [n for n in results.group("rival", "paper") if results.networks[n].get("paper_parameters")]
+    counts = {n: results.networks[n].get("parameters") for n in stated}
     known = {n: count for n, count in counts.items() if count is not None}
     if ours is None or not known:
         return f"**Fewest parameters: {UNKNOWN}**; they were not counted."
@@ -155,8 +174,8 @@ def parameters_text(results: Results) -> str:
     if smaller:
         return f"**Fewest parameters: {NOT_HELD}.** {text}fewer have {', '.join(smaller)}."
     return (
-        f"**Fewest parameters: {HELD}.** {text}the smallest rival at the paper's widths is "
-        f"{results.label(smallest)} with {million(known[smallest])}."
+        f"**Fewest parameters: {HELD}.** {text}the smallest rival of those whose "
+        f"count it states is {results.label(smallest)} with {million(known[smallest])}."
     )
 
 
@@ -173,7 +192,7 @@ def widths_text(results: Results) -> str:
     inside = "all within 3 %" if worst <= 0.03 else f"{sum(each[0] <= 0.03 for each in off)} of {len(off)} within 3 %"
     return (
         f"Of the rivals built to the paper's counts {inside}; farthest is {results.label(name)}: "
-        f"{million(count)} for {million(paper)} ({100 * (count / paper - 1):+.1f} %)."
+        f"{million(count)} for {million(paper)} ({points(count / paper - 1)} %)."
     )
 
 
@@ -206,13 +225,12 @@ def tuning_rows(results: Results) -> list[list[str]]:
         rows.append(
             [
                 results.label(name) + (" (chosen on validation)" if name == chosen else ""),
-                million(results.networks[name].get("parameters")),
+                effect,
+                *differences,
                 spread(over_categories(results, name, "iou", "validation")),
                 spread(over_categories(results, name, "iou")),
-                differences[0],
                 spread(over_categories(results, name, "object_recall")),
-                differences[1],
-                effect,
+                million(results.networks[name].get("parameters")),
             ]
         )
     return rows

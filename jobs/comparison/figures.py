@@ -16,6 +16,7 @@ from jobs.comparison.results import (
     Results,
     block,
     by_size,
+    family,
     of_category,
     over_categories,
     shown,
@@ -28,7 +29,6 @@ STYLE |= {"axes.spines.right": False}
 # ours stand out; rivals keep their colour at every width
 OURS_COLOURS = ("#d62728", "#f4a08a")
 COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#aa4499", "#882255", "#bbbbbb", "#555555")
-STYLES = {"paper": "--", "default": "-", None: ":"}
 
 
 def to_svg(figure: Figure) -> bytes:
@@ -43,12 +43,11 @@ def to_svg(figure: Figure) -> bytes:
 def colours(results: Results) -> dict[str, str]:
     """Gives every network its colour: a rival the same at all widths."""
     found = {name: OURS_COLOURS[i % len(OURS_COLOURS)] for i, name in enumerate(results.group("ours"))}
-    families = list(dict.fromkeys(name.removesuffix("-paper") for name in results.networks if name not in found))
-    return found | {
-        name: COLOURS[families.index(name.removesuffix("-paper")) % len(COLOURS)]
-        for name in results.networks
-        if name not in found
-    }
+    for group in ("rival", "ablation", "tuning"):
+        families = list(dict.fromkeys(map(family, results.group(group))))
+        for name in results.group(group):
+            found[name] = COLOURS[families.index(family(name)) % len(COLOURS)]
+    return found
 
 
 def drawn(results: Results, networks: Sequence[str]) -> list[str]:
@@ -217,7 +216,8 @@ def sizes_of_categories(results: Results, networks: Sequence[str]) -> Figure:
 def parameters(results: Results) -> Figure:
     """Draws MIoU by parameters on a logarithmic axis: ours, rivals, ablation and tuned forms."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        columns = math.ceil(len(results.networks) / 20)
+        figure = Figure(figsize=(6.5 + 2.2 * columns, 4.6), layout="constrained")
         axis = figure.subplots()
         palette = colours(results)
         markers = {"ours": "*", "rival": "o", "ablation": "s", "tuning": "^"}
@@ -233,6 +233,7 @@ def parameters(results: Results) -> Figure:
             hollow = {"markerfacecolor": "none"} if values.get("form") == "paper" else {}
             axis.errorbar(*place, error, fmt=marker, color=palette[name], markersize=size, label=label, **hollow)
         axis.set(xscale="log", xlabel="parameters, millions", ylabel="MIoU, %")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, ncols=columns)
     return figure

@@ -14,17 +14,20 @@ CSS = """
   img.svg { filter: invert(0.91) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page); color: var(--text);
+body { margin: 0 auto; padding: 1rem; max-width: 82rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 0.6rem; }
 h1 { margin-top: 0.5rem; }
 p, li { max-width: 48rem; }
 .scroll { overflow-x: auto; margin: 0.8rem 0; }
 table { border-collapse: collapse; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left; }
+th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left; }
 td { white-space: nowrap; }
 td.words { white-space: normal; min-width: 9rem; }
 th { background: var(--head); }
+/* the network stays in sight while its numbers are scrolled */
+tr > :first-child { position: sticky; left: 0; background: var(--page); max-width: 11rem; }
+tr > th:first-child { background: var(--head); }
 sup { color: var(--dim); font-weight: normal; line-height: 0; }
 img { display: block; max-width: 100%; height: auto; }
 img.svg { min-width: 40rem; background: #fff; }

@@ -98,8 +98,8 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
         ),
         (
             "Pixels and objects",
-            "Of foreground pixels over a whole test split. An object is found when more than half of its pixels are; a predicted "
-            f"component that touches none is a false alarm.\n\n{table('table-3')}",
+            "Of foreground pixels over a whole test split. An object is found when more than half of its pixels are; a "
+            f"predicted component that touches none is a false alarm.\n\n{table('table-3')}",
         ),
         (
             "Cost",
@@ -117,8 +117,8 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
     ]
     links = " · ".join(f"[{heading}](#{anchor(heading)})" for heading, body in sections if body.strip())
     opening = (
-        f"# {TITLE}\n\nThe paper ({PAPER}) says that deep skips and BCE + Dice beat five other networks on small objects. It names "
-        "no data and gives no code. Here its experiments are run on data of the kinds it names, and this is what came out. "
+        f"# {TITLE}\n\nThe paper ({PAPER}) says that deep skips and BCE + Dice beat five other networks on small objects. It "
+        "names no data and gives no code. Here its experiments are run on data of the kinds it names; this is what came out. "
         f"`python -m jobs.comparison.page` wrote this page from the measured cells.\n\n{links}\n"
     )
     parts = [opening, *(f"## {heading}\n\n{body.strip()}\n" for heading, body in sections if body.strip())]

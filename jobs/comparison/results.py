@@ -182,6 +182,11 @@ def whole_gap(results: Results, network: str) -> list[str]:
     return [why for why, _ in Counter(gap(results, key) for key in keys).most_common(1)]
 
 
+def family(network: str) -> str:
+    """Gives a rival's name without its width and loss: unet of unet-paper and unet-loss."""
+    return network.removesuffix("-paper").removesuffix("-loss")
+
+
 def shown(category: str) -> str:
     """Gives a category's name as people read it."""
     return category.replace("_", " ")

@@ -113,7 +113,7 @@ def cost_table(results: Results) -> Table:
         rows.append(
             (results.label(network), [count, paper, deviation, *rest, over_categories(results, network, "iou")])
         )
-    return Table("table-4-cost", "Cost", columns, rows)
+    return Table("table-4-cost", "Table 4: parameters, time, memory", columns, rows)
 
 
 def known(results: Results, network: str, key: str) -> Mean:
@@ -152,12 +152,12 @@ def to_markdown(table: Table) -> str:
                 text = f"**{text}**"
             cells.append(text + marks(mean.notes, notes))
         rows.append(cells)
-    below = "".join(f"\n<sup>{mark}</sup> {note}  " for note, mark in notes.items())
-    return grid(["network", *(column.heading for column in table.columns)], rows) + ("\n" + below if below else "")
+    below = "\n".join(f"<sup>{mark}</sup> {note}  " for note, mark in notes.items())
+    return grid(["network", *(column.heading for column in table.columns)], rows) + (f"\n{below}\n" if below else "")
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Writes a Markdown table; the first `words` columns hold words, the others numbers, to the right."""
+    """Writes a Markdown table; the first `words` columns hold words, the others numbers, which stand to the right."""
     rule = ["---"] * words + ["---:"] * (len(headings) - words)
     return "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows)) + "\n"
 
@@ -178,7 +178,12 @@ def letters(index: int) -> str:
 def printed(value: float, column: Column) -> str:
     """Gives a number as the column prints it."""
     factor, decimals = FORMS[column.form]
-    return f"{factor * value:.{decimals}f}"
+    return minus(f"{factor * value:.{decimals}f}")
+
+
+def minus(text: str) -> str:
+    """Writes a number's minus as wide as its plus."""
+    return text.replace("-", "−")
 
 
 def with_deviation(mean: Mean, column: Column) -> str:

@@ -19,23 +19,26 @@ from jobs.comparison.claims import (
     rivals_rows,
     spread,
     tally,
+    the_five,
     tuning_rows,
+    verdict_of,
     widths_text,
 )
-from jobs.comparison.results import OURS, Mean, Results, average, over_categories, shortened, shown
+from jobs.comparison.results import OURS, Results, family, over_categories, shortened, shown
 from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
+TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
     "against",
-    "its parameters",
-    "MIoU, %",
-    "its MIoU, %",
+    "ahead of it",
     "difference, points",
     "ahead in pairs",
-    "by category, from ... to",
+    "MIoU, %",
+    "its MIoU, %",
     "object recall, points",
-    "verdict",
+    "by category, from ... to",
+    "its parameters",
 )
 
 
@@ -87,9 +90,9 @@ def last_text(results: Results) -> str:
     if not known:
         return ""
     return (
-        f"The weights of the best validation IoU are the ones tested, with the threshold that is best on validation. In {last:,} "
-        f"of {known:,} cells that was the last validation: more steps might take those further. The test split was read once a "
-        "cell.\n"
+        "Tested are the weights of the best validation IoU, with the threshold that is best on validation. In "
+        f"{last:,} of {known:,} cells that was the last validation: more steps might take those further. The test split "
+        "was read once a cell.\n"
     )
 
 
@@ -122,13 +125,27 @@ def short_text(results: Results) -> str:
             size = million(results.networks[name].get("parameters"))
             lines.append(f"* The rival with the highest {words}: {results.label(name)} ({size}), {value} %.")
     for name in claimants(results):
-        found = tally(results, name)
-        parts = [f"**{verdict}** against {len(found[verdict])}" for verdict in (HELD, NOT_HELD, UNKNOWN)]
-        lines.append(f'* "Beats the rivals in MIoU", for {results.label(name)}: {", ".join(parts)}.')
-    for claim, *_, verdict in ablation_rows(results)[:3]:
+        five = the_five(results)
+        found, whole = tally(results, name, five), tally(results, name, results.group("rival"))
+        lines.append(
+            f'* "Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
+            f"{counted(found)}. Of all {len(results.group('rival'))} forms of rivals: {counted(whole)}."
+        )
+    for claim, verdict, *_ in ablation_rows(results)[:3]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
     return "\n".join(lines) + "\n"
+
+
+def counted(tallied: dict[str, list[str]]) -> str:
+    """Counts what is behind, ahead and undecided."""
+    return f"ahead of {len(tallied[HELD])}, behind {len(tallied[NOT_HELD])}, cannot be told for {len(tallied[UNKNOWN])}"
+
+
+def named(results: Results, network: str) -> str:
+    """Names a form of ours so that it is known for one."""
+    label = results.label(network)
+    return f'the ablation\'s "{label}"' if results.networks[network]["group"] == "ablation" else label
 
 
 def claimants(results: Results) -> list[str]:
@@ -149,33 +166,27 @@ def claims_text(results: Results) -> str:
     for name in claimants(results):
         loss = results.networks[name].get("loss")
         words = f" (loss: {loss})" if loss else ""
-        parts.append(f"### Does it beat the rivals? {results.label(name)}{words}")
-        parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name)))
-        parts.append(tally_text(results, name))
+        parts.append(f"### Does it beat the rivals? {named(results, name)}{words}")
+        parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name), words=2))
+        found = tally(results, name, results.group("rival"))
+        parts.append(" ".join(f"{TALLIES[verdict]} {', '.join(of)}." for verdict, of in found.items() if of))
     if rows := ablation_rows(results):
         parts.append("### Do deep skips help, does the loss, do both?")
         headings = (
             "claim",
-            "with, MIoU %",
-            "without, MIoU %",
+            "verdict",
             "difference, points",
             "object recall, points",
             "ahead in pairs",
-            "verdict",
+            "with, MIoU %",
+            "without, MIoU %",
         )
-        parts.append(grid(headings, rows))
+        parts.append(grid(headings, rows, words=2))
     parts.append("### Is it the smallest?")
     parts.append(parameters_text(results))
     if text := widths_text(results):
         parts.append(text)
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
-
-
-def tally_text(results: Results, name: str) -> str:
-    """Sums up the verdicts against the rivals in a sentence each."""
-    words = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
-    lines = [f"{words[verdict]} {', '.join(found)}." for verdict, found in tally(results, name).items() if found]
-    return " ".join(lines)
 
 
 def contradictions_text() -> str:
@@ -189,19 +200,19 @@ def winning_text(results: Results) -> str:
     if results.group("tuning"):
         headings = (
             "form",
-            "parameters",
+            "MIoU is",
+            "MIoU, points",
+            "object recall, points",
             "validation MIoU, %",
             "MIoU, %",
-            "effect, points",
             "object recall, %",
-            "effect, points",
-            "MIoU is",
+            "parameters",
         )
         parts.append(
-            f"Each row changes one thing in {results.label(OURS)}; the effect is paired by category and seed, and its verdict as "
-            "above. The form is chosen on validation, test is only reported."
+            f"Each row changes one thing in {results.label(OURS)}; the effect is paired by category and seed, and its verdict "
+            "as above. The form is chosen on validation, test is only reported."
         )
-        parts.append(grid(headings, tuning_rows(results)))
+        parts.append(grid(headings, tuning_rows(results), words=2))
     parts.append(
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size. The rival is chosen on test, "
         "the harder bar."
@@ -215,23 +226,15 @@ def winning_text(results: Results) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def mean_seconds(results: Results, network: str) -> Mean:
-    """Averages the seconds that a network's cells took."""
-    return average(
-        float(c["seconds"]) for (_, name, _), c in results.cells.items() if name == network and "seconds" in c
-    )
-
-
 def readme_table(results: Results) -> str:
     """Makes the README's short form: at most 12 lines, ours and each rival at its better width, by MIoU."""
     better: dict[str, str] = {}
     for name in results.group("rival"):
-        family = name.removesuffix("-paper")
         value = over_categories(results, name, "iou")
         if not math.isnan(value.value) and not value.partial:
-            known = better.get(family)
+            known = better.get(family(name))
             if known is None or value.value > over_categories(results, known, "iou").value:
-                better[family] = name
+                better[family(name)] = name
     names = sorted([OURS, *better.values()], key=lambda name: -over_categories(results, name, "iou").value)
     # ours stays, whatever it reached
     kept = [OURS, *[name for name in names if name != OURS][:7]]
