@@ -60,9 +60,12 @@ def compare(results: Results, one: str, other: str, metric: str) -> Difference:
     if not categories:
         return Difference(Mean(math.nan), Mean(math.nan), Mean(math.nan), 0, 0, {})
     ahead = {c: {s: values[c][0][s] - values[c][1][s] for s in seeds} for c in categories}
-    sides = [average(statistics.fmean(values[c][side][s] for c in categories) for s in seeds) for side in (0, 1)]
+    first, second = (
+        average(statistics.fmean(values[c][side][s] for c in categories) for s in seeds) for side in (0, 1)
+    )
     return Difference(
-        *sides,
+        first,
+        second,
         average(statistics.fmean(ahead[c][s] for c in categories) for s in seeds),
         sum(value > 0 for found in ahead.values() for value in found.values()),
         len(categories) * len(seeds),

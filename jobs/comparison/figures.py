@@ -4,6 +4,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -83,7 +84,9 @@ def bars(results: Results, sets: Sequence[tuple[str, list[str]]]) -> Figure:
     return figure
 
 
-def mean_curve(results: Results, categories: Sequence[str], network: str, split: str, key: str) -> tuple[list, list]:
+def mean_curve(
+    results: Results, categories: Sequence[str], network: str, split: str, key: str
+) -> tuple[list[int], list[float]]:
     """Averages a curve over categories and seeds at the steps that all of its cells have; empty where one has no cell."""
     cells = {
         category: [s for s in results.seeds if "curves" in results.cells.get((category, network, s), {})]
@@ -134,7 +137,7 @@ def convergence(results: Results, sets: Sequence[tuple[str, list[str]]]) -> Figu
     return figure
 
 
-def emphasis(network: str) -> dict[str, float]:
+def emphasis(network: str) -> dict[str, Any]:
     """Makes ours a thick line above the others."""
     return {"linewidth": 2.4, "zorder": 3} if network == OURS else {"linewidth": 1.2}
 
@@ -165,8 +168,8 @@ def sizes(results: Results, sets: Sequence[tuple[str, list[str]]]) -> Figure:
             for name in drawn(results, networks):
                 rows = by_size(results, name, results.categories)
                 counts = [max(count, row[0]) for count, row in zip(counts, rows, strict=True)]
-                for axis, which in zip(axes[:, column], (1, 2), strict=True):
-                    line([row[which] for row in rows], axis, palette[name], results.label(name), name)
+                for axis, means in zip(axes[:, column], list(zip(*rows, strict=True))[1:], strict=True):
+                    line(means, axis, palette[name], results.label(name), name)
             for axis, up in zip(axes[:, column], ("object recall", "IoU of an object"), strict=True):
                 labels = [f"{label}\n{count:,}" for label, count in zip(names, counts, strict=True)]
                 axis.set_xticks(range(len(names)), labels)
@@ -205,7 +208,7 @@ def sizes_of_categories(results: Results, networks: Sequence[str]) -> Figure:
             axis.grid(alpha=0.3)
         for axis in axes.flat[len(results.categories) :]:
             axis.set_axis_off()
-        handles: dict[str, object] = {}
+        handles: dict[str, Any] = {}
         for axis in axes.flat:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
@@ -230,7 +233,7 @@ def parameters(results: Results) -> Figure:
             marker = markers.get(values["group"], "o")
             place = (values["parameters"] / 1e6, 100 * mean.value)
             label = results.label(name)
-            hollow = {"markerfacecolor": "none"} if values.get("form") == "paper" else {}
+            hollow: dict[str, Any] = {"markerfacecolor": "none"} if values.get("form") == "paper" else {}
             axis.errorbar(*place, error, fmt=marker, color=palette[name], markersize=size, label=label, **hollow)
         axis.set(xscale="log", xlabel="parameters, millions", ylabel="MIoU, %")
         axis.xaxis.set_major_formatter("{x:g}")

@@ -49,10 +49,10 @@ def to_html(text: str, title: str, pictures: Mapping[str, bytes]) -> str:
     """
     try:
         # comes with the docs, which most users never build
-        import markdown
+        import markdown  # type: ignore[import-untyped]
     except ModuleNotFoundError:
         raise ValueError("the page needs the package markdown: pip install '.[docs]'") from None
-    body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc", "sane_lists"])
+    body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc", "sane_lists"], output_format="html")
     body = re.sub(r'<img alt="([^"]*)" src="([^"]*)" ?/?>', lambda found: image(found[1], found[2], pictures), body)
     # an address outside of the page leads nowhere when the file lies by itself
     body = re.sub(r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", body, flags=re.DOTALL)

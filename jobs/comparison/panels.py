@@ -43,14 +43,14 @@ def panel(results: Results, category: str) -> bytes | None:
     networks = [name for name in (OURS, rival) if name and pictures_path(results, category, name)]
     if OURS not in networks:
         return None
-    figure = Figure(figsize=(6.6, 4.75 * len(networks)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(networks), 1))
+    figure = Figure(figsize=(6.6, 4.75 * len(networks) + 0.25), layout="constrained")
+    *parts, below = figure.subfigures(len(networks) + 1, 1, height_ratios=[4.75] * len(networks) + [0.25])  # type: ignore[misc]
     for part, name in zip(parts, networks, strict=True):
         other = rival if name == OURS else OURS
         iou = spread(of_category(results, category, name, "iou"))
         part.suptitle(f"{shown(category)}: {results.label(name)}, IoU {iou} %", fontsize=10)
         draw(part.subplots(2, 3), results, category, name, other)
-    parts[-1].supxlabel("green: found   yellow: missed   red: false alarm", fontsize=8)
+    below.text(0.5, 0.5, "green: found   yellow: missed   red: false alarm", fontsize=8, ha="center", va="center")
     return small_png(figure)
 
 
@@ -86,25 +86,24 @@ def image_scores(results: Results, category: str, network: str | None, seed: int
 
 
 def small_png(figure: Figure) -> bytes:
-    """Writes a figure as a PNG of 192 colours, at the most dots an inch that keep it below MOST_BYTES."""
-    for dpi in (120, 100, 85, 72, 60, 50):
+    """Writes a figure as a PNG of few colours, with as many dots an inch as keep it below MOST_BYTES."""
+    dpi = 120.0
+    while True:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=dpi)
         picture = Image.open(file).convert("RGB")
         small = io.BytesIO()
         picture.quantize(palette=palette(picture), dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-        if small.tell() <= MOST_BYTES:
-            break
-    return small.getvalue()
+        if small.tell() <= MOST_BYTES or dpi < 40:
+            return small.getvalue()
+        dpi *= 0.97 * (MOST_BYTES / small.tell()) ** 0.5
 
 
 def palette(picture: Image.Image) -> Image.Image:
-    """Chooses the colours of a picture; of small objects' tints, too few pixels to count, a share is kept."""
-    grey = np.linspace(0, 0.6, 256)[:, None, None]
+    """Chooses 192 colours for a picture, and 16 shades of each tint: a small object has too few pixels to be given one."""
+    own = picture.quantize(192).getpalette() or []
+    grey = np.linspace(0, 0.6, 16)[:, None, None]
     tints = 0.35 * grey + 0.65 * np.array([FOUND, MISSED, FALSE_ALARM])[None]
-    strip = Image.fromarray((255 * tints).round().astype(np.uint8).swapaxes(0, 1))
-    height = picture.height // 6
-    sample = Image.new("RGB", (picture.width, picture.height + height))
-    sample.paste(picture)
-    sample.paste(strip.resize((picture.width, height), Image.Resampling.NEAREST), (0, picture.height))
-    return sample.quantize(192)
+    chosen = Image.new("P", (1, 1))
+    chosen.putpalette([*own[: 3 * 192], *(255 * tints).round().astype(int).ravel().tolist()])
+    return chosen

@@ -68,7 +68,7 @@ def run_text(results: Results) -> str:
         ["hardware", listed(values_of(results, "hardware"))],
         ["torch", listed(values_of(results, "torch"))],
         [
-            "time of all cells",
+            "time of all cells, added up",
             f"{sum(float(cell.get('seconds') or 0) for cell in results.cells.values()) / 3600:.1f} h",
         ],
     ]

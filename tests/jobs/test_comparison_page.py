@@ -1,0 +1,334 @@
+"""The comparison's page from a small grid whose every number is known by hand."""
+
+import csv
+import html.parser
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.comparison import claims, page, tables, text
+from jobs.comparison.results import by_size, read
+
+SEEDS = (0, 1, 2)
+# IoU by category and seed; None has not run, text has failed
+IOU: dict[str, dict[str, list[Any]]] = {
+    "deepskip": {"coins": [0.60, 0.62, 0.64], "small_targets": [0.40, 0.40, 0.40]},
+    "ablation-none": {"coins": [0.30] * 3, "small_targets": [0.30] * 3},
+    "ablation-skips": {"coins": [0.31, 0.29, 0.30], "small_targets": [0.31, 0.29, 0.30]},
+    "ablation-loss": {"coins": [0.40] * 3, "small_targets": [0.40] * 3},
+    "ablation-both": {"coins": [0.20] * 3, "small_targets": [0.20] * 3},
+    "unet": {"coins": [0.50] * 3, "small_targets": [0.30] * 3},
+    "fcn": {"coins": [0.70] * 3, "small_targets": [None] * 3},
+    "fcn-paper": {"coins": [0.61] * 3, "small_targets": [0.41, "Traceback\nRuntimeError: out | of memory", 0.41]},
+    "pspnet": {"coins": [None] * 3, "small_targets": [None] * 3},
+    "tuned-flips": {"coins": [0.66, 0.66, 0.66], "small_targets": [0.46, 0.46, 0.46]},
+}
+PARAMETERS = {"deepskip": 645_665, "fcn-paper": 6_332_385, "fcn": 32_946_753, "unet": 1_979_009}
+
+
+def write_grid(folder: Path, seeds: tuple[int, ...] = SEEDS) -> Path:
+    groups = {"deepskip": "ours", "ablation": "ablation", "tuned": "tuning"}
+    networks = {}
+    for name in IOU:
+        group = groups.get(name.split("-")[0], "rival")
+        networks[name] = {
+            "label": name.upper(),
+            "group": group,
+            "form": None if group != "rival" else "paper" if name.endswith("-paper") else "default",
+            "loss": "bce_dice",
+            "parameters": PARAMETERS.get(name, 645_665),
+            "paper_parameters": 6.32e6 if name == "fcn-paper" else None,
+            "gflops": 2.34,
+            "seconds_per_image": 0.00321,
+            "peak_memory_bytes": 3 * 2**29,
+            "hardware": "a GPU",
+        }
+    folder.mkdir()
+    (folder / "networks.json").write_text(json.dumps(networks))
+    for name, categories in IOU.items():
+        for category, values in categories.items():
+            for seed in seeds:
+                if values[seed] is not None:
+                    write_cell(folder / "cells" / category / name / f"{seed}.json", values[seed], category, seed)
+    return folder
+
+
+def write_cell(path: Path, iou: float | str, category: str, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(iou, str):
+        path.write_text(json.dumps({"error": iou}))
+        return
+    metrics = dict.fromkeys(tables.METRICS, iou) | {"false_alarms_per_image": 2 - iou}
+    # nothing was predicted
+    metrics["precision"] = None if path.parts[-2] == "ablation-both" else 0.9
+    curve = [{"step": step, "loss": 1 / step, "dice": 1 - 1 / step, "iou": iou} for step in (10, 20)]
+    small, found = (10, 5) if category == "coins" else (30, 9)
+    cell = {
+        "steps": 20,
+        "batch_size": 8,
+        "image_size": 256,
+        "train_samples_seen": 6400,
+        "hardware": "a GPU",
+        "torch": "2.11.0",
+        "command": "python -m jobs.compare --config <mine>",
+        "seconds": 1800.0,
+        "best_step": 10 + 10 * (seed == 0),
+        "threshold": 0.45,
+        "curves": {"train": curve, "validation": curve},
+        "validation": metrics,
+        "test": metrics,
+        "by_size": [
+            {"from": 0, "to": 64, "objects": small, "found": found, "iou": found / small},
+            {"from": 64, "to": None, "objects": 0, "found": 0, "iou": None},
+        ],
+        "images": [{"key": key, "iou": value} for key, value in (("a", 0.9), ("b", 0.5), ("c", 0.123))],
+    }
+    path.write_text(json.dumps(cell))
+    if seed == 0 and path.parts[-2] in ("deepskip", "fcn"):
+        rng = np.random.default_rng(0)
+        arrays = {"keys": np.array(["a", "b", "c"])}
+        for place in ("best", "median", "worst"):
+            # noise: the hardest picture to make small
+            arrays[f"{place}_image"] = rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)
+            arrays[f"{place}_mask"] = arrays[f"{place}_prediction"] = np.eye(256, dtype=np.uint8)
+        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+
+
+def rows_of(markdown: str) -> dict[str, dict[str, str]]:
+    """Reads a Markdown table: the cells of each row by its first cell and the columns' headings."""
+    lines = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")]
+    return {row[0]: dict(zip(lines[0], row, strict=True)) for row in lines[2:]}
+
+
+def table(results: Any, name: str) -> dict[str, dict[str, str]]:
+    return rows_of(tables.to_markdown(next(t for t in tables.all_tables(results) if t.name == name)))
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_grid(tmp_path_factory.mktemp("comparison") / "out")
+
+
+@pytest.fixture(scope="module")
+def made(grid: Path) -> Path:
+    to = grid.parent / "docs"
+    page.main(["--cells", str(grid), "--to", str(to)])
+    return to
+
+
+def test_means_deviations_and_bold_by_hand(grid: Path) -> None:
+    found = table(read(grid), "table-1-iou-default")
+    assert found["DEEPSKIP"] == {
+        "network": "DEEPSKIP",
+        "coins": "62.0 ± 2.0",
+        "small targets": "**40.0 ± 0.0**",
+        # 50, 51 and 52 % in the three seeds
+        "MIoU": "**51.0 ± 1.0**",
+        "parameters, M": "0.65",
+    }
+    assert found["UNET"]["MIoU"] == "40.0 ± 0.0"
+    # ahead where it ran, and not compared where a category is missing
+    assert found["FCN"]["coins"] == "**70.0 ± 0.0**"
+    assert found["FCN"]["small targets"] == "–<sup>a</sup>"
+    assert found["FCN"]["MIoU"] == "70.0 ± 0.0<sup>b</sup>"
+    assert found["PSPNET"]["coins"] == found["PSPNET"]["MIoU"] == "–<sup>a</sup>"
+
+
+def test_missing_and_failed_cells_have_footnotes(grid: Path) -> None:
+    results = read(grid)
+    default, paper = (
+        tables.to_markdown(next(t for t in tables.all_tables(results) if t.name == f"table-1-iou-{form}"))
+        for form in ("default", "paper")
+    )
+    assert "<sup>a</sup> not run" in default
+    assert "<sup>b</sup> without small targets, so not to be compared" in default
+    row = rows_of(paper)["FCN-PAPER"]
+    assert row["small targets"] == "**41.0 ± 0.0**<sup>a</sup>"
+    # without seed 1: 51 and 51 %
+    assert row["MIoU"] == "**51.0 ± 0.0**<sup>b</sup>"
+    assert "<sup>a</sup> without seed 1: failed: `RuntimeError: out / of memory`" in paper
+    assert "<sup>b</sup> seeds 0, 2 only: the others lack a category" in paper
+    undefined = table(results, "table-3-scores-ablation")["ABLATION-BOTH"]
+    assert undefined["P"].startswith("–<sup>")
+    # fewer alarms are better
+    alarms = {name: row["false alarms an image"] for name, row in table(results, "table-3-scores-ablation").items()}
+    assert alarms["ABLATION-LOSS"] == "**1.60 ± 0.00**"
+    assert alarms["ABLATION-BOTH"] == "1.80 ± 0.00"
+
+
+def test_costs(grid: Path) -> None:
+    row = table(read(grid), "table-4-cost")["FCN-PAPER"]
+    assert [row[key] for key in ("parameters, M", "the paper's, M", "deviation, %")] == ["6.33", "6.32", "0.2"]
+    assert [row[key] for key in ("GFLOPs", "ms an image", "peak memory, GiB")] == ["2.3", "3.2", "1.50"]
+
+
+def test_claims_by_hand(grid: Path) -> None:
+    results = read(grid)
+    unet = claims.compare(results, "deepskip", "unet", "iou")
+    assert (unet.won, unet.pairs, unet.verdict) == (6, 6, claims.HELD)
+    assert unet.difference.value == pytest.approx(0.11)
+    assert unet.difference.deviation == pytest.approx(0.01)
+    assert unet.by_category == pytest.approx({"coins": 0.12, "small_targets": 0.10})
+    # on coins alone: 60, 62, 64 against 70
+    fcn = claims.compare(results, "deepskip", "fcn", "iou")
+    assert (fcn.won, fcn.pairs, fcn.verdict) == (0, 3, claims.NOT_HELD)
+    assert fcn.difference.value == pytest.approx(-0.08)
+    # on seeds 0 and 2: 50 and 52 against 51 and 51
+    paper = claims.compare(results, "deepskip", "fcn-paper", "iou")
+    assert (paper.won, paper.pairs, paper.verdict) == (1, 4, claims.UNKNOWN)
+    assert paper.difference.deviation == pytest.approx(math.sqrt(2) / 100)
+    assert claims.compare(results, "deepskip", "pspnet", "iou").verdict == claims.UNKNOWN
+    verdicts = [row[1] for row in claims.ablation_rows(results)]
+    assert verdicts == ["**cannot be told**", "**held**", "**did not hold**", "**did not hold**", "**did not hold**"]
+    assert claims.the_five(results) == ["unet", "fcn-paper", "pspnet"]
+    found = claims.tally(results, "deepskip", claims.the_five(results))
+    assert found == {claims.HELD: ["UNET"], claims.NOT_HELD: [], claims.UNKNOWN: ["FCN-PAPER", "PSPNET"]}
+    assert claims.verdict_of(found) == claims.UNKNOWN
+    assert "held" in claims.parameters_text(results)
+    # the best rival that has every category; the form chosen on validation passes it
+    assert claims.best(results, results.group("rival"), "iou") == "fcn-paper"
+    assert claims.chosen_form(results) == "tuned-flips"
+    reached = claims.reach_text(results, "tuned-flips", "iou", "Mean IoU")
+    assert reached.startswith("Mean IoU: **reached and passed**. TUNED-FLIPS 56.0 ± 0.0")
+    assert claims.tuning_rows(results)[1][1:4] == ["better", "+5.0 ± 1.0", "+5.0 ± 1.0"]
+
+
+def test_object_sizes_by_hand(grid: Path) -> None:
+    results = read(grid)
+    (objects, recall, iou), (none, *_) = by_size(results, "deepskip", results.categories)
+    assert (objects, none) == (40, 0)
+    # 5 of 10 and 9 of 30
+    assert recall.value == pytest.approx(14 / 40)
+    assert iou.value == pytest.approx((10 * 0.5 + 30 * 0.3) / 40)
+    # it lacks a category, and the objects of the others are other objects
+    assert by_size(results, "fcn", results.categories)[0][0] == 0
+
+
+def test_one_seed_has_no_spread_and_tells_nothing(tmp_path: Path) -> None:
+    results = read(write_grid(tmp_path / "out", seeds=(0,)))
+    assert table(results, "table-1-iou-default")["DEEPSKIP"]["MIoU"] == "**50.0**"
+    assert claims.compare(results, "deepskip", "unet", "iou").verdict == claims.UNKNOWN
+    assert "With one seed there is no spread" in text.claims_text(results)
+    csv_rows = list(csv.DictReader(io.StringIO(tables.to_csv(tables.all_tables(results)[0]))))
+    assert csv_rows[0] == {
+        "network": "DEEPSKIP",
+        "coins": "60",
+        "small targets": "40",
+        "MIoU": "50",
+        "parameters, M": "0.645665",
+    }
+
+
+def test_csv_holds_every_cell_and_unrounded_means(grid: Path, made: Path) -> None:
+    rows = list(csv.DictReader((made / "cells.csv").open()))
+    assert len(rows) == len(IOU) * 2 * len(SEEDS)
+    states = [row["state"] for row in rows]
+    assert (states.count("whole"), states.count("not run")) == (50, 9)
+    cell = next(row for row in rows if (row["category"], row["network"], row["seed"]) == ("coins", "deepskip", "1"))
+    assert (cell["test iou"], cell["threshold"], cell["test false_alarms_per_image"]) == ("0.62", "0.45", "1.38")
+    paper = next(csv.DictReader((made / "table-1-iou-paper.csv").open()))
+    assert (paper["coins"], paper["coins ±"], paper["MIoU ±"]) == ("62", "2", "1")
+
+
+class Balanced(html.parser.HTMLParser):
+    """Raises where a tag is closed that is not open, and collects addresses and ids."""
+
+    EMPTY = ("meta", "img", "br", "hr", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        for key, value in attrs:
+            if key in ("src", "srcset", "data", "poster", "background"):
+                self.sources.append(value or "")
+            if key in ("href", "action"):
+                self.links.append(value or "")
+            if key == "id":
+                assert value not in self.ids
+                self.ids.add(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_html_page_stands_alone(made: Path) -> None:
+    written = (made / "index.html").read_text()
+    parser = Balanced()
+    parser.feed(written)
+    parser.close()
+    assert parser.open == []
+    figures = [path for path in made.iterdir() if path.suffix in (".svg", ".png")]
+    # four of the grid, two by size, a panel for each category
+    assert len(parser.sources) == len(figures) == 8
+    assert all(source.startswith("data:image/") for source in parser.sources)
+    assert parser.links
+    assert {link.removeprefix("#") for link in parser.links} <= parser.ids
+    assert "<script" not in written
+    assert not re.search(r"url\(|@import", written)
+    assert len(written) < 4e6
+    # the command is shown as it was typed
+    assert "--config &lt;mine&gt;" in written
+
+
+def test_every_file_is_there_and_small(made: Path) -> None:
+    readme = (made / "README.md").read_text()
+    named = set(re.findall(r"\]\((?!#|https)([^)]+)\)", readme)) - {"../paper.md"}
+    assert named == {path.name for path in made.iterdir()} - {"README.md", "index.html", "short.md"}
+    for path in made.glob("*.svg"):
+        assert ET.parse(path).getroot().tag.endswith("svg")  # noqa: S314
+        assert path.stat().st_size < 300_000
+    for path in made.glob("*.png"):
+        assert path.stat().st_size < 300_000
+        assert Image.open(path).width > 300
+    short = (made / "short.md").read_text()
+    assert len(short.splitlines()) <= 12
+    assert rows_of(short)["**DEEPSKIP**"] == {
+        "network": "**DEEPSKIP**",
+        "parameters": "0.65 M",
+        "MIoU, %": "51.0 ± 1.0",
+        "object recall, %": "51.0 ± 1.0",
+    }
+    assert "50 whole, 1 failed, 9 not run, of 60" in readme
+    assert "25.0 h" in readme
+    assert "In 17 of 50 cells that was the last validation" in readme
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"networks.json": None}, "networks.json does not exist; --cells names the folder"),
+        ({"networks.json": "{"}, "networks.json is no JSON"),
+        ({"networks.json": "{}"}, "is not in"),
+        ({"cells/coins/unet/0.json": "{}"}, "neither an error nor test metrics"),
+        ({"cells/coins/deepskip/0.npz": "none"}, "0.npz is no file of pictures"),
+    ],
+)
+def test_bad_input_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: dict[str, str | None], message: str
+) -> None:
+    folder = write_grid(tmp_path / "out", seeds=(0,))
+    for name, content in broken.items():
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        page.main(["--cells", str(folder), "--to", str(tmp_path / "docs")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
