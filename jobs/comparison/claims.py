@@ -5,8 +5,20 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jobs.comparison.results import OURS, Mean, Results, average, block, by_seed, family, over_categories, shown
-from jobs.comparison.tables import minus
+from jobs.comparison.results import (
+    OURS,
+    Mean,
+    Results,
+    average,
+    bin_names,
+    block,
+    by_seed,
+    by_size,
+    family,
+    over_categories,
+    shown,
+)
+from jobs.comparison.tables import csv_text, exact, minus
 
 HELD, NOT_HELD, UNKNOWN = "held", "did not hold", "cannot be told"
 # with more parameters a form of ours is none of the small network that the paper is about
@@ -22,6 +34,14 @@ CONTRADICTIONS = (
     "The baseline's row of IoUs averages 49.9; the table prints 51.23.",
     "Equation 7 prints log o in the Dice term, which has no lower bound; Dice is made of o itself.",
     "Equation 3 prints f(Z^1) inside its last sum, where only f(Z^u) counts a network's weights.",
+)
+
+ABLATION_PAIRS = (
+    ("deep skips alone help", "ablation-skips", "ablation-none"),
+    ("BCE + Dice alone helps", "ablation-loss", "ablation-none"),
+    ("both together help", "ablation-both", "ablation-none"),
+    ("deep skips help beside BCE + Dice", "ablation-both", "ablation-loss"),
+    ("BCE + Dice helps beside deep skips", "ablation-both", "ablation-skips"),
 )
 
 
@@ -42,12 +62,17 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Says whether the one is ahead; it cannot be told with one seed, or where means ± deviations overlap."""
-        if self.difference.seeds < 2:
-            return UNKNOWN
-        if abs(self.difference.value) <= self.one.deviation + self.other.deviation:
-            return UNKNOWN
-        return HELD if self.difference.value > 0 else NOT_HELD
+        """Says whether the one is ahead."""
+        return judge(self.one, self.other)
+
+
+def judge(one: Mean, other: Mean) -> str:
+    """Says whether one mean is above another; it cannot be told with one seed, or where means ± deviations overlap."""
+    ahead, reach = one.value - other.value, one.deviation + other.deviation
+    # a missing mean and a spread of one seed are nan, and nan is in no order
+    if not abs(ahead) > reach:
+        return UNKNOWN
+    return HELD if ahead > 0 else NOT_HELD
 
 
 def compare(results: Results, one: str, other: str, metric: str) -> Difference:
@@ -146,20 +171,37 @@ def verdict_of(tallied: dict[str, list[str]]) -> str:
 
 def ablation_rows(results: Results) -> list[list[str]]:
     """Makes the rows of what deep skips and loss do, alone and together; those whose networks are there."""
-    pairs = (
-        ("deep skips alone help", "ablation-skips", "ablation-none"),
-        ("BCE + Dice alone helps", "ablation-loss", "ablation-none"),
-        ("both together help", "ablation-both", "ablation-none"),
-        ("deep skips help beside BCE + Dice", "ablation-both", "ablation-loss"),
-        ("BCE + Dice helps beside deep skips", "ablation-both", "ablation-skips"),
-    )
     rows = []
-    for claim, one, other in pairs:
+    for claim, one, other in ABLATION_PAIRS:
         if one in results.networks and other in results.networks:
             found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
             differences = [spread(each.difference, signed=True) for each in (found, objects)]
             sides = [spread(found.one), spread(found.other)]
             rows.append([claim, f"**{found.verdict}**", *differences, f"{found.won} of {found.pairs}", *sides])
+    return rows
+
+
+def sizes_rows(results: Results) -> list[list[str]]:
+    """Makes the rows of object recall by object size: ours beside the rival that finds most of that size."""
+    ours = by_size(results, OURS, results.categories)
+    rivals = {name: by_size(results, name, results.categories) for name in results.group("rival")}
+    rows = []
+    for i, (words, (objects, recall, _)) in enumerate(zip(bin_names(results), ours, strict=True)):
+        found = {name: rows_of[i][1] for name, rows_of in rivals.items() if not math.isnan(rows_of[i][1].value)}
+        if not objects or not found:
+            continue
+        rival = max(found, key=lambda name: found[name].value)
+        verdict = judge(recall, found[rival])
+        rows.append(
+            [
+                words,
+                f"**{verdict}**",
+                f"{objects:,}",
+                spread(recall),
+                spread(found[rival]),
+                results.label(rival),
+            ]
+        )
     return rows
 
 
@@ -245,3 +287,29 @@ def chosen_form(results: Results) -> str:
         name for name in [OURS, *results.group("tuning")] if (results.networks[name].get("parameters") or 0) <= SMALL
     ]
     return best(results, forms, "iou", "validation") or OURS
+
+
+def differences_csv(results: Results) -> str:
+    """Writes every difference of the page as CSV, in fractions: ours against all others, the ablation's rows in pairs."""
+    pairs = [(OURS, other) for other in results.networks if other != OURS]
+    pairs += [(one, other) for _, one, other in ABLATION_PAIRS if {one, other} <= results.networks.keys()]
+    pairs += [("ablation-both", other) for other in results.group("rival") if "ablation-both" in results.networks]
+    heading = [
+        "network",
+        "against",
+        "metric",
+        "mean",
+        "its mean",
+        "difference",
+        "difference ±",
+        "won",
+        "pairs",
+        "verdict",
+    ]
+    rows = []
+    for one, other in dict.fromkeys(pairs):
+        for metric in ("iou", "object_recall"):
+            found = compare(results, one, other, metric)
+            means = (found.one.value, found.other.value, found.difference.value, found.difference.deviation)
+            rows.append([one, other, metric, *map(exact, means), found.won, found.pairs, found.verdict])
+    return csv_text(heading, rows)

@@ -15,13 +15,13 @@ from jobs.comparison.results import (
     OURS,
     Mean,
     Results,
+    bin_names,
     block,
     by_size,
     family,
     of_category,
     over_categories,
     shown,
-    size_bins,
 )
 
 # the same file from the same numbers, and letters as letters: they are found by a search, and the file is small
@@ -147,14 +147,6 @@ def finish(axis: Axes, across: str, up: str, title: str) -> None:
     axis.set(xlabel=across, ylabel=up, title=title, ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
-
-
-def bin_names(results: Results) -> list[str]:
-    """Names the ranges of object sizes: <64, 64 to 256, 1024 and more."""
-    names = []
-    for start, end in size_bins(results):
-        names.append(f"≥{start}" if end is None else f"<{end}" if start == 0 else f"{start}–{end - 1}")
-    return names
 
 
 def sizes(results: Results, sets: Sequence[tuple[str, list[str]]]) -> Figure:

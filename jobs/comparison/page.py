@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from deepskip import files
 from jobs.comparison import figures, tables, text
+from jobs.comparison.claims import differences_csv
 from jobs.comparison.html_page import to_html
 from jobs.comparison.panels import panel
 from jobs.comparison.results import OURS, Results, read, shown
@@ -103,8 +104,7 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
         ),
         (
             "Cost",
-            "GFLOPs of one 3 x 256 x 256 image; seconds an image and memory (a training step of the grid's batch) on the "
-            f"hardware above.\n\n{table('table-4')}\n\n{picture('parameters.svg')}",
+            "\n\n".join([text.cost_text(results), table("table-4"), picture("parameters.svg")]),
         ),
         (
             "Objects, by category and size",
@@ -112,7 +112,7 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
         ),
         ("Training", picture("figure-5.svg", "convergence.svg")),
         ("Then make the model win", text.winning_text(results)),
-        ("Predictions", picture(*(name for name in shown_figures if name.startswith("panel-")))),
+        ("Predictions", predictions_text(picture, [name for name in shown_figures if name.startswith("panel-")])),
         ("Numbers to go on with", csv_text(made)),
     ]
     links = " · ".join(f"[{heading}](#{anchor(heading)})" for heading, body in sections if body.strip())
@@ -123,6 +123,16 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
     )
     parts = [opening, *(f"## {heading}\n\n{body.strip()}\n" for heading, body in sections if body.strip())]
     return "\n".join(parts)
+
+
+def predictions_text(picture: Callable[..., str], names: list[str]) -> str:
+    """Says what the panels show, and shows them; nothing where there are none."""
+    return (
+        "The best, median and worst test image of each network's first seed by its own IoU, beside the other's IoU on it; ours "
+        f"above the rival that is best in the category. A frame is what is enlarged below it.\n\n{picture(*names)}"
+        if names
+        else ""
+    )
 
 
 def anchor(heading: str) -> str:
@@ -145,6 +155,7 @@ def write_page(results: Results, to: Path) -> list[Path]:
     made = tables.all_tables(results)
     written = {f"{table.name}.csv": tables.to_csv(table).encode() for table in made}
     written |= {"cells.csv": tables.cells_csv(results).encode(), "sizes.csv": tables.sizes_csv(results).encode()}
+    written["differences.csv"] = differences_csv(results).encode()
     pictures: dict[str, bytes] = {}
     words: dict[str, str] = {}
     for name, (title, draw) in tqdm(figure_makers(results).items(), desc="figures", unit="figure"):

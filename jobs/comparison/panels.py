@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from deepskip.figures import FALSE_ALARM, FOUND, MISSED, comparison
@@ -68,14 +69,35 @@ def draw(axes: Any, results: Results, category: str, network: str, other: str | 
         raise ValueError(f"{path} is no file of pictures: {error}") from None
     own, others = image_scores(results, category, network, seed), image_scores(results, category, other, seed)
     for column, (place, key, (image, mask, prediction)) in enumerate(zip(PLACES, keys, shots, strict=True)):
+        found = comparison(image, (prediction != 0).astype(np.uint8), mask, IGNORED)
+        rows, columns = window((prediction != 0) | ((mask != 0) & (mask != IGNORED)))
         axes[0, column].imshow(image)
-        axes[1, column].imshow(comparison(image, (prediction != 0).astype(np.uint8), mask, IGNORED))
+        axes[1, column].imshow(found[rows, columns], interpolation="nearest")
+        if (rows.stop - rows.start, columns.stop - columns.start) != mask.shape:
+            corner, side = (columns.start - 0.5, rows.start - 0.5), rows.stop - rows.start
+            axes[0, column].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.8))
         title = f"{place}: {100 * own[key]:.1f}" if key in own else place
         if key in others and other:
             title += f"\n{results.label(other)[:26]}: {100 * others[key]:.1f}"
         axes[0, column].set_title(title, fontsize=7.5)
         for row in (0, 1):
             axes[row, column].set_axis_off()
+
+
+def window(shown_HW: np.ndarray) -> tuple[slice, slice]:
+    """Chooses the square to enlarge: what is around all that is foreground, a quarter of the image's side or more."""
+    height, width = shown_HW.shape
+    ys, xs = np.nonzero(shown_HW)
+    whole = slice(0, height), slice(0, width)
+    if not len(ys):
+        return whole
+    side = max(np.ptp(ys) + 17, np.ptp(xs) + 17, min(height, width) // 4)
+    # little larger is not worth a frame
+    if side > 0.7 * min(height, width):
+        return whole
+    top = int(np.clip((ys.min() + ys.max() + 1 - side) // 2, 0, height - side))
+    left = int(np.clip((xs.min() + xs.max() + 1 - side) // 2, 0, width - side))
+    return slice(top, top + int(side)), slice(left, left + int(side))
 
 
 def image_scores(results: Results, category: str, network: str | None, seed: int) -> dict[str, float]:

@@ -198,6 +198,14 @@ def size_bins(results: Results) -> list[tuple[int, int | None]]:
     return sorted(found, key=lambda edges: (edges[0], math.inf if edges[1] is None else edges[1]))
 
 
+def bin_names(results: Results) -> list[str]:
+    """Names the ranges of object sizes in pixels: <16, 16–63, ≥64."""
+    names = []
+    for start, end in size_bins(results):
+        names.append(f"≥{start}" if end is None else f"<{end}" if start == 0 else f"{start}–{end - 1}")
+    return names
+
+
 def by_size(results: Results, network: str, categories: Iterable[str]) -> list[tuple[int, Mean, Mean]]:
     """Gives for each of `size_bins` the number of objects, the share found, and the mean IoU of an object.
 

@@ -17,6 +17,7 @@ from jobs.comparison.claims import (
     parameters_text,
     reach_text,
     rivals_rows,
+    sizes_rows,
     spread,
     tally,
     the_five,
@@ -40,6 +41,16 @@ RIVAL_HEADINGS = (
     "by category, from ... to",
     "its parameters",
 )
+
+
+def cost_text(results: Results) -> str:
+    """Says what the numbers of the table of costs are of."""
+    sides = listed(values_of(results, "image_size"))
+    machines = listed(dict.fromkeys(v["hardware"] for v in results.networks.values() if v.get("hardware")))
+    return (
+        f"GFLOPs and time of one image of 3 bands and {sides} pixels a side, by itself; memory of a training step of the "
+        f"grid's batch{f'; on {machines}' if machines else ''}."
+    )
 
 
 def values_of(results: Results, key: str) -> list[Any]:
@@ -131,6 +142,11 @@ def short_text(results: Results) -> str:
             f'* "Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
             f"{counted(found)}. Of all {len(results.group('rival'))} forms of rivals: {counted(whole)}."
         )
+    for size, verdict, objects, own, other, rival in sizes_rows(results)[:1]:
+        lines.append(
+            f'* "Finds more of the smallest objects" ({size} pixels, {objects} objects): {verdict}; {own} % against '
+            f"{other} % of {rival}."
+        )
     for claim, verdict, *_ in ablation_rows(results)[:3]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
@@ -182,6 +198,14 @@ def claims_text(results: Results) -> str:
             "without, MIoU %",
         )
         parts.append(grid(headings, rows, words=2))
+    if rows := sizes_rows(results):
+        parts.append("### Does it find more of the small objects?")
+        parts.append(
+            "The share found of the objects of all categories together, by their area. The rival is the one that finds most of "
+            "that size, of any width."
+        )
+        columns = ("pixels", "finds more", "objects", f"{results.label(OURS)}, %", "the rival, %", "which")
+        parts.append(grid(columns, rows, words=2))
     parts.append("### Is it the smallest?")
     parts.append(parameters_text(results))
     if text := widths_text(results):
