@@ -68,7 +68,8 @@ class Difference:
 
 def judge(one: Mean, other: Mean) -> str:
     """Says whether one mean is above another; it cannot be told with one seed, or where means ± deviations overlap."""
-    ahead, reach = one.value - other.value, one.deviation + other.deviation
+    # what rounding leaves of equal means is no lead
+    ahead, reach = one.value - other.value, one.deviation + other.deviation + 1e-9
     # a missing mean and a spread of one seed are nan, and nan is in no order
     if not abs(ahead) > reach:
         return UNKNOWN

@@ -145,6 +145,7 @@ def csv_text(made: list[tables.Table]) -> str:
     lines = [
         "* [cells.csv](cells.csv): every cell, whole, failed or not run",
         "* [sizes.csv](sizes.csv): by object size",
+        "* [differences.csv](differences.csv): ours against every other network, the ablation's rows against each other",
     ]
     lines += [f"* [{table.name}.csv]({table.name}.csv): {table.title}" for table in made]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from jobs.comparison.results import OURS, Results, number, of_category, shown
 
 PLACES = ("best", "median", "worst")
 IGNORED = 255
+WHITE = (255, 255, 255)
 # of a picture on the page, so that all of them are sent in a few seconds
 MOST_BYTES = 240_000
 
@@ -123,9 +124,10 @@ def small_png(figure: Figure) -> bytes:
 
 def palette(picture: Image.Image) -> Image.Image:
     """Chooses 192 colours for a picture, and 16 shades of each tint: a small object has too few pixels to be given one."""
+    # the paper is white, whatever else
     own = picture.quantize(192).getpalette() or []
     grey = np.linspace(0, 0.6, 16)[:, None, None]
     tints = 0.35 * grey + 0.65 * np.array([FOUND, MISSED, FALSE_ALARM])[None]
     chosen = Image.new("P", (1, 1))
-    chosen.putpalette([*own[: 3 * 192], *(255 * tints).round().astype(int).ravel().tolist()])
+    chosen.putpalette([*own[: 3 * 192], *(255 * tints).round().astype(int).ravel().tolist(), *WHITE])
     return chosen
