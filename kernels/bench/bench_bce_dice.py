@@ -18,7 +18,7 @@ SIZES = (
     if DEVICE.type == "cuda"
     else [(8, 1, 512, 512), (2, 19, 256, 256), (4, 1, 128, 128)]
 )
-ROUNDS = 200 if DEVICE.type == "cuda" else 30
+ROUNDS = 50 if DEVICE.type == "cuda" else 30
 NAMES = ("deepskip", "eager", "torch.compile", "MONAI DiceCELoss", "smp Dice + BCE")
 
 
