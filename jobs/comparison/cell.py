@@ -1,0 +1,270 @@
+"""One cell of the comparison: trains a network on a category, chooses on validation, and reads the test split once.
+
+It knows neither Ray nor MLflow. On a GPU a step's forward and backward pass are one CUDA graph where the network allows it:
+starting their operations one by one takes longer than doing them.
+"""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from deepskip.config import OptimConfig
+from deepskip.loss import BCEDiceLoss
+from deepskip.network import DeepSkipUNet
+from deepskip.optimizer import build_optimizer, set_learning_rate
+from deepskip.trainer import learning_rate
+from jobs.comparison import scores
+from jobs.comparison.rows import Row, build
+from jobs.comparison.samples import IGNORE_INDEX, Category, batch, draw_plan
+
+CLIP_NORM = 1.0
+WARM_UP_SHARE = 0.05
+# points of a training curve between validations
+CURVE_POINTS = 4
+# steps before a graph is recorded: cuDNN chooses, Triton compiles, buffers are made
+WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell's place in the grid and its budget."""
+
+    category: str
+    network: str
+    seed: int
+    steps: int
+    batch_size: int
+    validations: int
+
+
+class NonFinite(RuntimeError):
+    """The loss was nan or infinite."""
+
+
+class Supervised(nn.Module):
+    """DeepSkipUNet with heads on the decoder levels below the first, for the loss alone."""
+
+    def __init__(self, network: DeepSkipUNet) -> None:
+        super().__init__()
+        self.network = network
+        self.head = network.head
+        self.heads = nn.ModuleList(nn.Conv2d(network.head.in_channels * 2**u, 1, 1) for u in range(1, network.levels - 1))
+        self.maps: list[Tensor] = []
+        for u in range(1, network.levels - 1):
+            network.decoder[u].register_forward_hook(lambda module, inputs, output: self.maps.append(output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.maps.clear()
+        logits = self.network(x)
+        if not self.training:
+            return logits
+        # from the lowest level up, as the decoder goes
+        lower = [head(y) for head, y in zip(reversed(self.heads), self.maps, strict=True)]  # type: ignore[call-overload]
+        enlarged = [F.interpolate(y.float(), logits.shape[2:], mode="bilinear", align_corners=False) for y in lower]
+        return torch.cat([logits.float(), *enlarged], 1)
+
+
+class Objective:
+    """A row's loss of images and masks, with what the training curve shows."""
+
+    def __init__(self, row: Row, network: nn.Module, device: torch.device) -> None:
+        self.row, self.network, self.device = row, network, device
+        self.loss_of = BCEDiceLoss(row.alpha, row.beta, ignore_index=IGNORE_INDEX)
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Gives the loss, and (5,): loss, soft Dice, true positives, false positives, false negatives; nothing waits."""
+        # a cache of cast weights would outlive a graph's recording
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+            if self.row.loss == "own":
+                loss = self.network.training_loss(image, mask.long())
+                return loss, torch.cat([loss.detach()[None], loss.new_full((4,), math.nan)])
+            logits = self.network(image)
+        logits = logits.float()
+        loss, dice = self.loss(logits[:, :1], mask)
+        for i in range(1, logits.shape[1]):
+            # each level down counts half of the one above
+            weight = self.row.deep_supervision / 2 ** (logits.shape[1] - 1 - i)
+            loss = loss + weight * self.loss(logits[:, i : i + 1], mask)[0]
+        guess, truth, counted = logits[:, 0] > 0, mask == 1, mask != IGNORE_INDEX
+        overlap = [(a & b & counted).sum() for a, b in ((guess, truth), (guess, ~truth), (~guess, truth))]
+        return loss, torch.stack([loss.detach().float(), dice.detach().float(), *(n.float() for n in overlap)])
+
+    def loss(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Gives the loss of logits (N, 1, S, S), and the soft Dice."""
+        parts = self.loss_of.parts(logits.contiguous(), mask)
+        # at alpha 0.5 both sides of the cross-entropy are halved
+        return (2 * parts.bce if self.row.loss == "cross_entropy" else parts.loss), 1 - parts.dice
+
+
+class Step:
+    """Forward and backward pass of a batch: leaves the gradients, and gives what Objective gives beside the loss."""
+
+    def __init__(self, objective: Objective, image: Tensor, mask: Tensor) -> None:
+        self.objective = objective
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if image.is_cuda and objective.row.loss != "own":
+            try:
+                self.record(image, mask)
+            except RuntimeError as error:
+                if "out of memory" in str(error):
+                    raise
+                self.graph = None
+                warnings.warn(f"{objective.row.label} goes without a CUDA graph: {str(error)[:300]}", stacklevel=2)
+
+    def record(self, image: Tensor, mask: Tensor) -> None:
+        """Records the graph; weights and running statistics are as before after it."""
+        network = self.objective.network
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        self.image, self.mask = image.clone(), mask.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                network.zero_grad(set_to_none=True)
+                self.objective(self.image, self.mask)[0].backward()
+        torch.cuda.current_stream().wait_stream(side)
+        # gradients are made anew inside the graph, and every replay writes them
+        network.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        # other threads' calls are none of the graph's business
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            loss, self.shown = self.objective(self.image, self.mask)
+            loss.backward()
+        self.graph = graph
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                value.copy_(before[name])
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Runs the step."""
+        if self.graph is None:
+            self.objective.network.zero_grad(set_to_none=True)
+            loss, shown = self.objective(image, mask)
+            loss.backward()
+            return shown
+        self.image.copy_(image)
+        self.mask.copy_(mask)
+        self.graph.replay()
+        return self.shown.clone()
+
+
+def prepare(row: Row, category: Category, cell: Cell) -> tuple[nn.Module, torch.optim.Optimizer, OptimConfig]:
+    """Builds a cell's network, on the category's device, and its optimizer."""
+    device = category.splits["train"].images.device
+    network = build(row, category.bands, cell.seed)
+    if row.deep_supervision:
+        assert isinstance(network, DeepSkipUNet)
+        network = Supervised(network)
+    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optim = OptimConfig(
+        optimizer=row.optimizer,
+        steps=cell.steps,
+        global_batch_size=cell.batch_size,
+        learning_rate=row.learning_rate,
+        warmup_steps=math.ceil(cell.steps * WARM_UP_SHARE),
+        weight_decay=row.weight_decay,
+        clip_norm=CLIP_NORM,
+        ema_decay=row.ema_decay,
+    )
+    return network, build_optimizer(optim, network), optim
+
+
+def run_cell(row: Row, category: Category, cell: Cell, with_panel: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Trains and tests; gives the cell's record, without its place's hardware and command, and its panel's arrays."""
+    started = time.perf_counter()
+    train, validation = category.splits["train"], category.splits["val"]
+    network, optimizer, optim = prepare(row, category, cell)
+    device = train.images.device
+    ema = (
+        AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(row.ema_decay), use_buffers=True)
+        if row.ema_decay
+        else None
+    )
+    judged = network if ema is None else ema.module
+    plan = draw_plan(train, cell.steps, cell.batch_size, cell.seed, row.foreground_crops, row.copy_paste)
+    # dropout and Mask R-CNN's sampling
+    torch.manual_seed(cell.seed)
+    network.train()
+    step_of = Step(Objective(row, network, device), *batch(train, plan, 0, row.copy_paste > 0))
+    parameters = list(network.parameters())
+
+    every = max(1, cell.steps // cell.validations)
+    log_every = max(1, every // CURVE_POINTS)
+    curves: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    window: list[Tensor] = []
+    best: dict[str, Any] = {"iou": -1.0}
+    for step in range(1, cell.steps + 1):
+        set_learning_rate(optimizer, learning_rate(optim, step - 1))
+        window.append(step_of(*batch(train, plan, step - 1, row.copy_paste > 0)))
+        nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimizer.step()
+        if ema is not None:
+            ema.update_parameters(network)
+        if step % log_every == 0 or step == cell.steps:
+            curves["train"].append({"step": step} | shown(window))
+            if not math.isfinite(curves["train"][-1]["loss"]):
+                raise NonFinite(f"the loss is {curves['train'][-1]['loss']} by step {step}; lower the learning rate")
+            window.clear()
+        if step % every == 0 or step == cell.steps:
+            probability, sums = scores.probabilities(judged, validation, cell.batch_size)
+            threshold, iou = scores.choose_threshold(probability, validation.masks, row.threshold)
+            network.train()
+            # of equal ones the later
+            if iou >= best["iou"]:
+                state = {name: value.clone() for name, value in judged.state_dict().items()}
+                best = {"iou": iou, "step": step, "state": state}
+            curves["validation"].append({"step": step, "iou": iou} | loss_of_sums(row, sums))
+    judged.load_state_dict(best["state"])
+
+    probability, _ = scores.probabilities(judged, validation, cell.batch_size, row.test_flips)
+    threshold, _ = scores.choose_threshold(probability, validation.masks, row.threshold)
+    record: dict[str, Any] = {
+        "category": cell.category,
+        "network": cell.network,
+        "seed": cell.seed,
+        "error": None,
+        "steps": cell.steps,
+        "batch_size": cell.batch_size,
+        "image_size": category.size,
+        "train_samples_seen": cell.steps * cell.batch_size,
+        "parameters": sum(p.numel() for p in getattr(network, "network", network).parameters())
+        if row.deep_supervision
+        else sum(p.numel() for p in parameters),
+        "best_step": best["step"],
+        "threshold": threshold,
+        "curves": curves,
+        "validation": scores.metrics_of(scores.predict(probability, threshold), validation.masks),
+    }
+    # the test split, once
+    test = category.splits["test"]
+    probability, _ = scores.probabilities(judged, test, cell.batch_size, row.test_flips)
+    prediction = scores.predict(probability, threshold)
+    record["test"] = scores.metrics_of(prediction, test.masks)
+    record["by_size"] = scores.by_size(prediction, test.masks)
+    record["images"] = scores.image_scores(prediction, test)
+    record["seconds"] = round(time.perf_counter() - started, 2)
+    return record, scores.panel(prediction, test, record["images"]) if with_panel else {}
+
+
+def shown(window: list[Tensor]) -> dict[str, float | None]:
+    """Averages a window of steps for the training curve; None for what a network does not give while it trains."""
+    loss, dice, tp, fp, fn = torch.stack(window).double().cpu().T
+    if torch.isnan(tp).all():
+        return {"loss": loss.mean().item(), "dice": None, "iou": None}
+    iou = tp.sum() / (tp + fp + fn).sum().clamp(min=1)
+    return {"loss": loss.mean().item(), "dice": dice.mean().item(), "iou": iou.item()}
+
+
+def loss_of_sums(row: Row, sums: Tensor) -> dict[str, float]:
+    """Makes the validation curve's loss and soft Dice of a split's sums; Mask R-CNN's is the cross-entropy of its masks."""
+    parts = BCEDiceLoss(row.alpha, row.beta).from_sums(sums.float())
+    loss = parts.loss if row.loss == "bce_dice" else 2 * parts.bce
+    return {"loss": loss.item(), "dice": 1 - parts.dice.item()}

@@ -1,0 +1,71 @@
+"""The grid's cells: their order, which are done, and their files, written whole or not at all."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepskip import files
+from jobs.comparison.cell import Cell
+from jobs.comparison.rows import Grid
+
+NETWORKS = "networks.json"
+
+
+def cells(grid: Grid) -> Iterator[Cell]:
+    """Gives all cells: seeds outermost, then categories, so that what is cut off leaves whole tables of fewer seeds."""
+    for number, seed in enumerate(grid.seeds):
+        for category in grid.categories:
+            for name, row in grid.networks.items():
+                if (row.seeds is None or number < row.seeds) and (grid.only is None or name in grid.only):
+                    yield Cell(category, name, seed, grid.steps, grid.batch_size, grid.validations)
+
+
+def path_of(out: Path, cell: Cell) -> Path:
+    """Names a cell's file."""
+    return out / "cells" / cell.category / cell.network / f"{cell.seed}.json"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file; None where there is none that is whole."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def is_done(out: Path, cell: Cell) -> bool:
+    """Says whether a cell is there, without an error and of the same budget."""
+    record = read(path_of(out, cell))
+    same = ("steps", "batch_size")
+    return record is not None and record.get("error") is None and all(record.get(k) == getattr(cell, k) for k in same)
+
+
+def write(out: Path, cell: Cell, record: dict[str, Any], panel: dict[str, np.ndarray]) -> None:
+    """Writes a cell; its panel first, as the record is what says that the cell is done."""
+    path = path_of(out, cell)
+    if panel:
+        data = io.BytesIO()
+        np.savez_compressed(data, **panel)  # type: ignore[arg-type]
+        files.write(path.with_suffix(".npz"), data.getvalue())
+    # a curve or metric that is nan is no JSON
+    files.write(path, json.dumps(record, allow_nan=False).encode())
+
+
+def write_error(out: Path, cell: Cell, error: str) -> None:
+    """Writes that a cell failed; the next run tries it again."""
+    place = {key: getattr(cell, key) for key in ("category", "network", "seed", "steps", "batch_size")}
+    files.write(path_of(out, cell), json.dumps(place | {"error": error}).encode())
+
+
+def read_networks(out: Path) -> dict[str, Any]:
+    """Reads what networks.json says of each network."""
+    return read(out / NETWORKS) or {}
+
+
+def write_networks(out: Path, networks: dict[str, Any]) -> None:
+    """Writes networks.json."""
+    files.write(out / NETWORKS, json.dumps(networks, indent=1).encode())

@@ -1,0 +1,157 @@
+"""What the comparison's grid is made of: networks with the way each is trained, categories, seeds and steps."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from deepskip import DeepSkipUNet
+from deepskip.baselines import RIVALS
+from deepskip.baselines import build as build_rival
+from jobs.settings import explain, stop
+
+OURS = "deepskip"
+
+
+@dataclass
+class Row:
+    """A network and how it is trained: a row of the tables."""
+
+    label: str
+    """its name in tables and figures"""
+    group: Literal["ours", "ablation", "rival", "tuning"]
+    """where it stands on the page"""
+    network: str = OURS
+    """"deepskip", or a name in deepskip.baselines.RIVALS"""
+    size: Literal["default", "paper"] = "default"
+    """a rival's widths: its authors' or library's, or those of the paper's parameter count"""
+    paper_parameters: float | None = None
+    """what the paper counts for it"""
+    widths: dict[str, Any] = field(default_factory=dict)
+    """arguments of DeepSkipUNet, or single widths of a rival"""
+    loss: Literal["cross_entropy", "bce_dice", "own"] = "cross_entropy"
+    """own: the network's (Mask R-CNN)"""
+    alpha: float = 0.5
+    """of bce_dice: weight of foreground in BCE"""
+    beta: float = 1.0
+    """of bce_dice: weight of BCE beside Dice"""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """Muon is for deepskip only"""
+    learning_rate: float = 1e-3
+    """peak, after a warm-up over a twentieth of the steps; a cosine follows"""
+    weight_decay: float = 0.01
+    """of weights, not of norms and biases"""
+    ema_decay: float = 0.0
+    """of the moving average of the weights that is validated and tested; 0 takes the weights themselves"""
+    deep_supervision: float = 0.0
+    """weight of the loss of heads on the lower decoder levels, while training; deepskip only"""
+    foreground_crops: float = 0.0
+    """share of training samples that show a foreground pixel and its surroundings, up to twice as large"""
+    copy_paste: float = 0.0
+    """share of training samples that get another's objects laid on"""
+    test_flips: bool = False
+    """average the probabilities of an image and its mirrorings"""
+    threshold: float | None = None
+    """of probability; null takes the best on validation"""
+    seeds: int | None = None
+    """only the first so many seeds; null takes all"""
+
+
+@dataclass
+class Grid:
+    """The whole comparison; a cell is a network, a category and a seed."""
+
+    networks: dict[str, Row]
+    """rows by name, dear ones last"""
+    categories: list[str] = field(default_factory=lambda: ["coins"])
+    """files of `data`, by stem"""
+    data: str = "data/comparison"
+    """folder that jobs.comparison.data made"""
+    out: str = "runs/comparison"
+    """folder of the results; cells that are there are not done again"""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """of weights, order and augmentation"""
+    steps: int = 400
+    """training steps of every cell"""
+    batch_size: int = 8
+    """samples a step"""
+    validations: int = 8
+    """validations of a cell; the best by IoU is tested"""
+    only: list[str] | None = None
+    """networks to do; null does all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one"""
+    workers: int = 1
+    """processes, which share the GPU"""
+    ray: bool | None = None
+    """cells as Ray tasks under an MLflow run; false takes plain processes; null takes Ray where it is installed"""
+    budget_seconds: float | None = None
+    """no cell is begun that would not end within it, and what runs then is given up"""
+    profile_only: bool = False
+    """only measure each network's size and speed on a few steps"""
+    experiment: str = "deepskip-comparison"
+    """MLflow experiment, with ray"""
+    tracking_uri: str | None = None
+    """MLflow tracking server, with ray; null takes MLFLOW_TRACKING_URI, else sqlite in `out`"""
+
+
+def read_grid(argv: list[str]) -> Grid:
+    """Reads the grid from --config and the command line; bad input ends the program, --help too."""
+    parser = ArgumentParser(
+        prog="python -m jobs.compare",
+        description="Trains and tests every network on every category with every seed; see docs/compare.md.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; see jobs/configs/compare.yaml")
+    parser.add_class_arguments(Grid)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(argv))
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        stop(explain(str(error)))
+    except yaml.YAMLError as error:
+        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+    values = {key: value for key, value in vars(parsed).items() if key != "config"}
+    grid = Grid(**values)
+    if faults := faults_of(grid):
+        stop("\n".join(faults))
+    return grid
+
+
+def faults_of(grid: Grid) -> list[str]:
+    """Lists what cannot be: unknown networks and categories, values out of range."""
+    faults = []
+    for key, least in (("steps", 1), ("batch_size", 1), ("validations", 1), ("workers", 1)):
+        if getattr(grid, key) < least:
+            faults.append(f"{key} is {getattr(grid, key)}; it must be {least} or more")
+    for key in ("networks", "categories", "seeds"):
+        if not getattr(grid, key):
+            faults.append(f"{key} is empty; a comparison needs one or more")
+    for category in grid.categories:
+        if not (path := Path(grid.data) / f"{category}.npz").is_file():
+            faults.append(f"category {category}: there is no {path}; python -m jobs.comparison.data makes it")
+    for name in set(grid.only or ()) - set(grid.networks):
+        faults.append(f"only: there is no network {name!r}; the grid has {', '.join(grid.networks)}")
+    for name, row in grid.networks.items():
+        if row.network != OURS and row.network not in RIVALS:
+            faults.append(f"networks.{name}.network is {row.network!r}; it must be {OURS}, {', '.join(RIVALS)}")
+        elif row.network != OURS and (row.optimizer == "muon" or row.deep_supervision):
+            faults.append(f"networks.{name}: muon and deep_supervision are for network {OURS} only")
+        if (row.loss == "own") != (row.network == "mask_rcnn"):
+            faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
+        for key in ("alpha", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
+            if (value := getattr(row, key)) is not None and not 0 <= value <= 1:
+                faults.append(f"networks.{name}.{key} is {value}; it must be 0 to 1")
+    return faults
+
+
+def build(row: Row, bands: int, seed: int) -> nn.Module:
+    """Builds a row's network for binary masks, its weights drawn from the seed."""
+    torch.manual_seed(seed)
+    if row.network == OURS:
+        return DeepSkipUNet(bands, 1, **row.widths)
+    return build_rival(row.network, bands, 1, row.size, **row.widths)

@@ -1,0 +1,66 @@
+"""What a worker does, whoever started it: one task after another, with the libraries and the data kept."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.comparison import grid as results
+from jobs.comparison.cell import Cell, run_cell
+from jobs.comparison.profile import hardware, profile
+from jobs.comparison.rows import Grid
+from jobs.comparison.samples import Category, load
+
+TIMING = ".timing"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell to run, or, where there is none, a network to measure."""
+
+    network: str
+    cell: Cell | None = None
+
+    def __str__(self) -> str:
+        if self.cell is None:
+            return self.network
+        return f"{self.cell.category}/{self.network}/{self.cell.seed}"
+
+
+def device_of(name: str) -> torch.device:
+    """Gives the device that "auto", "cpu" or "cuda" means here."""
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
+    """Does a task: gives the entry of networks.json, or a cell's record, which is written; raises what went wrong."""
+    device = device_of(grid.device)
+    row = grid.networks[task.network]
+    if task.cell is None:
+        size = max(category_of(Path(grid.data) / f"{name}.npz", device).size for name in grid.categories[:1])
+        return profile(row, size, grid.batch_size, device, partial(alone, Path(grid.out)))
+    category = category_of(Path(grid.data) / f"{task.cell.category}.npz", device)
+    record, panel = run_cell(row, category, task.cell, task.cell.seed == min(grid.seeds))
+    record |= {"hardware": hardware(device), "torch": torch.__version__, "command": command}
+    results.write(Path(grid.out), task.cell, record, panel)
+    return record
+
+
+@cache
+def category_of(path: Path, device: torch.device) -> Category:
+    """Reads a category once a process."""
+    return load(path, device)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Waits for the other workers of a grid that measure."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / TIMING).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
