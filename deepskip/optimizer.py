@@ -1,5 +1,6 @@
 """The optimizers: AdamW, and Muon for the convolutions, which gets further in short trainings (docs/paper.md)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,6 +32,15 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
         ],
         config.learning_rate,
     )
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Gives the learning rate of a step, 0 first: linear warm-up, then a cosine down to its final share."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -17,13 +17,13 @@ from deepskip import augment, checkpoint, files
 from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import conv_weights
-from deepskip.config import Config, OptimConfig
+from deepskip.config import Config
 from deepskip.evaluation import evaluate
 from deepskip.files import Location
 from deepskip.inference import normalize, to_labels
 from deepskip.loss import BCEDiceLoss
 from deepskip.network import DeepSkipUNet
-from deepskip.optimizer import build_optimizer, set_learning_rate
+from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 
 # image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
@@ -55,15 +55,6 @@ class Preempted(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Preempted, (self.step,)
-
-
-def learning_rate(config: OptimConfig, step: int) -> float:
-    """Gives the learning rate of a step, 0 first: linear warm-up, then a cosine down to its final share."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
 def train(

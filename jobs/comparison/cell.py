@@ -19,8 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deepskip.config import OptimConfig
 from deepskip.loss import BCEDiceLoss
 from deepskip.network import DeepSkipUNet
-from deepskip.optimizer import build_optimizer, set_learning_rate
-from deepskip.trainer import learning_rate
+from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
 from jobs.comparison import scores
 from jobs.comparison.rows import Row, build
 from jobs.comparison.samples import IGNORE_INDEX, Category, batch, draw_plan
@@ -56,18 +55,24 @@ class Supervised(nn.Module):
         super().__init__()
         self.network = network
         self.head = network.head
-        self.heads = nn.ModuleList(nn.Conv2d(network.head.in_channels * 2**u, 1, 1) for u in range(1, network.levels - 1))
-        self.maps: list[Tensor] = []
-        for u in range(1, network.levels - 1):
-            network.decoder[u].register_forward_hook(lambda module, inputs, output: self.maps.append(output))
+        self.heads = nn.ModuleList(
+            nn.Conv2d(network.head.in_channels * 2**u, 1, 1) for u in range(1, network.levels - 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        self.maps.clear()
-        logits = self.network(x)
+        """Gives logits (N, 1, H, W); in training more, channel by channel those of the levels from the lowest up."""
         if not self.training:
-            return logits
-        # from the lowest level up, as the decoder goes
-        lower = [head(y) for head, y in zip(reversed(self.heads), self.maps, strict=True)]  # type: ignore[call-overload]
+            return self.network(x)
+        maps: list[Tensor] = []
+        # not for good: a copy's hooks would still fill this one's list
+        hooks = [
+            self.network.decoder[u].register_forward_hook(lambda module, inputs, output: maps.append(output))
+            for u in range(1, self.network.levels - 1)
+        ]
+        logits = self.network(x)
+        for hook in hooks:
+            hook.remove()
+        lower = [head(y) for head, y in zip(reversed(self.heads), maps, strict=True)]  # type: ignore[call-overload]
         enlarged = [F.interpolate(y.float(), logits.shape[2:], mode="bilinear", align_corners=False) for y in lower]
         return torch.cat([logits.float(), *enlarged], 1)
 
@@ -177,7 +182,9 @@ def prepare(row: Row, category: Category, cell: Cell) -> tuple[nn.Module, torch.
     return network, build_optimizer(optim, network), optim
 
 
-def run_cell(row: Row, category: Category, cell: Cell, with_panel: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def run_cell(
+    row: Row, category: Category, cell: Cell, with_panel: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Trains and tests; gives the cell's record, without its place's hardware and command, and its panel's arrays."""
     started = time.perf_counter()
     train, validation = category.splits["train"], category.splits["val"]

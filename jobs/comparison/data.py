@@ -73,14 +73,18 @@ def pack(category: str, source: Path | None, out: Path, size: int, rule: Rule) -
             members = tqdm(stems.get(split, []), desc=f"{category}, {split}", disable=not sys.stderr.isatty())
             found[split] = [square for stem in members for square in squares(*read(pairs[stem]), size, rule, stem)]
             if not found[split]:
-                raise PackError(f"{source / 'split.csv'} has no {split} samples; a comparison needs {', '.join(SPLITS)}")
+                raise PackError(
+                    f"{source / 'split.csv'} has no {split} samples; a comparison needs {', '.join(SPLITS)}"
+                )
     every = [square for split in SPLITS for square in found[split]]
     bands = {image.shape[2] for _, image, _ in every}
     if bands == {1, 3}:
         # grey among colour
         every = [(key, resample_bands(image, 3), mask) for key, image, mask in every]
     elif len(bands) > 1:
-        raise PackError(f"{source} has images of {', '.join(map(str, sorted(bands)))} bands; a rule must bring them to one")
+        raise PackError(
+            f"{source} has images of {', '.join(map(str, sorted(bands)))} bands; a rule must bring them to one"
+        )
     path = out / f"{category}.npz"
     files.write(path, encode(every, [split for split in SPLITS for _ in found[split]]))
     return path
@@ -176,7 +180,9 @@ def jpeg(image_HWC: np.ndarray) -> bytes:
 def main(argv: list[str] | None = None) -> None:
     """Packs every category of a folder, and the built-in coins."""
     parser = ArgumentParser(prog="python -m jobs.comparison.data", description=__doc__)
-    parser.add_argument("--data", type=Path | None, default=None, help="folder of category folders, each with split.csv")
+    parser.add_argument(
+        "--data", type=Path | None, default=None, help="folder of category folders, each with split.csv"
+    )
     parser.add_argument("--to", type=Path, required=True, help="folder for a file a category")
     parser.add_argument("--size", type=int, default=256, help="height and width of images, in pixels")
     parser.add_argument("--categories", type=list[str] | None, default=None, help="only these")

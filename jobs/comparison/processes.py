@@ -14,7 +14,6 @@ from jobs.comparison.rows import Grid
 from jobs.comparison.work import Task, device_of, do
 
 
-
 @dataclass(frozen=True)
 class Outcome:
     """What became of a task: a result, or an error."""
@@ -106,6 +105,7 @@ def work(pipe: Connection, grid: Grid, command: str) -> None:
         except Exception as failure:
             where = traceback.extract_tb(failure.__traceback__)[-1]
             error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]} ({where.name}:{where.lineno})"
+            # a CUDA error is a process's last word
             stays = device_of(grid.device).type != "cuda"
         try:
             pipe.send((result, error, stays))

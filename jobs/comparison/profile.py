@@ -60,7 +60,6 @@ def profile(
         step_seconds = seconds(train_once, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     graph = step.graph is not None
-    del step
     plain = getattr(network, "network", network) if row.deep_supervision else network
     plain.eval()
     one = image[:1]

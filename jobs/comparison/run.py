@@ -114,7 +114,9 @@ class Clock:
         if guess is None:
             step = results.read_networks(Path(self.grid.out)).get(task.network, {}).get("seconds_per_step") or 0.0
             # on one GPU workers take turns
-            guess = FIXED + step * task.cell.steps * OVERHEAD * (self.grid.workers if self.grid.device != "cpu" else 1) / 2
+            guess = (
+                FIXED + step * task.cell.steps * OVERHEAD * (self.grid.workers if self.grid.device != "cpu" else 1) / 2
+            )
         return guess < self.left()
 
 

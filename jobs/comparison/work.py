@@ -1,6 +1,7 @@
 """What a worker does, whoever started it: one task after another, with the libraries and the data kept."""
 
 import fcntl
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
     """Does a task: gives the entry of networks.json, or a cell's record, which is written; raises what went wrong."""
     device = device_of(grid.device)
     row = grid.networks[task.network]
+    # what the last task's network took is for the other workers
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     if task.cell is None:
         size = max(category_of(Path(grid.data) / f"{name}.npz", device).size for name in grid.categories[:1])
         return profile(row, size, grid.batch_size, device, partial(alone, Path(grid.out)))
