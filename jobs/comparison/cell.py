@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from deepskip.baselines import training_loss
 from deepskip.config import OptimConfig
 from deepskip.loss import BCEDiceLoss
 from deepskip.network import DeepSkipUNet
@@ -72,7 +73,7 @@ class Supervised(nn.Module):
         logits = self.network(x)
         for hook in hooks:
             hook.remove()
-        lower = [head(y) for head, y in zip(reversed(self.heads), maps, strict=True)]  # type: ignore[call-overload]
+        lower = [head(y) for head, y in zip(reversed(self.heads), maps, strict=True)]
         enlarged = [F.interpolate(y.float(), logits.shape[2:], mode="bilinear", align_corners=False) for y in lower]
         return torch.cat([logits.float(), *enlarged], 1)
 
@@ -89,7 +90,7 @@ class Objective:
         # a cache of cast weights would outlive a graph's recording
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
             if self.row.loss == "own":
-                loss = self.network.training_loss(image, mask.long())
+                loss = training_loss(self.network, self.loss_of, image, mask.long())
                 return loss, torch.cat([loss.detach()[None], loss.new_full((4,), math.nan)])
             logits = self.network(image)
         logits = logits.float()

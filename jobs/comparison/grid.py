@@ -48,11 +48,16 @@ def write(out: Path, cell: Cell, record: dict[str, Any], panel: dict[str, np.nda
     """Writes a cell; its panel first, as the record is what says that the cell is done."""
     path = path_of(out, cell)
     if panel:
-        data = io.BytesIO()
-        np.savez_compressed(data, **panel)  # type: ignore[arg-type]
-        files.write(path.with_suffix(".npz"), data.getvalue())
+        write_panel(path.with_suffix(".npz"), panel)
     # a curve or metric that is nan is no JSON
     files.write(path, json.dumps(record, allow_nan=False).encode())
+
+
+def write_panel(path: Path, panel: dict[str, np.ndarray]) -> None:
+    """Writes a panel's arrays."""
+    data = io.BytesIO()
+    np.savez_compressed(data, **panel)  # type: ignore[arg-type]
+    files.write(path, data.getvalue())
 
 
 def write_error(out: Path, cell: Cell, error: str) -> None:

@@ -92,6 +92,8 @@ class Grid:
     """cells as Ray tasks under an MLflow run; false takes plain processes; null takes Ray where it is installed"""
     budget_seconds: float | None = None
     """no cell is begun that would not end within it, and what runs then is given up"""
+    pictures: bool = True
+    """keep the images of the prediction panels; jobs.comparison.pictures adds them later, where results must be small"""
     profile_only: bool = False
     """only measure each network's size and speed on a few steps"""
     experiment: str = "deepskip-comparison"

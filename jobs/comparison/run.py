@@ -64,7 +64,7 @@ def run(
                 clock.took(outcome.task, outcome.result["seconds"])
             counts["done" if outcome.error is None else "failed"] += 1
             observe(outcome.task, outcome.result or {"error": outcome.error})
-            note(outcome, "" if outcome.error else f"IoU {outcome.result['test']['iou'] or 0:.3f}")  # type: ignore[index]
+            note(outcome, f"IoU {outcome.result['test']['iou'] or 0:.3f}" if outcome.result else "")
     finally:
         pool.close()
     counts["left"] = len(every) - counts["done"] - counts["failed"]
@@ -135,7 +135,8 @@ def measured(entry: dict[str, Any]) -> str:
     step, image = 1e3 * entry["seconds_per_step"], 1e3 * entry["seconds_per_image"]
     memory = f", {entry['peak_memory_bytes'] / 2**30:.2f} GiB" if entry["peak_memory_bytes"] else ""
     graph = ", CUDA graph" if entry["cuda_graph"] else ""
-    return f"{entry['parameters'] / 1e6:.2f} M, {entry['gflops']:.1f} GFLOP, {step:.2f} ms a step, {image:.2f} an image{memory}{graph}"
+    size = f"{entry['parameters'] / 1e6:.2f} M, {entry['gflops']:.1f} GFLOP"
+    return f"{size}, {step:.2f} ms a step, {image:.2f} an image{memory}{graph}"
 
 
 def note(outcome: Outcome, text: str) -> None:

@@ -16,6 +16,7 @@ from jobs.comparison.samples import IGNORE_INDEX, Split
 BINS = 20
 # areas in pixels
 SIZES = (0, 16, 64, 256, 1024)
+PLACES = ("best", "median", "worst")
 MIRRORINGS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
 
@@ -88,7 +89,7 @@ def by_size(prediction: Tensor, masks: Tensor) -> list[dict[str, Any]]:
     objects: list[tuple[int, bool, float]] = []
     for own, mask in zip(prediction.cpu().numpy(), masks.cpu().numpy(), strict=True):
         guess = (own == 1) & (mask != IGNORE_INDEX)
-        truth, number = ndimage.label(mask == 1, EIGHT_NEIGHBOURS)
+        truth, _ = ndimage.label(mask == 1, EIGHT_NEIGHBOURS)
         guesses, _ = ndimage.label(guess, EIGHT_NEIGHBOURS)
         areas = np.bincount(guesses.ravel())
         for i, window in enumerate(ndimage.find_objects(truth), 1):
@@ -115,16 +116,24 @@ def image_scores(prediction: Tensor, split: Split) -> list[dict[str, Any]]:
 
 
 def panel(prediction: Tensor, split: Split, scores: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Picks the best, median and worst image by IoU among those with objects, as the arrays of a cell's SEED.npz."""
+    """Picks the best, median and worst image by IoU among those with objects, as the arrays of a cell's SEED.npz.
+
+    The images themselves are left out: `with_pictures` puts them in.
+    """
     full = (split.masks == 1).flatten(1).any(1).tolist()
     ranked = sorted((i for i in range(len(split)) if full[i]), key=lambda i: -scores[i]["iou"])
-    chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    chosen = dict(zip(PLACES, (ranked[0], ranked[len(ranked) // 2], ranked[-1]), strict=True))
     arrays = {"keys": np.array([split.keys[i] for i in chosen.values()])}
     for name, i in chosen.items():
-        arrays[f"{name}_image"] = picture(split.raw[i])
         arrays[f"{name}_mask"] = split.masks[i].cpu().numpy()
         arrays[f"{name}_prediction"] = prediction[i].cpu().numpy()
     return arrays
+
+
+def with_pictures(panel: dict[str, np.ndarray], split: Split) -> dict[str, np.ndarray]:
+    """Adds a panel's images, found by their keys in the test split."""
+    numbers = [split.keys.index(key) for key in panel["keys"]]
+    return panel | {f"{name}_image": picture(split.raw[i]) for name, i in zip(PLACES, numbers, strict=True)}
 
 
 def picture(image_HWC: np.ndarray) -> np.ndarray:

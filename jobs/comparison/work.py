@@ -15,7 +15,8 @@ from jobs.comparison import grid as results
 from jobs.comparison.cell import Cell, run_cell
 from jobs.comparison.profile import hardware, profile
 from jobs.comparison.rows import Grid
-from jobs.comparison.samples import Category, load
+from jobs.comparison.samples import Category, load, size_of
+from jobs.comparison.scores import with_pictures
 
 TIMING = ".timing"
 
@@ -47,10 +48,12 @@ def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if task.cell is None:
-        size = max(category_of(Path(grid.data) / f"{name}.npz", device).size for name in grid.categories[:1])
+        size = max(size_of(Path(grid.data) / f"{name}.npz") for name in grid.categories)
         return profile(row, size, grid.batch_size, device, partial(alone, Path(grid.out)))
     category = category_of(Path(grid.data) / f"{task.cell.category}.npz", device)
     record, panel = run_cell(row, category, task.cell, task.cell.seed == min(grid.seeds))
+    if panel and grid.pictures:
+        panel = with_pictures(panel, category.splits["test"])
     record |= {"hardware": hardware(device), "torch": torch.__version__, "command": command}
     results.write(Path(grid.out), task.cell, record, panel)
     return record
