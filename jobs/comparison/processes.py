@@ -2,25 +2,14 @@
 
 import multiprocessing
 import os
-import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import torch
 
 from jobs.comparison.rows import Grid
-from jobs.comparison.work import Task, device_of, do
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a task: a result, or an error."""
-
-    task: Task
-    result: dict[str, Any] | None
-    error: str | None = None
+from jobs.comparison.work import Outcome, Task, attempt, device_of
 
 
 @dataclass
@@ -96,17 +85,12 @@ def work(pipe: Connection, grid: Grid, command: str) -> None:
             task = pipe.recv()
         except (EOFError, ConnectionError, KeyboardInterrupt):
             return
-        result, error = None, None
         try:
-            result = do(grid, task, command)
+            result, error = attempt(grid, task, command)
         except KeyboardInterrupt:
             return
-        # whatever it is, the grid goes on
-        except Exception as failure:
-            where = traceback.extract_tb(failure.__traceback__)[-1]
-            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]} ({where.name}:{where.lineno})"
-            # a CUDA error is a process's last word
-            stays = device_of(grid.device).type != "cuda"
+        # a CUDA error is a process's last word
+        stays = error is None or device_of(grid.device).type != "cuda"
         try:
             pipe.send((result, error, stays))
         except (BrokenPipeError, ConnectionError):

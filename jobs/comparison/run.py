@@ -9,9 +9,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from jobs.comparison import grid as results
-from jobs.comparison.processes import Outcome
 from jobs.comparison.rows import Grid
-from jobs.comparison.work import Task
+from jobs.comparison.work import Outcome, Task
 
 # how long a step is measured to take, against what it takes with its validations and tests
 OVERHEAD = 1.5

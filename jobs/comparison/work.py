@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,15 @@ from jobs.comparison.samples import Category, load, size_of
 from jobs.comparison.scores import with_pictures
 
 TIMING = ".timing"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: a result, or an error."""
+
+    task: "Task"
+    result: dict[str, Any] | None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,20 @@ def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
     record |= {"hardware": hardware(device), "torch": torch.__version__, "command": command}
     results.write(Path(grid.out), task.cell, record, panel)
     return record
+
+
+def attempt(grid: Grid, task: Task, command: str) -> tuple[dict[str, Any] | None, str | None]:
+    """Does a task; gives its result, or what went wrong and where."""
+    try:
+        return do(grid, task, command), None
+    # whatever it is, it is the cell's failure and not the grid's end
+    except Exception as failure:
+        where = traceback.extract_tb(failure.__traceback__)[-1]
+        text = " ".join(str(failure).split())[:500]
+        return (
+            None,
+            f"{type(failure).__name__}: {text} ({where.name}, line {where.lineno} of {Path(where.filename).name})",
+        )
 
 
 @cache
