@@ -1,0 +1,199 @@
+"""The comparison's grid at toy size: every network and row, a kill in the middle, cells that fail, Ray with MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import yaml
+
+from jobs.comparison.cell import Cell
+from jobs.comparison.data import encode
+from jobs.comparison.grid import cells, is_done, write_error
+from jobs.comparison.rows import Grid, Row, read_grid
+from jobs.comparison.run import Clock, run
+from jobs.comparison.work import Outcome, Task
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "jobs/configs/compare.yaml"
+METRICS = {
+    "iou", "miou", "pixel_accuracy", "precision", "recall", "f1", "object_recall", "false_alarms_per_image",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One category of bright squares, 32 x 32."""
+    rng = np.random.default_rng(0)
+    squares = []
+    for i in range(8):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[4:10, 5:12] = mask[20:24, 18:21] = 1
+        image = rng.integers(0, 100, (32, 32, 3)) + 100 * mask[..., None]
+        squares.append((f"{i}", image.astype(np.uint8), mask))
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "squares.npz").write_bytes(encode(squares, ["train"] * 4 + ["val"] * 2 + ["test"] * 2))
+    return folder
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "jobs.compare", "--config", str(CONFIG), "--data", str(data), "--out", str(out),
+        "--categories", "[squares]", "--steps", "1", "--validations", "1", "--batch_size", "2", "--workers", "2",
+        *more,
+    ]  # fmt: skip
+
+
+def files_of(out: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.glob("cells/*/*/*.json")}
+
+
+def test_the_whole_grid_goes_on_where_it_was_killed(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = command(data, out, "--seeds", "[0]", "--device", "cpu", "--ray", "false")
+    first = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(files_of(out)) < 3:
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    # its workers end with what they are at
+    time.sleep(2)
+    before = files_of(out)
+    networks = json.loads((out / "networks.json").read_text())
+    failed = Cell("squares", "deepskip", 0, 1, 2, 1)
+    write_error(out, failed, "as if")
+    second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 0, second.stdout + second.stderr
+    after = files_of(out)
+    rows = yaml.safe_load(CONFIG.read_text())["networks"]
+    assert {path.parts[-2] for path in after} == set(rows) == set(networks)
+    for path, seen in before.items():
+        assert after[path] == seen or path.parts[-2] == "deepskip"
+    for path, (_, text) in after.items():
+        record = json.loads(text)
+        assert record["error"] is None, record
+        assert set(record["test"]) == set(record["validation"]) == METRICS
+        assert sum(size["objects"] for size in record["by_size"]) == 4
+        assert [image["key"] for image in record["images"]] == ["6", "7"]
+        assert record["parameters"] == networks[path.parts[-2]]["parameters"]
+        with np.load(path.with_suffix(".npz")) as panel:
+            assert panel["median_image"].shape == (32, 32, 3)
+    for name, row in rows.items():
+        # the paper's counts, to 3 %
+        if paper := row.get("paper_parameters"):
+            assert networks[name]["parameters"] == pytest.approx(paper, rel=0.03)
+    assert networks["deepskip"]["parameters"] == 645_665
+    assert len({networks[name]["parameters"] for name in ("deepskip", "tuned-deep-supervision", "ablation-both")}) == 1
+
+
+def test_cells_as_ray_tasks_with_a_child_run_each(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    more = ("--only", "[ablation-none, pspnet]", "--device", "cpu", "--ray", "true")
+    for seeds in ("[0]", "[0, 1]"):
+        done = subprocess.run(
+            command(data, out, *more, "--seeds", seeds),
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = {
+        r.data.tags["mlflow.runName"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert set(children) == {f"squares/{name}/{seed}" for name in ("ablation-none", "pspnet") for seed in (0, 1)}
+    record = json.loads((out / "cells/squares/pspnet/1.json").read_text())
+    logged = children["squares/pspnet/1"].data.metrics
+    assert logged["test/iou"] == record["test"]["iou"]
+    assert logged["curves/train/loss"] == record["curves"]["train"][-1]["loss"]
+
+
+class Answering:
+    """A pool that answers at once: with an error for some networks, and for others with a cell of so many seconds."""
+
+    def __init__(self, grid: Grid, broken: str = "") -> None:
+        self.grid, self.broken, self.tasks, self.seen = grid, broken, [], []
+
+    def free(self) -> int:
+        return self.grid.workers - len(self.tasks)
+
+    def start(self, task: Task) -> None:
+        self.tasks.append(task)
+        self.seen.append(task)
+
+    def finished(self, timeout: float) -> list[Outcome]:
+        task = self.tasks.pop(0)
+        if task.network == self.broken:
+            return [Outcome(task, None, "it broke")]
+        timing = {"seconds_per_step": 0.1, "seconds_per_image": 0.1, "peak_memory_bytes": None, "cuda_graph": False}
+        measured = {"parameters": 1, "gflops": 1.0} | timing
+        return [Outcome(task, measured if task.cell is None else {"seconds": 50.0, "test": {"iou": 0.5}})]
+
+    def close(self) -> None:
+        pass
+
+
+def grid_of(out: Path, **settings: object) -> Grid:
+    rows = {name: Row(name, "rival") for name in ("one", "two")}
+    return Grid(rows, ["a", "b"], out=str(out), seeds=[0, 1], steps=10, **settings)  # type: ignore[arg-type]
+
+
+def test_order_and_failures(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path)
+    grid.networks["one"].seeds = 1
+    order = [(cell.seed, cell.category, cell.network) for cell in cells(grid)]
+    assert order == [
+        (0, "a", "one"),
+        (0, "a", "two"),
+        (0, "b", "one"),
+        (0, "b", "two"),
+        (1, "a", "two"),
+        (1, "b", "two"),
+    ]
+    pool = Answering(grid, "two")
+    assert run(grid, pool) == {"done": 2, "failed": 4, "left": 0}
+    assert json.loads((tmp_path / "cells/b/two/1.json").read_text())["error"] == "it broke"
+    assert json.loads((tmp_path / "networks.json").read_text())["two"]["parameters"] is None
+    assert not any(is_done(tmp_path, cell) for cell in cells(grid))
+
+
+def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, budget_seconds=40.0, device="cpu")
+    pool = Answering(grid)
+    # the first cell of a network is guessed from its steps; it says 50 s, and then no other fits
+    assert run(grid, pool) == {"done": 2, "failed": 0, "left": 6}
+    assert Clock(grid).fits(Task("one", next(iter(cells(grid)))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--steps", "0"], "steps is 0; it must be 1 or more"),
+        (["--categories", "[none]"], "category none: there is no"),
+        (["--only", "[nobody]"], "only: there is no network 'nobody'"),
+        (["--stepps", "3"], "stepps is no setting"),
+        (["--networks", "{x: {label: x, group: rival, network: vgg}}"], "networks.x.network is 'vgg'"),
+        (["--networks", "{x: {label: x, group: rival, network: fcn, optimizer: muon}}"], "muon and deep_supervision"),
+        (["--networks", "{x: {label: x, group: rival, network: mask_rcnn}}"], "networks.x.loss is cross_entropy"),
+    ],
+)
+def test_bad_settings_are_named(
+    data: Path, settings: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read_grid(["--config", str(CONFIG), "--data", str(data), "--categories", "[squares]", *settings])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
