@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,10 @@ def attempt(grid: Grid, task: Task, command: str) -> tuple[dict[str, Any] | None
         )
 
 
-@cache
+# cells come category by category
+@lru_cache(maxsize=1)
 def category_of(path: Path, device: torch.device) -> Category:
-    """Reads a category once a process."""
+    """Reads a category, unless it is the last one that was read."""
     return load(path, device)
 
 
