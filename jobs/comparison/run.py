@@ -51,7 +51,9 @@ def run(
         for outcome in ended(pool, clock, [Task(name) for name in unmeasured], "networks"):
             name = outcome.task.network
             networks[name] = outcome.result or described(grid, name, outcome.error)
-            results.write_networks(out, networks)
+            # in the config's order, whoever was first
+            ordered = {name: networks[name] for name in (*grid.networks, *networks) if name in networks}
+            results.write_networks(out, ordered)
             note(outcome, measured(networks[name]))
         for outcome in ended(pool, clock, todo, "cells"):
             cell = outcome.task.cell
