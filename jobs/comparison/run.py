@@ -54,7 +54,7 @@ def run(
             # in the config's order, whoever was first
             ordered = {name: networks[name] for name in (*grid.networks, *networks) if name in networks}
             results.write_networks(out, ordered)
-            note(outcome, measured(networks[name]))
+            note(outcome, measured(networks[name]), len(networks), len(named))
         for outcome in ended(pool, clock, todo, "cells"):
             cell = outcome.task.cell
             assert cell is not None
@@ -65,7 +65,7 @@ def run(
                 clock.took(outcome.task, outcome.result["seconds"])
             counts["done" if outcome.error is None else "failed"] += 1
             observe(outcome.task, outcome.result or {"error": outcome.error})
-            note(outcome, f"IoU {outcome.result['test']['iou'] or 0:.3f}" if outcome.result else "")
+            note(outcome, scored(outcome.result), counts["done"] + counts["failed"], len(every))
     finally:
         pool.close()
     counts["left"] = len(every) - counts["done"] - counts["failed"]
@@ -75,7 +75,7 @@ def run(
 def ended(pool: Pool, clock: "Clock", tasks: list[Task], what: str) -> Any:
     """Keeps the workers busy with tasks, in their order, and yields each one's outcome; ends with the budget."""
     waiting, running = list(tasks), 0
-    with tqdm(total=len(tasks), desc=what, unit="", file=sys.stderr, mininterval=1) as line:
+    with tqdm(total=len(tasks), desc=what, unit="", disable=None) as line:
         while (waiting or running) and clock.left() > 0:
             while waiting and pool.free():
                 task = next((task for task in waiting if clock.fits(task)), None)
@@ -140,7 +140,12 @@ def measured(entry: dict[str, Any]) -> str:
     return f"{size}, {step:.2f} ms a step, {image:.2f} an image{memory}{graph}"
 
 
-def note(outcome: Outcome, text: str) -> None:
-    """Prints what became of a task, above the progress line."""
-    tqdm.write(f"{outcome.task}: {f'error: {outcome.error}' if outcome.error else text}", file=sys.stdout)
+def scored(record: dict[str, Any] | None) -> str:
+    """Puts a cell's record into a line."""
+    return f"IoU {record['test']['iou'] or 0:.3f}, {record['seconds']:.1f} s" if record else ""
+
+
+def note(outcome: Outcome, text: str, number: int, total: int) -> None:
+    """Prints what became of a task, above the progress line where there is one."""
+    tqdm.write(f"{number}/{total} {outcome.task}: {f'error: {outcome.error}' if outcome.error else text}")
     sys.stdout.flush()
