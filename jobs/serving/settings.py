@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from cluster.local import usable_cpus
 from jobs.settings import explain, stop
 
-TOKEN_VARIABLE = "DEEPSKIP_TOKEN"
+TOKEN_VARIABLE = "DEEPSKIP_TOKEN"  # noqa: S105
 # below this a token can be guessed over a network
 TOKEN_CHARACTERS = 16
 
