@@ -14,8 +14,8 @@ from kernels import torchvision_ops
 # torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
 torchvision_ops.declare()
 
-from deepskip.inference import load  # noqa: E402
 from deepskip.loss import BCEDiceLoss  # noqa: E402
+from deepskip.model import Model, load  # noqa: E402
 from deepskip.network import DeepSkipUNet  # noqa: E402
 
-__all__ = ["BCEDiceLoss", "DeepSkipUNet", "load"]
+__all__ = ["BCEDiceLoss", "DeepSkipUNet", "Model", "load"]

@@ -1,10 +1,13 @@
 """Pictures of predictions and curves of trainings."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from deepskip.threshold_curve import Curve
 
 FOUND, MISSED, FALSE_ALARM = (0.1, 0.75, 0.3), (1.0, 0.75, 0.0), (0.95, 0.15, 0.15)
 # shown one after another for the classes 1, 2, ...
@@ -66,23 +69,27 @@ def comparison(
     return picture
 
 
-def panel(images: Sequence[dict[str, Any]], ignore_index: int) -> Figure:
-    """Draws validation images in columns: the image, and the same with its prediction against the truth.
+def panel(images: Sequence[dict[str, Any]], ignore_index: int, columns: int | None = None) -> Figure:
+    """Draws images in columns: the image, and below it the same with its prediction against the truth.
 
-    images: dicts of "image" (H, W, bands), "labels" (predicted) and "mask" (true), both (H, W), and "key".
+    images: dicts of "image" (H, W, bands), "labels" (predicted) and "mask" (true), both (H, W), "key", and "note" if there is
+    more to say. columns: so many side by side, the rest below; None puts all into one row.
     """
-    columns = len(images)
-    figure = Figure(figsize=(2.1 * columns, 4.6), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
-    for column, item in enumerate(images):
+    columns = min(columns or len(images), len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.1 * columns, 4.6 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, item in enumerate(images):
+        row, column = divmod(place, columns)
         pictures = (
             to_rgb(item["image"]),
             comparison(item["image"], item["labels"], item["mask"], ignore_index),
         )
-        for row, picture in enumerate(pictures):
-            axes[row, column].imshow(picture)
-            axes[row, column].set_axis_off()
-        axes[0, column].set_title(item["key"][:24], fontsize=7)
+        for below, picture in enumerate(pictures):
+            axes[2 * row + below, column].imshow(picture)
+        axes[2 * row, column].set_title("\n".join([item["key"][:24], *filter(None, [item.get("note")])]), fontsize=7)
     figure.text(0.01, 0.005, "green: found   yellow: missed   red: false alarm", fontsize=8)
     return figure
 
@@ -108,4 +115,59 @@ def curves(history: dict[str, list[tuple[int, float]]]) -> Figure:
         axis.legend()
         if title != "loss":
             axis.set_ylim(0, 1)
+    return figure
+
+
+def precision_recall(classes: Sequence[tuple[str, Curve]]) -> Figure:
+    """Draws precision over recall, and F1 over the threshold, of named classes; the best threshold is marked."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, curve), colour in zip(classes, cycle(CLASS_COLOURS), strict=False):
+        best = curve.best
+        left.plot(curve.recall, curve.precision, color=colour, label=f"{name}, AP {curve.average_precision:.3f}")
+        left.plot(curve.recall[best], curve.precision[best], "o", color=colour)
+        right.plot(curve.thresholds, curve.f1, color=colour, label=f"{name}, best at {curve.thresholds[best]:.3f}")
+        right.plot(curve.thresholds[best], curve.f1[best], "o", color=colour)
+    for axis, below, beside in ((left, "recall", "precision"), (right, "threshold", "F1 of pixels (Dice)")):
+        axis.set(xlabel=below, ylabel=beside, xlim=(0, 1), ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower left" if axis is left else "lower center")
+    return figure
+
+
+def by_size(sizes: Sequence[dict[str, Any]]) -> Figure:
+    """Draws object recall and IoU, and false alarms, over the objects' size; sizes: as `SizeScores.compute` gives them."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    places = np.arange(len(sizes))
+    names = [f"under {size['to']}" if not size["from"] else f"{size['from']} up" for size in sizes]
+    for shift, key, label, colour in ((-0.2, "recall", "found", FOUND), (0.2, "iou", "mean IoU", CLASS_COLOURS[1])):
+        left.bar(places + shift, [np.nan_to_num(size[key]) for size in sizes], 0.4, color=colour, label=label)
+    left.set(ylim=(0, 1), ylabel="share")
+    left.legend(fontsize=8)
+    right.bar(places, [np.nan_to_num(size["false_alarms_per_image"]) for size in sizes], 0.5, color=FALSE_ALARM)
+    right.set(ylabel="false alarms an image")
+    counts = [f"{name}\n{size['objects']} objects" for name, size in zip(names, sizes, strict=True)]
+    for axis, ticks in ((left, counts), (right, names)):
+        axis.set_xticks(places, ticks, fontsize=7)
+        axis.set_xlabel("area, pixels")
+        axis.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def confusion(counts_VV: np.ndarray) -> Figure:
+    """Draws a confusion matrix (true, predicted) of pixels as shares of the true class."""
+    V = len(counts_VV)
+    shares = counts_VV / np.maximum(counts_VV.sum(1, keepdims=True), 1)
+    side = max(3.5, 0.55 * V + 1.5)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for true in range(V):
+        for guessed in range(V):
+            share = shares[true, guessed]
+            axis.text(
+                guessed, true, f"{share:.1%}", ha="center", va="center", fontsize=7, color="w" if share > 0.5 else "k"
+            )
+    axis.set(xticks=range(V), yticks=range(V), xlabel="predicted", ylabel="true")
     return figure

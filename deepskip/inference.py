@@ -1,14 +1,12 @@
 """A trained network as something that takes raw images: normalisation, tiling, labels."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepskip import checkpoint
 from deepskip.network import DeepSkipUNet
 
 # an image of more pixels than this is cut into overlapping tiles
@@ -121,14 +119,6 @@ class Segmenter(nn.Module):
         p_VHW = self.probabilities(image_HWC)
         labels = p_VHW[0] > 0.5 if len(p_VHW) == 1 else p_VHW.argmax(0)
         return labels.astype(np.uint8)
-
-
-def load(run_or_path: str | Path, device: str | torch.device = "cpu") -> Segmenter:
-    """Loads a trained model from a run's folder or URL (its best checkpoint) or from a checkpoint file.
-
-    Raises checkpoint.CheckpointError when there is none, or none that is whole.
-    """
-    return build_segmenter(checkpoint.load_for_inference(run_or_path)).to(device)
 
 
 def build_segmenter(state: dict[str, Any]) -> Segmenter:

@@ -48,6 +48,16 @@ class ObjectScores(Metric):
         }
 
 
+def confusion_counts(
+    prediction_HW: np.ndarray, target_HW: np.ndarray, num_classes: int, ignore_index: int
+) -> np.ndarray:
+    """Counts pixels by true and predicted label: (V, V) int64, two labels for a binary task; ignored pixels count nowhere."""
+    labels = max(2, num_classes)
+    counted = target_HW != ignore_index
+    pairs = target_HW[counted].astype(np.int64) * labels + prediction_HW[counted]
+    return np.bincount(pairs, minlength=labels**2).reshape(labels, labels)
+
+
 class SegmentationMetrics:
     """Accumulates the metrics of a validation split over all images and all ranks.
 

@@ -21,6 +21,9 @@ METRICS = {
 }
 
 
+WIDTH = max(len(name) for name in METRICS.values())
+
+
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     """Makes the progress line; `jobs.submit` keeps lines that begin with "step " in one place."""
     minutes, seconds = divmod(round(values["seconds_left"]), 60)
@@ -35,17 +38,23 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
 def print_table(summary: dict[str, Any]) -> None:
     """Prints the metrics of a finished training."""
     values = summary["val"]
-    width = max(len(name) for name in METRICS.values())
     early = f", stopped early after {summary['steps']}" if summary.get("stopped_early") else ""
     print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps{early}")
+    print_metrics(values)
+    print(f"  {'parameters':<{WIDTH}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
+    print(f"  {'images/s':<{WIDTH}}  {summary['images_per_second']:.1f}")
+    print(f"  {'seconds':<{WIDTH}}  {summary['seconds']:.0f}\n")
+
+
+def print_metrics(values: dict[str, float | None]) -> None:
+    """Prints the metrics of METRICS, a line each."""
     for key, name in METRICS.items():
-        value = values[key]
-        # a ratio of nothing to nothing, as precision is where nothing was predicted
-        undefined = value is None or math.isnan(value)
-        print(f"  {name:<{width}}  {'undefined' if undefined else f'{value:.4f}'}")
-    print(f"  {'parameters':<{width}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
-    print(f"  {'images/s':<{width}}  {summary['images_per_second']:.1f}")
-    print(f"  {'seconds':<{width}}  {summary['seconds']:.0f}\n")
+        print(f"  {name:<{WIDTH}}  {number(values[key])}")
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """Writes a ratio; one of nothing to nothing, as precision is where nothing was predicted, is undefined."""
+    return "undefined" if value is None or math.isnan(value) else format(value, form)
 
 
 def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import time
 import uuid
@@ -173,6 +174,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """Replaces nan by None, which JSON has a word for."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,14 +4,17 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from deepskip.config import Config, check_values
+
+T = TypeVar("T")
 
 # what the settings are explained by stands under each field of the dataclasses
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -57,8 +60,26 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str]:
     return settings, files[-1].stem if files else program
 
 
-def explain(message: str) -> str:
-    """Turns a message of jsonargparse into one that names the key, the value and what is allowed."""
+def parse_settings(program: str, description: str, kind: type[T], argv: list[str]) -> T:
+    """Reads a job's settings, every field of a dataclass as --key, and --config for a YAML file of them.
+
+    Bad keys and values end the program by `stop`; --help ends it with 0.
+    """
+    parser = ArgumentParser(prog=f"python -m jobs.{program}", description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_class_arguments(kind)
+    keys = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(argv))
+        return kind(**{key: getattr(parsed, key) for key in keys})
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        stop(explain(str(error), keys))
+    except yaml.YAMLError as error:
+        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+
+
+def explain(message: str, keys: Sequence[str] = KEYS) -> str:
+    """Turns a message of jsonargparse into one that names the key, the value and what is allowed; keys: all that there are."""
     if message.startswith("Problems parsing config"):
         return f"--config is no YAML: {' '.join(message.split())}"
     if found := re.search(r'Parser key "config":\s*(.*)', message, re.DOTALL):
@@ -73,7 +94,7 @@ def explain(message: str) -> str:
     if unknown:
         group = unknown.groupdict().get("group")
         key = f"{group}.{unknown['key']}" if group else unknown["key"]
-        return f"{key} is no setting{nearest(key)}; --help lists all"
+        return f"{key} is no setting{nearest(key, keys)}; --help lists all"
     return message
 
 
@@ -91,15 +112,15 @@ def allowed_types(expected: str) -> str:
     return text.split(". ")[0]
 
 
-def nearest(key: str) -> str:
+def nearest(key: str, keys: Sequence[str] = KEYS) -> str:
     """Names the settings most like a wrong key, as a clause of a message; empty when none is."""
-    close = difflib.get_close_matches(key, KEYS, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     # the right key in the wrong section, or without one
-    close += [known for known in KEYS if known.split(".")[1] == key.split(".")[-1] and known not in close]
+    close += [known for known in keys if known.split(".")[-1] == key.split(".")[-1] and known not in close]
     # a key that begins, or whose words begin, as a known one
     letters = key.split(".")[-1].lower()
     initials = [
-        k for k in KEYS if "".join(word[0] for word in k.split(".")[1].split("_")) == letters and k not in close
+        k for k in keys if "".join(word[0] for word in k.split(".")[-1].split("_")) == letters and k not in close
     ]
     found = [*initials, *close][:3]
     return f" (did you mean {' or '.join(found)}?)" if found else ""

@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 import numpy as np
@@ -30,6 +31,8 @@ from jobs.runs import read_journal
 from jobs.settings import flatten
 
 DATABASE = "mlflow.db"
+# what a run's model is called in it
+MODEL = "model"
 ARTIFACTS = "mlartifacts"
 RETRY_SECONDS = 5.0
 LAST_FLUSH_SECONDS = 20.0
@@ -196,8 +199,11 @@ class Tracker:
         return None
 
 
-def log_model(run_id: str, segmenter: Segmenter) -> None:
-    """Logs the trained model, from raw image to probabilities, as an exported program of any batch, height and width."""
+def log_model(run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
+    """Logs a trained model, from raw images to probabilities, as an exported program of any batch, height and width.
+
+    checkpoint_file: what it was made from; it is kept with the model, for `jobs.models`.
+    """
     network = segmenter.network
     bands, classes = network.in_channels, network.num_classes
     signature = ModelSignature(
@@ -211,5 +217,54 @@ def log_model(run_id: str, segmenter: Segmenter) -> None:
         # torch's archive writer warns of weights that share storage, which is all of them
         warnings.filterwarnings("ignore", message="No complete tensor found")
         mlflow.pytorch.log_model(
-            segmenter.eval(), name="model", signature=signature, input_example=example, pip_requirements=requirements
+            segmenter.eval(),
+            name=MODEL,
+            signature=signature,
+            input_example=example,
+            extra_files=[str(checkpoint_file)],
+            pip_requirements=requirements,
         )
+
+
+def model_location(uri: str, model_id: str) -> str:
+    """Gives where the files of a logged model (m-...) lie."""
+    return mlflow.MlflowClient(uri).get_logged_model(model_id).artifact_location
+
+
+def download(uri: str, artifact_uri: str, folder: str) -> Path:
+    """Copies one file that a tracking server knows into a folder, or names it where it is on this machine."""
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=artifact_uri, dst_path=folder, tracking_uri=uri))
+
+
+def log_report(
+    uri: str,
+    run_id: str | None,
+    experiment: str,
+    name: str,
+    settings: dict[str, Any],
+    metrics: dict[str, float],
+    step: int,
+    folder: Path,
+    place: str,
+) -> str:
+    """Logs metrics and a folder of files to a run that is there, or to a new one, and gives its id; raises MLflow's errors.
+
+    place: folder of the run's artifacts that takes the files.
+    """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if run_id is None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        run_id = start_run(uri, database.parent, experiment, name, None, {"evaluate": settings})
+        own = True
+    elif uri.startswith("sqlite:///") and not database.is_file():
+        # mlflow would make an empty one
+        raise TrackingUnreachable(f"there is no database at {database}; set tracking_uri, or track: new")
+    else:
+        own = False
+    client = mlflow.MlflowClient(uri)
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, [Metric(key, value, now, step) for key, value in metrics.items() if math.isfinite(value)])
+    client.log_artifacts(run_id, str(folder), place)
+    if own:
+        client.set_terminated(run_id)
+    return run_id

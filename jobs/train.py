@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import asdict
@@ -131,7 +132,7 @@ def run_job(argv: list[str]) -> None:
             with suppress(OSError):
                 runs.write_json(run.folder / runs.UNSENT, {"status": status})
     log_model(run, run_id)
-    runs.write_json(run.folder / runs.SUMMARY, without_nan(summary))
+    runs.write_json(run.folder / runs.SUMMARY, runs.without_nan(summary))
     report.print_table(summary)
     report.print_next_steps(config, run, uri, argv)
 
@@ -453,21 +454,19 @@ def for_panel(item: dict[str, Any]) -> dict[str, Any]:
 
 def log_model(run: runs.Run, run_id: str) -> None:
     """Logs the best checkpoint's model to MLflow; a server that is away costs a warning, not the training."""
-    from deepskip.inference import load
-    from jobs import tracking
+    from deepskip import checkpoint
+    from deepskip.inference import build_segmenter
+    from jobs import models, tracking
 
     try:
-        tracking.log_model(run_id, load(run.folder))
+        state = checkpoint.load_for_inference(run.folder)
+        with tempfile.TemporaryDirectory(prefix="deepskip-model-") as folder:
+            path = Path(folder) / Path(models.CHECKPOINT).name
+            checkpoint.save(models.for_inference(state), path)
+            tracking.log_model(run_id, build_segmenter(state), path)
     # mlflow, torch.export and the network each have their own errors; the checkpoint is safe on disk
     except Exception as error:
         print(f"warning: the model was not logged to MLflow: {' '.join(str(error).split())[:300]}", flush=True)
-
-
-def without_nan(value: Any) -> Any:
-    """Replaces nan by None, which JSON has a word for."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the co
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -23,6 +25,17 @@ def choose(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"the kernels' backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     _chosen = name
+
+
+@contextmanager
+def chosen(name: str) -> Iterator[None]:
+    """Sets the implementation while the block runs."""
+    before = _chosen
+    choose(name)
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 def implementation(x: Tensor) -> str:

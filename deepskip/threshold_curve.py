@@ -1,0 +1,66 @@
+"""Precision and recall of pixels over all thresholds, from counts: no probability is kept."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# a power of two: fp32 probabilities times this are exact
+STEPS = 1024
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Scores of one foreground class at each of STEPS thresholds k / STEPS, at or above which a pixel is predicted.
+
+    thresholds, precision, recall, f1, iou: (STEPS,); precision where nothing is predicted, and recall where nothing is there,
+    are nan. average_precision: area under the steps of the curve, nan where nothing is there.
+    """
+
+    thresholds: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    iou: np.ndarray
+    average_precision: float
+
+    @property
+    def best(self) -> int:
+        """The place of the best F1, which is that of the best IoU; of several the middle one."""
+        top = np.flatnonzero(self.f1 == np.nanmax(self.f1)) if np.isfinite(self.f1).any() else np.array([STEPS // 2])
+        return int(top[len(top) // 2])
+
+
+class ThresholdCurve:
+    """Counts, for each foreground class by itself, how probable the pixels of it and all others are.
+
+    num_classes: 1 for binary, else exclusive classes with background 0.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        # by class, truth, step
+        self.counts = np.zeros((max(1, num_classes - 1), 2, STEPS), np.int64)
+
+    def update(self, probabilities_VHW: np.ndarray, target_HW: np.ndarray) -> None:
+        """Adds one image: probabilities (V, H, W) fp32 and true labels (H, W); ignored pixels count nowhere."""
+        counted = target_HW != self.ignore_index
+        target, first = target_HW[counted], 0 if self.num_classes == 1 else 1
+        for place, p_HW in enumerate(probabilities_VHW[first:]):
+            steps = np.minimum((p_HW[counted] * STEPS).astype(np.int64), STEPS - 1)
+            steps += STEPS * (target == place + 1)
+            self.counts[place] += np.bincount(steps, minlength=2 * STEPS).reshape(2, STEPS)
+
+    def compute(self) -> list[Curve]:
+        """Gives the curve of each foreground class."""
+        curves = []
+        for negatives, positives in self.counts:
+            # at or above each threshold
+            tp, fp = (np.cumsum(counts[::-1])[::-1].astype(np.float64) for counts in (positives, negatives))
+            there = tp[0]
+            with np.errstate(invalid="ignore"):
+                precision, recall = tp / (tp + fp), tp / np.float64(there)
+                f1, iou = 2 * tp / (there + tp + fp), tp / (there + fp)
+            gained = recall - np.append(recall[1:], 0.0)
+            average = float(np.nansum(gained * precision)) if there else float("nan")
+            curves.append(Curve(np.arange(STEPS) / STEPS, precision, recall, f1, iou, average))
+        return curves

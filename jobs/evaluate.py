@@ -1,0 +1,405 @@
+"""Measures a trained model on any shards: metrics, objects by size, thresholds, classes, and the samples it does worst on."""
+
+import csv
+import heapq
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from data_shards import storage
+from data_shards.index import BrokenIndex, MissingIndex
+from data_shards.sample import BadSample
+from data_shards.scan import BrokenShard
+from data_shards.stream import Shards, whole_images
+from deepskip import figures
+from deepskip.metrics import SegmentationMetrics, confusion_counts
+from deepskip.model import Model
+from deepskip.size_scores import SizeScores
+from deepskip.threshold_curve import Curve, ThresholdCurve
+from jobs import models, report, runs
+from jobs.settings import parse_settings, stop
+
+REPORT = "report.json"
+# longest side of the pictures of the worst samples, pixels
+PICTURE_SIDE = 512
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """An evaluation: the model, the data, and where the report goes."""
+
+    model: str
+    """a run's folder (runs/NAME) or URL, a checkpoint file, an MLflow run's id, models:/NAME/VERSION or models:/NAME@ALIAS"""
+    data: str | None = None
+    """one split of shards, such as data/coins/test: folder or URL; null takes the validation split of the model's training"""
+    out: Path | None = None
+    """folder for the report; null takes evaluations/MODEL/SPLIT"""
+    threshold: float = 0.5
+    """probability above which a pixel is foreground, where there are no classes"""
+    size_edges: list[int] = field(default_factory=lambda: [16, 64, 256, 1024])
+    """areas in pixels that part the sizes that objects are scored by"""
+    worst: int = 20
+    """samples of the lowest IoU that are shown"""
+    track: Literal["same", "new", "none"] = "same"
+    """MLflow: into the run that trained the model, a new run, or not at all"""
+    tracking_uri: str | None = None
+    """MLflow server; null takes MLFLOW_TRACKING_URI, else the training's"""
+    experiment: str = "deepskip"
+    """MLflow experiment of a new run"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """a sample that cannot be used ends the evaluation, or is left out and listed in the report"""
+    cache_dir: str = storage.DEFAULT_CACHE
+    """folder for copies of remote shards"""
+    cache_gb: float = 50.0
+    """size of all copies together, gigabytes"""
+
+
+@dataclass
+class Scores:
+    """What an evaluation has added up so far; worst: a heap of (-IoU, pixels in question, number, picture)."""
+
+    metrics: SegmentationMetrics
+    sizes: SizeScores
+    curve: ThresholdCurve
+    confusion: np.ndarray
+    worst: list[tuple[float, int, int, dict[str, Any]]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    images: int = 0
+
+
+def check(argv: list[str]) -> None:
+    """Ends the program with `error:` lines where the settings are wrong, or there is no such model or data."""
+    config = read_settings(argv)
+    open_data(config, Model(find(config).state))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluates; the report is in a folder of its own, whole, when the exit status is 0."""
+    config = read_settings(sys.argv[1:] if argv is None else argv)
+    found = find(config)
+    model = Model(found.state)
+    try:
+        model.to(config.device)
+    except (RuntimeError, AssertionError) as error:
+        stop(f"device is {config.device!r}: {str(error).splitlines()[0]}")
+    shards = open_data(config, model)
+    split = Path(shards.folder.rstrip("/")).name
+    folder = config.out or Path("evaluations") / found.title / split
+    started = time.perf_counter()
+    try:
+        # every file but the report itself first: with it the folder is whole
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REPORT).unlink(missing_ok=True)
+        with table(folder / "samples.csv") as add_row:
+            scores = evaluate(config, model, shards, add_row)
+        result = describe(config, found, model, shards, scores, time.perf_counter() - started)
+        pictures = draw(scores, shards.index.ignore_index)
+        for name, figure in pictures.items():
+            save_figure(figure, folder / name)
+        runs.write_json(folder / REPORT, runs.without_nan(result))
+    except (BadSample, BrokenShard, storage.StorageError) as error:
+        stop(f"{error}\non_bad_sample: skip leaves such samples out")
+    except OSError as error:
+        stop(f"out is {folder}: {error}")
+    print_result(result)
+    print(f"report: {folder}/{REPORT}, with samples.csv, {', '.join(pictures)}")
+    if config.track != "none":
+        track(config, found, split, result, folder)
+
+
+def read_settings(argv: list[str]) -> EvaluateConfig:
+    """Reads and checks the settings; bad ones end the program."""
+    config = parse_settings("evaluate", __doc__ or "", EvaluateConfig, argv)
+    faults = []
+    if not 0 <= config.threshold < 1:
+        faults.append(f"threshold is {config.threshold}; it must be from 0 to under 1")
+    if config.worst < 0:
+        faults.append(f"worst is {config.worst}; it must be 0 or more")
+    edges = config.size_edges
+    if any(edge < 1 for edge in edges) or edges != sorted(set(edges)):
+        faults.append(f"size_edges is {edges}; it must be areas of 1 pixel or more that ascend")
+    if faults:
+        stop("\n".join(faults))
+    return config
+
+
+def find(config: EvaluateConfig) -> models.Found:
+    """Finds the model, or ends the program."""
+    try:
+        return models.find(config.model, config.tracking_uri)
+    except models.ModelNotFound as error:
+        stop(f"model: {error}")
+
+
+def open_data(config: EvaluateConfig, model: Model) -> Shards:
+    """Opens the shards; ends the program where there are none, or they do not fit the model."""
+    path = config.data or storage.join(model.state["config"]["data"]["path"], "val")
+    cache = storage.Cache(Path(config.cache_dir), int(config.cache_gb * 1e9))
+    try:
+        # the model normalises by itself
+        shards = Shards(path, "none", num_classes=model.num_classes, on_bad_sample=config.on_bad_sample, cache=cache)
+    except (MissingIndex, BrokenIndex, storage.StorageError) as error:
+        stop(f"data is {path}: {error}")
+    index = shards.index
+    if (index.bands, index.num_classes) != (model.bands, model.num_classes):
+        stop(
+            f"data is {path}, of {index.bands} bands and num_classes {index.num_classes}; "
+            f"the model takes {model.bands} bands and gives {model.num_classes}"
+        )
+    if index.num_samples == 0:
+        stop(f"data is {path}: it holds no samples")
+    if model.preparation and index.preparation != model.preparation:
+        print(
+            f"warning: {path} was packed with {index.preparation}, the training data with {model.preparation}: "
+            "objects have other sizes in pixels, or bands another meaning",
+            file=sys.stderr,
+        )
+    return shards
+
+
+def evaluate(config: EvaluateConfig, model: Model, shards: Shards, add_row: Any) -> Scores:
+    """Goes through the shards once, an image at a time; add_row takes each one's scores."""
+    index = shards.index
+    scores = Scores(
+        SegmentationMetrics(model.num_classes, index.ignore_index),
+        SizeScores(config.size_edges),
+        ThresholdCurve(model.num_classes, index.ignore_index),
+        np.zeros((max(2, model.num_classes),) * 2, np.int64),
+    )
+    with tqdm(total=len(shards), unit="image", desc=shards.folder[-40:], dynamic_ncols=True) as bar:
+
+        def left_out(report: dict[str, Any]) -> None:
+            scores.bad.append(report)
+            bar.update()
+
+        for batch in whole_images(shards, 0, 1, left_out):
+            image = batch["image"][0]
+            p_VHW = model.predict_proba(image).numpy()
+            labels = (p_VHW[0] > config.threshold if len(p_VHW) == 1 else p_VHW.argmax(0)).astype(np.uint8)
+            add_row(add(scores, batch["key"][0], image, batch["mask"][0].numpy(), p_VHW, labels, config.worst))
+            bar.update()
+    if scores.images == 0:
+        stop(f"data is {shards.folder}: none of its {len(shards)} samples can be used")
+    return scores
+
+
+def add(
+    scores: Scores,
+    key: str,
+    image: torch.Tensor,
+    mask_HW: np.ndarray,
+    p_VHW: np.ndarray,
+    labels_HW: np.ndarray,
+    worst: int,
+) -> dict[str, Any]:
+    """Adds one image to the scores, and gives its own."""
+    ignore_index = scores.curve.ignore_index
+    scores.metrics.update(torch.from_numpy(labels_HW).long(), torch.from_numpy(mask_HW).long())
+    scores.sizes.update(labels_HW, mask_HW, ignore_index)
+    scores.curve.update(p_VHW, mask_HW)
+    scores.confusion += confusion_counts(labels_HW, mask_HW, len(scores.confusion), ignore_index)
+    counted = mask_HW != ignore_index
+    right = int((counted & (mask_HW != 0) & (labels_HW == mask_HW)).sum())
+    either = int((counted & ((mask_HW != 0) | (labels_HW != 0))).sum())
+    iou = right / either if either else math.nan
+    row = {
+        "key": key,
+        "height": mask_HW.shape[0],
+        "width": mask_HW.shape[1],
+        "iou": iou,
+        "true_pixels": int((counted & (mask_HW != 0)).sum()),
+        "predicted_pixels": int((counted & (labels_HW != 0)).sum()),
+        "right_pixels": right,
+    }
+    # where nothing is and nothing is seen there is nothing to show
+    if either and worst:
+        entry = (-iou, either, -scores.images)
+        if len(scores.worst) < worst or entry > scores.worst[0][:3]:
+            shown = {"row": row, **picture(image, mask_HW, labels_HW)}
+            (heapq.heappush if len(scores.worst) < worst else heapq.heapreplace)(scores.worst, (*entry, shown))
+    scores.images += 1
+    return row
+
+
+def picture(image: torch.Tensor, mask_HW: np.ndarray, labels_HW: np.ndarray) -> dict[str, np.ndarray]:
+    """Keeps of an image what is drawn: three bands, at most PICTURE_SIDE pixels a side."""
+    bands = image.shape[0]
+    step = math.ceil(max(mask_HW.shape) / PICTURE_SIDE)
+    shown = image if bands <= 3 else image[[0, bands // 2, bands - 1]]
+    return {
+        "image": shown[:, ::step, ::step].permute(1, 2, 0).numpy().copy(),
+        "mask": mask_HW[::step, ::step].copy(),
+        "labels": labels_HW[::step, ::step].copy(),
+    }
+
+
+def describe(
+    config: EvaluateConfig, found: models.Found, model: Model, shards: Shards, scores: Scores, seconds: float
+) -> dict[str, Any]:
+    """Makes the report."""
+    curves = scores.curve.compute()
+    metrics = scores.metrics.compute()
+    right = scores.confusion.diagonal().astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        class_iou = right / (scores.confusion.sum(0) + scores.confusion.sum(1) - right)
+    return {
+        "model": {
+            "name": config.model,
+            "title": found.title,
+            "step": model.state["step"],
+            "mlflow_run_id": found.run_id,
+            "parameters": sum(p.numel() for p in model.network.parameters()),
+        },
+        "data": {
+            "path": shards.folder,
+            "images": scores.images,
+            "bands": model.bands,
+            "num_classes": model.num_classes,
+            "bad_samples": scores.bad,
+        },
+        "threshold": config.threshold if model.num_classes == 1 else None,
+        "metrics": metrics,
+        "classes": [
+            {"class": place + 1, "iou": float(class_iou[place + 1]), **threshold_scores(curve)}
+            for place, curve in enumerate(curves)
+        ],
+        "by_size": scores.sizes.compute(),
+        "confusion": scores.confusion.tolist(),
+        "worst": [item["row"] for item in worst_first(scores)],
+        "seconds": seconds,
+        "images_per_second": scores.images / seconds,
+        "device": config.device,
+    }
+
+
+def threshold_scores(curve: Curve) -> dict[str, Any]:
+    """Gives of a curve its average precision, its best threshold with the scores there, and some hundred points."""
+    best = curve.best
+    names = ("precision", "recall", "f1", "iou")
+    return {
+        "average_precision": curve.average_precision,
+        "best_threshold": float(curve.thresholds[best]),
+        "at_best_threshold": {name: float(getattr(curve, name)[best]) for name in names},
+        "curve": {name: getattr(curve, name)[::8].tolist() for name in ("thresholds", *names)},
+    }
+
+
+def worst_first(scores: Scores) -> list[dict[str, Any]]:
+    """Orders the samples that are shown."""
+    return [entry[3] for entry in sorted(scores.worst, key=lambda entry: entry[:3], reverse=True)]
+
+
+def draw(scores: Scores, ignore_index: int) -> dict[str, Figure]:
+    """Draws the figures, by the names of their files."""
+    curves = scores.curve.compute()
+    names = ["foreground"] if len(curves) == 1 else [f"class {place + 1}" for place in range(len(curves))]
+    pictures = {
+        "precision-recall.png": figures.precision_recall(list(zip(names, curves, strict=True))),
+        "by-size.png": figures.by_size(scores.sizes.compute()),
+        "confusion.png": figures.confusion(scores.confusion),
+    }
+    if scores.worst:
+        shown = [
+            item | {"key": item["row"]["key"], "note": f"IoU {item['row']['iou']:.3f}"} for item in worst_first(scores)
+        ]
+        pictures["worst.png"] = figures.panel(shown, ignore_index, columns=5)
+    return pictures
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+@contextmanager
+def table(path: Path) -> Iterator[Any]:
+    """Gives what appends a row to a CSV file, which has its name when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", newline="") as file:
+            writer: Any = None
+
+            def add_row(row: dict[str, Any]) -> None:
+                nonlocal writer
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row))
+                    writer.writeheader()
+                writer.writerow(row)
+
+            yield add_row
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Prints the report's numbers."""
+    data, threshold = result["data"], result["threshold"]
+    at = f", threshold {threshold:g}" if threshold is not None else ""
+    print(f"\n{result['model']['title']} on {data['path']}, {data['images']} images{at}")
+    report.print_metrics(result["metrics"])
+    print(f"  {'images/s':<{report.WIDTH}}  {result['images_per_second']:.1f}")
+    for scores in result["classes"]:
+        name = "" if len(result["classes"]) == 1 else f"class {scores['class']}: IoU {report.number(scores['iou'])}, "
+        best = scores["at_best_threshold"]
+        print(
+            f"  {name}average precision {report.number(scores['average_precision'])}; best threshold "
+            f"{scores['best_threshold']:.3f}: IoU {report.number(best['iou'])}, Dice {report.number(best['f1'])}"
+        )
+    print("\n  area, pixels    objects   found     IoU  false alarms")
+    for size in result["by_size"]:
+        bounds = f"{size['from']} to {size['to'] - 1}" if size["to"] else f"{size['from']} and more"
+        print(
+            f"  {bounds:<14}  {size['objects']:>7}  {report.number(size['recall'], '.1%'):>6}  "
+            f"{report.number(size['iou'], '.3f'):>6}  {size['false_alarms']:>12}".replace("undefined", "     -")
+        )
+    if data["bad_samples"]:
+        print(f"\nwarning: {len(data['bad_samples'])} samples were left out; the report lists them", file=sys.stderr)
+    print()
+
+
+def track(config: EvaluateConfig, found: models.Found, split: str, result: dict[str, Any], folder: Path) -> None:
+    """Logs the report to MLflow; a server that is away costs a warning, the report is in its folder."""
+    from jobs import tracking
+
+    name = re.sub(r"[^\w.-]", "-", split)
+    values = {f"eval-{name}/{key}": value for key, value in result["metrics"].items()}
+    for scores in result["classes"]:
+        which = "" if len(result["classes"]) == 1 else f"class-{scores['class']}/"
+        for key in ("average_precision", "best_threshold"):
+            values[f"eval-{name}/{which}{key}"] = scores[key]
+    run_id = found.run_id if config.track == "same" else None
+    if config.track == "same" and run_id is None:
+        print("the model knows no MLflow run of its training: the report goes into a new one")
+    try:
+        run_id = tracking.log_report(
+            found.tracking_uri, run_id, config.experiment, f"{found.title}-on-{name}", asdict(config), values,
+            result["model"]["step"] or 0, folder, f"evaluations/{name}",
+        )  # fmt: skip
+        print(f"MLflow: run {run_id} at {found.tracking_uri}")
+    # requests, sqlalchemy and mlflow each have their own errors
+    except Exception as error:
+        print(
+            f"warning: MLflow at {found.tracking_uri} did not take the report: {tracking.in_short(error)}",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import deepskip
+from data_shards.sample import resize_longest_side
+from deepskip import checkpoint, inference
+from deepskip.config import Config
+
+
+def state_of(in_channels: int, classes: int, **preparation: int | None) -> dict[str, Any]:
+    config = Config()
+    config.model.levels, config.model.base_channels = 3, 4
+    torch.manual_seed(in_channels)
+    network = deepskip.DeepSkipUNet(in_channels, classes, 4, 3)
+    # about as much foreground as background
+    torch.nn.init.normal_(network.head.weight)
+    with torch.no_grad():
+        logits = network.eval()(torch.randn(1, in_channels, 64, 64))
+        network.head.bias -= logits.mean((0, 2, 3))  # type: ignore[operator]
+    data = {"in_channels": in_channels, "num_classes": classes, "mean": [0.0] * in_channels, "std": [1.0] * in_channels}
+    data["preparation"] = {"bands": None, "longest_side": None} | preparation
+    return {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None, "step": 7}
+
+
+def by_hand(model: deepskip.Model, image_HWC: np.ndarray) -> np.ndarray:
+    """Probabilities (V, H, W) of the network itself, in fp64."""
+    x = torch.from_numpy(image_HWC.transpose(2, 0, 1).astype(np.float64))[None]
+    x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), correction=0, keepdim=True)
+    with torch.inference_mode():
+        logits = model.network.double()(x)
+        model.network.float()
+    return (logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1))[0].numpy()
+
+
+@pytest.mark.parametrize(("bands", "classes"), [(3, 1), (5, 3), (1, 1)])
+def test_arrays_and_tensors_one_and_several(tmp_path: Path, bands: int, classes: int) -> None:
+    checkpoint.save(state_of(bands, classes), tmp_path / "some.pt")
+    model = deepskip.load(tmp_path / "some.pt")
+    assert (model.bands, model.num_classes, model.state["step"]) == (bands, classes, 7)
+    images = np.random.default_rng(0).integers(0, 256, (2, 37, 53, bands)).astype(np.uint8)
+    proba = np.stack([by_hand(model, image) for image in images])
+    labels = (proba[:, 0] > 0.5 if classes == 1 else proba.argmax(1)).astype(np.uint8)
+    assert 0.1 < (labels != 0).mean() < 0.9
+    sure = np.abs(proba[:, 0] - 0.5) > 1e-4 if classes == 1 else np.ptp(np.sort(proba, 1)[:, -2:], 1) > 1e-4
+
+    tensors = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    for given, several in ((images, labels), (tensors, torch.from_numpy(labels))):
+        assert type(model(given)) is type(given)
+        assert (model(given) == several)[sure].all()
+        assert (model.predict(given[1]) == several[1])[sure[1]].all()
+        assert model.predict(given[0]).shape == (37, 53)
+        assert str(model(given[0]).dtype).endswith("uint8")
+    np.testing.assert_allclose(model.predict_proba(images), proba.transpose(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(model.predict_proba(tensors[0]), proba[0], atol=1e-5)
+    np.testing.assert_allclose(model.probabilities(images[0]), proba[0], atol=1e-5)
+    if classes == 1:
+        np.testing.assert_array_equal(model.predict(images, threshold=0.8), model.predict_proba(images)[..., 0] > 0.8)
+    if bands == 1:
+        np.testing.assert_array_equal(model(images[0, ..., 0]), model(images[0]))
+
+
+def test_many_images_go_through_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deepskip.Model(state_of(3, 1))
+    images = np.random.default_rng(0).random((5, 24, 20, 3))
+    whole = model.predict_proba(images)
+    monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 2 * 24 * 20)
+    np.testing.assert_allclose(model.predict_proba(images), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_large_images_are_shrunk_as_the_training_images_were(dtype: type) -> None:
+    model = deepskip.Model(state_of(3, 1, longest_side=48))
+    image = (np.random.default_rng(0).random((70, 101, 3)) * 255).astype(dtype)
+    small, _ = resize_longest_side(image, None, 48)
+    found = inference.torch.nn.functional.interpolate(
+        torch.from_numpy(by_hand(model, small))[None], size=(70, 101), mode="bilinear"
+    )[0]
+    np.testing.assert_allclose(model.predict_proba(image)[..., 0], found[0], atol=2e-3)
+    assert model.predict(torch.from_numpy(image.transpose(2, 0, 1).copy())).shape == (70, 101)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "said"),
+    [
+        (np.zeros((8, 8, 4)), ValueError, r"\(8, 8, 4\).*\(height, width, 3\).*pack --bands"),
+        (np.zeros((8, 8)), ValueError, r"\(8, 8\)"),
+        (torch.zeros(8, 8, 3), ValueError, r"\(8, 8, 3\).*\(3, height, width\)"),
+        (np.zeros((8, 0, 3)), ValueError, "no pixels"),
+        (np.full((8, 8, 3), np.nan), ValueError, "192 values that are nan"),
+        (np.full((8, 8, 3), 1e300), ValueError, "beyond fp32"),
+        (torch.tensor([[[np.inf]]] * 3), ValueError, "3 values"),
+        (np.zeros((8, 8, 3), complex), TypeError, "complex128"),
+        (torch.zeros(3, 8, 8, dtype=torch.complex64), TypeError, "complex64"),
+        (np.full((8, 8, 3), "a"), TypeError, "<U1"),
+        ([[1.0]], TypeError, "is a list; it must be a numpy array or a torch tensor"),
+    ],
+)
+def test_what_is_no_image_of_the_models_is_an_error(image: Any, error: type[Exception], said: str) -> None:
+    model = deepskip.Model(state_of(3, 1, bands=3))
+    with pytest.raises(error, match=said):
+        model(image)
