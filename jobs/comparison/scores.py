@@ -125,8 +125,8 @@ def panel(prediction: Tensor, split: Split, scores: list[dict[str, Any]]) -> dic
     chosen = dict(zip(PLACES, (ranked[0], ranked[len(ranked) // 2], ranked[-1]), strict=True))
     arrays = {"keys": np.array([split.keys[i] for i in chosen.values()])}
     for name, i in chosen.items():
-        arrays[f"{name}_mask"] = split.masks[i].cpu().numpy()
-        arrays[f"{name}_prediction"] = prediction[i].cpu().numpy()
+        arrays[f"{name}_mask"] = (split.masks[i] == 1).to(torch.uint8).cpu().numpy()
+        arrays[f"{name}_prediction"] = (prediction[i] * (split.masks[i] != IGNORE_INDEX)).cpu().numpy()
     return arrays
 
 
