@@ -4,6 +4,7 @@ The plan is a function of the seed and the number of samples and steps alone, so
 """
 
 import io
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def load(path: Path, device: torch.device) -> Category:
             planes = np.frombuffer(zlib.decompress(arrays["images"].tobytes()), np.uint8)
             images = np.ascontiguousarray(planes.reshape(2, -1).T).view(np.float16)
         images = images.reshape(N, H, W, C)
-    except (OSError, KeyError, ValueError, zlib.error) as error:
+    except (OSError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not what jobs.comparison.data writes: {error}") from error
     splits = {}
     for name in ("train", "val", "test"):
