@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deepskip.baselines import training_loss
@@ -169,7 +170,8 @@ def prepare(row: Row, category: Category, cell: Cell) -> tuple[nn.Module, torch.
     if row.deep_supervision:
         assert isinstance(network, DeepSkipUNet)
         network = Supervised(network)
-    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # not .to(memory_format=...), which some versions refuse a network of 2-d and 3-d convolutions
+    network = convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
     optim = OptimConfig(
         optimizer=row.optimizer,
         steps=cell.steps,
