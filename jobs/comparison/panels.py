@@ -64,10 +64,13 @@ def draw(axes: Any, results: Results, category: str, network: str, other: str | 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
+        if "best_image" not in arrays:
+            # kept small by `pictures: false`
+            raise ValueError("the images are not in it; python -m jobs.comparison.pictures puts them in")
         keys = [str(key) for key in arrays["keys"]]
         shots = [[arrays[f"{place}_{what}"] for what in ("image", "mask", "prediction")] for place in PLACES]
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is no file of pictures: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     own, others = image_scores(results, category, network, seed), image_scores(results, category, other, seed)
     for column, (place, key, (image, mask, prediction)) in enumerate(zip(PLACES, keys, shots, strict=True)):
         found = comparison(image, (prediction != 0).astype(np.uint8), mask, IGNORED)
