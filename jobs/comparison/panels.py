@@ -1,6 +1,7 @@
 """Pictures of predictions: the best, median and worst test image of a category, ours beside the best rival's."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def draw(axes: Any, results: Results, category: str, network: str, other: str | 
             raise ValueError("the images are not in it; python -m jobs.comparison.pictures puts them in")
         keys = [str(key) for key in arrays["keys"]]
         shots = [[arrays[f"{place}_{what}"] for what in ("image", "mask", "prediction")] for place in PLACES]
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: {error}") from None
     own, others = image_scores(results, category, network, seed), image_scores(results, category, other, seed)
     for column, (place, key, (image, mask, prediction)) in enumerate(zip(PLACES, keys, shots, strict=True)):
