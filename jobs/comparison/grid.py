@@ -16,12 +16,14 @@ NETWORKS = "networks.json"
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
-    """Gives all cells: seeds outermost, then categories, so that what is cut off leaves whole tables of fewer seeds."""
-    for number, seed in enumerate(grid.seeds):
-        for category in grid.categories:
-            for name, row in grid.networks.items():
-                if (row.seeds is None or number < row.seeds) and (grid.only is None or name in grid.only):
-                    yield Cell(category, name, seed, grid.steps, grid.batch_size, grid.validations)
+    """Gives all cells: turns outermost, then seeds, then categories, so that what is cut off leaves whole tables."""
+    rows = {name: row for name, row in grid.networks.items() if grid.only is None or name in grid.only}
+    for turn in sorted({row.turn for row in rows.values()}):
+        for number, seed in enumerate(grid.seeds):
+            for category in grid.categories:
+                for name, row in rows.items():
+                    if row.turn == turn and (row.seeds is None or number < row.seeds):
+                        yield Cell(category, name, seed, grid.steps, grid.batch_size, grid.validations)
 
 
 def path_of(out: Path, cell: Cell) -> Path:

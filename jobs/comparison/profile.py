@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from deepskip import DeepSkipUNet
-from jobs.comparison.cell import Cell, Objective, Step, prepare
+from jobs.comparison.cell import CLIP_NORM, Cell, Objective, Step, prepare
 from jobs.comparison.rows import Row
 from jobs.comparison.samples import Category, Split
 
@@ -41,32 +41,10 @@ def profile(
     step, None on a CPU. seconds_per_step: of a training step with the optimizer's.
     """
     category = synthetic(size, batch_size, device)
-    train = category.splits["train"]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    cell = Cell("synthetic", "", 0, 100, batch_size, 1)
-    network, optimizer, _ = prepare(row, category, cell)
-    network.train()
-    image = train.images.contiguous(memory_format=torch.channels_last)
-    step = Step(Objective(row, network, device), image, train.masks)
-
-    def train_once() -> None:
-        step(image, train.masks)
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-
-    train_once()
+    network, optimizer, _ = prepare(row, category, Cell("synthetic", "", 0, 100, batch_size, 1))
     with alone():
-        step_seconds = seconds(train_once, device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    graph = step.graph is not None
-    plain = getattr(network, "network", network) if row.deep_supervision else network
-    plain.eval()
-    one = image[:1]
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        plain(one)
-        with alone():
-            image_seconds = seconds(lambda: plain(one), device)
+        costs = measure(row, network, optimizer, category.splits["train"])
+    plain = unwrapped(row, network)
     return {
         "label": row.label,
         "group": row.group,
@@ -74,15 +52,43 @@ def profile(
         "loss": row.loss,
         "parameters": sum(p.numel() for p in plain.parameters()),
         "paper_parameters": row.paper_parameters,
-        "gflops": round(operations(plain, one) / 1e9, 3),
-        "seconds_per_image": image_seconds,
-        "seconds_per_step": step_seconds,
-        "cuda_graph": graph,
-        "peak_memory_bytes": peak,
         "batch_size": batch_size,
         "image_size": size,
         "hardware": hardware(device),
         "torch": torch.__version__,
+    } | costs
+
+
+def unwrapped(row: Row, network: nn.Module) -> nn.Module:
+    """Gives a network without what is there for its training alone."""
+    return network.get_submodule("network") if row.deep_supervision else network
+
+
+def measure(row: Row, network: nn.Module, optimizer: torch.optim.Optimizer, train: Split) -> dict[str, Any]:
+    """Measures steps on the samples of `train`, and the prediction of one of them."""
+    device = train.images.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    network.train()
+    image = train.images.contiguous(memory_format=torch.channels_last)
+    step = Step(Objective(row, network, device), image, train.masks)
+
+    def train_once() -> None:
+        step(image, train.masks)
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
+        optimizer.step()
+
+    step_seconds = seconds(train_once, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    plain, one = unwrapped(row, network).eval(), image[:1]
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        image_seconds = seconds(lambda: plain(one), device)
+    return {
+        "gflops": round(operations(plain, one) / 1e9, 3),
+        "seconds_per_image": image_seconds,
+        "seconds_per_step": step_seconds,
+        "cuda_graph": step.graph is not None,
+        "peak_memory_bytes": peak,
     }
 
 

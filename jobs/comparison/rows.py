@@ -60,6 +60,8 @@ class Row:
     """of probability; null takes the best on validation"""
     seeds: int | None = None
     """only the first so many seeds; null takes all"""
+    turn: int = 0
+    """rows of a later turn come after all cells of the earlier ones"""
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Grid:
     """The whole comparison; a cell is a network, a category and a seed."""
 
     networks: dict[str, Row]
-    """rows by name, dear ones last"""
+    """rows by name"""
     categories: list[str] = field(default_factory=lambda: ["coins"])
     """files of `data`, by stem"""
     data: str = "data/comparison"
