@@ -1,0 +1,149 @@
+"""The outlines of a mask's objects as files: GeoJSON, and the part of a COCO file that is one image's."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from deepskip import files
+from deepskip.polygons import Polygon, polygons
+from jobs.prediction.objects import Object, Objects
+from jobs.prediction.rasters import Raster
+from jobs.prediction.writers import PART, remove
+
+FOLDER, COCO_FILE = "polygons", "coco.json"
+ENDING = {"geojson": ".geojson", "coco": ".coco.json"}
+
+
+class Features:
+    """One image's file of outlines on its way: objects are written as they are finished, under a temporary name.
+
+    kind: "geojson" or "coco". name: the image's, for COCO.
+    """
+
+    def __init__(self, path: Path, kind: str, raster: Raster, name: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.kind, self.raster = path, kind, raster
+        self.temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+        self.objects, self.written = Objects(), 0
+        self.file = self.temporary.open("w")
+        head: dict[str, Any] = {"image": {"file_name": name, "height": raster.height, "width": raster.width}}
+        if kind == "geojson":
+            head = {"type": "FeatureCollection"}
+            if raster.transform and raster.crs:
+                urn = f"urn:ogc:def:crs:{raster.crs.replace(':', '::')}"
+                head["crs"] = {"type": "name", "properties": {"name": urn}}
+        # the list comes last and is left open
+        self.file.write(f"{json.dumps(head)[:-1]}, \"{'features' if kind == 'geojson' else 'annotations'}\": [\n")
+
+    def rows(self, labels_rW: np.ndarray, probabilities_rW: np.ndarray) -> None:
+        """Takes the next rows of the mask, and the probability of each pixel's label."""
+        self._write(self.objects.rows(labels_rW, probabilities_rW))
+
+    def finish(self) -> None:
+        """Writes the objects that reach the last row, and the end of the file."""
+        self._write(self.objects.close())
+        self.file.write("\n]}\n")
+        self.file.close()
+
+    def place(self) -> None:
+        """Gives the file its name."""
+        self.temporary.replace(self.path)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self.file.close()
+        remove(self.temporary)
+
+    def _write(self, found: Iterable[Object]) -> None:
+        for each in found:
+            described = geojson(each, self.raster) if self.kind == "geojson" else coco(each, self.raster)
+            self.file.write(f"{',' * (self.written > 0)}{os.linesep * (self.written > 0)}{json.dumps(described)}")
+            self.written += 1
+
+
+def outlined(each: Object) -> list[Polygon]:
+    """Gives an object's polygons in x, y of the image's pixel corners."""
+    top, left, mask = each.whole()
+    return [[ring + (left, top) for ring in polygon] for polygon in polygons(mask)]
+
+
+def geojson(each: Object, raster: Raster) -> dict[str, Any]:
+    """Describes an object as a GeoJSON feature, in the map's coordinates where the image lies on one."""
+    coordinates = []
+    for polygon in outlined(each):
+        rings = []
+        for ring in polygon:
+            points = ring.astype(np.float64) if raster.transform else ring
+            if raster.transform:
+                a, b, c, d, e, f = raster.transform
+                x, y = points.T
+                points = np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
+                # outer rings counterclockwise, as the format wants, where the map's y goes up
+                if a * e - b * d < 0:
+                    points = points[::-1]
+            rings.append([*points.tolist(), points[0].tolist()])
+        coordinates.append(rings)
+    geometry: dict[str, Any] = {"type": "MultiPolygon", "coordinates": coordinates}
+    if len(coordinates) == 1:
+        geometry = {"type": "Polygon", "coordinates": coordinates[0]}
+    properties = {"label": each.label, "score": round(each.score, 4), "pixels": each.pixels}
+    return {"type": "Feature", "properties": properties, "geometry": geometry}
+
+
+def coco(each: Object, raster: Raster) -> dict[str, Any]:
+    """Describes an object as a COCO annotation: polygons, or run lengths where it has holes, which polygons there cannot."""
+    top, left, mask = each.whole()
+    parts = polygons(mask)
+    segmentation: Any = [(polygon[0] + (left, top)).ravel().tolist() for polygon in parts]
+    if any(len(polygon) > 1 for polygon in parts):
+        segmentation = run_lengths(top, left, mask, raster.height, raster.width)
+    return {
+        "category_id": each.label,
+        "segmentation": segmentation,
+        "area": each.pixels,
+        "bbox": [left, top, mask.shape[1], mask.shape[0]],
+        "iscrowd": 0,
+        "score": round(each.score, 4),
+    }
+
+
+def run_lengths(top: int, left: int, mask: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """Encodes a mask that lies somewhere in a large image as COCO's compressed run lengths, column by column."""
+    columns, rows = np.nonzero(mask.T)
+    pixels = (columns.astype(np.int64) + left) * height + rows + top
+    breaks = np.flatnonzero(np.diff(pixels) != 1)
+    starts, stops = pixels[np.append(0, breaks + 1)], pixels[np.append(breaks, len(pixels) - 1)] + 1
+    edges = np.stack([starts, stops], axis=1).ravel()
+    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
+    encoded = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": encoded["counts"].decode()}
+
+
+def join_coco(out: Path, names: Iterable[str], num_classes: int) -> None:
+    """Makes one COCO file of the images' parts, whole or not at all; images that have none are left out."""
+    labels = range(1, max(2, num_classes))
+    categories = [{"id": label, "name": "foreground" if num_classes == 1 else f"class {label}"} for label in labels]
+    images: list[dict[str, Any]] = []
+    temporary = out / f".{COCO_FILE}.{uuid.uuid4().hex[:8]}{PART}"
+    number = 0
+    with temporary.open("w") as file:
+        file.write(f'{{"categories": {json.dumps(categories)}, "annotations": [')
+        for name in names:
+            path = out / FOLDER / f"{name}{ENDING['coco']}"
+            if not path.is_file():
+                continue
+            part = json.loads(path.read_text())
+            images.append({"id": len(images) + 1, **part["image"]})
+            for annotation in part["annotations"]:
+                number += 1
+                file.write(",\n" if number > 1 else "\n")
+                file.write(json.dumps({"id": number, "image_id": len(images), **annotation}))
+        file.write(f'\n], "images": {json.dumps(images)}}}\n')
+    temporary.replace(out / COCO_FILE)
+    files.sync_folder(out)

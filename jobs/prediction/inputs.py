@@ -1,0 +1,192 @@
+"""What is to be segmented: files, folders of them, Zarr arrays, shards, and URLs of each."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from data_shards import index, storage
+from data_shards.index import FORMATS, Index
+from data_shards.sample import decode_image
+from jobs.prediction.rasters import Raster, in_memory, open_raster
+from jobs.settings import stop
+
+EXTENSIONS = (*FORMATS, "zarr")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: the name of its outputs (with folders, without extension), where it is, its kind, bytes and stamp.
+
+    location: path, URL, or for a sample of shards their folder. sample: its number there. stamp: changes when the image does.
+    """
+
+    name: str
+    location: str
+    extension: str
+    bytes: int
+    stamp: str
+    sample: int | None = None
+
+    def __str__(self) -> str:
+        return self.location if self.sample is None else f"{self.location}: sample {unquote(self.name)}"
+
+
+def find(places: Sequence[str]) -> list[Item]:
+    """Lists the images at files, folders, shards and URLs; ends the program where there is none, or outputs would collide."""
+    items = [item for place in places for item in found_at(place)]
+    names: dict[str, Item] = {}
+    clashes = []
+    for item in items:
+        if (other := names.setdefault(item.name, item)) is not item:
+            clashes.append(f"--images: {other} and {item} would both be written to {item.name}")
+    if clashes:
+        stop("\n".join([*clashes[:20], "rename one of each, or give them an --out of their own"]))
+    return items
+
+
+def found_at(place: str) -> list[Item]:
+    """Lists the images at one place."""
+    try:
+        if extension_of(place) == "zarr":
+            return [zarr_item(place, plain_name(place))]
+        if storage.exists(storage.join(place, index.FILE)):
+            return samples(place)
+        if storage.is_remote(place):
+            return remote_items(place)
+    except (storage.StorageError, index.BrokenIndex, index.MissingIndex) as error:
+        stop(f"--images: {error}")
+    path = Path(place.removeprefix("file://"))
+    if path.is_file():
+        return [file_item(path, plain_name(place))]
+    if not path.is_dir():
+        stop(f"--images: {place} does not exist")
+    if next(path.glob("*.tar"), None):
+        stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: python -m data_shards index {place}")
+    items = [
+        zarr_item(str(each), name) if each.suffix == ".zarr" else file_item(each, name)
+        for each in walk(path)
+        for name in [each.relative_to(path).with_suffix("").as_posix()]
+    ]
+    if not items:
+        stop(f"--images: {place} holds no images ({', '.join(EXTENSIONS)})")
+    return items
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Gives the images of a folder and of those in it, sorted; nothing hidden, and no inner parts of a Zarr array."""
+    for each in sorted(folder.iterdir()):
+        if each.name.startswith("."):
+            continue
+        if each.is_dir() and each.suffix != ".zarr":
+            yield from walk(each)
+        elif extension_of(each.name) in EXTENSIONS:
+            yield each
+
+
+def file_item(path: Path, name: str) -> Item:
+    """Describes an image file."""
+    status = path.stat()
+    return Item(name, str(path), extension_of(path.name), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def zarr_item(location: str, name: str) -> Item:
+    """Describes a Zarr array, whose metadata alone is looked at."""
+    stamp = ""
+    if not storage.is_remote(location):
+        folder = Path(location.removeprefix("file://"))
+        if not folder.is_dir():
+            stop(f"--images: {location} does not exist")
+        stamp = "-".join(str(p.stat().st_mtime_ns) for p in sorted(folder.glob("*.json")) + sorted(folder.glob(".z*")))
+    # never grouped with small files
+    return Item(name, location, "zarr", 2**40, stamp)
+
+
+def samples(folder: str) -> list[Item]:
+    """Lists the samples of shards; keys are not trusted to be paths."""
+    table = index_of(folder)
+    return [
+        Item(plain(entry.key), folder, entry.image.format, entry.image.length, str(entry.digest), number)
+        for start in range(0, table.num_samples, 65536)
+        for number, entry in enumerate(
+            table.entries(list(range(start, min(start + 65536, table.num_samples)))), start
+        )
+    ]
+
+
+@lru_cache(maxsize=16)
+def index_of(folder: str) -> Index:
+    """Loads the index of shards once in a process."""
+    return index.load_index(folder)
+
+
+def remote_items(place: str) -> list[Item]:
+    """Lists one image at a URL, or those of a folder where the storage can list them."""
+    fs, path = storage.filesystem(place)
+
+    def item(info: dict[str, object], location: str) -> Item:
+        stamp = "-".join(str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified") if info.get(key))
+        return Item(plain_name(location), location, extension_of(location), int(str(info.get("size") or 0)), stamp)
+
+    if extension_of(place) in EXTENSIONS:
+        return [item(storage.with_retries(place, lambda: fs.info(path)), place)]
+    found = storage.with_retries(place, lambda: fs.ls(path, detail=True))
+    listed = [
+        item(info, storage.join(place, info["name"].rstrip("/").rsplit("/", 1)[-1]))
+        for info in sorted(found, key=lambda info: info["name"])
+        if extension_of(info["name"]) in EXTENSIONS
+    ]
+    if not listed:
+        stop(f"--images: {place} holds no images ({', '.join(EXTENSIONS)})")
+    return listed
+
+
+def extension_of(location: str) -> str:
+    """Gives the extension in lower case, without the dot; of a URL, without its query."""
+    path = urlsplit(location).path if "://" in location else location
+    return Path(path.rstrip("/")).suffix[1:].lower()
+
+
+def plain_name(location: str) -> str:
+    """Gives the last part of a path or URL without its extension."""
+    path = urlsplit(location).path if "://" in location else location
+    return plain(Path(path.rstrip("/")).stem)
+
+
+def plain(name: str) -> str:
+    """Makes a file name of any string, another for each."""
+    quoted = quote(name, safe=" +=,@()[]")
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+
+
+@contextmanager
+def opened(item: Item, bands: int | None) -> Iterator[Raster]:
+    """Opens an image; remote files are fetched into a temporary one. Raises ValueError or OSError, which say why not."""
+    if item.sample is not None:
+        yield in_memory(decode_image(item.extension, sample_bytes(item.location, item.sample)))
+        return
+    with contextlib.ExitStack() as stack:
+        location = item.location.removeprefix("file://")
+        if storage.is_remote(location) and item.extension != "zarr":
+            suffix = f".{item.extension}"
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="deepskip-", suffix=suffix))
+            storage.download(location, Path(file.name))
+            location = file.name
+        yield stack.enter_context(open_raster(location, item.extension, bands))
+
+
+def sample_bytes(folder: str, number: int) -> bytes:
+    """Reads the bytes of a sample's image out of its shard."""
+    table = index_of(folder)
+    entry = table.entries([number])[0]
+    location, start, stop = table.shard_location(entry.shard), entry.image.offset, entry.image.offset + entry.image.length
+    if storage.is_remote(location):
+        fs, path = storage.filesystem(location)
+        return storage.with_retries(location, lambda: fs.cat_file(path, start=start, end=stop))
+    with Path(location.removeprefix("file://")).open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)

@@ -1,0 +1,116 @@
+"""How large tiles and batches may be, from the memory that is free."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from deepskip.network import DeepSkipUNet
+from deepskip.tiling import Overlap, overlap_of
+from jobs.prediction.options import Options
+
+GB = 10**9
+# of a budget that nobody set: what a machine's process may take at most, and its share of what is free
+CPU_LIMIT, CPU_SHARE, GPU_SHARE = 3 * GB, 0.5, 0.8
+# larger tiles save little more
+LARGEST_TILE = {"cpu": 2048, "cuda": 4096}
+# pixels in a batch beyond which nothing gets faster
+BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**24}
+
+
+@dataclass
+class Plan:
+    """tile: side of a tile, pixels. pixels: of all images or tiles that go through the network at once. batch: their number.
+
+    stripe_bytes: what rows over the whole width may take.
+    """
+
+    tile: int
+    pixels: int
+    batch: int
+    overlap: Overlap
+    stripe_bytes: int
+
+    def images(self, height: int, width: int) -> int:
+        """Says how many images of a size go through at once."""
+        return max(1, min(self.batch, self.pixels // (height * width)))
+
+    def tile_of(self, width: int, bytes_a_pixel: int) -> int:
+        """Gives the side of the tiles of an image so wide that stripes of them, of so many bytes a pixel, fit too."""
+        multiple = self.overlap.multiple
+        fitting = self.stripe_bytes // (width * bytes_a_pixel) // multiple * multiple
+        return max(smallest_tile(self.overlap), min(self.tile, fitting))
+
+
+def bytes_per_pixel(network: DeepSkipUNet, element: int) -> int:
+    """Estimates the memory that a pixel takes in the network at its widest place, the first decoder level.
+
+    There the joined branches, what they are made of, and the first convolution's output are all in memory. element: bytes.
+    """
+    branches = len(network.decoder[0].branches)
+    channels = network.head.in_channels
+    # the raw and the normalised image, logits and probabilities are fp32
+    return 4 * (2 * network.in_channels + 3 * network.num_classes) + element * channels * (2 * branches + 4)
+
+
+def budget(options: Options, device: torch.device, processes: int) -> int:
+    """Gives the bytes that this process may take on its device, which so many processes share."""
+    if options.memory_gb is not None:
+        return int(options.memory_gb * GB)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE / processes)
+    return int(min(free_memory() * CPU_SHARE / processes, CPU_LIMIT))
+
+
+def free_memory() -> int:
+    """Gives the bytes that are free on this machine, or in the container that we are in."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    # no such thing here
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def plan(network: DeepSkipUNet, options: Options, device: torch.device, processes: int = 1) -> Plan:
+    """Finds the sizes that fit; raises ValueError where a tile that was asked for is too small for the network."""
+    kind = device.type if device.type in LARGEST_TILE else "cpu"
+    element = 2 if options.precision == "bfloat16" else 4
+    # a third is left for stripes of rows, decoded files and what waits to be written
+    most = budget(options, device, processes)
+    pixels = int(most * 2 / 3) // bytes_per_pixel(network, element)
+    overlap = overlap_of(network)
+    smallest = smallest_tile(overlap)
+    if options.tile is not None and options.tile < smallest:
+        raise ValueError(f"--tile is {options.tile}; with this model it must be {smallest} or more")
+    tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind]))
+    tile = tile // overlap.multiple * overlap.multiple
+    pixels = max(pixels, tile * tile)
+    pixels = min(pixels, max(BATCH_PIXELS[kind], tile * tile))
+    # stripes are the machine's, also where the network is on a GPU
+    stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
+    return Plan(tile, pixels, options.batch or 256, overlap, int(stripes))
+
+
+def smallest_tile(overlap: Overlap) -> int:
+    """Gives the side below which a tile would be nothing but its overlaps."""
+    return overlap.pixels + overlap.multiple
+
+
+def smaller(plan: Plan) -> bool:
+    """Makes a plan take less memory after it was too much; False where it cannot."""
+    smallest = smallest_tile(plan.overlap)
+    if plan.pixels > plan.tile**2:
+        plan.pixels = max(plan.pixels // 2, plan.tile**2)
+    elif plan.tile > smallest:
+        plan.tile = max(smallest, int(plan.tile * 0.7) // plan.overlap.multiple * plan.overlap.multiple)
+        plan.pixels = plan.tile**2
+    else:
+        return False
+    return True
