@@ -153,7 +153,9 @@ def stitched(
             for column, logits_VHW in zip(group, logits, strict=True):
                 weights = row.weights[:, None] * column.weights
                 inner = logits_VHW[
-                    :, row.first - row.start : row.last - row.start, column.first - column.start : column.last - column.start
+                    :,
+                    row.first - row.start : row.last - row.start,
+                    column.first - column.start : column.last - column.start,
                 ]
                 stripe[..., column.first : column.last] += weights.to(device) * inner
         whole = (below.first if below else row.last) - row.first

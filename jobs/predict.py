@@ -1,122 +1,154 @@
-"""Segments a folder of images with a trained model: a mask and an overlay for each."""
+"""The prediction job: images of any number and size in, masks in their own formats out; safe to stop and to start again."""
 
 import argparse
+import hashlib
+import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
+from jsonargparse import ArgumentParser
 
-from data_shards.sample import EXTENSIONS, decode_image, resample_bands, resize_longest_side
 from deepskip import checkpoint
-from deepskip.figures import overlay
-from deepskip.inference import Segmenter, build_segmenter
-from jobs.settings import stop
+from jobs.prediction import done, inputs
+from jobs.prediction.features import join_coco
+from jobs.prediction.inputs import Item
+from jobs.prediction.options import Options, check_values
+from jobs.prediction.progress import Progress
+from jobs.settings import explain, stop
+
+# exit status of a program that its user has stopped
+INTERRUPTED = 128 + signal.SIGINT
+# the settings that decide what is in the outputs; --tile does with group norm alone
+DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Builds the command line."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.predict", description="Segments every image of a folder.")
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a run's folder (runs/NAME) or a checkpoint file"
+    parser = ArgumentParser(
+        prog="python -m jobs.predict",
+        description="Segments images with a trained model. The same command goes on where it was stopped.",
+        exit_on_error=False,
     )
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_argument("--checkpoint", required=True, help="a run's folder (runs/NAME) or URL, or a checkpoint file")
     parser.add_argument(
-        "--images", type=Path, required=True, help="folder of images, or one image, as the model was trained on"
+        "--images",
+        nargs="+",
+        required=True,
+        help="files, folders of them, Zarr arrays, folders of shards, and URLs of each",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for masks/STEM.png and overlays/STEM.png")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the outputs, which every machine sees")
+    parser.add_class_arguments(Options)
     return parser
+
+
+def parse(argv: list[str] | None) -> tuple[str, list[str], Path, Options]:
+    """Reads checkpoint, images, out and options; ends the program for what is wrong with them."""
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args(argv)
+        options = Options(**{field.name: getattr(parsed, field.name) for field in fields(Options)})
+        check_values(options)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        stop(explain(str(error)))
+    return parsed.checkpoint, list(parsed.images), parsed.out, options
 
 
 def check(argv: list[str]) -> None:
     """Ends the program with `error:` lines where there is no checkpoint or no image."""
-    arguments = build_parser().parse_args(argv)
-    image_files(arguments.images)
-    if not arguments.checkpoint.exists():
-        stop(
-            f"--checkpoint: {arguments.checkpoint} does not exist; name a run's folder (runs/NAME) or a checkpoint file"
-        )
+    run_or_path, places, _, _ = parse(argv)
+    read_checkpoint(run_or_path)
+    inputs.find(places)
+
+
+def read_checkpoint(run_or_path: str) -> dict[str, Any]:
+    """Reads what inference needs of a checkpoint; ends the program where there is none."""
+    try:
+        state = checkpoint.load_for_inference(run_or_path)
+    except (checkpoint.CheckpointError, OSError) as error:
+        stop(f"--checkpoint: {error}")
+    # optimizer and random states need not travel
+    weights = state["ema"] or state["model"]
+    return {"config": state["config"], "data": state["data"], "ema": None, "model": weights}
+
+
+def fingerprint(state: dict[str, Any], options: Options) -> str:
+    """Computes the sha256 of all that decides what the outputs are: weights, the model's settings, and ours."""
+    import torch
+
+    data = {key: value for key, value in state["data"].items() if key in ("in_channels", "num_classes", "mean", "std")}
+    settings = [state["config"]["model"], state["config"]["data"]["normalize"], data, state["data"]["preparation"]]
+    digest = hashlib.sha256(json.dumps([*settings, [getattr(options, name) for name in DECIDING]]).encode())
+    for name, tensor in sorted(state["model"].items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Predicts; images that cannot be read are named and passed over, and the exit status is then 1."""
-    arguments = build_parser().parse_args(argv)
-    files = image_files(arguments.images)
-    try:
-        state = checkpoint.load_for_inference(arguments.checkpoint)
-    except checkpoint.CheckpointError as error:
-        stop(f"--checkpoint: {error}")
-    segmenter = build_segmenter(state).to(arguments.device)
-    for folder in ("masks", "overlays"):
-        (arguments.out / folder).mkdir(parents=True, exist_ok=True)
+    """Predicts; images that cannot be segmented are named and passed over, and the exit status is then 1."""
+    run_or_path, places, out, options = parse(argv)
+    state = read_checkpoint(run_or_path)
+    items = inputs.find(places)
+    made_by = fingerprint(state, options)
+    out.mkdir(parents=True, exist_ok=True)
+    done.remove_leftovers(out)
+    left = [item for item in items if not done.is_done(out, item, made_by)]
+    if len(left) < len(items):
+        print(f"{len(items) - len(left)} of {len(items)} images are done already", flush=True)
+    progress = Progress(len(left))
     faults = []
-    started = time.perf_counter()
-    for number, path in enumerate(files, 1):
-        try:
-            image = decode_image(path.suffix[1:].lower(), path.read_bytes())
-            labels = predict_source(segmenter, image, state["data"]["preparation"])
-        except ValueError as error:
-            faults.append(f"{path} {error}")
-            continue
-        # a mask of 0 and 1 looks black in every viewer
-        shown = labels * 255 if segmenter.network.num_classes == 1 else labels
-        write_png(shown, arguments.out / "masks" / f"{path.stem}.png")
-        write_png(overlay(image, labels), arguments.out / "overlays" / f"{path.stem}.png")
-        if sys.stdout.isatty():
-            print(f"\r{number}/{len(files)} images", end="", flush=True)
-    seconds = time.perf_counter() - started
-    print(f"\r{len(files) - len(faults)} of {len(files)} images segmented into {arguments.out} in {seconds:.1f} s")
-    for fault in faults:
+    try:
+        with closing(outcomes(left, state, options, out, made_by, progress)) as found:
+            for outcome in found:
+                progress.count(outcome.pixels)
+                if outcome.fault:
+                    faults.append(outcome.fault)
+    except KeyboardInterrupt:
+        progress.end()
+        print(f"stopped after {progress.done} of {len(left)} images; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    progress.end()
+    if options.polygons == "coco":
+        join_coco(out, [item.name for item in items], state["data"]["num_classes"])
+    seconds = time.monotonic() - progress.started
+    print(
+        f"{len(left) - len(faults)} of {len(left)} images segmented into {out} in {seconds:.1f} s, "
+        f"{progress.pixels / seconds / 1e6:.2f} MPixel/s"
+    )
+    for fault in sorted(faults):
         print(f"error: {fault}", file=sys.stderr)
     if faults:
+        print(f"error: {len(faults)} of {len(left)} images could not be segmented", file=sys.stderr)
         sys.exit(1)
 
 
-def image_files(path: Path) -> list[Path]:
-    """Lists the images of a folder, or the one image; ends the program where there is none, or a stem occurs twice."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        stop(f"--images: {path} does not exist")
-    files = sorted(p for p in path.iterdir() if p.suffix[1:].lower() in EXTENSIONS)
-    if not files:
-        stop(f"--images: {path} holds no images ({', '.join(EXTENSIONS)})")
-    stems = [p.stem for p in files]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        stop(
-            f"--images: {path} has several files named {', '.join(twice[:20])}; their masks would overwrite each other"
-        )
-    return files
+def outcomes(
+    items: Sequence[Item], state: dict[str, Any], options: Options, out: Path, made_by: str, progress: Progress
+) -> Iterator[Any]:
+    """Segments images in this process, or over Ray; gives an outcome for each."""
+    if not items:
+        return
+    workers = options.workers
+    if workers == 0 or (workers is None and not os.environ.get("RAY_ADDRESS")):
+        from jobs.prediction.segment import Predictor
 
+        try:
+            predictor = Predictor(state, options, out, made_by)
+        except ValueError as error:
+            stop(str(error))
+        yield from predictor.run(items, lambda item, share: progress.part(share))
+    else:
+        from jobs.prediction.fleet import over_ray
 
-def predict_source(segmenter: Segmenter, image_HWC: np.ndarray, preparation: dict[str, int | None]) -> np.ndarray:
-    """Segments a source image as the training data was prepared: labels (H, W) uint8 at the image's own size."""
-    height, width = image_HWC.shape[:2]
-    bands, longest_side = preparation["bands"], preparation["longest_side"]
-    if bands is not None:
-        image_HWC = resample_bands(image_HWC, bands)
-    if longest_side is not None:
-        image_HWC, _ = resize_longest_side(image_HWC, None, longest_side)
-    if image_HWC.shape[:2] == (height, width):
-        return segmenter.predict(image_HWC)
-    # probabilities are enlarged rather than labels: outlines come out smooth
-    small = torch.from_numpy(segmenter.probabilities(image_HWC))[None]
-    large = F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)[0]
-    labels = large[0] > 0.5 if len(large) == 1 else large.argmax(0)
-    return labels.numpy().astype(np.uint8)
-
-
-def write_png(picture: np.ndarray, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(picture).save(temporary, "PNG")
-    temporary.replace(path)
+        yield from over_ray(items, state, options, out, made_by)
 
 
 if __name__ == "__main__":

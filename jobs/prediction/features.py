@@ -39,7 +39,7 @@ class Features:
                 urn = f"urn:ogc:def:crs:{raster.crs.replace(':', '::')}"
                 head["crs"] = {"type": "name", "properties": {"name": urn}}
         # the list comes last and is left open
-        self.file.write(f"{json.dumps(head)[:-1]}, \"{'features' if kind == 'geojson' else 'annotations'}\": [\n")
+        self.file.write(f'{json.dumps(head)[:-1]}, "{"features" if kind == "geojson" else "annotations"}": [\n')
 
     def rows(self, labels_rW: np.ndarray, probabilities_rW: np.ndarray) -> None:
         """Takes the next rows of the mask, and the probability of each pixel's label."""

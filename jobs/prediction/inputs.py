@@ -112,9 +112,7 @@ def samples(folder: str) -> list[Item]:
     return [
         Item(plain(entry.key), folder, entry.image.format, entry.image.length, str(entry.digest), number)
         for start in range(0, table.num_samples, 65536)
-        for number, entry in enumerate(
-            table.entries(list(range(start, min(start + 65536, table.num_samples)))), start
-        )
+        for number, entry in enumerate(table.entries(list(range(start, min(start + 65536, table.num_samples)))), start)
     ]
 
 
@@ -129,7 +127,9 @@ def remote_items(place: str) -> list[Item]:
     fs, path = storage.filesystem(place)
 
     def item(info: dict[str, object], location: str) -> Item:
-        stamp = "-".join(str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified") if info.get(key))
+        stamp = "-".join(
+            str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified") if info.get(key)
+        )
         return Item(plain_name(location), location, extension_of(location), int(str(info.get("size") or 0)), stamp)
 
     if extension_of(place) in EXTENSIONS:
@@ -183,7 +183,11 @@ def sample_bytes(folder: str, number: int) -> bytes:
     """Reads the bytes of a sample's image out of its shard."""
     table = index_of(folder)
     entry = table.entries([number])[0]
-    location, start, stop = table.shard_location(entry.shard), entry.image.offset, entry.image.offset + entry.image.length
+    location, start, stop = (
+        table.shard_location(entry.shard),
+        entry.image.offset,
+        entry.image.offset + entry.image.length,
+    )
     if storage.is_remote(location):
         fs, path = storage.filesystem(location)
         return storage.with_retries(location, lambda: fs.cat_file(path, start=start, end=stop))

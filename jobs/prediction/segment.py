@@ -82,7 +82,9 @@ class Predictor:
         """Number of the network's logits a pixel."""
         return self.network.num_classes
 
-    def run(self, items: Sequence[Item], told: Callable[[Item, float], None] = lambda item, share: None) -> Iterator[Outcome]:
+    def run(
+        self, items: Sequence[Item], told: Callable[[Item, float], None] = lambda item, share: None
+    ) -> Iterator[Outcome]:
         """Segments images; an image that cannot be is an outcome with a fault, and the others go on."""
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
             writing: deque[Future[Outcome]] = deque()
@@ -100,9 +102,7 @@ class Predictor:
                     flush()
                     writing.append(done_already(self.large(loaded, partial(told, item))))
                 else:
-                    if group and (
-                        loaded.size != group[0].size or len(group) >= self.plan.images(*loaded.size)
-                    ):
+                    if group and (loaded.size != group[0].size or len(group) >= self.plan.images(*loaded.size)):
                         flush()
                     group.append(loaded)
                 while writing and (writing[0].done() or len(writing) > AHEAD):
@@ -111,9 +111,7 @@ class Predictor:
             while writing:
                 yield writing.popleft().result()
 
-    def loaded(
-        self, items: Sequence[Item], readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[Item, Loaded | Outcome]]:
+    def loaded(self, items: Sequence[Item], readers: ThreadPoolExecutor) -> Iterator[tuple[Item, Loaded | Outcome]]:
         """Opens images, small files ahead of their turn."""
         coming: deque[tuple[Item, Future[Loaded | Outcome]]] = deque()
         for item in items:
