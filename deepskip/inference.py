@@ -1,6 +1,5 @@
 """A trained network as something that takes raw images: normalisation, tiling, labels."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from deepskip.network import DeepSkipUNet
+from deepskip.tiling import logits_in_tiles
 
 # an image of more pixels than this is cut into overlapping tiles
 WHOLE_IMAGE_PIXELS = 2048 * 2048
-TILE = 1024
-OVERLAP = 128
+TILE = 1536
 
 
 def image_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,40 +36,16 @@ def to_labels(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
-    """Computes the logits of one normalised image of any size.
+def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> Tensor:
+    """Computes the logits of normalised images of any size.
 
-    An image of more than WHOLE_IMAGE_PIXELS goes through in tiles of `tile` pixels a side; where tiles overlap their
-    logits are blended by weights that fall off towards the tile's border.
+    Images of more than WHOLE_IMAGE_PIXELS go through in tiles of `tile` pixels a side, that overlap by so much that the
+    result is that of the whole image (deepskip.tiling).
     """
     H, W = image_NCHW.shape[-2:]
     if H * W <= WHOLE_IMAGE_PIXELS:
         return network(image_NCHW)
-    total: Tensor | None = None
-    weights = image_NCHW.new_zeros(H, W)
-    for top in tile_starts(H, tile, overlap):
-        for left in tile_starts(W, tile, overlap):
-            window = (..., slice(top, top + tile), slice(left, left + tile))
-            logits = network(image_NCHW[window]).float()
-            h, w = logits.shape[-2:]
-            ramp_y, ramp_x = (
-                torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp_max(overlap) for n in (h, w)
-            )
-            weight = (ramp_y[:, None] * ramp_x[None, :]).to(logits)
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], H, W)
-            total[window] += weight * logits
-            weights[window] += weight
-    assert total is not None
-    return total / weights
-
-
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Gives the first pixel of each tile along one side, so that neighbours share at least `overlap` pixels."""
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    return logits_in_tiles(network, image_NCHW, tile)
 
 
 class Segmenter(nn.Module):

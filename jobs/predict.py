@@ -15,6 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from cluster.settings import LOOPBACK_ONLY
 from deepskip import checkpoint
 from jobs.prediction import done, inputs
 from jobs.prediction.features import join_coco
@@ -146,6 +147,11 @@ def outcomes(
             stop(str(error))
         yield from predictor.run(items, lambda item, share: progress.part(share))
     else:
+        # ray reads them when it is imported
+        settings = {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if os.environ.get("RAY_ADDRESS") else LOOPBACK_ONLY)
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
+
         from jobs.prediction.fleet import over_ray
 
         yield from over_ray(items, state, options, out, made_by)

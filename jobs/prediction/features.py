@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.ndimage
 from pycocotools import mask as coco_mask
 
 from deepskip import files
-from deepskip.polygons import Polygon, polygons
 from jobs.prediction.objects import Object, Objects
 from jobs.prediction.rasters import Raster
 from jobs.prediction.writers import PART, remove
+from jobs.serving.polygons import outlines
 
 FOLDER, COCO_FILE = "polygons", "coco.json"
 ENDING = {"geojson": ".geojson", "coco": ".coco.json"}
@@ -67,41 +68,35 @@ class Features:
             self.written += 1
 
 
-def outlined(each: Object) -> list[Polygon]:
-    """Gives an object's polygons in x, y of the image's pixel corners."""
-    top, left, mask = each.whole()
-    return [[ring + (left, top) for ring in polygon] for polygon in polygons(mask)]
+def outlined(top: int, left: int, mask: np.ndarray) -> list[list[np.ndarray]]:
+    """Gives an object's polygons, one for each 4-connected part: closed rings (n, 2) of x, y, the outer one first."""
+    parts, _ = scipy.ndimage.label(mask)
+    return [[np.array(ring) + np.array([left, top]) for ring in rings] for rings in outlines(parts).values()]
 
 
 def geojson(each: Object, raster: Raster) -> dict[str, Any]:
     """Describes an object as a GeoJSON feature, in the map's coordinates where the image lies on one."""
     coordinates = []
-    for polygon in outlined(each):
-        rings = []
-        for ring in polygon:
-            points = ring.astype(np.float64) if raster.transform else ring
-            if raster.transform:
-                a, b, c, d, e, f = raster.transform
-                x, y = points.T
-                points = np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
-                # outer rings counterclockwise, as the format wants, where the map's y goes up
-                if a * e - b * d < 0:
-                    points = points[::-1]
-            rings.append([*points.tolist(), points[0].tolist()])
-        coordinates.append(rings)
+    for rings in outlined(*each.whole()):
+        if raster.transform:
+            a, b, c, d, e, f = raster.transform
+            # outer rings counterclockwise, as the format wants, where the map's y goes up
+            turned = [ring[::-1] if a * e - b * d < 0 else ring for ring in rings]
+            rings = [np.stack([a * x + b * y + c, d * x + e * y + f], axis=1) for x, y in (ring.T for ring in turned)]
+        coordinates.append([ring.tolist() for ring in rings])
     geometry: dict[str, Any] = {"type": "MultiPolygon", "coordinates": coordinates}
     if len(coordinates) == 1:
         geometry = {"type": "Polygon", "coordinates": coordinates[0]}
-    properties = {"label": each.label, "score": round(each.score, 4), "pixels": each.pixels}
-    return {"type": "Feature", "properties": properties, "geometry": geometry}
+    properties = {"class": each.label, "area": each.pixels, "score": round(each.score, 4)}
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
 
 
 def coco(each: Object, raster: Raster) -> dict[str, Any]:
     """Describes an object as a COCO annotation: polygons, or run lengths where it has holes, which polygons there cannot."""
     top, left, mask = each.whole()
-    parts = polygons(mask)
-    segmentation: Any = [(polygon[0] + (left, top)).ravel().tolist() for polygon in parts]
-    if any(len(polygon) > 1 for polygon in parts):
+    parts = outlined(top, left, mask)
+    segmentation: Any = [rings[0][:-1].ravel().tolist() for rings in parts]
+    if any(len(rings) > 1 for rings in parts):
         segmentation = run_lengths(top, left, mask, raster.height, raster.width)
     return {
         "category_id": each.label,

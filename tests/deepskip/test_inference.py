@@ -1,4 +1,3 @@
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -7,37 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import deepskip
-from deepskip import checkpoint, inference
+from deepskip import checkpoint
 from deepskip.config import Config
-from deepskip.inference import Segmenter, predict_logits, tile_starts
-
-
-@pytest.mark.parametrize(
-    ("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 8), (32, 32, 8), (5, 32, 8), (1000, 64, 16)]
-)
-def test_tiles_cover_and_overlap(length: int, tile: int, overlap: int) -> None:
-    starts = tile_starts(length, tile, overlap)
-    assert starts[0] == 0
-    assert starts[-1] + tile >= length
-    assert starts[-1] <= max(0, length - tile)
-    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(starts))
-
-
-def test_tiled_equals_whole_where_the_network_sees_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = nn.Conv2d(3, 2, 3, padding=1)
-    image = torch.randn(1, 3, 150, 131)
-    with torch.inference_mode():
-        whole = network(image)
-        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
-        tiled = predict_logits(network, image, tile=64, overlap=16)
-    # a tile's first and last row miss their neighbours, and weigh least in the blend
-    assert (tiled - whole).abs().mean() < 0.02 * whole.abs().mean()
-    inner = torch.ones(150, 131, dtype=torch.bool)
-    for start in tile_starts(150, 64, 16):
-        inner[[start, start + 63]] = False
-    for start in tile_starts(131, 64, 16):
-        inner[:, [start, start + 63]] = False
-    torch.testing.assert_close(tiled[..., inner], whole[..., inner])
+from deepskip.inference import Segmenter
 
 
 class Identity(nn.Module):

@@ -1,0 +1,127 @@
+"""Tiles against the whole image, and the overlap against what gradients say of how far the network sees."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import deepskip
+from deepskip import inference
+from deepskip.tiling import Overlap, enlarged_rows, logits_in_tiles, overlap_of, receptive_radius, spans
+
+
+def network_of(bands: int, num_classes: int, **settings: Any) -> deepskip.DeepSkipUNet:
+    torch.manual_seed(0)
+    network = deepskip.DeepSkipUNet(bands, num_classes, **settings).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.normal_(std=0.1)
+    network.head.weight.data.normal_()
+    return network
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    length=st.integers(1, 3000),
+    extra=st.integers(1, 40),
+    margin=st.integers(0, 12),
+    ramp=st.integers(1, 40),
+    multiple=st.sampled_from([1, 4, 16]),
+)
+def test_spans_cover_every_pixel_once_and_stay_off_their_borders(
+    length: int, extra: int, margin: int, ramp: int, multiple: int
+) -> None:
+    overlap = Overlap(margin * multiple, ramp, multiple)
+    tile = (-(-overlap.pixels // multiple) + extra) * multiple
+    found = spans(length, tile, overlap)
+    total = np.zeros(length)
+    for span in found:
+        total[span.first : span.last] += span.weights.numpy()
+        assert span.start % multiple == 0
+        assert 0 <= span.start <= span.first < span.last <= span.stop <= length
+        assert span.stop - span.start <= tile
+        # what counts is a margin away from where the tile was cut, not from the image's own border
+        assert span.start == 0 or span.first - span.start >= overlap.margin
+        assert span.stop == length or span.stop - span.last >= overlap.margin
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_a_tile_that_is_nothing_but_overlap_is_an_error() -> None:
+    with pytest.raises(ValueError, match="tile is 96; with this network it must be 112 or more"):
+        spans(1000, 96, Overlap(32, 32, 16))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"levels": 3}, {"levels": 4, "upsample": "nearest"}, {"levels": 3, "encoder": "resnet34"}, {"levels": 5}],
+)
+def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -> None:
+    network = network_of(1, 1, base_channels=1, **settings).double()
+    for parameter in network.parameters():
+        # with nothing negative no way through the network is cut off by a ReLU
+        parameter.data.abs_()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.zero_()
+    radius, multiple = receptive_radius(network), 2 ** (network.levels - 1)
+    centre = (radius // multiple + 1) * multiple
+    reach = 0
+    for pixel in (centre, centre + multiple - 1):
+        # one row of columns is enough: both sides are alike
+        image = torch.ones(1, 1, multiple, 2 * centre + multiple, dtype=torch.float64, requires_grad=True)
+        network(image)[0, 0, 0, pixel].backward()
+        assert image.grad is not None
+        seen = image.grad.abs().sum((0, 1, 2)).nonzero()[:, 0]
+        reach = max(reach, pixel - int(seen.min()), int(seen.max()) - pixel)
+    assert 0.75 * radius <= reach <= radius
+    assert overlap_of(network).margin >= radius
+
+
+@pytest.mark.parametrize(("encoder", "upsample"), [("vgg16", "bilinear"), ("resnet34", "nearest")])
+def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str) -> None:
+    network = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample)
+    image = torch.randn(2, 2, 331, 407)
+    tile = overlap_of(network).pixels + 64
+    with torch.inference_mode():
+        whole = network(image)
+        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
+        tiled = inference.predict_logits(network, image, tile)
+    assert len(spans(407, tile, overlap_of(network))) > 3
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+def test_the_papers_network_in_tiles() -> None:
+    network = network_of(1, 1, base_channels=2)
+    image = torch.randn(1, 1, 430, 470)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits_in_tiles(network, image, 368), network(image), atol=1e-5, rtol=0)
+
+
+def test_group_norm_has_no_seam() -> None:
+    network = network_of(1, 1, base_channels=4, levels=3, norm="group")
+    # a gradient of brightness: each tile's statistics differ
+    image = torch.randn(1, 1, 256, 512) + torch.linspace(-2, 2, 512)
+    overlap = overlap_of(network)
+    with torch.inference_mode():
+        tiled = logits_in_tiles(network, image, overlap.pixels + 64)[0, 0]
+    steps = (tiled[:, 1:] - tiled[:, :-1]).mean(0).abs()
+    # columns where a ramp begins or ends are like any other
+    edges = [
+        edge for span in spans(512, overlap.pixels + 64, overlap) for edge in (span.first, span.last) if 0 < edge < 512
+    ]
+    assert len(edges) >= 4
+    assert steps[[edge - 1 for edge in edges]].mean() < steps.mean() + 3 * steps.std()
+
+
+def test_rows_are_enlarged_as_torch_does() -> None:
+    small = np.random.default_rng(0).random((2, 13, 7)).astype(np.float32)
+    expected = F.interpolate(torch.from_numpy(small)[None], size=(50, 61), mode="bilinear", align_corners=False)[0]
+    found = np.concatenate([enlarged_rows(small, 50, 61, top, min(top + 16, 50)) for top in range(0, 50, 16)], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -1,0 +1,41 @@
+"""Small networks of random weights, as runs' checkpoints."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import deepskip
+from deepskip import checkpoint
+from deepskip.config import Config
+
+
+def save_model(
+    run: Path, bands: int, num_classes: int = 1, normalize: str = "image", seed: int = 0, **preparation: int | None
+) -> Path:
+    """Writes the best checkpoint of a run."""
+    torch.manual_seed(seed)
+    config = Config()
+    config.model.base_channels, config.model.levels = 2, 3
+    config.data.normalize = normalize  # type: ignore[assignment]
+    network = deepskip.DeepSkipUNet(bands, num_classes, 2, 3)
+    # probabilities far from 0.5 on both sides, so that a wrong pixel is seen
+    network.head.weight.data.normal_(std=2)
+    assert network.head.bias is not None
+    network.head.bias.data.zero_()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.normal_(std=0.3)
+    data: dict[str, Any] = {
+        "in_channels": bands,
+        "num_classes": num_classes,
+        "mean": [100.0] * bands,
+        "std": [60.0] * bands,
+        "preparation": {"bands": None, "longest_side": None, **preparation},
+    }
+    state = {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
+    checkpoint.save(state, run / checkpoint.FOLDER / checkpoint.BEST)
+    return run
