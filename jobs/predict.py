@@ -137,6 +137,13 @@ def outcomes(
     """Segments images in this process, or over Ray; gives an outcome for each."""
     if not items:
         return
+    from deepskip.inference import build_segmenter
+    from jobs.prediction import memory
+
+    try:
+        memory.check_tile(options, build_segmenter(state).network)
+    except ValueError as error:
+        stop(str(error))
     workers = options.workers
     if workers == 0 or (workers is None and not os.environ.get("RAY_ADDRESS")):
         from jobs.prediction.segment import Predictor

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
@@ -79,8 +80,11 @@ def over_ray(
         num_cpus=cpus,
         num_gpus=1 if gpu else None,
     )
-    for row in outcomes.iter_rows():
-        yield Outcome(**json.loads(row["outcome"]))
+    try:
+        for row in outcomes.iter_rows():
+            yield Outcome(**json.loads(row["outcome"]))
+    except ray.exceptions.RayError as error:
+        stop(f"the workers failed: {' '.join(str(error).split())[-500:]}\nthe same command goes on")
 
 
 def grouped(items: Sequence[Item], workers: int) -> Iterator[list[Item]]:

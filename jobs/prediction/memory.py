@@ -43,6 +43,18 @@ class Plan:
         return max(smallest_tile(self.overlap), min(self.tile, fitting))
 
 
+def device_of(options: Options) -> torch.device:
+    """Gives the device to compute on; raises ValueError for one that is not there."""
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name}; it must be cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
 def bytes_per_pixel(network: DeepSkipUNet, element: int) -> int:
     """Estimates the memory that a pixel takes in the network at its widest place, the first decoder level.
 
@@ -79,7 +91,7 @@ def free_memory() -> int:
 
 
 def plan(network: DeepSkipUNet, options: Options, device: torch.device, processes: int = 1) -> Plan:
-    """Finds the sizes that fit; raises ValueError where a tile that was asked for is too small for the network."""
+    """Finds the sizes that fit."""
     kind = device.type if device.type in LARGEST_TILE else "cpu"
     element = 2 if options.precision == "bfloat16" else 4
     # a third is left for stripes of rows, decoded files and what waits to be written
@@ -87,8 +99,6 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     pixels = int(most * 2 / 3) // bytes_per_pixel(network, element)
     overlap = overlap_of(network)
     smallest = smallest_tile(overlap)
-    if options.tile is not None and options.tile < smallest:
-        raise ValueError(f"--tile is {options.tile}; with this model it must be {smallest} or more")
     tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind]))
     tile = tile // overlap.multiple * overlap.multiple
     pixels = max(pixels, tile * tile)
@@ -96,6 +106,13 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     # stripes are the machine's, also where the network is on a GPU
     stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
     return Plan(tile, pixels, options.batch or 256, overlap, int(stripes))
+
+
+def check_tile(options: Options, network: DeepSkipUNet) -> None:
+    """Raises ValueError where a tile that was asked for is too small for the network."""
+    smallest = smallest_tile(overlap_of(network))
+    if options.tile is not None and options.tile < smallest:
+        raise ValueError(f"--tile is {options.tile}; with this model it must be {smallest} or more")
 
 
 def smallest_tile(overlap: Overlap) -> int:

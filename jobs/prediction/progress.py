@@ -31,7 +31,7 @@ class Progress:
 
     def line(self) -> str:
         """Puts it into words."""
-        seconds = time.monotonic() - self.started
+        seconds = max(time.monotonic() - self.started, 1e-9)
         done = self.done + self.share
         text = f"images {done:.2f}" if self.share else f"images {self.done}"
         text += f"/{self.total}  {self.done / seconds:.1f} images/s  {self.pixels / seconds / 1e6:.2f} MPixel/s"

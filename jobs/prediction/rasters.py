@@ -1,7 +1,7 @@
 """Images that are read by windows, so that their size does not matter: TIFF, npy and Zarr; all others are read whole."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,15 @@ class Raster:
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """Reads a window (rows, columns, bands); raises ValueError where it does not decode or is not finite."""
-        window = self.read_raw(rows, columns)
+        try:
+            window = self.read_raw(rows, columns)
+        except OSError:
+            raise
+        # decoders fail in many ways
+        except Exception as error:
+            raise ValueError(
+                f"does not decode in rows {rows.start} to {rows.stop}: {type(error).__name__}: {error}"
+            ) from error
         if window.dtype.kind == "f" and not np.isfinite(window).all():
             raise ValueError(
                 f"has values that are nan or infinite in rows {rows.start} to {rows.stop}, columns {columns.start} to "
@@ -64,18 +72,26 @@ def open_raster(path: Path | str, extension: str, bands: int | None) -> Iterator
     bands: how many the model takes, by which the axes of a Zarr array without names are told; None for any.
     Raises ValueError that says what is wrong with it, or OSError.
     """
-    try:
-        if extension == "zarr":
-            yield open_zarr(str(path), bands)
-        elif extension in ("tif", "tiff"):
-            with tifffile.TiffFile(path) as file:
-                yield open_tiff(file, Path(path))
-        elif extension == "npy" and Path(path).stat().st_size > WHOLE_BYTES:
-            yield open_npy(Path(path))
-        else:
-            yield in_memory(decode_image(extension, Path(path).read_bytes()))
-    except tifffile.TiffFileError as error:
-        raise ValueError(f"the {extension} file does not decode: {error}") from error
+    with ExitStack() as stack:
+        try:
+            raster = raster_of(Path(path), str(path), extension, bands, stack)
+        except (ValueError, OSError):
+            raise
+        # libraries fail in many ways on bytes that are no image
+        except Exception as error:
+            raise ValueError(f"the {extension} file does not decode: {error}") from error
+        yield raster
+
+
+def raster_of(path: Path, location: str, extension: str, bands: int | None, stack: ExitStack) -> Raster:
+    """Opens an image by its kind; what must be closed goes onto the stack."""
+    if extension == "zarr":
+        return open_zarr(location, bands)
+    if extension in ("tif", "tiff"):
+        return open_tiff(stack.enter_context(tifffile.TiffFile(path)), path)
+    if extension == "npy" and path.stat().st_size > WHOLE_BYTES:
+        return open_npy(path)
+    return in_memory(decode_image(extension, path.read_bytes()))
 
 
 def open_npy(path: Path) -> Raster:

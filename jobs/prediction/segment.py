@@ -68,10 +68,11 @@ class Predictor:
     """Segments images with the model of a checkpoint's state.
 
     out: folder of the outputs. made_by: fingerprint of model and settings. processes: how many share the device's memory.
+    Raises ValueError for a device that is not there.
     """
 
     def __init__(self, state: dict[str, Any], options: Options, out: Path, made_by: str, processes: int = 1) -> None:
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = memory.device_of(options)
         self.segmenter = build_segmenter(state).to(self.device)
         self.network, self.preparation = self.segmenter.network, state["data"]["preparation"]
         self.options, self.out, self.made_by = options, out, made_by

@@ -1,0 +1,166 @@
+"""A large GeoTIFF through jobs.predict: its peak of memory, and its answer beside the network's own on windows of it.
+
+python -m jobs.bench.large_raster --work FOLDER makes the raster, predicts, compares, and prints one line of JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import scipy.ndimage
+import torch
+
+import deepskip
+from deepskip import checkpoint
+from deepskip.config import Config
+from deepskip.inference import normalize
+
+STRIPE = 512
+# of the windows that are compared, and what is read around them, pixels: more than the network sees
+WINDOW, AROUND = 1024, 160
+
+
+def make_raster(path: Path, side: int, bands: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Writes blobs on slopes, in tiles of 512, deflated; gives each band's mean and deviation by sums in fp64."""
+    import rasterio
+    from rasterio.transform import Affine
+
+    rng = np.random.default_rng(0)
+    cell = 16
+    coarse = scipy.ndimage.gaussian_filter(rng.standard_normal((side // cell + 2, side // cell + 2, bands)), (1, 1, 0))
+    profile: dict[str, Any] = {
+        "driver": "GTiff", "height": side, "width": side, "count": bands, "dtype": dtype, "crs": "EPSG:32633",
+        "transform": Affine(0.5, 0, 4e5, 0, -0.5, 5e6), "tiled": True, "blockxsize": 512, "blockysize": 512,
+        "compress": "deflate", "zlevel": 1, "interleave": "pixel", "bigtiff": "yes",
+    }  # fmt: skip
+    total, squares = np.zeros(bands), np.zeros(bands)
+    with rasterio.open(path, "w", **profile) as file:
+        for top in range(0, side, STRIPE):
+            rows = min(STRIPE, side - top)
+            places = (np.arange(top, top + rows) / cell)[:, None], (np.arange(side) / cell)[None]
+            grid = np.broadcast_arrays(*places)
+            stripe = np.stack([scipy.ndimage.map_coordinates(coarse[..., b], grid, order=1) for b in range(bands)])
+            values = np.clip(120 + 90 * stripe + rng.integers(-4, 5, stripe.shape), 0, 255).astype(dtype)
+            total += values.sum((1, 2), dtype=np.float64)
+            squares += (values.astype(np.float64) ** 2).sum((1, 2))
+            file.write(values, window=((top, top + rows), (0, side)))
+    mean = total / side**2
+    return mean, np.sqrt(squares / side**2 - mean**2)
+
+
+def make_model(run: Path, bands: int) -> None:
+    """Writes a checkpoint of the default network with random weights that answer both ways."""
+    torch.manual_seed(0)
+    config = Config()
+    network = deepskip.DeepSkipUNet(bands, 1)
+    network.head.weight.data.normal_()
+    assert network.head.bias is not None
+    network.head.bias.data.zero_()
+    data = {
+        "in_channels": bands, "num_classes": 1, "mean": [0.0] * bands, "std": [1.0] * bands,
+        "preparation": {"bands": None, "longest_side": None},
+    }  # fmt: skip
+    state = {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
+    checkpoint.save(state, run / checkpoint.FOLDER / checkpoint.BEST)
+
+
+def watched(command: list[str]) -> tuple[float, int, int]:
+    """Runs a command; gives its seconds, and the peak of resident and of private memory of it and its children, bytes."""
+    started, resident, private = time.monotonic(), 0, 0
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        try:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            sizes = [each.memory_full_info() for each in family]
+            resident = max(resident, sum(size.rss for size in sizes))
+            private = max(private, sum(size.uss for size in sizes))
+        except psutil.Error:
+            pass
+        time.sleep(0.25)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with status {process.returncode}")
+    return time.monotonic() - started, resident, private
+
+
+@torch.inference_mode()
+def compare(
+    run: Path, raster: Path, out: Path, statistics: tuple[np.ndarray, np.ndarray], windows: int
+) -> dict[str, Any]:
+    """Compares the mask with the network's answer on windows anywhere, read with more around them than it sees."""
+    import rasterio
+
+    network = deepskip.load(run).network  # type: ignore[attr-defined]
+    mean, std = (torch.tensor(values[None], dtype=torch.float32) for values in statistics)
+    rng = np.random.default_rng(1)
+    pixels = different = foreground = 0
+    worst = 0.0
+    with rasterio.open(raster) as image, rasterio.open(out / "masks" / raster.name) as mask:
+        same_place = image.crs == mask.crs and image.transform == mask.transform
+        multiple = 2 ** (network.levels - 1)
+        for number in range(windows):
+            # the first in a corner of the image, the others anywhere
+            top, left = (int(rng.integers(0, image.height - WINDOW)) * (number > 0) for _ in range(2))
+            y, x = (max(0, (place - AROUND) // multiple * multiple) for place in (top, left))
+            bottom, right = min(top + WINDOW + AROUND, image.height), min(left + WINDOW + AROUND, image.width)
+            values = torch.from_numpy(image.read(window=((y, bottom), (x, right))).astype(np.float32))[None]
+            logits = network(normalize(values, mean, std).contiguous(memory_format=torch.channels_last))[0, 0]
+            inner = logits[top - y : top - y + WINDOW, left - x : left - x + WINDOW].numpy()
+            found = mask.read(1, window=((top, top + WINDOW), (left, left + WINDOW)))
+            wrong = found != (inner > 0)
+            pixels, different, foreground = (
+                pixels + wrong.size,
+                different + int(wrong.sum()),
+                foreground + int(found.sum()),
+            )
+            # how sure the network was where the answers differ: rounding can turn a logit of 0 over
+            worst = max(worst, float(np.abs(inner[wrong]).max(initial=0)))
+    return {
+        "windows": windows,
+        "pixels_compared": pixels,
+        "pixels_different": different,
+        "largest_logit_there": worst,
+        "share_foreground": foreground / pixels,
+        "georeference_kept": same_place,
+    }
+
+
+def main() -> None:
+    """Makes, predicts, compares and prints."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.large_raster", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the raster and the outputs")
+    parser.add_argument("--side", type=int, default=20000)
+    parser.add_argument("--bands", type=int, default=4)
+    parser.add_argument("--dtype", default="uint8")
+    parser.add_argument("--windows", type=int, default=12)
+    arguments, more = parser.parse_known_args()
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    statistics = make_raster(work / "raster.tif", arguments.side, arguments.bands, arguments.dtype)
+    make_model(work / "run", arguments.bands)
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.predict",
+        "--checkpoint",
+        str(work / "run"),
+        "--images",
+        str(work / "raster.tif"),
+    ]
+    command += ["--out", str(work / "out"), "--workers", "0", *more]
+    seconds, resident, private = watched(command)
+    found = compare(work / "run", work / "raster.tif", work / "out", statistics, arguments.windows)
+    size = {"side": arguments.side, "bands": arguments.bands, "dtype": arguments.dtype}
+    memory = {"peak_rss_gib": round(resident / 2**30, 3), "peak_private_gib": round(private / 2**30, 3)}
+    speed = {"seconds": round(seconds, 1), "mpixel_a_second": round(arguments.side**2 / seconds / 1e6, 2)}
+    print(json.dumps(size | memory | speed | found))
+
+
+if __name__ == "__main__":
+    main()
