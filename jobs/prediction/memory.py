@@ -21,7 +21,7 @@ BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**24}
 
 @dataclass
 class Plan:
-    """tile: side of a tile, pixels. pixels: of all images or tiles that go through the network at once. batch: their number.
+    """tile: side of a tile. batch, pixels: most images or tiles that go through at once, and their pixels if more than one.
 
     stripe_bytes: what rows over the whole width may take.
     """
@@ -101,8 +101,7 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     smallest = smallest_tile(overlap)
     tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind]))
     tile = tile // overlap.multiple * overlap.multiple
-    pixels = max(pixels, tile * tile)
-    pixels = min(pixels, max(BATCH_PIXELS[kind], tile * tile))
+    pixels = min(pixels, BATCH_PIXELS[kind])
     # stripes are the machine's, also where the network is on a GPU
     stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
     return Plan(tile, pixels, options.batch or 256, overlap, int(stripes))

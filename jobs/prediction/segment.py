@@ -24,8 +24,8 @@ from jobs.prediction.outputs import Outputs
 from jobs.prediction.rasters import Raster
 from jobs.prediction.shrinking import shrunk
 
-# small images that are read ahead, or wait to be written; files of more bytes are not read ahead
-AHEAD, AHEAD_BYTES = 16, 2**23
+# small images that are read ahead, with the bytes of their files, and images that wait to be written
+AHEAD, AHEAD_BYTES, WRITING = 16, 2**23, 8
 # rows of an enlarged result at a time
 ROWS = 512
 # what is told of how far a large image is: share of it, 0 to 1
@@ -106,7 +106,7 @@ class Predictor:
                     if group and (loaded.size != group[0].size or len(group) >= self.plan.images(*loaded.size)):
                         flush()
                     group.append(loaded)
-                while writing and (writing[0].done() or len(writing) > AHEAD):
+                while writing and (writing[0].done() or len(writing) > WRITING):
                     yield writing.popleft().result()
             flush()
             while writing:
@@ -116,16 +116,10 @@ class Predictor:
         """Opens images, small files ahead of their turn."""
         coming: deque[tuple[Item, Future[Loaded | Outcome]]] = deque()
         for item in items:
-            if item.bytes > AHEAD_BYTES:
-                while coming:
-                    first, future = coming.popleft()
-                    yield first, future.result()
-                yield item, self.load(item)
-                continue
-            coming.append((item, readers.submit(self.load, item)))
-            if len(coming) > AHEAD:
+            while coming and (len(coming) == AHEAD or sum(each.bytes for each, _ in coming) + item.bytes > AHEAD_BYTES):
                 first, future = coming.popleft()
                 yield first, future.result()
+            coming.append((item, readers.submit(self.load, item)))
         for first, future in coming:
             yield first, future.result()
 
