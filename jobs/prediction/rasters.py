@@ -75,10 +75,12 @@ def open_raster(path: Path | str, extension: str, bands: int | None) -> Iterator
     with ExitStack() as stack:
         try:
             raster = raster_of(Path(path), str(path), extension, bands, stack)
-        except (ValueError, OSError):
+        except OSError:
             raise
         # libraries fail in many ways on bytes that are no image
         except Exception as error:
+            if type(error) is ValueError:
+                raise
             raise ValueError(f"the {extension} file does not decode: {error}") from error
         yield raster
 

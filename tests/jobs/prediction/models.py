@@ -13,7 +13,12 @@ from deepskip.config import Config
 
 
 def save_model(
-    run: Path, bands: int, num_classes: int = 1, normalize: str = "image", seed: int = 0, **preparation: int | None
+    run: Path,
+    bands: int,
+    num_classes: int = 1,
+    normalize: str = "image",
+    seed: int = 0,
+    longest_side: int | None = None,
 ) -> Path:
     """Writes the best checkpoint of a run."""
     torch.manual_seed(seed)
@@ -21,20 +26,24 @@ def save_model(
     config.model.base_channels, config.model.levels = 2, 3
     config.data.normalize = normalize  # type: ignore[assignment]
     network = deepskip.DeepSkipUNet(bands, num_classes, 2, 3)
-    # probabilities far from 0.5 on both sides, so that a wrong pixel is seen
-    network.head.weight.data.normal_(std=2)
-    assert network.head.bias is not None
-    network.head.bias.data.zero_()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             module.running_mean.normal_(std=0.3)
+    # probabilities on both sides of 0.5, and far from it, so that a wrong pixel is seen
+    network.head.weight.data.normal_(std=2)
+    smooth = nn.functional.interpolate(torch.randn(1, bands, 16, 16), size=(128, 128), mode="bilinear")
+    with torch.inference_mode():
+        logits = network.eval()(smooth / smooth.std())[0].flatten(1)
+    assert network.head.bias is not None
+    network.head.bias.data -= logits.mean(1)
     data: dict[str, Any] = {
         "in_channels": bands,
         "num_classes": num_classes,
         "mean": [100.0] * bands,
         "std": [60.0] * bands,
-        "preparation": {"bands": None, "longest_side": None, **preparation},
+        # images of other bands are resampled where they are to be shrunk too
+        "preparation": {"bands": bands if longest_side else None, "longest_side": longest_side},
     }
     state = {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
     checkpoint.save(state, run / checkpoint.FOLDER / checkpoint.BEST)

@@ -24,8 +24,8 @@ from jobs.prediction import rasters
 from jobs.prediction.inputs import sample_bytes
 from tests.jobs.prediction.models import save_model
 
-# two tiles and more a side in the network of the tests, whose tiles overlap by 96
-TILE = ["--tile", "128"]
+# the tiles of the tests' network overlap by 96
+TILE = ["--tile", "192"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,19 @@ def test_arrays_in_tiles(five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         compression="zlib",
         **options,
     )
-    run("--checkpoint", five, "--images", images, "--out", tmp_path / "out", "--probabilities", "true", *TILE)
+    run(
+        "--checkpoint",
+        five,
+        "--images",
+        images,
+        "--out",
+        tmp_path / "out",
+        "--probabilities",
+        "true",
+        "--overlays",
+        "false",
+        *TILE,
+    )
     segmenter = deepskip.load(five)
     expected, p_VHW = segmenter.predict(image), segmenter.probabilities(image)
     assert all((expected == label).any() for label in range(3))
@@ -202,7 +214,7 @@ def test_shards_by_their_keys(three: Path, tmp_path: Path) -> None:
 
 
 def test_images_are_prepared_as_the_training_data_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_model(tmp_path / "run", 4, normalize="dataset", bands=4, longest_side=100)
+    model = save_model(tmp_path / "run", 4, normalize="dataset", longest_side=100)
     cube = picture(210, 150, 9, np.uint16)
     np.save(tmp_path / "cube.npy", cube)
     segmenter = deepskip.load(model)
