@@ -38,6 +38,11 @@ class Overlap:
         """Pixels that two neighbours share, at least."""
         return 2 * self.margin + self.ramp
 
+    @property
+    def smallest_tile(self) -> int:
+        """The side of a tile below which its two ramps would meet."""
+        return sum(-(-pixels // self.multiple) * self.multiple for pixels in (self.pixels, self.ramp))
+
 
 @dataclass(frozen=True)
 class Span:
@@ -105,18 +110,17 @@ def spans(length: int, tile: int, overlap: Overlap) -> list[Span]:
     """Cuts one side into tiles of `tile` pixels; raises ValueError where a tile is no larger than its overlaps."""
     if length <= tile:
         return [Span(0, length, 0, length, torch.ones(length))]
+    if tile < overlap.smallest_tile:
+        raise ValueError(f"tile is {tile}; with this network it must be {overlap.smallest_tile} or more")
     tile = tile // overlap.multiple * overlap.multiple
-    advance = tile - overlap.pixels
-    if advance < overlap.multiple:
-        raise ValueError(f"tile is {tile}; with this network it must be {overlap.pixels + overlap.multiple} or more")
-    advance = advance // overlap.multiple * overlap.multiple
-    count = -(-(length - overlap.pixels) // advance)
+    advance = (tile - overlap.pixels) // overlap.multiple * overlap.multiple
+    count = 1 - (tile - length) // advance
     starts = [i * advance for i in range(count)]
     # a short last tile begins earlier instead: tiles of one size go through the network in one batch
     starts[-1] = min(starts[-1], -(-(length - tile) // overlap.multiple) * overlap.multiple)
     stops = [*(start + tile for start in starts[:-1]), length]
-    # each ramp lies in the middle of what two neighbours share
-    ramps = [(start + stop - overlap.ramp) // 2 for start, stop in zip(starts[1:], stops[:-1], strict=True)]
+    # as late as the margin permits: where the last tile begins earlier its ramp must not meet the one before
+    ramps = [stop - overlap.margin - overlap.ramp for stop in stops[:-1]]
     rise = (torch.arange(overlap.ramp, dtype=torch.float32) + 0.5) / overlap.ramp
     found = []
     for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
@@ -126,7 +130,7 @@ def spans(length: int, tile: int, overlap: Overlap) -> list[Span]:
         if i:
             weights[: overlap.ramp] = rise
         if i + 1 < count:
-            weights[-overlap.ramp :] *= 1 - rise
+            weights[-overlap.ramp :] = 1 - rise
         found.append(Span(start, stop, first, last, weights))
     return found
 

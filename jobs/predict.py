@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -107,11 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress(len(left))
     faults = []
     try:
-        with closing(outcomes(left, state, options, out, made_by, progress)) as found:
-            for outcome in found:
-                progress.count(outcome.pixels)
-                if outcome.fault:
-                    faults.append(outcome.fault)
+        for outcome in outcomes(left, state, options, out, made_by, progress):
+            progress.count(outcome.pixels)
+            if outcome.fault:
+                faults.append(outcome.fault)
     except KeyboardInterrupt:
         progress.end()
         print(f"stopped after {progress.done} of {len(left)} images; the same command goes on", file=sys.stderr)

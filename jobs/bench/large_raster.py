@@ -29,8 +29,8 @@ WINDOW, AROUND = 1024, 160
 
 def make_raster(path: Path, side: int, bands: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Writes blobs on slopes, in tiles of 512, deflated; gives each band's mean and deviation by sums in fp64."""
-    import rasterio
-    from rasterio.transform import Affine
+    import rasterio  # type: ignore[import-untyped]
+    from rasterio.transform import Affine  # type: ignore[import-untyped]
 
     rng = np.random.default_rng(0)
     cell = 16
@@ -96,7 +96,7 @@ def compare(
     """Compares the mask with the network's answer on windows anywhere, read with more around them than it sees."""
     import rasterio
 
-    network = deepskip.load(run).network  # type: ignore[attr-defined]
+    network = deepskip.load(run).network
     mean, std = (torch.tensor(values[None], dtype=torch.float32) for values in statistics)
     rng = np.random.default_rng(1)
     pixels = different = foreground = 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepskip import files
+from jobs.prediction.features import Features
 from jobs.prediction.inputs import Item
 from jobs.prediction.writers import PART, Sink, remove
 
@@ -33,7 +34,7 @@ def is_done(out: Path, item: Item, made_by: str) -> bool:
         return False
 
 
-def place(out: Path, item: Item, made_by: str, sinks: Sequence[Sink]) -> None:
+def place(out: Path, item: Item, made_by: str, sinks: Sequence[Sink | Features]) -> None:
     """Gives finished outputs their names."""
     # size and time of change stay when a file is renamed
     outputs = {sink.path.relative_to(out).as_posix(): stamp(sink.temporary) for sink in sinks}

@@ -40,7 +40,7 @@ class Plan:
         """Gives the side of the tiles of an image so wide that stripes of them, of so many bytes a pixel, fit too."""
         multiple = self.overlap.multiple
         fitting = self.stripe_bytes // (width * bytes_a_pixel) // multiple * multiple
-        return max(smallest_tile(self.overlap), min(self.tile, fitting))
+        return max(self.overlap.smallest_tile, min(self.tile, fitting))
 
 
 def device_of(options: Options) -> torch.device:
@@ -60,7 +60,7 @@ def bytes_per_pixel(network: DeepSkipUNet, element: int) -> int:
 
     There the joined branches, what they are made of, and the first convolution's output are all in memory. element: bytes.
     """
-    branches = len(network.decoder[0].branches)
+    branches = len(network.decoder[0].get_submodule("branches"))  # type: ignore[arg-type]
     channels = network.head.in_channels
     # the raw and the normalised image, logits and probabilities are fp32
     return 4 * (2 * network.in_channels + 3 * network.num_classes) + element * channels * (2 * branches + 4)
@@ -98,7 +98,7 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     most = budget(options, device, processes)
     pixels = int(most * 2 / 3) // bytes_per_pixel(network, element)
     overlap = overlap_of(network)
-    smallest = smallest_tile(overlap)
+    smallest = overlap.smallest_tile
     tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind]))
     tile = tile // overlap.multiple * overlap.multiple
     pixels = min(pixels, BATCH_PIXELS[kind])
@@ -109,19 +109,14 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
 
 def check_tile(options: Options, network: DeepSkipUNet) -> None:
     """Raises ValueError where a tile that was asked for is too small for the network."""
-    smallest = smallest_tile(overlap_of(network))
+    smallest = overlap_of(network).smallest_tile
     if options.tile is not None and options.tile < smallest:
         raise ValueError(f"--tile is {options.tile}; with this model it must be {smallest} or more")
 
 
-def smallest_tile(overlap: Overlap) -> int:
-    """Gives the side below which a tile would be nothing but its overlaps."""
-    return overlap.pixels + overlap.multiple
-
-
 def smaller(plan: Plan) -> bool:
     """Makes a plan take less memory after it was too much; False where it cannot."""
-    smallest = smallest_tile(plan.overlap)
+    smallest = plan.overlap.smallest_tile
     if plan.pixels > plan.tile**2:
         plan.pixels = max(plan.pixels // 2, plan.tile**2)
     elif plan.tile > smallest:

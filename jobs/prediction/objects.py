@@ -20,7 +20,7 @@ class Object:
 
     def whole(self) -> tuple[int, int, np.ndarray]:
         """Joins the pieces: top, left, and a boolean mask."""
-        top, left = (min(piece[axis] for piece in self.pieces) for axis in (0, 1))
+        top, left = min(y for y, _, _ in self.pieces), min(x for _, x, _ in self.pieces)
         bottom = max(y + mask.shape[0] for y, _, mask in self.pieces)
         right = max(x + mask.shape[1] for _, x, mask in self.pieces)
         joined = np.zeros((bottom - top, right - left), bool)

@@ -20,7 +20,9 @@ def shrunk(raster: Raster, longest_side: int) -> np.ndarray:
         rows = raster.read(slice(top, min(top + ROWS, raster.height)), slice(0, raster.width))
         for band in range(raster.bands):
             picture = Image.fromarray(rows[..., band].astype(np.float32))
-            narrow[band, top : top + len(rows)] = picture.resize((width, len(rows)), Image.Resampling.BILINEAR)
+            narrow[band, top : top + len(rows)] = np.asarray(
+                picture.resize((width, len(rows)), Image.Resampling.BILINEAR)
+            )
     bands = [np.asarray(Image.fromarray(band).resize((width, height), Image.Resampling.BILINEAR)) for band in narrow]
     small = np.stack(bands, axis=-1)
     if raster.dtype.kind == "f":
