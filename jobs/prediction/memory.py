@@ -15,8 +15,8 @@ GB = 10**9
 CPU_LIMIT, CPU_SHARE, GPU_SHARE = 3 * GB, 0.5, 0.8
 # larger tiles save little more
 LARGEST_TILE = {"cpu": 2048, "cuda": 4096}
-# pixels in a batch beyond which nothing gets faster
-BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**24}
+# pixels and images in a batch beyond which nothing gets faster
+BATCH_PIXELS, BATCH = {"cpu": 2**18, "cuda": 2**24}, {"cpu": 16, "cuda": 64}
 
 
 @dataclass
@@ -104,7 +104,7 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     pixels = min(pixels, BATCH_PIXELS[kind])
     # stripes are the machine's, also where the network is on a GPU
     stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
-    return Plan(tile, pixels, options.batch or 256, overlap, int(stripes))
+    return Plan(tile, pixels, options.batch or BATCH[kind], overlap, int(stripes))
 
 
 def check_tile(options: Options, network: DeepSkipUNet) -> None:

@@ -26,6 +26,8 @@ from jobs.prediction.shrinking import shrunk
 
 # small images that are read ahead, with the bytes of their files, and images that wait to be written
 AHEAD, AHEAD_BYTES, WRITING = 16, 2**23, 8
+# images that wait for others of their size, and the bytes of them that are in memory
+WAITING, WAITING_BYTES = 64, 2**27
 # rows of an enlarged result at a time
 ROWS = 512
 # what is told of how far a large image is: share of it, 0 to 1
@@ -89,26 +91,23 @@ class Predictor:
         """Segments images; an image that cannot be is an outcome with a fault, and the others go on."""
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
             writing: deque[Future[Outcome]] = deque()
-            group: list[Loaded] = []
-
-            def flush() -> None:
-                if group:
-                    writing.extend(self.small(group, writers))
-                    group.clear()
-
+            # images of one size wait for each other
+            groups: dict[tuple[int, int], list[Loaded]] = {}
             for item, loaded in self.loaded(items, readers):
                 if isinstance(loaded, Outcome):
                     writing.append(done_already(loaded))
                 elif loaded.size[0] * loaded.size[1] > self.plan.tile**2:
-                    flush()
                     writing.append(done_already(self.large(loaded, partial(told, item))))
                 else:
-                    if group and (loaded.size != group[0].size or len(group) >= self.plan.images(*loaded.size)):
-                        flush()
-                    group.append(loaded)
+                    groups.setdefault(loaded.size, []).append(loaded)
+                    if len(groups[loaded.size]) >= self.plan.images(*loaded.size):
+                        writing.extend(self.small(groups.pop(loaded.size), writers))
+                    elif too_many([each for group in groups.values() for each in group]):
+                        writing.extend(self.small(groups.pop(next(iter(groups))), writers))
                 while writing and (writing[0].done() or len(writing) > WRITING):
                     yield writing.popleft().result()
-            flush()
+            for group in groups.values():
+                writing.extend(self.small(group, writers))
             while writing:
                 yield writing.popleft().result()
 
@@ -301,6 +300,12 @@ def one_ahead(items: Iterator[T], reader: ThreadPoolExecutor) -> Iterator[T]:
     while (item := coming.result()) is not nothing:
         coming = reader.submit(next, items, nothing)
         yield item
+
+
+def too_many(waiting: Sequence[Loaded]) -> bool:
+    """Says whether images that wait for others of their size have waited long enough."""
+    held = sum(each.raster.whole.nbytes for each in waiting if each.raster.whole is not None)
+    return len(waiting) >= WAITING or held >= WAITING_BYTES
 
 
 def fault(item: Item, error: Exception) -> Outcome:
