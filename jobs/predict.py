@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cluster.settings import LOOPBACK_ONLY
-from deepskip import checkpoint
+from jobs import models
 from jobs.prediction import done, inputs
 from jobs.prediction.features import join_coco
 from jobs.prediction.inputs import Item
@@ -37,7 +37,11 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
-    parser.add_argument("--checkpoint", required=True, help="a run's folder (runs/NAME) or URL, or a checkpoint file")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a run's folder (runs/NAME) or URL, a checkpoint file, or a name of MLflow's: a run's id, models:/NAME/VERSION",
+    )
     parser.add_argument(
         "--images",
         nargs="+",
@@ -69,14 +73,17 @@ def check(argv: list[str]) -> None:
 
 
 def read_checkpoint(run_or_path: str) -> dict[str, Any]:
-    """Reads what inference needs of a checkpoint; ends the program where there is none."""
+    """Reads what inference needs of a model's checkpoint; ends the program where there is none."""
     try:
-        state = checkpoint.load_for_inference(run_or_path)
-    except (checkpoint.CheckpointError, OSError) as error:
+        state = models.find(run_or_path).state
+    except models.ModelNotFound as error:
         stop(f"--checkpoint: {error}")
     # optimizer and random states need not travel
     weights = state["ema"] or state["model"]
-    return {"config": state["config"], "data": state["data"], "ema": None, "model": weights}
+    data = state["data"] | {
+        "preparation": {"bands": None, "longest_side": None, **(state["data"].get("preparation") or {})}
+    }
+    return {"config": state["config"], "data": data, "ema": None, "model": weights}
 
 
 def fingerprint(state: dict[str, Any], options: Options) -> str:

@@ -15,7 +15,7 @@ class Options:
     polygons: Literal["none", "geojson", "coco"] = "none"
     """also write the outlines of all objects: a GeoJSON file an image, or one COCO file of all"""
     threshold: float = 0.5
-    """probability from which on a pixel is foreground, for models of one class"""
+    """probability above which a pixel is foreground, for models of one class"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """what the network computes in"""
     device: str | None = None
