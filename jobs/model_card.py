@@ -1,0 +1,207 @@
+"""What a model's user must know of it: as JSON, and as Markdown for people."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepskip import export
+from deepskip.complexity import conv_weights
+from deepskip.inference import Segmenter
+from deepskip.model import Model
+from jobs.models import Found
+from jobs.report import METRICS, number
+
+FLOPS_SIDE = 256
+PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")
+
+
+def threshold(model: Model, evaluation: dict[str, Any] | None) -> float | None:
+    """Gives the probability above which a pixel is foreground: the evaluation's best, else 0.5; None with classes."""
+    if model.num_classes > 1:
+        return None
+    return evaluation["classes"][0]["best_threshold"] if evaluation else 0.5
+
+
+def properties(found: Found, model: Model, evaluation: dict[str, Any] | None) -> dict[str, str]:
+    """Gives what an ONNX file says of itself."""
+    values = {
+        "deepskip_model": found.title,
+        "bands": model.bands,
+        "num_classes": model.num_classes,
+        "threshold": threshold(model, evaluation),
+        "preparation": model.preparation,
+        "normalization": found.state["config"]["data"]["normalize"],
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+
+def make(
+    found: Found,
+    model: Model,
+    evaluation: dict[str, Any] | None,
+    file_bytes: dict[str, int],
+    checks: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """Makes the card of a model. file_bytes: of the exported files. checks: how far each is from PyTorch, at which size."""
+    config, data = found.state["config"], found.state["data"]
+    network, settings = model.network, config["model"]
+    normalization = config["data"]["normalize"]
+    return {
+        "name": found.title,
+        "task": "binary segmentation" if model.num_classes == 1 else f"segmentation into {model.num_classes} classes",
+        "input": {
+            "name": export.INPUT,
+            "layout": ["batch", model.bands, "height", "width"],
+            "dtype": "float32",
+            "values": "as in the training images: nothing is scaled before",
+            "normalization": normalization,
+            "mean": list(data["mean"]),
+            "std": list(data["std"]),
+            "preparation": model.preparation,
+        },
+        "output": {
+            "name": export.OUTPUT,
+            "layout": ["batch", model.num_classes, "height", "width"],
+            "dtype": "float32",
+            "threshold": threshold(model, evaluation),
+        },
+        "network": settings | {"in_channels": model.bands, "num_classes": model.num_classes},
+        "training": {
+            "data": config["data"]["path"],
+            "crop": config["data"]["crop"],
+            "steps": found.state["step"],
+            "global_batch_size": config["optim"]["global_batch_size"],
+            "seed": config["run"]["seed"],
+            "mlflow_run_id": found.run_id,
+        },
+        "metrics": {
+            "validation": found.state.get("best"),
+            "evaluation": evaluation and {name: evaluation[name] for name in ("data", "metrics", "classes", "by_size")},
+        },
+        "sizes": {
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "conv_weights": conv_weights(
+                model.bands, model.num_classes, settings["base_channels"], settings["levels"], settings["encoder"]
+            ),
+            "gigaflops": {f"{FLOPS_SIDE} x {FLOPS_SIDE}": flops(model.segmenter) / 1e9},
+            "file_bytes": file_bytes,
+        },
+        "difference_from_pytorch": checks,
+        "versions": {name: found_version for name in PACKAGES if (found_version := version_of(name))},
+        "limits": limits(model, normalization, evaluation, file_bytes),
+    }
+
+
+def flops(segmenter: Segmenter) -> int:
+    """Counts the floating-point operations of an image of FLOPS_SIDE pixels a side, two a multiply-add, in the plain form."""
+    image = torch.zeros(1, segmenter.network.in_channels, FLOPS_SIDE, FLOPS_SIDE)
+    with FlopCounterMode(display=False) as counter, export.plain_operators():
+        segmenter(image)
+    return counter.get_total_flops()
+
+
+def limits(model: Model, normalization: str, evaluation: dict[str, Any] | None, names: dict[str, int]) -> list[str]:
+    """Says what the model is not good for, as far as it is known."""
+    bands, longest_side = (model.preparation.get(name) for name in ("bands", "longest_side"))
+    found = [
+        f"It takes {model.bands} bands, in the order and the units of its training images; it cannot see a wrong order."
+    ]
+    if bands is not None:
+        found.append(
+            f"The training images were brought to {bands} bands (data_shards pack --bands), and new ones must be; "
+            "that is not in the exported files."
+        )
+    if longest_side is not None:
+        found.append(
+            f"The training images were shrunk to at most {longest_side} pixels a side, and new ones must be; "
+            "that is not in the exported files (jobs.predict and deepskip.load do it)."
+        )
+    if normalization == "image":
+        found.append(
+            "Each image is normalised by its own mean and deviation: a tile by itself gives other probabilities than "
+            "within its image, and an image that is almost all object others than one with few."
+        )
+    if "model.pt2" in names:
+        side = export.smallest_side(model.segmenter)
+        found.append(f"model.pt2 takes images of {side} pixels a side or more; model.onnx, and deepskip.load, any.")
+    found.append("Memory grows with the pixels of an image; jobs.predict cuts large ones into tiles.")
+    if evaluation is None:
+        found.append(
+            "The metrics are of the validation split that chose this checkpoint, so they are on the bright side."
+        )
+    found.append("The metrics hold for images like those that they were measured on.")
+    return found
+
+
+def version_of(package: str) -> str | None:
+    """Gives the version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def to_markdown(card: dict[str, Any]) -> str:
+    """Writes a card for people."""
+    given, gives, sizes, training = (card[name] for name in ("input", "output", "sizes", "training"))
+    layout, out_layout = (" x ".join(map(str, side["layout"])) for side in (given, gives))
+    rule = "the likeliest class" if gives["threshold"] is None else f"foreground above {gives['threshold']:g}"
+    lines = [
+        f"# {card['name']}",
+        "",
+        f"DeepSkip, {card['task']}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| input | `{given['name']}`, {layout}, {given['dtype']}, {given['values']} |",
+        f"| normalisation | {given['normalization']} (in the files, as padding and cropping are) |",
+        f"| before it | bands: {given['preparation'].get('bands') or 'as they are'}, "
+        f"longest side: {given['preparation'].get('longest_side') or 'as it is'} |",
+        f"| output | `{gives['name']}`, {out_layout}, {gives['dtype']}; {rule} |",
+        f"| trained on | {training['data']}, {training['steps']} steps of {training['global_batch_size']} crops of "
+        f"{training['crop']} pixels, seed {training['seed']} |",
+        f"| network | {', '.join(f'{name} {value}' for name, value in card['network'].items())} |",
+        f"| parameters | {sizes['parameters']:,} ({sizes['conv_weights']:,} in convolutions) |",
+        *(f"| GFLOPs, {size} | {value:.2f} |" for size, value in sizes["gigaflops"].items()),
+        *(f"| {name} | {size / 1e6:.1f} MB |" for name, size in sizes["file_bytes"].items()),
+        f"| versions | {', '.join(f'{name} {value}' for name, value in card['versions'].items())} |",
+        "",
+        "## Metrics",
+        "",
+    ]
+    validation, evaluation = card["metrics"]["validation"], card["metrics"]["evaluation"]
+    columns = {"validation": validation} if validation else {}
+    if evaluation:
+        columns[f"{evaluation['data']['path']}, {evaluation['data']['images']} images"] = evaluation["metrics"]
+    if columns:
+        lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for key, name in METRICS.items():
+            lines.append(f"| {name} | {' | '.join(number(values[key]) for values in columns.values())} |")
+    else:
+        lines.append("None is known: the checkpoint is from before the first validation.")
+    if evaluation:
+        lines += [
+            "",
+            "| area of objects, pixels | objects | found | mean IoU | false alarms an image |",
+            "|---|---|---|---|---|",
+        ]
+        for size in evaluation["by_size"]:
+            bounds = f"{size['from']} to {size['to'] - 1}" if size["to"] else f"{size['from']} and more"
+            ratios = " | ".join(number(size[name], ".3f") for name in ("recall", "iou", "false_alarms_per_image"))
+            lines.append(f"| {bounds} | {size['objects']} | {ratios} |")
+    lines += ["", "## Limits", "", *(f"* {limit}" for limit in card["limits"])]
+    lines += [
+        "",
+        "## Difference from PyTorch",
+        "",
+        "Largest, in probability, on random images.",
+        "",
+        "| file | size | difference |",
+        "|---|---|---|",
+    ]
+    for name, differences in card["difference_from_pytorch"].items():
+        lines += [f"| {name} | {size} | {value:.1g} |" for size, value in differences.items()]
+    return "\n".join(lines) + "\n"

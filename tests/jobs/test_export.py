@@ -1,0 +1,138 @@
+"""Exported models, run by onnxruntime and by torch without this package's network, beside the model itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import deepskip
+from deepskip import checkpoint
+from jobs import export
+from tests.deepskip.test_model import state_of
+
+ODD = ((1, 37, 53), (2, 101, 33), (3, 45, 71))
+
+
+def save(folder: Path, bands: int, classes: int, normalize: str) -> None:
+    state = state_of(bands, classes, longest_side=512)
+    rng = np.random.default_rng(0)
+    state["config"]["data"]["normalize"] = normalize
+    state["data"]["mean"], state["data"]["std"] = (rng.uniform(50, 200, bands).tolist() for _ in range(2))
+    state["best"] = {"iou": 0.5, "dice": 2 / 3, "object_recall": float("nan"), "step": 7} | dict.fromkeys(
+        ("pixel_accuracy", "precision", "recall", "f1", "false_alarms_per_image"), 0.25
+    )
+    checkpoint.save(state, folder / "runs" / "some" / checkpoint.FOLDER / checkpoint.BEST)
+
+
+@pytest.mark.parametrize(
+    ("bands", "classes", "normalize", "formats"), [(3, 1, "image", ["onnx", "pt2"]), (7, 4, "dataset", ["onnx"])]
+)
+def test_the_files_are_the_model_at_any_size_and_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bands: int, classes: int, normalize: str, formats: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, bands, classes, normalize)
+    export.main(["--model", "runs/some", "--formats", json.dumps(formats)])
+    folder = tmp_path / "exports" / "some"
+    assert {path.name for path in folder.iterdir()} == {
+        "model.json",
+        "README.md",
+        *(f"model.{kind}" for kind in formats),
+    }
+    model = deepskip.load("runs/some")
+    graph = onnx.load(folder / "model.onnx")
+    # nothing but ONNX's own operators, and nothing beside the file
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert not graph.functions
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("image", ["batch", bands, "height", "width"])]
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [
+        ("probabilities", ["batch", classes, "height", "width"])
+    ]
+    images = [np.random.default_rng(N).integers(0, 256, (N, H, W, bands)).astype(np.uint8) for N, H, W in ODD]
+    for image in images:
+        (found,) = session.run(None, {"image": image.transpose(0, 3, 1, 2).astype(np.float32)})
+        np.testing.assert_allclose(found, model.predict_proba(image).transpose(0, 3, 1, 2), atol=1e-4)
+    if "pt2" in formats:
+        check_program(tmp_path, images, model)
+
+    card = json.loads((folder / "model.json").read_text())
+    assert (card["input"]["layout"], card["input"]["normalization"]) == (["batch", bands, "height", "width"], normalize)
+    assert card["sizes"]["parameters"] == sum(p.numel() for p in model.network.parameters())
+    assert card["sizes"]["file_bytes"]["model.onnx"] == (folder / "model.onnx").stat().st_size
+    assert card["metrics"]["validation"]["iou"] == 0.5
+    assert all(value <= 1e-4 for sizes in card["difference_from_pytorch"].values() for value in sizes.values())
+    assert any("512 pixels a side" in limit for limit in card["limits"])
+    said = {entry.key: entry.value for entry in graph.metadata_props}
+    assert (said["bands"], said["threshold"]) == (str(bands), "0.5" if classes == 1 else "null")
+    text = (folder / "README.md").read_text()
+    assert "| IoU | 0.5000 |" in text
+    assert "| object recall | undefined |" in text
+    # the stage's multiply-adds by hand: a 3x3 convolution is 2 * 9 * C * K operations a pixel
+    assert card["sizes"]["gigaflops"]["256 x 256"] == pytest.approx(flops_by_hand(bands, classes, 4, 3) / 1e9, rel=1e-6)
+
+
+def check_program(folder: Path, images: list[np.ndarray], model: deepskip.Model) -> None:
+    """Runs model.pt2 by torch alone."""
+    np.savez(folder / "images.npz", *[image.transpose(0, 3, 1, 2).astype(np.float32) for image in images])
+    code = (
+        "import sys, numpy, torch; program = torch.export.load('exports/some/model.pt2').module();"
+        "images = numpy.load('images.npz');"
+        "numpy.savez('found.npz', *[program(torch.from_numpy(images[n])).detach().numpy() for n in images.files]);"
+        "assert not {'deepskip', 'kernels'} & set(sys.modules)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, timeout=250)
+    with np.load(folder / "found.npz") as found:
+        for image, name in zip(images, found.files, strict=True):
+            np.testing.assert_allclose(found[name], model.predict_proba(image).transpose(0, 3, 1, 2), atol=1e-4)
+
+
+def flops_by_hand(bands: int, classes: int, b: int, levels: int) -> int:
+    """Two operations a multiply-add of every convolution, at 256 x 256."""
+    pixels = [(256 // 2**u) ** 2 for u in range(levels)]
+    c = [b * 2**u for u in range(levels)]
+    total = sum(pixels[u] * 9 * ((bands if u == 0 else c[u - 1]) * c[u] + c[u] ** 2) for u in range(levels))
+    for u in range(levels - 1):
+        inputs = [*c[u : levels - 1], c[u + 1]]
+        total += pixels[u] * 9 * (sum(inputs) * c[u] + len(inputs) * c[u] * c[u] + c[u] ** 2)
+    return 2 * (total + pixels[0] * c[0] * classes)
+
+
+def test_a_graph_that_is_not_the_model_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, 3, 1, "image")
+    runner = export.program_runner
+    monkeypatch.setattr(export, "program_runner", lambda data: lambda image: runner(data)(image) + 2e-4)
+    with pytest.raises(SystemExit) as stopped:
+        export.main(["--model", "runs/some", "--formats", "[pt2]"])
+    assert stopped.value.code == 2
+    assert "model.pt2 is not written: at 1 x 97 x 61 pixels its probabilities differ" in capsys.readouterr().err
+    assert not (tmp_path / "exports").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "runs/none"], "error: model: runs/none does not exist"),
+        (["--model", "runs/some", "--formats", "[tflite]"], "formats is"),
+        (["--model", "runs/some", "--formats", "[]"], "error: formats is []"),
+        (["--model", "runs/some", "--evaluation", "none.json"], "error: evaluation is none.json: it is no report"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        export.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
