@@ -131,7 +131,7 @@ def rivals_rows(results: Results, one: str) -> list[list[str]]:
     for other in [*baseline, *results.group("rival")]:
         found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
         ends = sorted(found.by_category.items(), key=lambda item: item[1])
-        extremes = [f"{points(value)} {shown(category)}" for category, value in (ends[:1] + ends[-1:])]
+        extremes = [f"{points(value)} {shown(category)}" for category, value in dict(ends[:1] + ends[-1:]).items()]
         rows.append(
             [
                 results.label(other),

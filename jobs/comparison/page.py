@@ -39,7 +39,15 @@ def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes |
     # without rivals there is the ablation to draw, and without either ours
     sets = networks or ablation or [("ours", results.group("ours"))]
     widest = sets[-1][1]
-    makers: dict[str, tuple[str, Callable[[], bytes | None]]] = {
+    makers: dict[str, tuple[str, Callable[[], bytes | None]]] = {}
+    # first those that may be refused
+    for category in results.categories:
+        makers[f"panel-{category}.png"] = (
+            f"Best, median and worst test image of {shown(category)}",
+            # the category of this turn, not of the last
+            lambda category=category: panel(results, category),  # type: ignore[misc]
+        )
+    makers |= {
         "figure-4.svg": (
             "Figure 4: IoU by category, mean and standard deviation over seeds",
             lambda: figures.to_svg(figures.bars(results, everything or sets)),
@@ -65,12 +73,6 @@ def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes |
         makers["sizes-categories.svg"] = (
             "Object recall by object size in each category",
             lambda: figures.to_svg(figures.sizes_of_categories(results, widest)),
-        )
-    for category in results.categories:
-        makers[f"panel-{category}.png"] = (
-            f"Best, median and worst test image of {shown(category)}",
-            # the category of this turn, not of the last
-            lambda category=category: panel(results, category),  # type: ignore[misc]
         )
     return makers
 
@@ -99,7 +101,9 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
         ),
         (
             "Pixels and objects",
-            "Of foreground pixels over a whole test split. An object is found when more than half of its pixels are; a "
+            "Over a whole test split: PA, the share of pixels that are right; P, R and F1, precision and recall of foreground "
+            "pixels and their harmonic mean; IoU with background, the mean of both classes'. An object is found when more than "
+            "half of its pixels are; a "
             f"predicted component that touches none is a false alarm.\n\n{table('table-3')}",
         ),
         (

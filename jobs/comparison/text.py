@@ -29,6 +29,7 @@ from jobs.comparison.results import OURS, Results, family, over_categories, shor
 from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
+LOSSES = {"bce_dice": "BCE + Dice", "cross_entropy": "cross-entropy", "own": "its own"}
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
     "against",
@@ -53,6 +54,11 @@ def cost_text(results: Results) -> str:
     )
 
 
+def counted_as(number: int, one: str, many: str) -> str:
+    """Puts a number before what it counts."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def values_of(results: Results, key: str) -> list[Any]:
     """Lists the different values of something that every whole cell states, commonest first."""
     return [value for value, _ in Counter(cell.get(key) for cell in results.cells.values()).most_common() if value]
@@ -67,6 +73,7 @@ def run_text(results: Results) -> str:
     """Says what was run: the grid, its budget, the machine, the command, and what is missing from it."""
     total = len(results.networks) * len(results.categories) * len(results.seeds)
     missing = total - len(results.cells) - len(results.errors)
+    seconds = sum(float(cell.get("seconds") or 0) for cell in results.cells.values())
     rows = [
         ["cells", f"{len(results.cells):,} whole, {len(results.errors):,} failed, {missing:,} not run, of {total:,}"],
         ["networks", f"{len(results.networks)}"],
@@ -78,10 +85,7 @@ def run_text(results: Results) -> str:
         ["image side, pixels", listed(values_of(results, "image_size"))],
         ["hardware", listed(values_of(results, "hardware"))],
         ["torch", listed(values_of(results, "torch"))],
-        [
-            "time of all cells, added up",
-            f"{sum(float(cell.get('seconds') or 0) for cell in results.cells.values()) / 3600:.1f} h",
-        ],
+        ["time of all cells, added up", f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"],
     ]
     text = grid(["what", ""], [row for row in rows if row[1]], words=2)
     commands = "\n".join(str(command) for command in values_of(results, "command"))
@@ -128,7 +132,7 @@ def short_text(results: Results) -> str:
     count = million(results.networks[OURS].get("parameters"))
     lines.append(
         f"* {results.label(OURS)} ({count}): MIoU {spread(ours[0])} %, object recall {spread(ours[1])} % over "
-        f"{len(results.categories)} categories."
+        f"{counted_as(len(results.categories), 'category', 'categories')}."
     )
     for name, metric, words in ((rival, "iou", "MIoU"), (objects, "object_recall", "object recall")):
         if name:
@@ -181,7 +185,7 @@ def claims_text(results: Results) -> str:
     ]
     for name in claimants(results):
         loss = results.networks[name].get("loss")
-        words = f" (loss: {loss})" if loss else ""
+        words = f" (loss: {LOSSES.get(loss, loss)})" if loss else ""
         parts.append(f"### Does it beat the rivals? {named(results, name)}{words}")
         parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name), words=2))
         found = tally(results, name, results.group("rival"))
@@ -274,7 +278,8 @@ def readme_table(results: Results) -> str:
     ]
     steps, hardware = listed(values_of(results, "steps")), listed(values_of(results, "hardware"))
     caption = (
-        f"{len(results.categories)} categories, {len(results.seeds)} seeds, {steps} steps a cell, {hardware}; mean ± standard "
+        f"{counted_as(len(results.categories), 'category', 'categories')}, {counted_as(len(results.seeds), 'seed', 'seeds')}, "
+        f"{steps} steps a cell, {hardware}; mean ± standard "
         "deviation over seeds, each rival at its better width: [docs/comparison](docs/comparison/README.md)"
     )
     return grid(["network", "parameters", "MIoU, %", "object recall, %"], rows) + "\n" + caption + "\n"
