@@ -139,8 +139,8 @@ def short_text(results: Results) -> str:
             value = spread(over_categories(results, name, metric))
             size = million(results.networks[name].get("parameters"))
             lines.append(f"* The rival with the highest {words}: {results.label(name)} ({size}), {value} %.")
-    for name in claimants(results):
-        five = the_five(results)
+    five = the_five(results)
+    for name in claimants(results) if five else []:
         found, whole = tally(results, name, five), tally(results, name, results.group("rival"))
         lines.append(
             f'* "Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
