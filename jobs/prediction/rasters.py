@@ -69,7 +69,8 @@ def in_memory(image_HWC: np.ndarray) -> Raster:
 def open_raster(path: Path | str, extension: str, bands: int | None) -> Iterator[Raster]:
     """Opens an image of a kind ("png", "tif", "npy", "zarr", ...); a path, or for Zarr a URL too.
 
-    bands: how many the model takes, by which the axes of a Zarr array without names are told; None for any.
+    bands: how many the model takes, which tells the axes of a Zarr array without names, and whether a TIFF's fourth band is
+    transparency; None for any.
     Raises ValueError that says what is wrong with it, or OSError.
     """
     with ExitStack() as stack:
@@ -90,7 +91,7 @@ def raster_of(path: Path, location: str, extension: str, bands: int | None, stac
     if extension == "zarr":
         return open_zarr(location, bands)
     if extension in ("tif", "tiff"):
-        return open_tiff(stack.enter_context(tifffile.TiffFile(path)), path)
+        return open_tiff(stack.enter_context(tifffile.TiffFile(path)), path, bands)
     if extension == "npy" and path.stat().st_size > WHOLE_BYTES:
         return open_npy(path)
     return in_memory(decode_image(extension, path.read_bytes()))
@@ -134,10 +135,15 @@ def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise ValueError(f"has dtype {dtype}; an image is of integers or real numbers")
 
 
-def open_tiff(file: tifffile.TiffFile, path: Path) -> Raster:
-    """Opens a TIFF: its first series; pages or planes are bands, palettes are applied, transparency is dropped."""
+def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None) -> Raster:
+    """Opens a TIFF: its first series; pages or planes are bands, palettes are applied.
+
+    Transparency is dropped, but where the model takes as many bands as there are with it: GDAL calls a fourth band
+    transparency by default, whatever it is.
+    """
     series, page = file.series[0], file.pages.first
-    if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES:
+    opaque = bool(page.extrasamples) and page.samplesperpixel == bands
+    if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES and not opaque:
         raster = in_memory(decode_image("tif", path.read_bytes()))
     else:
         kept = [i for i, (axis, n) in enumerate(zip(series.axes, series.shape, strict=True)) if n > 1 or axis in "YX"]
@@ -151,7 +157,8 @@ def open_tiff(file: tifffile.TiffFile, path: Path) -> Raster:
             raster = from_file(path, {"dtype": dtype, "offset": series.dataoffset, "shape": shape}, axes, by_rows=False)
         else:
             raster = open_tiff_by_chunks(series, page, shape, axes)
-        apply_palette_and_alpha(raster, page)
+        if not opaque:
+            apply_palette_and_alpha(raster, page)
     read_georeference(file, raster)
     return raster
 

@@ -166,6 +166,17 @@ def test_a_geotiff_keeps_its_place(three: Path, tmp_path: Path, monkeypatch: pyt
     assert sum(f["properties"]["area"] for f in found["features"]) == mask.sum()
 
 
+def test_a_fourth_band_is_no_transparency_for_a_model_of_four(three: Path, tmp_path: Path) -> None:
+    image = picture(60, 80, 4)
+    with rasterio.open(tmp_path / "x.tif", "w", driver="GTiff", height=60, width=80, count=4, dtype="uint8") as file:
+        file.write(image.transpose(2, 0, 1))
+        assert file.colorinterp[3].name == "alpha"
+    for model, bands in ((save_model(tmp_path / "four", 4), 4), (three, 3)):
+        run("--checkpoint", model, "--images", tmp_path / "x.tif", "--out", tmp_path / f"out{bands}")
+        mask = tifffile.imread(tmp_path / f"out{bands}" / "masks" / "x.tif")
+        np.testing.assert_array_equal(mask, deepskip.load(model).predict(image[..., :bands]))
+
+
 def test_coco_of_whole_objects_across_tiles(five: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", picture(500, 260, 5))
     np.save(tmp_path / "y.npy", picture(60, 40, 5, seed=1))
@@ -211,6 +222,29 @@ def test_shards_by_their_keys(three: Path, tmp_path: Path) -> None:
         mask = np.asarray(Image.open(out / "masks" / f"{key}.png"))
         np.testing.assert_array_equal(mask, segmenter.predict(image) * 255)
     assert not (out / "overlays").exists()
+
+
+def test_urls(three: Path, tmp_path: Path, s3: Any) -> None:
+    images = {name: picture(60, 80, 3, seed=seed) for seed, name in enumerate(("a", "b", "c"))}
+    for name in ("a", "b"):
+        Image.fromarray(images[name]).save(tmp_path / f"{name}.png")
+        s3.put_file(str(tmp_path / f"{name}.png"), f"bucket/images/{name}.png")
+    array = zarr.create_array(tmp_path / "c.zarr", shape=(60, 80, 3), chunks=(32, 32, 3), dtype="uint8")
+    array[:] = images["c"]
+    s3.put(str(tmp_path / "c.zarr"), "bucket/c.zarr", recursive=True)
+    pack_coins(tmp_path / "coins", {"val": 1})
+    s3.put(str(tmp_path / "coins" / "val"), "bucket/shards", recursive=True)
+    out = tmp_path / "out"
+    places = ["s3://bucket/images", "s3://bucket/c.zarr", "s3://bucket/shards"]
+    run("--checkpoint", three, "--images", *places, "--out", out)
+    segmenter = deepskip.load(three)
+    for name in ("a", "b"):
+        mask = np.asarray(Image.open(out / "masks" / f"{name}.png"))
+        np.testing.assert_array_equal(mask, segmenter.predict(images[name]) * 255)
+    np.testing.assert_array_equal(zarr.open_array(out / "masks" / "c.zarr")[:], segmenter.predict(images["c"]))
+    run("--checkpoint", three, "--images", tmp_path / "coins" / "val", "--out", tmp_path / "here")
+    (key,) = load_index(tmp_path / "coins" / "val").keys([0])
+    assert (out / "masks" / f"{key}.png").read_bytes() == (tmp_path / "here" / "masks" / f"{key}.png").read_bytes()
 
 
 def test_images_are_prepared_as_the_training_data_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
