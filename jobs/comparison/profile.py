@@ -17,7 +17,7 @@ from jobs.comparison.rows import Row
 from jobs.comparison.samples import Category, Split
 
 BANDS, SIZE = 3, 256
-TIMED = 5
+TIMED = 3
 
 
 def synthetic(size: int, batch_size: int, device: torch.device) -> Category:

@@ -81,6 +81,8 @@ def files_of(out: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.glob("cells/*/*/*.json")}
 
 
+# a minute on a quiet machine
+@pytest.mark.timeout(900)
 def test_the_whole_grid_goes_on_where_it_was_killed(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(data, out, "--seeds", "[0]", "--device", "cpu", "--ray", "false")
@@ -96,7 +98,7 @@ def test_the_whole_grid_goes_on_where_it_was_killed(data: Path, tmp_path: Path) 
     networks = json.loads((out / "networks.json").read_text())
     failed = Cell("squares", "deepskip", 0, 1, 2, 1)
     write_error(out, failed, "as if")
-    second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stdout + second.stderr
     after = files_of(out)
     rows = yaml.safe_load(CONFIG.read_text())["networks"]
@@ -116,6 +118,7 @@ def test_the_whole_grid_goes_on_where_it_was_killed(data: Path, tmp_path: Path) 
     assert len({networks[name]["parameters"] for name in ("deepskip", "tuned-deep-supervision", "ablation-both")}) == 1
 
 
+@pytest.mark.timeout(900)
 def test_cells_as_ray_tasks_with_a_child_run_each(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
@@ -128,7 +131,7 @@ def test_cells_as_ray_tasks_with_a_child_run_each(data: Path, tmp_path: Path) ->
             env=environment,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     client = mlflow.MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
