@@ -85,6 +85,8 @@ def ended(pool: Pool, clock: "Clock", tasks: list[Task], what: str) -> Any:
                 waiting.remove(task)
                 pool.start(task)
                 running += 1
+            if not running:
+                break
             for outcome in pool.finished(min(1.0, max(0.0, clock.left()))):
                 running -= 1
                 line.update()
