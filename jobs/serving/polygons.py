@@ -11,6 +11,13 @@ EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 # a step along the edges of pixels: (down, right)
 RIGHT, DOWN, LEFT, UP = (0, 1), (1, 0), (0, -1), (-1, 0)
 
+# some seconds of work
+MAX_SIDES = 1_000_000
+
+
+class TooLong(ValueError):
+    """Outlines that would take too long to follow; says how long they are."""
+
 
 def find_objects(labels_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers the objects of a mask: an image (H, W) of numbers from 1, 0 for background, and the class of each object.
@@ -26,17 +33,17 @@ def find_objects(labels_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return objects, np.array(classes, np.int64)
 
 
-def feature_collection(labels_HW: np.ndarray, scores_HW: np.ndarray) -> dict[str, Any]:
-    """Makes a GeoJSON FeatureCollection of a mask's objects: Polygon, or MultiPolygon where parts touch by corners alone.
+def feature_collection(objects_HW: np.ndarray, classes: np.ndarray, scores_HW: np.ndarray) -> dict[str, Any]:
+    """Makes a GeoJSON FeatureCollection of objects: Polygon, or MultiPolygon where parts touch by corners alone.
 
-    scores_HW: each pixel's probability of its label. Coordinates are pixels, x to the right and y down from the upper
-    left corner of the image. Properties: class, area in pixels, score (mean probability).
+    objects_HW, classes: of find_objects. scores_HW: each pixel's probability of its label. Coordinates are pixels, x to the
+    right and y down from the upper left corner of the image. Properties: class, area in pixels, score (mean probability).
+    Raises TooLong where the outlines have more than MAX_SIDES sides of pixels.
     """
-    objects, classes = find_objects(labels_HW)
-    areas = np.bincount(objects.ravel(), minlength=len(classes) + 1)[1:]
-    scores = np.bincount(objects.ravel(), scores_HW.ravel(), minlength=len(classes) + 1)[1:] / np.maximum(areas, 1)
+    areas = np.bincount(objects_HW.ravel(), minlength=len(classes) + 1)[1:]
+    scores = np.bincount(objects_HW.ravel(), scores_HW.ravel(), minlength=len(classes) + 1)[1:] / areas
     # parts touch by edges: their outlines never cross themselves
-    parts, polygons = split_by_corners(objects)
+    parts, polygons = split_by_corners(objects_HW)
     owned: dict[int, list[list[Ring]]] = {}
     for part, rings in outlines(parts).items():
         owned.setdefault(int(polygons[part]), []).append(rings)
@@ -79,6 +86,9 @@ def outlines(parts_HW: np.ndarray) -> dict[int, list[Ring]]:
     The shoelace sum is positive for outer rings and negative for holes, as GeoJSON has it.
     """
     padded = np.pad(parts_HW, 1)
+    sides = int((padded[1:] != padded[:-1]).sum() + (padded[:, 1:] != padded[:, :-1]).sum())
+    if sides > MAX_SIDES:
+        raise TooLong(f"the objects' outlines have {sides} sides of pixels; at most {MAX_SIDES} are followed")
     steps: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     # along each side of a pixel whose neighbour there is of another part, with the part on the right hand
     for (down, right), inside, outside in (

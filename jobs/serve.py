@@ -1,0 +1,39 @@
+"""Serves a trained model over HTTP: an image in, a mask, polygons or an overlay out, and a page to try it on.
+
+Started by `python -m jobs.submit serve`, by any `ray job submit -- python -m jobs.serve ...`, or by hand, where it starts a
+Ray of its own. docs/serve.md says what it answers.
+"""
+
+import sys
+
+from deepskip import checkpoint
+from jobs.serving import settings
+from jobs.settings import stop
+
+
+def check(argv: list[str]) -> None:
+    """Reads the settings and looks for the checkpoint; ends the program with `error:` lines where they do not serve."""
+    config, _ = settings.parse(argv)
+    load(config.checkpoint)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves until it is stopped (SIGTERM, SIGINT); what has been asked until then is still answered."""
+    config, token = settings.parse(sys.argv[1:] if argv is None else argv)
+    state = load(config.checkpoint)
+
+    from jobs.serving import run
+
+    run.serve(config, token, state)
+
+
+def load(path: str) -> checkpoint.State:
+    """Reads the checkpoint; ends the program where there is none."""
+    try:
+        return checkpoint.load_for_inference(path)
+    except checkpoint.CheckpointError as error:
+        stop(f"checkpoint: {error}")
+
+
+if __name__ == "__main__":
+    main()

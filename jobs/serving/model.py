@@ -1,0 +1,146 @@
+"""The replicas: bytes of an image in, bytes of an answer out."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_shards.sample import Limits, TooLarge, decode_image
+from deepskip import inference
+from deepskip.inference import build_segmenter
+from jobs.serving.answers import Answer, encode, prepare
+from jobs.serving.batches import Batches
+
+# decoded images held at once, bytes; decoding waits until there is room
+DECODED_BYTES = 2**29
+# bytes of a value of an image, by which the limit in pixels becomes one in bytes
+VALUE_BYTES = 4
+# values larger than this overflow in the network
+LARGEST_VALUE = 1e30
+
+
+class Model:
+    """One replica of the model, as a Serve deployment.
+
+    state: of a checkpoint. max_pixels: of an image. batch, batch_wait: as in the settings. threads: of the network, and that
+    decode and encode beside it.
+    """
+
+    def __init__(
+        self, state: dict[str, Any], device: str, max_pixels: int, batch: int, batch_wait: float, threads: int
+    ) -> None:
+        close_back_door()
+        torch.set_num_threads(threads)
+        self.segmenter = build_segmenter(state).to(device)
+        self.bands = self.segmenter.network.in_channels
+        self.preparation = state["data"].get("preparation") or {"bands": None, "longest_side": None}
+        self.limits = Limits(max_pixels, max_pixels * max(self.bands, 3) * VALUE_BYTES)
+        # apart, since decoding waits for room that encoding makes
+        self.decoders, self.encoders = asyncio.Semaphore(threads), asyncio.Semaphore(threads)
+        self.room = Room(DECODED_BYTES)
+        self.batches = Batches(self.forward, batch, inference.TILE**2, batch_wait)
+        # the first pass through the network takes longest
+        self.segmenter.predict(np.zeros((64, 64, self.bands), np.float32))
+
+    async def segment(self, body: bytes, extension: str, answer: str) -> Answer:
+        """Answers one request. extension: what kind of file the body is. answer: one of answers.FORMATS."""
+        started = time.perf_counter()
+        async with self.decoders:
+            # one image more than there is room for, since its size is known only then
+            await self.room.left.wait()
+            try:
+                image = await asyncio.to_thread(self.read, body, extension)
+            except TooLarge as error:
+                return Answer(413, reason=f"the image: {error}")
+            except ValueError as error:
+                return Answer(422, reason=f"the image: {error}")
+        with self.room.taken(image.nbytes):
+            decoded = time.perf_counter()
+            prepared = await asyncio.to_thread(prepare, image, self.preparation)
+            try:
+                p_VHW, number = await self.batches.run(prepared)
+            except torch.OutOfMemoryError:
+                return Answer(
+                    413, reason=f"the image: its {image.shape[0]} x {image.shape[1]} pixels do not fit into the GPU"
+                )
+            segmented = time.perf_counter()
+            async with self.encoders:
+                made = await asyncio.to_thread(encode, image, p_VHW, answer)
+        made.batch = number
+        ended = time.perf_counter()
+        made.seconds = {"decode": decoded - started, "network": segmented - decoded, "encode": ended - segmented}
+        return made
+
+    def read(self, body: bytes, extension: str) -> np.ndarray:
+        """Decodes an image and looks whether the model can take it; raises ValueError."""
+        image = decode_image(extension, body, self.limits)
+        if self.preparation["bands"] is None and image.shape[2] != self.bands:
+            raise ValueError(f"has {image.shape[2]} bands; the model takes {self.bands}")
+        if image.dtype.kind == "f" and np.abs(image).max() > LARGEST_VALUE:
+            raise ValueError(f"has values beyond {LARGEST_VALUE:g}")
+        return image
+
+    def forward(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Computes the probabilities (V, H, W) of images of one size; a single one may be large, and is cut into tiles."""
+        if len(images) == 1:
+            # torch wants arrays that it could write to; those of a .npy are the body itself
+            return [self.segmenter.probabilities(np.require(images[0], requirements="W"))]
+        try:
+            with torch.inference_mode():
+                x_NHWC = torch.from_numpy(np.stack(images, dtype=np.float32, casting="unsafe"))
+                x_NCHW = x_NHWC.to(self.segmenter.mean.device).permute(0, 3, 1, 2)
+                return list(self.segmenter(x_NCHW).float().cpu().numpy())
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        return [self.segmenter.probabilities(image) for image in images]
+
+    async def describe(self) -> dict[str, Any]:
+        """Says what the model takes and gives."""
+        resampled = self.preparation["bands"] is not None
+        return {"bands": None if resampled else self.bands, "classes": self.segmenter.network.num_classes}
+
+
+class Room:
+    """Counts bytes that are held; whoever would hold more waits until others have left room."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+        self.left = asyncio.Event()
+        self.left.set()
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Holds so many bytes for the length of a block."""
+        self.change(count)
+        try:
+            yield
+        finally:
+            self.change(-count)
+
+    def change(self, count: int) -> None:
+        """Takes or gives back bytes, and tells those who wait."""
+        self.held += count
+        if self.held < self.most:
+            self.left.set()
+        else:
+            self.left.clear()
+
+
+def close_back_door() -> None:
+    """Keeps Serve from opening a port of each replica that takes pickles from anybody, on every interface.
+
+    By it deployments may call each other over gRPC; the front calls as actors do, behind Ray's own token. Serve has no
+    setting for it: it binds to [::] when the model is loaded. Does nothing outside a replica.
+    """
+    replica = sys.modules.get("ray.serve._private.replica")
+    if replica is not None:
+        # another version of Ray may open it in another way, which must not go unseen
+        assert hasattr(replica, "add_port_to_grpc_server"), (
+            "this Ray Serve opens its gRPC port in a way that is not known"
+        )
+        replica.add_port_to_grpc_server = lambda server, address: 0  # type: ignore[attr-defined]

@@ -1,0 +1,197 @@
+"""A replica by itself, without Ray or HTTP, and the outlines that it draws."""
+
+import asyncio
+import io
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio.features
+import torch
+from PIL import Image
+
+import deepskip
+from deepskip import inference
+from deepskip.config import Config
+from jobs.serving import polygons
+from jobs.serving.answers import Answer, prepare
+from jobs.serving.batches import Batches
+from jobs.serving.model import Model, Room
+
+PLAIN = {"bands": None, "longest_side": None}
+
+
+def state(bands: int, classes: int, preparation: dict[str, int | None] = PLAIN) -> dict[str, Any]:
+    config = Config()
+    config.model.levels, config.model.base_channels = 3, 4
+    torch.manual_seed(0)
+    network = deepskip.DeepSkipUNet(bands, classes, base_channels=4, levels=3)
+    data = {"in_channels": bands, "num_classes": classes, "mean": [0.0] * bands, "std": [1.0] * bands}
+    return {
+        "config": asdict(config),
+        "data": data | {"preparation": preparation},
+        "model": network.state_dict(),
+        "ema": None,
+    }
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def ask(model: Model, images: list[np.ndarray], answer: str = "mask") -> list[Answer]:
+    async def all_at_once() -> list[Answer]:
+        return list(await asyncio.gather(*(model.segment(npy(image), "npy", answer) for image in images)))
+
+    return asyncio.run(all_at_once())
+
+
+def mask_of(answer: Answer) -> np.ndarray:
+    assert answer.status == 200, answer.reason
+    return np.asarray(Image.open(io.BytesIO(answer.body)))
+
+
+def close(mask: np.ndarray, model: Model, image: np.ndarray) -> None:
+    p = model.segmenter.probabilities(image)
+    sure = np.abs(p[0] - 0.5) > 1e-4 if len(p) == 1 else np.diff(np.sort(p, 0)[-2:], axis=0)[0] > 1e-4
+    expected = (p[0] > 0.5) * 255 if len(p) == 1 else p.argmax(0)
+    assert sure.mean() > 0.9
+    np.testing.assert_array_equal(mask[sure], expected[sure])
+
+
+@pytest.mark.parametrize(("bands", "classes"), [(1, 1), (5, 3)])
+def test_images_of_one_size_go_together_and_come_out_as_alone(bands: int, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(40, 56)] * 5 + [(33, 17)] * 3 + [(50, 50)]
+    images = [rng.normal(size=(*size, bands)).astype(np.float32) for size in sizes]
+    model = Model(state(bands, classes), "cpu", 10_000, 16, 0.2, 2)
+    answers = ask(model, images)
+    for image, answer in zip(images, answers, strict=True):
+        close(mask_of(answer), model, image)
+    assert [answer.batch for answer in answers] == [5] * 5 + [3] * 3 + [1]
+    assert model.room.held == 0
+
+
+def test_large_images_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [np.random.default_rng(n).normal(size=(32, 32, 1)).astype(np.float32) for n in range(5)]
+    monkeypatch.setattr(inference, "TILE", 46)
+    model = Model(state(1, 1), "cpu", 10_000, 16, 0.2, 2)
+    assert [answer.batch for answer in ask(model, images)] == [2, 2, 2, 2, 1]
+
+
+def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
+    calls = []
+
+    def forward(images: list[np.ndarray]) -> list[np.ndarray]:
+        calls.append([int(image[0, 0, 0]) for image in images])
+        if calls[-1] == [3]:
+            raise ValueError("no")
+        return [image * 2 for image in images]
+
+    async def run() -> None:
+        batches = Batches(forward, 5, 100, 0.05)
+        images = [np.full((2 + (n == 3), 2, 1), n) for n in range(5)]
+        tasks = [asyncio.create_task(batches.run(image)) for image in images]
+        await asyncio.sleep(0.01)
+        tasks[1].cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [(int(each[0][0, 0, 0]), each[1]) for each in (found[0], found[2], found[4])] == [(0, 3), (4, 3), (8, 3)]
+        assert isinstance(found[1], asyncio.CancelledError)
+        assert isinstance(found[3], ValueError)
+        assert (await batches.run(images[4]))[1] == 1
+
+    asyncio.run(run())
+    assert calls == [[0, 2, 4], [3], [4]]
+
+
+def test_the_training_datas_preparation_is_done_first() -> None:
+    # 6 bands become 3, 60 x 30 becomes 20 x 10
+    image = np.random.default_rng(0).integers(0, 4000, (60, 30, 6)).astype(np.uint16)
+    model = Model(state(3, 1, {"bands": 3, "longest_side": 20}), "cpu", 10_000, 4, 0, 1)
+    small = prepare(image, model.preparation)
+    assert small.shape == (20, 10, 3)
+    # a triangle of three pixels' half width, away from the border
+    band = image[..., :2].astype(np.float64).mean(-1).round()
+    weights = np.array([1, 2, 3, 2, 1]) / 9
+    middle = band[3 * 9 - 1 : 3 * 9 + 4, 3 * 5 - 1 : 3 * 5 + 4]
+    assert abs(small[9, 5, 0] - weights @ middle @ weights) <= 1
+    p = torch.from_numpy(model.segmenter.probabilities(small))[None]
+    large = torch.nn.functional.interpolate(p, size=(60, 30), mode="bilinear")[0, 0].numpy()
+    (answer,) = ask(model, [image])
+    np.testing.assert_array_equal(mask_of(answer), (large > 0.5) * 255)
+    assert answer.coverage == pytest.approx((large > 0.5).mean())
+
+
+def test_what_the_model_cannot_take_is_said() -> None:
+    model = Model(state(3, 1), "cpu", 600, 4, 0, 1)
+    good, wide, four = np.zeros((30, 20, 3)), np.zeros((30, 21, 3)), np.zeros((30, 20, 4))
+    answers = ask(model, [good, wide, four, good * np.nan, good + 1e35])
+    assert [answer.status for answer in answers] == [200, 413, 422, 422, 422]
+    for answer, word in zip(
+        answers[1:], ("30 x 21 pixels", "4 bands; the model takes 3", "nan", "beyond"), strict=True
+    ):
+        assert word in answer.reason
+
+
+def test_whoever_would_hold_too_much_waits() -> None:
+    async def run() -> None:
+        room = Room(100)
+        with room.taken(60):
+            assert room.left.is_set()
+            with room.taken(60):
+                waiting = asyncio.create_task(room.left.wait())
+                await asyncio.sleep(0)
+                assert not waiting.done()
+            await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(run())
+
+
+def signed_area(ring: list[list[int]]) -> float:
+    x, y = np.array(ring[:-1]).T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
+def test_outlines_hold_exactly_the_pixels_of_the_mask() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        H, W, classes = rng.integers(1, 14, 3)
+        labels = ((rng.random((H, W)) < rng.random()) * rng.integers(1, classes + 1, (H, W))).astype(np.uint8)
+        objects, numbers = polygons.find_objects(labels)
+        scores = rng.random((H, W))
+        found = json.loads(json.dumps(polygons.feature_collection(objects, numbers, scores)))
+        drawn = np.zeros_like(labels)
+        for feature in found["features"]:
+            geometry, properties = feature["geometry"], feature["properties"]
+            inside = rasterio.features.rasterize([(geometry, 1)], out_shape=(H, W)) > 0
+            assert not drawn[inside].any()
+            drawn[inside] = properties["class"]
+            assert inside.sum() == properties["area"]
+            assert properties["score"] == pytest.approx(scores[inside].mean(), abs=1e-4)
+            single = geometry["type"] == "Polygon"
+            for shape in [geometry["coordinates"]] if single else geometry["coordinates"]:
+                assert signed_area(shape[0]) > 0
+                assert all(signed_area(hole) < 0 for hole in shape[1:])
+                # closed, and nowhere touching itself
+                assert all(ring[0] == ring[-1] and len(set(map(tuple, ring))) == len(ring) - 1 for ring in shape)
+        np.testing.assert_array_equal(drawn, labels)
+
+
+def test_objects_that_touch_by_a_corner_are_one() -> None:
+    labels = np.array([[1, 0, 0], [0, 1, 2]], np.uint8)
+    objects, classes = polygons.find_objects(labels)
+    found = polygons.feature_collection(objects, classes, np.ones(labels.shape))["features"]
+    assert [(f["geometry"]["type"], f["properties"]["area"]) for f in found] == [("MultiPolygon", 2), ("Polygon", 1)]
+    square = [(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]
+    assert found[0]["geometry"]["coordinates"][0] == [square]
+
+
+def test_outlines_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polygons, "MAX_SIDES", 7)
+    objects, classes = polygons.find_objects(np.eye(2, dtype=np.uint8))
+    with pytest.raises(polygons.TooLong, match="8 sides of pixels; at most 7"):
+        polygons.feature_collection(objects, classes, np.ones((2, 2)))
