@@ -3,8 +3,6 @@
 import asyncio
 import io
 import json
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,29 +10,12 @@ import rasterio.features
 import torch
 from PIL import Image
 
-import deepskip
 from deepskip import inference
-from deepskip.config import Config
 from jobs.serving import polygons
 from jobs.serving.answers import Answer, prepare
 from jobs.serving.batches import Batches
 from jobs.serving.model import Model, Room
-
-PLAIN = {"bands": None, "longest_side": None}
-
-
-def state(bands: int, classes: int, preparation: dict[str, int | None] = PLAIN) -> dict[str, Any]:
-    config = Config()
-    config.model.levels, config.model.base_channels = 3, 4
-    torch.manual_seed(0)
-    network = deepskip.DeepSkipUNet(bands, classes, base_channels=4, levels=3)
-    data = {"in_channels": bands, "num_classes": classes, "mean": [0.0] * bands, "std": [1.0] * bands}
-    return {
-        "config": asdict(config),
-        "data": data | {"preparation": preparation},
-        "model": network.state_dict(),
-        "ema": None,
-    }
+from tests.jobs.serving import state
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -111,7 +92,7 @@ def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
 def test_the_training_datas_preparation_is_done_first() -> None:
     # 6 bands become 3, 60 x 30 becomes 20 x 10
     image = np.random.default_rng(0).integers(0, 4000, (60, 30, 6)).astype(np.uint16)
-    model = Model(state(3, 1, {"bands": 3, "longest_side": 20}), "cpu", 10_000, 4, 0, 1)
+    model = Model(state(3, 1, bands=3, longest_side=20), "cpu", 10_000, 4, 0, 1)
     small = prepare(image, model.preparation)
     assert small.shape == (20, 10, 3)
     # a triangle of three pixels' half width, away from the border

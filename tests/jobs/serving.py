@@ -1,0 +1,117 @@
+"""Starts a real server for the tests, and speaks to it: HTTP by http.client, and by bare sockets where that is too polite."""
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import deepskip
+from deepskip import checkpoint
+from deepskip.config import Config
+
+START_SECONDS = 150
+
+
+def state(bands: int, classes: int, **preparation: int | None) -> dict[str, Any]:
+    """Makes the state of a small untrained model."""
+    config = Config()
+    config.model.levels, config.model.base_channels = 3, 4
+    torch.manual_seed(0)
+    network = deepskip.DeepSkipUNet(bands, classes, base_channels=4, levels=3)
+    preparation = {"bands": None, "longest_side": None} | preparation
+    data = {"in_channels": bands, "num_classes": classes, "mean": [0.0] * bands, "std": [1.0] * bands}
+    data |= {"preparation": preparation}
+    return {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
+
+
+@dataclass
+class Reply:
+    """What came back: status, headers (names in lower case) and body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Server:
+    """A running server: its process, its port and the folder of its model."""
+
+    process: subprocess.Popen[str]
+    port: int
+    model: Path
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """Sends one request on a connection of its own; `_` in the names of headers are `-`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, named)
+            answer = connection.getresponse()
+            return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+        finally:
+            connection.close()
+
+    def predict(self, body: bytes, wanted: str = "mask", **headers: str) -> Reply:
+        """Sends an image."""
+        return self.ask("POST", f"/predict?format={wanted}", body, **headers)
+
+    def send(self, *pieces: bytes, pause: float = 0, finish: bool = False) -> Reply:
+        """Sends bytes as they are, with pauses between; finish: then says that nothing more will come."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as line:
+            for piece in pieces:
+                line.sendall(piece)
+                time.sleep(pause)
+            if finish:
+                line.shutdown(socket.SHUT_WR)
+            answer = http.client.HTTPResponse(line)
+            answer.begin()
+            return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+
+    def processes(self) -> list[psutil.Process]:
+        """Lists the server's process and all that it started."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def replica(self) -> psutil.Process:
+        """Finds the replica."""
+        (found,) = (each for each in self.processes() if "ServeReplica" in " ".join(each.cmdline()))
+        return found
+
+
+@contextmanager
+def serving(
+    folder: Path, *settings: str, token: str | None = None, trained: dict[str, Any] | None = None
+) -> Iterator[Server]:
+    """Starts `python -m jobs.serve` on a free port with a model in `folder`, and stops it."""
+    checkpoint.save(trained or state(3, 1), folder / checkpoint.FOLDER / checkpoint.BEST)
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    variables |= {"HOME": str(folder)} | ({"DEEPSKIP_TOKEN": token} if token else {})
+    command = [sys.executable, "-u", "-m", "jobs.serve", "--checkpoint", str(folder), "--port", "0", *settings]
+    log = (folder / "serve.log").open("w+")
+    process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, text=True)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while " on http://" not in (said := (folder / "serve.log").read_text()):
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        port = int(said.split(" on http://")[1].split()[0].rsplit(":", 1)[1])
+        yield Server(process, port, folder)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+            log.close()
