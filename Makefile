@@ -2,6 +2,7 @@
 # make test    lint, types and the whole test suite
 # make test-faults   every fault by itself over real Ray nodes
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
+# make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
 # make compare-smoke   the comparison's whole grid at toy size
 # make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
@@ -14,7 +15,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults chaos compare-smoke lint setup lock bench bench-data bench-jobs clean
+.PHONY: train test test-faults chaos compare-smoke docs lint setup lock bench bench-data bench-jobs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -48,6 +49,10 @@ compare-smoke: setup
 	@$(VENV)/bin/python -m jobs.comparison.data --to build/compare-smoke/data --size 64
 	@$(VENV)/bin/python -m jobs.compare --config jobs/configs/compare.yaml --data build/compare-smoke/data --categories '[coins]' \
 	  --out build/compare-smoke/cells --seeds '[0]' --steps 2 --validations 1 --device cpu --ray false --workers 2 $(ARGS)
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: setup
 	@$(VENV)/bin/ruff check .
