@@ -1,6 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
 # make test-faults   every fault by itself over real Ray nodes
+# make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
@@ -15,7 +16,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults chaos compare-smoke docs lint setup lock bench bench-data bench-jobs clean
+.PHONY: train test test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -41,6 +42,9 @@ test: setup lint
 
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster
+
+test-browser: setup
+	@$(VENV)/bin/python -m pytest -m browser tests/jobs
 
 chaos: setup
 	@$(VENV)/bin/python -m tests.cluster.chaos $(ARGS)

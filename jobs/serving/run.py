@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from aiohttp import web
@@ -29,6 +30,13 @@ def serve(config: ServeConfig, token: str | None, state: State) -> None:
     """Serves until SIGTERM or SIGINT; ends the program with an `error:` line where it cannot."""
     # before ray takes its time
     listener = listen(config)
+    with replicas(config, state) as handle:
+        asyncio.run(answer(config, token, listener, handle))
+
+
+@contextmanager
+def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
+    """Starts Ray, or joins the cluster at RAY_ADDRESS, and the replicas on it, for a block; gives the handle to them."""
     settings = {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if os.environ.get("RAY_ADDRESS") else LOOPBACK_ONLY)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -40,8 +48,7 @@ def serve(config: ServeConfig, token: str | None, state: State) -> None:
 
     ray.init(log_to_driver=False, logging_level="ERROR", **scaling.own_ray())
     try:
-        handle = deploy(config, state)
-        asyncio.run(answer(config, token, listener, handle))
+        yield deploy(config, state)
     finally:
         with suppress(Exception):
             ray_serve.delete(APPLICATION)
@@ -65,6 +72,7 @@ def deploy(config: ServeConfig, state: State) -> Any:
     from jobs.serving.model import Model
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    assert config.cpus is not None
     gpus = config.gpus if config.gpus is not None else float(torch.cuda.is_available())
     check_room({"CPU": config.cpus * config.replicas, "GPU": gpus * config.replicas})
     # the optimizer stays here
@@ -113,16 +121,10 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    replicas = Replicas(handle)
-    front = Front(config, token, replicas.ask, lambda: replicas.up, await handle.describe.remote())
-    watching = asyncio.create_task(replicas.watch())
-    # bodies stay as they are sent; a compressed one is refused
-    runner = web.AppRunner(
-        front.application(), access_log=None, keepalive_timeout=IDLE_SECONDS, auto_decompress=False,
-        shutdown_timeout=LAST_SECONDS,
-    )  # fmt: skip
-    await runner.setup()
-    await web.SockSite(runner, listener).start()
+    way = Replicas(handle)
+    watching = asyncio.create_task(way.watch())
+    front = Front(config, token, way.ask, lambda: way.up, await handle.describe.remote())
+    runner = await open_front(front.application(), listener)
     host, port = listener.getsockname()[:2]
     print(f"serving {config.checkpoint} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     print("POST an image to /predict?format=mask, overlay or polygons; or open the address in a browser", flush=True)
@@ -132,6 +134,17 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
     print("stopping: what has been asked is still answered", flush=True)
     watching.cancel()
     await runner.cleanup()
+
+
+async def open_front(app: web.Application, listener: socket.socket) -> web.AppRunner:
+    """Begins to answer; the runner's cleanup ends it."""
+    # bodies stay as they are sent: a compressed one is refused
+    runner = web.AppRunner(
+        app, access_log=None, keepalive_timeout=IDLE_SECONDS, auto_decompress=False, shutdown_timeout=LAST_SECONDS
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    return runner
 
 
 class Replicas:
