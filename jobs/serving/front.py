@@ -66,6 +66,7 @@ class Front:
     def application(self) -> web.Application:
         """Makes the aiohttp application."""
         app = web.Application(middlewares=[self.guard])
+        app.on_response_prepare.append(add_headers)
         app.router.add_get("/", self.show_page)
         app.router.add_post("/predict", self.predict, expect_handler=self.expect)
         app.router.add_get("/healthz", self.show_health)
@@ -90,10 +91,6 @@ class Front:
             # ours, and no reason to end
             logger.exception("%s %s failed", request.method, request.path)
             response = refusal(500, "the server failed at this request; its log says more")
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cache-Control"] = "no-store"
-        # versions are nobody's business
-        response.headers["Server"] = "DeepSkip"
         if request.path == "/predict":
             self.metrics.requests.labels(str(response.status)).inc()
             if response.status == 200:
@@ -138,6 +135,22 @@ class Front:
             self.held -= len(body)
         if answer.status != 200:
             raise Refused(answer.status, answer.reason)
+        response = self.response_of(answer, wanted)
+        self.held += len(answer.body)
+        try:
+            # a client that does not take its answer must not keep it here
+            async with asyncio.timeout(self.config.body_seconds):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            self.held -= len(answer.body)
+        return response
+
+    def response_of(self, answer: Answer, wanted: str) -> web.Response:
+        """Makes the HTTP response of an answer, and counts it."""
         self.metrics.observe(answer)
         timing = ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in answer.seconds.items())
         headers = {
@@ -222,6 +235,14 @@ class Front:
     async def show_metrics(self, request: web.Request) -> web.Response:
         """Answers GET /metrics, for Prometheus."""
         return web.Response(body=self.metrics.text(), headers={"Content-Type": self.metrics.content_type})
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Adds to every answer what a browser should not do with it."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Cache-Control"] = "no-store"
+    # versions are nobody's business
+    response.headers["Server"] = "DeepSkip"
 
 
 def kind_of(body: bytes | bytearray, declared: str) -> str:

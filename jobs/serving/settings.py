@@ -39,7 +39,7 @@ class ServeConfig:
     max_held_mb: float = 1024
     """bytes of bodies held at once, of all requests, MB; what does not fit is turned away (429)"""
     body_seconds: float = 30
-    """a body must have come whole in this time (408)"""
+    """a body must have come whole in this time (408), and an answer must have been taken in it"""
     answer_seconds: float = 120
     """an answer must be ready in this time (504)"""
     batch: int = 8
