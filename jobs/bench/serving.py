@@ -107,7 +107,7 @@ async def measure(
 
     app = front.application()
     app.middlewares.insert(0, record)
-    runner = await open_front(app, listener)
+    runner, _ = await open_front(app, listener)
     port = listener.getsockname()[1]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

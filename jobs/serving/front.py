@@ -60,8 +60,9 @@ class Front:
     ) -> None:
         self.config, self.token, self.ask, self.health, self.about = config, token, ask, health, about
         self.metrics = Metrics()
-        # requests that have their body and no answer yet, and bytes of bodies, whole or not
-        self.waiting = self.held = 0
+        # requests of any kind that are under way, those that have their body and no answer yet, and bytes of bodies and answers
+        self.open = self.waiting = self.held = 0
+        self.stopping = False
 
     def application(self) -> web.Application:
         """Makes the aiohttp application."""
@@ -77,7 +78,10 @@ class Front:
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Lets in who may come in, turns refusals into answers that say why, and counts."""
         started = time.perf_counter()
+        self.open += 1
         try:
+            if self.stopping:
+                raise Refused(503, "this server is being stopped")
             self.check_caller(request)
             response = await handler(request)
         except Refused as error:
@@ -91,6 +95,10 @@ class Front:
             # ours, and no reason to end
             logger.exception("%s %s failed", request.method, request.path)
             response = refusal(500, "the server failed at this request; its log says more")
+        finally:
+            self.open -= 1
+        if self.stopping:
+            response.force_close()
         if request.path == "/predict":
             self.metrics.requests.labels(str(response.status)).inc()
             if response.status == 200:
@@ -136,6 +144,8 @@ class Front:
         if answer.status != 200:
             raise Refused(answer.status, answer.reason)
         response = self.response_of(answer, wanted)
+        if self.stopping:
+            response.force_close()
         self.held += len(answer.body)
         try:
             # a client that does not take its answer must not keep it here
@@ -221,6 +231,13 @@ class Front:
         finally:
             self.waiting -= 1
             self.metrics.waiting.set(self.waiting)
+
+    async def finish(self, seconds: float) -> None:
+        """Turns new requests away, and waits until those under way are answered, for at most so long."""
+        self.stopping = True
+        deadline = time.monotonic() + seconds
+        while self.open and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     async def show_page(self, request: web.Request) -> web.Response:
         """Answers GET /: the page for people."""

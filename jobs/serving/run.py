@@ -23,6 +23,8 @@ APPLICATION = "deepskip"
 IDLE_SECONDS = 20
 # requests that are under way when the server is stopped have this long
 LAST_SECONDS = 10.0
+# what a refused request still sends is read and thrown away for so long, so that the refusal arrives
+LINGER_SECONDS = 5.0
 WATCH_SECONDS = 1.0
 
 
@@ -124,7 +126,7 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
     way = Replicas(handle)
     watching = asyncio.create_task(way.watch())
     front = Front(config, token, way.ask, lambda: way.up, await handle.describe.remote())
-    runner = await open_front(front.application(), listener)
+    runner, site = await open_front(front.application(), listener)
     host, port = listener.getsockname()[:2]
     print(f"serving {config.checkpoint} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     print("POST an image to /predict?format=mask, overlay or polygons; or open the address in a browser", flush=True)
@@ -132,19 +134,24 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
         print("requests must carry the token: Authorization: Bearer TOKEN", flush=True)
     await stopped.wait()
     print("stopping: what has been asked is still answered", flush=True)
+    # aiohttp itself would close connections whose bodies are still coming
+    await site.stop()
+    await front.finish(LAST_SECONDS)
     watching.cancel()
     await runner.cleanup()
 
 
-async def open_front(app: web.Application, listener: socket.socket) -> web.AppRunner:
-    """Begins to answer; the runner's cleanup ends it."""
+async def open_front(app: web.Application, listener: socket.socket) -> tuple[web.AppRunner, web.SockSite]:
+    """Begins to answer; stopping the site ends new connections, the runner's cleanup all."""
     # bodies stay as they are sent: a compressed one is refused
     runner = web.AppRunner(
-        app, access_log=None, keepalive_timeout=IDLE_SECONDS, auto_decompress=False, shutdown_timeout=LAST_SECONDS
-    )
+        app, access_log=None, keepalive_timeout=IDLE_SECONDS, lingering_time=LINGER_SECONDS, auto_decompress=False,
+        shutdown_timeout=1,
+    )  # fmt: skip
     await runner.setup()
-    await web.SockSite(runner, listener).start()
-    return runner
+    site = web.SockSite(runner, listener)
+    await site.start()
+    return runner, site
 
 
 class Replicas:

@@ -87,6 +87,7 @@ def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
         prog="python -m jobs.serve",
         description="Serves a trained model over HTTP. Settings come from the defaults, then --config, then the command line.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_class_arguments(ServeConfig)
