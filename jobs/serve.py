@@ -6,7 +6,8 @@ Ray of its own. docs/serve.md says what it answers.
 
 import sys
 
-from deepskip import checkpoint
+from deepskip.checkpoint import State
+from jobs import models
 from jobs.serving import settings
 from jobs.settings import stop
 
@@ -14,24 +15,24 @@ from jobs.settings import stop
 def check(argv: list[str]) -> None:
     """Reads the settings and looks for the checkpoint; ends the program with `error:` lines where they do not serve."""
     config, _ = settings.parse(argv)
-    load(config.checkpoint)
+    load(config)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Serves until it is stopped (SIGTERM, SIGINT); what has been asked until then is still answered."""
     config, token = settings.parse(sys.argv[1:] if argv is None else argv)
-    state = load(config.checkpoint)
+    state = load(config)
 
     from jobs.serving import run
 
     run.serve(config, token, state)
 
 
-def load(path: str) -> checkpoint.State:
-    """Reads the checkpoint; ends the program where there is none."""
+def load(config: settings.ServeConfig) -> State:
+    """Reads the model; ends the program where there is none."""
     try:
-        return checkpoint.load_for_inference(path)
-    except checkpoint.CheckpointError as error:
+        return models.find(config.checkpoint, config.tracking_uri).state
+    except models.ModelNotFound as error:
         stop(f"checkpoint: {error}")
 
 

@@ -1,17 +1,13 @@
 """Every setting of the server, with its unit and default, and what is checked before anything is started."""
 
-import argparse
 import ipaddress
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from jsonargparse import ArgumentParser
-
 from cluster.local import usable_cpus
-from jobs.settings import explain, stop
+from jobs.settings import parse_settings, stop
 
 VARIABLE = "DEEPSKIP_TOKEN"
 # below this a token can be guessed over a network
@@ -23,7 +19,9 @@ class ServeConfig:
     """A server: the model, where it listens, what it takes, and how much at once."""
 
     checkpoint: str
-    """a run's folder (runs/NAME), its URL, or a checkpoint file"""
+    """a run's folder (runs/NAME), its URL, a checkpoint file, an MLflow run's id, or models:/NAME/VERSION"""
+    tracking_uri: str | None = None
+    """MLflow's address, for names of its own; null takes $MLFLOW_TRACKING_URI, else the database in runs/"""
     host: str = "127.0.0.1"
     """address to listen on; any but this machine's own loopback needs a token"""
     port: int = 8000
@@ -83,22 +81,10 @@ RANGES = {
 
 def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
     """Reads the settings; gives them with the token. Bad ones end the program by `stop`."""
-    parser = ArgumentParser(
-        prog="python -m jobs.serve",
-        description="Serves a trained model over HTTP. Settings come from the defaults, then --config, then the command line.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    description = (
+        "Serves a trained model over HTTP. Settings come from the defaults, then --config, then the command line."
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings")
-    parser.add_class_arguments(ServeConfig)
-    try:
-        parsed = parser.parse_args(argv)
-        values = parser.instantiate_classes(parsed).as_dict()
-        config = ServeConfig(**{key: value for key, value in values.items() if key != "config"})
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        stop(explain(str(error)))
-    except yaml.YAMLError as error:
-        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+    config = parse_settings("serve", description, ServeConfig, argv)
     check_values(config)
     if config.cpus is None:
         config.cpus = max(1, usable_cpus() // config.replicas)

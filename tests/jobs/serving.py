@@ -22,7 +22,7 @@ from deepskip.config import Config
 START_SECONDS = 150
 
 
-def state(bands: int, classes: int, **preparation: int | None) -> dict[str, Any]:
+def state(bands: int, classes: int, preparation: dict[str, int | None] | None = None) -> dict[str, Any]:
     """Makes the state of a small untrained model."""
     config = Config()
     config.model.levels, config.model.base_channels = 3, 4
@@ -35,9 +35,8 @@ def state(bands: int, classes: int, **preparation: int | None) -> dict[str, Any]
         scale = 3 / logits.std((0, 2, 3))
         network.head.bias -= logits.mean((0, 2, 3)) * scale
         network.head.weight *= scale[:, None, None, None]
-    preparation = {"bands": None, "longest_side": None} | preparation
     data = {"in_channels": bands, "num_classes": classes, "mean": [0.0] * bands, "std": [1.0] * bands}
-    data |= {"preparation": preparation}
+    data |= {"preparation": preparation or {"bands": None, "longest_side": None}}
     return {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
 
 

@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def segmenter(server: Server) -> deepskip.inference.Segmenter:
+def segmenter(server: Server) -> deepskip.model.Model:
     return deepskip.load(server.model)
 
 
@@ -74,7 +74,7 @@ def test_the_mask_is_what_python_gives(server, segmenter, encode, content_type) 
     assert float(reply.headers["deepskip-coverage"]) == pytest.approx(expected.mean(), abs=1e-6)
 
 
-def test_polygons_and_overlay(server: Server, segmenter: deepskip.inference.Segmenter) -> None:
+def test_polygons_and_overlay(server: Server, segmenter: deepskip.model.Model) -> None:
     image = picture(70, 50, seed=5)
     mask = segmenter.predict(image) > 0
     reply = server.predict(png(image), "polygons")
@@ -238,7 +238,7 @@ def test_a_token_is_asked_for(guarded: Server) -> None:
         (["--token_file", "/nowhere"], "", "token_file is /nowhere"),
         (["--batch", "0"], "", "batch is 0; it must be from 1"),
         (["--max_held_mb", "1"], "", "one body of max_body_mb"),
-        (["--max_wait", "3"], "", "max_wait is no setting (did you mean max_waiting"),
+        (["--max_waitign", "3"], "", "max_waitign is no setting (did you mean max_waiting"),
         (["--port", "many"], "", "port is 'many'; it must be"),
         (["--checkpoint", "/nowhere"], "", "/nowhere does not exist"),
     ],

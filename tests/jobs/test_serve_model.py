@@ -92,7 +92,7 @@ def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
 def test_the_training_datas_preparation_is_done_first() -> None:
     # 6 bands become 3, 60 x 30 becomes 20 x 10
     image = np.random.default_rng(0).integers(0, 4000, (60, 30, 6)).astype(np.uint16)
-    model = Model(state(3, 1, bands=3, longest_side=20), "cpu", 10_000, 4, 0, 1)
+    model = Model(state(3, 1, {"bands": 3, "longest_side": 20}), "cpu", 10_000, 4, 0, 1)
     small = prepare(image, model.preparation)
     assert small.shape == (20, 10, 3)
     # a triangle of three pixels' half width, away from the border
