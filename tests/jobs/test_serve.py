@@ -27,7 +27,6 @@ from tests.jobs.serving import Server, serving, state
 # more than this the processes must not grow by bad requests, bytes
 GROWTH = 48 * 2**20
 MAX_WAITING = 6
-WORD = "20-letters-or-so-long"
 
 
 @pytest.fixture(scope="module")
@@ -204,30 +203,6 @@ def test_a_stopped_server_answers_what_it_was_asked(server: Server) -> None:
 def pieces(data: bytes) -> tuple[bytes, bytes]:
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     return head + data[:50], data[50:]
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("guarded"), "--host", "0.0.0.0", token=WORD) as started:
-        yield started
-
-
-def test_a_token_is_asked_for(guarded: Server) -> None:
-    right = {"Authorization": f"Bearer {WORD}", "Host": "any.name.example"}
-    assert guarded.predict(png(GOOD), **right).status == 200
-    assert guarded.ask("GET", "/metrics", **right).status == 200
-    for wrong in ({}, {"Authorization": f"Bearer {WORD.upper()}"}, {"Authorization": WORD}):
-        for reply in (guarded.predict(png(GOOD), **wrong), guarded.ask("GET", "/metrics", **wrong)):
-            assert reply.status == 401
-            assert reply.headers["www-authenticate"] == "Bearer"
-    # the page asks for it, and probes have none
-    assert '"token": true' in guarded.ask("GET", "/").body.decode()
-    assert guarded.ask("GET", "/healthz").status == 200
-    # only the front is on other interfaces
-    listening = {
-        c.laddr for p in guarded.processes() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN
-    }
-    assert {at.port for at in listening if at.ip.removeprefix("::ffff:") != "127.0.0.1"} == {guarded.port}
 
 
 @pytest.mark.parametrize(
