@@ -1,5 +1,6 @@
 """Runs the grid's cells on a pool of workers: measures each network first, skips what is done, keeps to the budget of time."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -99,6 +100,8 @@ class Clock:
     def __init__(self, grid: Grid) -> None:
         self.grid, self.started = grid, time.monotonic()
         self.longest: dict[str, float] = {}
+        # how much longer cells take than their steps alone: on one GPU workers take turns
+        self.slower = [OVERHEAD * (grid.workers if grid.device != "cpu" else 1) / 2]
 
     def left(self) -> float:
         """Gives the seconds that are left."""
@@ -108,19 +111,21 @@ class Clock:
     def took(self, task: Task, seconds: float) -> None:
         """Takes note of a cell's time."""
         self.longest[task.network] = max(seconds, self.longest.get(task.network, 0.0))
+        if alone := self.alone(task):
+            self.slower.append(seconds / alone)
 
     def fits(self, task: Task) -> bool:
         """Says whether a task would end within the budget."""
         if task.cell is None or self.grid.budget_seconds is None:
             return True
-        guess = self.longest.get(task.network)
-        if guess is None:
-            step = results.read_networks(Path(self.grid.out)).get(task.network, {}).get("seconds_per_step") or 0.0
-            # on one GPU workers take turns
-            guess = (
-                FIXED + step * task.cell.steps * OVERHEAD * (self.grid.workers if self.grid.device != "cpu" else 1) / 2
-            )
+        guess = self.longest.get(task.network) or statistics.median_high(self.slower) * self.alone(task)
         return guess < self.left()
+
+    def alone(self, task: Task) -> float:
+        """Gives the seconds of a cell's steps on a machine of its own; 0 where they were not measured."""
+        assert task.cell is not None
+        step = results.read_networks(Path(self.grid.out)).get(task.network, {}).get("seconds_per_step")
+        return FIXED + step * task.cell.steps if step else 0.0
 
 
 def described(grid: Grid, name: str, error: str | None) -> dict[str, Any]:
