@@ -280,6 +280,7 @@ def readme_table(results: Results) -> str:
     caption = (
         f"{counted_as(len(results.categories), 'category', 'categories')}, {counted_as(len(results.seeds), 'seed', 'seeds')}, "
         f"{steps} steps a cell, {hardware}; mean ± standard "
-        "deviation over seeds (without one: of one seed), each rival at its better width: [docs/comparison](docs/comparison/README.md)"
+        "deviation over seeds (without one: of one seed), each rival at its better width: "
+        "[docs/comparison](docs/comparison/README.md)"
     )
     return grid(["network", "parameters", "MIoU, %", "object recall, %"], rows) + "\n" + caption + "\n"
