@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cluster.settings import LOOPBACK_ONLY
+from data_shards import storage
 from jobs import models
 from jobs.prediction import done, inputs
 from jobs.prediction.features import join_coco
@@ -48,7 +49,7 @@ def build_parser() -> ArgumentParser:
         required=True,
         help="files, folders of them, Zarr arrays, folders of shards, and URLs of each",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the outputs, which every machine sees")
+    parser.add_argument("--out", required=True, help="folder of the outputs, which every machine sees")
     parser.add_class_arguments(Options)
     return parser
 
@@ -62,7 +63,11 @@ def parse(argv: list[str] | None) -> tuple[str, list[str], Path, Options]:
         check_values(options)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop(explain(str(error)))
-    return parsed.checkpoint, list(parsed.images), parsed.out, options
+    if storage.is_remote(parsed.out):
+        stop(
+            f"--out is {parsed.out}; it must be a folder, which rasters can be written to piece by piece: copy it from there"
+        )
+    return parsed.checkpoint, list(parsed.images), Path(parsed.out.removeprefix("file://")), options
 
 
 def check(argv: list[str]) -> None:
@@ -86,6 +91,11 @@ def read_checkpoint(run_or_path: str) -> dict[str, Any]:
     return {"config": state["config"], "data": data, "ema": None, "model": weights}
 
 
+def is_relative(place: str) -> bool:
+    """Says whether a place is a path that depends on where one stands."""
+    return "://" not in place and not Path(place).is_absolute()
+
+
 def fingerprint(state: dict[str, Any], options: Options) -> str:
     """Computes the sha256 of all that decides what the outputs are: weights, the model's settings, and ours."""
     import torch
@@ -103,6 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     """Predicts; images that cannot be segmented are named and passed over, and the exit status is then 1."""
     run_or_path, places, out, options = parse(argv)
     state = read_checkpoint(run_or_path)
+    if "runtime_resources" in Path.cwd().parts and (not out.is_absolute() or any(map(is_relative, places))):
+        stop(
+            "--out or --images is relative to a copy of your folder on the cluster; give paths that every machine sees"
+        )
     items = inputs.find(places)
     made_by = fingerprint(state, options)
     out.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ import deepskip
 from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.inference import normalize
+from deepskip.tiling import enlarged_rows
 
 STRIPE = 512
 # of the windows that are compared, and what is read around them, pixels: more than the network sees
@@ -34,7 +35,8 @@ def make_raster(path: Path, side: int, bands: int, dtype: str) -> tuple[np.ndarr
 
     rng = np.random.default_rng(0)
     cell = 16
-    coarse = scipy.ndimage.gaussian_filter(rng.standard_normal((side // cell + 2, side // cell + 2, bands)), (1, 1, 0))
+    cells = side // cell + 2
+    coarse = scipy.ndimage.gaussian_filter(rng.standard_normal((bands, cells, cells), np.float32), (0, 1, 1))
     profile: dict[str, Any] = {
         "driver": "GTiff", "height": side, "width": side, "count": bands, "dtype": dtype, "crs": "EPSG:32633",
         "transform": Affine(0.5, 0, 4e5, 0, -0.5, 5e6), "tiled": True, "blockxsize": 512, "blockysize": 512,
@@ -44,10 +46,8 @@ def make_raster(path: Path, side: int, bands: int, dtype: str) -> tuple[np.ndarr
     with rasterio.open(path, "w", **profile) as file:
         for top in range(0, side, STRIPE):
             rows = min(STRIPE, side - top)
-            places = (np.arange(top, top + rows) / cell)[:, None], (np.arange(side) / cell)[None]
-            grid = np.broadcast_arrays(*places)
-            stripe = np.stack([scipy.ndimage.map_coordinates(coarse[..., b], grid, order=1) for b in range(bands)])
-            values = np.clip(120 + 90 * stripe + rng.integers(-4, 5, stripe.shape), 0, 255).astype(dtype)
+            stripe = enlarged_rows(coarse, side, side, top, top + rows)
+            values = np.clip(120 + 90 * stripe + rng.integers(-4, 5, stripe.shape, np.int8), 0, 255).astype(dtype)
             total += values.sum((1, 2), dtype=np.float64)
             squares += (values.astype(np.float64) ** 2).sum((1, 2))
             file.write(values, window=((top, top + rows), (0, side)))

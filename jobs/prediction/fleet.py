@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
+from data_shards import storage
 from jobs.prediction.inputs import Item
 from jobs.prediction.options import Options
 from jobs.prediction.segment import Outcome, Predictor
@@ -67,7 +68,7 @@ def over_ray(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    groups = [{"group": json.dumps([asdict(item) for item in group])} for group in grouped(items, workers)]
+    groups = [{"group": json.dumps([from_anywhere(item) for item in group])} for group in grouped(items, workers)]
     # a gpu is one worker's own; a machine's memory is shared
     processes = 1 if gpu else on_one
     outcomes = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
@@ -85,6 +86,13 @@ def over_ray(
             yield Outcome(**json.loads(row["outcome"]))
     except ray.exceptions.RayError as error:
         stop(f"the workers failed: {' '.join(str(error).split())[-500:]}\nthe same command goes on")
+
+
+def from_anywhere(item: Item) -> dict[str, Any]:
+    """Gives an item as plain values, its path absolute: a worker stands in another folder."""
+    if storage.is_remote(item.location):
+        return asdict(item)
+    return asdict(replace(item, location=str(Path(item.location.removeprefix("file://")).absolute())))
 
 
 def grouped(items: Sequence[Item], workers: int) -> Iterator[list[Item]]:

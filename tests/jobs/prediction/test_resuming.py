@@ -112,7 +112,8 @@ def test_over_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     (tmp_path / "images" / "broken.png").write_bytes(b"nothing")
     model, out = save_model(tmp_path / "run", 3), tmp_path / "out"
     options = ["--workers", "2", "--cpus_per_worker", "0.5", "--tile", "128", "--polygons", "coco"]
-    arguments = ["--checkpoint", str(model), "--images", str(tmp_path / "images"), "--out", str(out), *options]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--checkpoint", str(model), "--images", "images", "--out", "out", *options]
     try:
         with pytest.raises(SystemExit) as ended:
             predict.main(arguments)
