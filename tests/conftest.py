@@ -19,6 +19,15 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take many times as long for small images where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
     """Serves an empty bucket by moto, for a module."""

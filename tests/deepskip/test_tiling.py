@@ -14,6 +14,8 @@ import deepskip
 from deepskip import inference
 from deepskip.tiling import Overlap, enlarged_rows, logits_in_tiles, overlap_of, receptive_radius, spans
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def network_of(bands: int, num_classes: int, **settings: Any) -> deepskip.DeepSkipUNet:
     torch.manual_seed(0)
@@ -94,7 +96,9 @@ def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, encoder: s
         monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
         tiled = inference.predict_logits(network, image, tile)
     assert len(spans(407, tile, overlap_of(network))) > 3
-    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+    # fp32 rounds in proportion
+    scale = whole.std()
+    torch.testing.assert_close(tiled / scale, whole / scale, atol=1e-5, rtol=0)
 
 
 def test_the_papers_network_in_tiles() -> None:

@@ -24,6 +24,7 @@ from jobs.prediction import rasters
 from jobs.prediction.inputs import sample_bytes
 from tests.jobs.prediction.models import save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # the tiles of the tests' network overlap by 96
 TILE = ["--tile", "192"]
 

@@ -16,6 +16,7 @@ import deepskip
 from jobs import predict
 from tests.jobs.prediction.models import save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[3]
 IMAGES = 500
 
