@@ -1,4 +1,4 @@
-"""For mkdocs: links of the docs to code beside them are links in the repository, and names of files in the site."""
+"""For mkdocs: what a link of the docs is in the site, where in the repository it leads to code or to a folder's README."""
 
 import logging
 import posixpath
@@ -12,12 +12,18 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Puts the path of a file in the place of a link that leaves docs/, and warns where there is no such file."""
+    """Puts the path of a file in the place of a link that leaves docs/, and a folder's page in that of its README.
+
+    Warns where there is no such file.
+    """
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     root = Path(config.config_file_path).parent
 
     def plain(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[2]))
+        beside = posixpath.join(posixpath.dirname(path), "index.html")
+        if path.endswith("/README.md") and (root / beside).exists():
+            return f"[{link[1]}]({posixpath.join(posixpath.dirname(link[2]), 'index.html')})"
         if path.startswith("docs/"):
             return link[0]
         if not (root / path).exists():
