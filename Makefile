@@ -9,6 +9,7 @@
 # make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
 # make bench-jobs   Ray Train and the trainer beside a bare loop
+# make bench-serve  the server under wrk, which must be installed (Debian: apt-get install wrk)
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
 ARGS ?=
@@ -16,7 +17,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs clean
+.PHONY: train test test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -86,6 +87,9 @@ bench-data:
 
 bench-jobs: setup
 	@$(VENV)/bin/python -m jobs.bench $(ARGS)
+
+bench-serve: setup
+	@$(VENV)/bin/python -m jobs.bench.serving $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .venv-bench .venv-bench-kernels *.egg-info

@@ -52,8 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.serving", description=__doc__)
     parser.add_argument("--checkpoint", help="a run; by default an untrained network of the default size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="sides of the images, pixels")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        help="requests at once; of larger images at most 4",
+    )
+    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--pairs", type=int, default=2, help="how often each is measured")
     parser.add_argument("--overload", type=int, default=256, help="connections beyond capacity")
     parser.add_argument("--name", default=f"{os.cpu_count()}-cores")
@@ -114,7 +120,7 @@ async def measure(
         for side in arguments.sizes:
             image = Path(folder) / f"{side}.png"
             image.write_bytes(picture(side))
-            for concurrency in arguments.concurrency:
+            for concurrency in (n for n in arguments.concurrency if n <= 4 or side == arguments.sizes[0]):
                 pairs = []
                 for _ in range(arguments.pairs):
                     bare = await ask_handle(handle, image.read_bytes(), concurrency, arguments.seconds)
@@ -132,7 +138,9 @@ async def measure(
         beyond = {"side": arguments.sizes[0], "connections": arguments.overload, "statuses": statuses, "wrk": seen}
         beyond |= {"served_p50": 1e3 * percentile(served, 50), "served_p99": 1e3 * percentile(served, 99)}
         # and as before, when it is over
+        await asyncio.sleep(1)
         beyond["afterwards"] = await wrk(port, image, 1, arguments.seconds)
+        assert beyond["afterwards"]["refused"] == 0, beyond
     await runner.cleanup()
     return rows, beyond
 

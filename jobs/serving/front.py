@@ -155,6 +155,9 @@ class Front:
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()
+        except ConnectionError:
+            # it has left
+            pass
         finally:
             self.held -= len(answer.body)
         return response

@@ -146,7 +146,8 @@ async def open_front(app: web.Application, listener: socket.socket) -> tuple[web
     # bodies stay as they are sent: a compressed one is refused
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=IDLE_SECONDS, lingering_time=LINGER_SECONDS, auto_decompress=False,
-        shutdown_timeout=1,
+        # whoever leaves makes room at once
+        handler_cancellation=True, shutdown_timeout=1,
     )  # fmt: skip
     await runner.setup()
     site = web.SockSite(runner, listener)
@@ -166,8 +167,12 @@ class Replicas:
         from ray.serve.exceptions import RayServeException
 
         for last in (False, True):
+            response = self.handle.segment.remote(body, extension, wanted)
             try:
-                return await self.handle.segment.remote(body, extension, wanted)
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
             except RayTaskError:
                 # a fault of the code: it would come again
                 raise

@@ -133,6 +133,27 @@ def test_an_answer_that_nobody_takes_is_let_go() -> None:
     served(test, ask, body_seconds=0.3)
 
 
+def test_whoever_leaves_makes_room() -> None:
+    left = []
+
+    async def ask(body: bytes, extension: str, wanted: str) -> Answer:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            left.append(body)
+            raise
+        raise AssertionError
+
+    async def test(front: Front, address: str, session: aiohttp.ClientSession) -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(predict(session, address), 0.3)
+        while front.waiting:
+            await asyncio.sleep(0.01)
+        assert left == [IMAGE]
+
+    served(test, ask)
+
+
 def test_who_asks_before_sending_is_told_at_once() -> None:
     async def test(front: Front, address: str, session: aiohttp.ClientSession) -> None:
         for length, first in (
