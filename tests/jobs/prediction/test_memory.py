@@ -1,0 +1,102 @@
+"""Tiles and batches from the memory: estimates against budgets, and what happens where it proves too little."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import deepskip
+from jobs import predict
+from jobs.prediction.memory import bytes_per_pixel, plan
+from jobs.prediction.options import Options
+from jobs.prediction.segment import Predictor
+from tests.jobs.prediction.models import save_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[3]
+
+
+def test_tiles_fit_the_budget() -> None:
+    network = deepskip.DeepSkipUNet(8, 1)
+    for memory_gb in (0.5, 1, 2, 4):
+        found = plan(network, Options(memory_gb=memory_gb), torch.device("cpu"))
+        assert found.tile % 16 == 0
+        assert found.tile**2 * bytes_per_pixel(network, 4) <= memory_gb * 1e9
+        # stripes over the whole of a wide raster too: tiles get smaller for it
+        wide = found.tile_of(200_000, 40)
+        assert wide == 352 or wide * 200_000 * 40 <= memory_gb * 1e9 / 4
+        assert found.tile_of(2000, 40) == found.tile
+    assert plan(network, Options(memory_gb=1000), torch.device("cpu")).tile == 2048
+    assert plan(network, Options(tile=512, batch=3), torch.device("cpu")).tile == 512
+
+
+def test_too_little_memory_makes_batches_and_tiles_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    model = save_model(tmp_path / "run", 3)
+    rng = np.random.default_rng(0)
+    images = {f"s{i}": rng.integers(0, 256, (60, 80, 3)).astype(np.uint8) for i in range(9)}
+    images["large"] = rng.integers(0, 256, (300, 310, 3)).astype(np.uint8)
+    (tmp_path / "images").mkdir()
+    for name, image in images.items():
+        Image.fromarray(image).save(tmp_path / "images" / f"{name}.png")
+    original = Predictor.logits
+    seen: list[int] = []
+
+    def limited(self: Predictor, image_NCHW: Tensor) -> Tensor:
+        seen.append(image_NCHW[:, 0].numel())
+        if seen[-1] > 20_000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, image_NCHW)
+
+    monkeypatch.setattr(Predictor, "logits", limited)
+    out = tmp_path / "out"
+    predict.main(["--checkpoint", str(model), "--images", str(tmp_path / "images"), "--out", str(out), "--tile", "256"])
+    assert sum(pixels > 20_000 for pixels in seen) >= 3
+    segmenter = deepskip.load(model)
+    for name, image in images.items():
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(out / "masks" / f"{name}.png")), segmenter.predict(image) * 255
+        )
+
+
+def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "run", 3)
+    side = 3000
+    rows = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.uint16, shape=(side, side, 3))
+    rows[:] = np.random.default_rng(0).integers(0, 4000, (side, 1, 3))
+    del rows
+
+    def peak(*arguments: str) -> int:
+        """Runs Python; gives its largest resident memory, bytes."""
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        variables.pop("RAY_ADDRESS", None)
+        process = subprocess.Popen([sys.executable, *arguments], env=variables, cwd=tmp_path)
+        _, status, used = os.wait4(process.pid, 0)
+        # popen must not wait for it again
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_maxrss * 1024
+
+    idle = peak("-c", "import jobs.predict, jobs.prediction.segment, torch; torch.ones(9).sum()")
+    command = [
+        "-m",
+        "jobs.predict",
+        "--checkpoint",
+        str(model),
+        "--images",
+        "x.npy",
+        "--out",
+        "out",
+        "--memory_gb",
+        "0.15",
+    ]
+    used = peak(*command) - idle
+    # the image as fp32 alone has 108 MB, and the network's maps of the whole ten times as much
+    assert used < 0.2e9, used
+    assert np.load(tmp_path / "out" / "masks" / "x.npy", mmap_mode="r").shape == (side, side)
