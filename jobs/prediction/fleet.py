@@ -65,9 +65,9 @@ def over_ray(
         )
     print(f"{workers} {'GPU' if gpu else 'CPU'} worker{'s' * (workers > 1)} of {cpus:g} CPUs", flush=True)
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     groups = [{"group": json.dumps([from_anywhere(item) for item in group])} for group in grouped(items, workers)]
     # a gpu is one worker's own; a machine's memory is shared
     processes = 1 if gpu else on_one

@@ -11,7 +11,7 @@ class Options:
     probabilities: bool = False
     """also write the probabilities, as float32 in the input's own format (PNG and JPEG: .npy)"""
     overlays: bool = True
-    """also write pictures with the mask laid over the image, at most 4096 pixels a side"""
+    """also write pictures with the mask laid over the image, at most 2048 pixels a side"""
     polygons: Literal["none", "geojson", "coco"] = "none"
     """also write the outlines of all objects: a GeoJSON file an image, or one COCO file of all"""
     threshold: float = 0.5
@@ -21,7 +21,7 @@ class Options:
     device: str | None = None
     """cpu, cuda, cuda:1, ...; null takes a GPU where there is one"""
     memory_gb: float | None = None
-    """what a process may take on its device for images and the network's maps; null takes 80 %% of a GPU's free memory, and
+    """what a process may take on its device for images and the network's maps; null takes 80 % of a GPU's free memory, and
     of a machine's the half of what is free for all processes there, but 3 GB at most"""
     tile: int | None = None
     """side of the tiles of large images, pixels; null finds the largest that fits into the memory"""
