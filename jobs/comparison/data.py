@@ -63,8 +63,10 @@ def pack(category: str, source: Path | None, out: Path, size: int, rule: Rule) -
     input gives the same bytes. Raises PackError.
     """
     if source is None:
-        found = {split: [(key, image, mask) for key, image, mask in coins(split, count, size=size)]
-                 for split, count in COINS_SAMPLES.items()}  # fmt: skip
+        found = {
+            split: [(key, *resized(image, mask, size)) for key, image, mask in coins(split, count, size=COINS_SIZE)]
+            for split, count in COINS_SAMPLES.items()
+        }
     else:
         pairs = {pair.stem: pair for pair in pairs_of(source)}
         stems = split_stems(list(pairs), source / "split.csv", 0.0, 0)
