@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from skimage.measure import label, regionprops
 
+from data_shards.sources.coins import coins
 from jobs.comparison import scores
 from jobs.comparison.cell import Cell, run_cell
 from jobs.comparison.data import Rule, encode, pack
@@ -91,6 +92,14 @@ def test_pack_cuts_into_parts_and_pads_cubes(tmp_path: Path) -> None:
     bands = stored["b"].reshape(20, 22, 4, 3).mean(3)
     expected = (bands - bands.mean((0, 1))) / bands.std((0, 1))
     np.testing.assert_allclose(val.raw[0, :20, :22].astype(float), expected, atol=4e-3)
+
+
+def test_pack_shrinks_the_built_in_coins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.comparison.data.COINS_SAMPLES", {"train": 3, "val": 1, "test": 1})
+    category = load(pack("coins", None, tmp_path, 48, Rule()), CPU)
+    assert (category.size, category.bands, [len(split) for split in category.splits.values()]) == (48, 3, [3, 1, 1])
+    _, _, mask = next(coins("train", 1))
+    assert category.splits["train"].masks[0].float().mean().item() == pytest.approx(mask.mean(), abs=0.005)
 
 
 def test_views_are_the_squares_eight_positions() -> None:
