@@ -138,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     progress.end()
     if options.polygons == "coco":
         join_coco(out, [item.name for item in items], state["data"]["num_classes"])
+    if not left:
+        return
     seconds = time.monotonic() - progress.started
     print(
         f"{len(left) - len(faults)} of {len(left)} images segmented into {out} in {seconds:.1f} s, "

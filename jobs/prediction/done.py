@@ -52,5 +52,6 @@ def stamp(path: Path) -> list[int]:
 
 def remove_leftovers(out: Path) -> None:
     """Removes what killed runs left half written; nobody else may be writing there."""
-    for part in out.rglob(f".*{PART}"):
+    # all are listed first: what is in a folder that goes is not looked for
+    for part in list(out.rglob(f".*{PART}")):
         remove(part)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_shards.sample import resample_bands, resize_longest_side
-from deepskip.inference import build_segmenter, image_statistics, normalize, to_probabilities
+from deepskip.inference import build_segmenter, normalize, to_probabilities
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
 from jobs.prediction import memory
 from jobs.prediction.done import is_done
@@ -271,12 +271,8 @@ class Predictor:
         if self.segmenter.how == "dataset":
             return self.segmenter.mean, self.segmenter.std
         H, W = image.size
-        if image.ready is not None:
-            whole = torch.from_numpy(np.asarray(image.ready, np.float32)).permute(2, 0, 1)[None]
-            mean, std = image_statistics(whole)
-            return mean.to(self.device), std.to(self.device)
         # a window at a time, in fp64: sums of squares around the mean add up by Chan's rule
-        step = tile if not image.raster.by_rows else W
+        step = W if image.ready is None and image.raster.by_rows else tile
         count, mean_C, squares_C = 0, np.zeros(self.network.in_channels), np.zeros(self.network.in_channels)
         for top in range(0, H, ROWS):
             for left in range(0, W, step):
