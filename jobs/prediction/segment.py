@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.sample import resample_bands, resize_longest_side
+from data_shards.sample import band_statistics, resample_bands, resize_longest_side
 from deepskip.inference import build_segmenter, normalize, to_probabilities
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
 from jobs.prediction import memory
@@ -277,13 +277,12 @@ class Predictor:
         for top in range(0, H, ROWS):
             for left in range(0, W, step):
                 window = self.window(image, slice(top, min(top + ROWS, H)), slice(left, min(left + step, W)))
-                flat = window.reshape(-1, window.shape[2])
-                here = flat.mean(0, dtype=np.float64)
-                more = flat.var(0, dtype=np.float64) * len(flat)
-                apart = here - mean_C
-                squares_C += more + apart**2 * (count * len(flat) / (count + len(flat)))
-                count += len(flat)
-                mean_C += apart * (len(flat) / count)
+                here_C, deviation_C = band_statistics(window)
+                new = window.shape[0] * window.shape[1]
+                apart = here_C - mean_C
+                squares_C += deviation_C**2 * new + apart**2 * (count * new / (count + new))
+                count += new
+                mean_C += apart * (new / count)
         std_C = np.sqrt(squares_C / count)
         mean, std = (torch.tensor(values[None], dtype=torch.float32, device=self.device) for values in (mean_C, std_C))
         return mean, std
