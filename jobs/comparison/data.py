@@ -56,23 +56,23 @@ PLAIN = Rule()
 Square = tuple[str, np.ndarray, np.ndarray]
 
 
-def pack(category: str, source: Path | None, out: Path, size: int, rule: Rule) -> Path:
+def pack(category: str, source: Path | None, out: Path, size: int, rule: Rule, most: int | None = None) -> Path:
     """Writes a category's file CATEGORY.npz into `out`, whole or not at all, and gives its path.
 
-    source: the category's folder; None for the built-in coins. size: height and width of the squares, in pixels. The same
-    input gives the same bytes. Raises PackError.
+    source: the category's folder; None for the built-in coins. size: height and width of the squares, in pixels. most: images
+    of a split, None for all. The same input gives the same bytes. Raises PackError.
     """
     if source is None:
         found = {
             split: [(key, *resized(image, mask, size)) for key, image, mask in coins(split, count, size=COINS_SIZE)]
-            for split, count in COINS_SAMPLES.items()
+            for split, count in ((split, min(count, most or count)) for split, count in COINS_SAMPLES.items())
         }
     else:
         pairs = {pair.stem: pair for pair in pairs_of(source)}
         stems = split_stems(list(pairs), source / "split.csv", 0.0, 0)
         found = {}
         for split in SPLITS:
-            members = tqdm(stems.get(split, []), desc=f"{category}, {split}", disable=not sys.stderr.isatty())
+            members = tqdm(stems.get(split, [])[:most], desc=f"{category}, {split}", disable=not sys.stderr.isatty())
             found[split] = [square for stem in members for square in squares(*read(pairs[stem]), size, rule, stem)]
             if not found[split]:
                 raise PackError(
@@ -188,7 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder for a file a category")
     parser.add_argument("--size", type=int, default=256, help="height and width of images, in pixels")
     parser.add_argument("--categories", type=list[str] | None, default=None, help="only these")
+    parser.add_argument("--most", type=int | None, default=None, help="images of a split, for a trial; all by default")
     given = parser.parse_args(argv)
+    if given.most is not None and given.most < 1:
+        stop(f"--most is {given.most}; it must be 1 or more")
     sources: dict[str, Path | None] = {COINS: None}
     if given.data is not None:
         if not given.data.is_dir():
@@ -199,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     for category in given.categories or sources:
         size = min(given.size, COINS_SIZE) if category == COINS else given.size
         try:
-            path = pack(category, sources[category], given.to, size, RULES.get(category, PLAIN))
+            path = pack(category, sources[category], given.to, size, RULES.get(category, PLAIN), given.most)
         except (PackError, ValueError) as error:
             stop(str(error))
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
