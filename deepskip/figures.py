@@ -90,7 +90,7 @@ def panel(images: Sequence[dict[str, Any]], ignore_index: int, columns: int | No
         for below, picture in enumerate(pictures):
             axes[2 * row + below, column].imshow(picture)
         axes[2 * row, column].set_title("\n".join([item["key"][:24], *filter(None, [item.get("note")])]), fontsize=7)
-    figure.text(0.01, 0.005, "green: found   yellow: missed   red: false alarm", fontsize=8)
+    figure.supxlabel("green: found   yellow: missed   red: false alarm", x=0.01, ha="left", fontsize=8)
     return figure
 
 

@@ -68,8 +68,12 @@ class SegmentationMetrics:
 
     def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str = "cpu") -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
+        # its own look at what labels there are takes longer than all else; these are checked where they are read
+        unchecked = {"validate_args": False}
         self.pixels: Metric = (
-            BinaryStatScores() if num_classes == 1 else MulticlassStatScores(num_classes, average="none")
+            BinaryStatScores(**unchecked)
+            if num_classes == 1
+            else MulticlassStatScores(num_classes, average="none", **unchecked)
         ).to(device)
         self.objects = ObjectScores().to(device)
 

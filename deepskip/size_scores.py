@@ -34,11 +34,14 @@ class SizeScores:
 
     def _add(self, guess: np.ndarray, truth: np.ndarray) -> None:
         objects, number = scipy.ndimage.label(truth, EIGHT_NEIGHBOURS)
-        components, _ = scipy.ndimage.label(guess, EIGHT_NEIGHBOURS)
+        components, guessed = scipy.ndimage.label(guess, EIGHT_NEIGHBOURS)
         areas, guessed_areas = np.bincount(objects.ravel()), np.bincount(components.ravel())
-        # pixels of every object and component that overlap
+        # pixels of every object and component that overlap; a pair as one number
         both = truth & guess
-        pairs, shared = np.unique(np.stack([objects[both], components[both]]), axis=1, return_counts=True)
+        overlaps, shared = np.unique(
+            objects[both].astype(np.int64) * (guessed + 1) + components[both], return_counts=True
+        )
+        pairs = np.divmod(overlaps, guessed + 1)
         union = areas[pairs[0]] + guessed_areas[pairs[1]] - shared
         best, hits = np.zeros(number + 1), np.zeros(number + 1, np.int64)
         np.maximum.at(best, pairs[0], shared / union)

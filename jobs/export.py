@@ -89,7 +89,7 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
     if config.evaluation is not None:
         try:
             evaluation = runs.read_json(config.evaluation)
-            if not {"data", "metrics", "classes"} <= evaluation.keys():
+            if not {"data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
                 raise ValueError("it is no report of jobs.evaluate, or there is no such file")
         except (OSError, ValueError) as error:
             stop(f"evaluation is {config.evaluation}: {error}")

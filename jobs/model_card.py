@@ -79,7 +79,7 @@ def make(
         },
         "metrics": {
             "validation": found.state.get("best"),
-            "evaluation": evaluation and {name: evaluation[name] for name in ("data", "metrics", "classes", "by_size")},
+            "evaluation": evaluation and without_curves(evaluation),
         },
         "sizes": {
             "parameters": sum(p.numel() for p in network.parameters()),
@@ -91,8 +91,15 @@ def make(
         },
         "difference_from_pytorch": checks,
         "versions": {name: found_version for name in PACKAGES if (found_version := version_of(name))},
-        "limits": limits(model, normalization, evaluation, file_bytes),
+        "limits": limits(model, normalization, file_bytes),
     }
+
+
+def without_curves(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of an evaluation's report what tells how good the model is."""
+    kept = {name: evaluation[name] for name in ("data", "threshold", "metrics", "by_size")}
+    classes = [{name: value for name, value in one.items() if name != "curve"} for one in evaluation["classes"]]
+    return kept | {"classes": classes}
 
 
 def flops(segmenter: Segmenter) -> int:
@@ -103,7 +110,7 @@ def flops(segmenter: Segmenter) -> int:
     return counter.get_total_flops()
 
 
-def limits(model: Model, normalization: str, evaluation: dict[str, Any] | None, names: dict[str, int]) -> list[str]:
+def limits(model: Model, normalization: str, names: dict[str, int]) -> list[str]:
     """Says what the model is not good for, as far as it is known."""
     bands, longest_side = (model.preparation.get(name) for name in ("bands", "longest_side"))
     found = [
@@ -128,10 +135,7 @@ def limits(model: Model, normalization: str, evaluation: dict[str, Any] | None, 
         side = export.smallest_side(model.segmenter)
         found.append(f"model.pt2 takes images of {side} pixels a side or more; model.onnx, and deepskip.load, any.")
     found.append("Memory grows with the pixels of an image; jobs.predict cuts large ones into tiles.")
-    if evaluation is None:
-        found.append(
-            "The metrics are of the validation split that chose this checkpoint, so they are on the bright side."
-        )
+    found.append("The validation split chose this checkpoint, so its metrics are on the bright side.")
     found.append("The metrics hold for images like those that they were measured on.")
     return found
 
@@ -182,6 +186,15 @@ def to_markdown(card: dict[str, Any]) -> str:
             lines.append(f"| {name} | {' | '.join(number(values[key]) for values in columns.values())} |")
     else:
         lines.append("None is known: the checkpoint is from before the first validation.")
+    if evaluation and evaluation["threshold"] is not None:
+        (foreground,) = evaluation["classes"]
+        best = foreground["at_best_threshold"]
+        lines += [
+            "",
+            f"That is at a threshold of {evaluation['threshold']:g}. At {foreground['best_threshold']:g}, the best on these "
+            f"images: IoU {number(best['iou'])}, Dice {number(best['f1'])}, precision {number(best['precision'])}, "
+            f"recall {number(best['recall'])}.",
+        ]
     if evaluation:
         lines += [
             "",

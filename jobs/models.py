@@ -93,8 +93,8 @@ def _find_tracked(name: str, asked: str | None) -> Found:
         # requests, sqlalchemy, mlflow and the artifact stores each have their own errors
         except Exception as error:
             raise ModelNotFound(
-                f"MLflow at {uri} has no DeepSkip model {name}: {tracking.in_short(error)}. "
-                f"A model has a checkpoint at {CHECKPOINT} of its files"
+                f"MLflow at {uri} has no DeepSkip model {name}, that is, none with {CHECKPOINT} among its files: "
+                f"{tracking.in_short(error)}"
             ) from error
         try:
             state = checkpoint.read(path)

@@ -30,6 +30,7 @@ from deepskip.inference import Segmenter
 from jobs.runs import read_journal
 from jobs.settings import flatten
 
+VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"
 # what a run's model is called in it
 MODEL = "model"
@@ -46,17 +47,12 @@ class TrackingUnreachable(RuntimeError):
 
 def tracking_uri(storage: Path, configured: str | None) -> str:
     """Gives the tracking URI: the config's, MLFLOW_TRACKING_URI, or sqlite in `storage`."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / DATABASE}"
+    return configured or os.environ.get(VARIABLE) or f"sqlite:///{storage / DATABASE}"
 
 
 def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str | None, config: dict[str, Any]) -> str:
     """Makes the run of a training, or takes up the one it had, and gives its id; raises TrackingUnreachable."""
-    # migrations and retries are logged at length; what goes wrong is raised
-    for logger in ("alembic", "mlflow", "urllib3"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    # what it logs here it raises too
-    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
-    mlflow.set_tracking_uri(uri)
+    use(uri)
     client = mlflow.MlflowClient(uri)
     if run_id is not None:
         try:
@@ -86,6 +82,21 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
             f"MLflow at {uri} cannot be used: {in_short(error)}. Start that server, or set run.tracking_uri or "
             "MLFLOW_TRACKING_URI to another, or leave both out for sqlite."
         ) from error
+
+
+def use(uri: str) -> None:
+    """Makes a tracking server that of this process: some of mlflow's calls know no other, whatever they are told."""
+    # migrations and retries are logged at length; what goes wrong is raised
+    for logger in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    # what it logs here it raises too
+    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
+    asked = os.environ.get(VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    # it writes it into the environment too, where it would pass for what the user wants of every other run
+    os.environ.pop(VARIABLE, None)
+    if asked is not None:
+        os.environ[VARIABLE] = asked
 
 
 def in_short(error: Exception) -> str:
@@ -228,11 +239,13 @@ def log_model(run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
 
 def model_location(uri: str, model_id: str) -> str:
     """Gives where the files of a logged model (m-...) lie."""
+    use(uri)
     return mlflow.MlflowClient(uri).get_logged_model(model_id).artifact_location
 
 
 def download(uri: str, artifact_uri: str, folder: str) -> Path:
     """Copies one file that a tracking server knows into a folder, or names it where it is on this machine."""
+    use(uri)
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=artifact_uri, dst_path=folder, tracking_uri=uri))
 
 
@@ -261,6 +274,7 @@ def log_report(
         raise TrackingUnreachable(f"there is no database at {database}; set tracking_uri, or track: new")
     else:
         own = False
+    use(uri)
     client = mlflow.MlflowClient(uri)
     now = int(time.time() * 1000)
     client.log_batch(run_id, [Metric(key, value, now, step) for key, value in metrics.items() if math.isfinite(value)])

@@ -1,5 +1,6 @@
 """A model under every name that it can be asked for by, and as MLflow's own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,12 +51,16 @@ def test_every_name_gives_the_same_model(home: Path, tracked: tuple[str, str, st
     folders = ["runs/five", "runs/five/checkpoints/best.pt", str(home / "checkpoint.pt")]
     names = [run_id, f"runs:/{run_id}", f"runs:/{run_id}/model", "models:/cells/1", "models:/cells@newest"]
     for name in (*folders, *names, f"models:/{model_id}"):
+        # as in a process that has not heard of that server
+        mlflow.set_tracking_uri(f"sqlite:///{home / 'other.db'}")
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
         np.testing.assert_array_equal(models.load(name).predict_proba(IMAGE), expected)
         found = models.find(name)
         assert (found.run_id, found.tracking_uri) == (run_id, uri), name
         assert found.run_folder == (home / "runs" / "five" if name in folders[:2] else None)
     assert "optimizer" not in models.find(run_id).state
     assert models.find("runs/five").title == "five"
+    assert not (home / "other.db").exists()
 
 
 def test_mlflow_itself_runs_the_model_on_batches(tracked: tuple[str, str, str], home: Path) -> None:
