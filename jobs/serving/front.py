@@ -35,6 +35,8 @@ UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 TAKEN = "PNG, JPEG, TIFF and .npy"
 
 logger = logging.getLogger(__name__)
+# who is turned away is told so after this: those who ask again at once would take the CPU from those who are served
+PAUSE_SECONDS = 0.2
 
 Ask = Callable[[bytes, str, str], Awaitable[Answer]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -85,6 +87,8 @@ class Front:
             self.check_caller(request)
             response = await handler(request)
         except Refused as error:
+            if error.status == 429:
+                await asyncio.sleep(PAUSE_SECONDS)
             response = refusal(error.status, error.reason)
         except web.HTTPException as error:
             # aiohttp's own, of wrong paths and methods

@@ -39,7 +39,10 @@ def serve(config: ServeConfig, token: str | None, state: State) -> None:
 @contextmanager
 def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
     """Starts Ray, or joins the cluster at RAY_ADDRESS, and the replicas on it, for a block; gives the handle to them."""
-    settings = {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if os.environ.get("RAY_ADDRESS") else LOOPBACK_ONLY)
+    # ray's workers give way to all else, at niceness 15: replicas would, to the front that refuses what is too much
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    if not os.environ.get("RAY_ADDRESS"):
+        settings |= LOOPBACK_ONLY
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
