@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--pairs", type=int, default=2, help="how often each is measured")
     parser.add_argument("--overload", type=int, default=256, help="connections beyond capacity")
+    parser.add_argument("--remark", default="", help="what the reader should know of the machine at that time")
     parser.add_argument("--name", default=f"{os.cpu_count()}-cores")
     arguments = parser.parse_args(argv)
     if shutil.which("wrk") is None:
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         rows, beyond = asyncio.run(measure(arguments, config, listener, handle))
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     machine |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    machine |= {"remark": arguments.remark}
     found = {"machine": machine, "settings": asdict(config), "rows": rows, "overload": beyond}
     (bench.RESULTS / f"serving-{arguments.name}.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
     (bench.RESULTS / f"serving-{arguments.name}.md").write_text(table(found))
@@ -189,7 +191,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"# The server under load: {machine['gpu'] or f'''{machine['cores']} cores'''}, torch {machine['torch']}", "",
         "`python -m jobs.bench.serving`: PNG in, mask out, one replica; wrk, server and replica share the machine. Medians of "
-        f"{len(found['rows'][0]['pairs'])} runs; \"bare\" is the handle to the replica without HTTP, in turns with it.", "",
+        f"{len(found['rows'][0]['pairs'])} runs; \"bare\" is the handle to the replica without HTTP, in turns with it. {machine['remark']}".rstrip(), "",
         "| image | at once | requests/s | p50, ms | p99, ms | bare, requests/s | p50, ms | p99, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
