@@ -191,7 +191,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"# The server under load: {machine['gpu'] or f'''{machine['cores']} cores'''}, torch {machine['torch']}", "",
         "`python -m jobs.bench.serving`: PNG in, mask out, one replica; wrk, server and replica share the machine. Medians of "
-        f"{len(found['rows'][0]['pairs'])} runs; \"bare\" is the handle to the replica without HTTP, in turns with it. {machine['remark']}".rstrip(), "",
+        f"{len(found['rows'][0]['pairs'])} runs; \"bare\" is the handle to the replica without HTTP, in turns with it.",
+        *([machine["remark"]] if machine["remark"] else []), "",
         "| image | at once | requests/s | p50, ms | p99, ms | bare, requests/s | p50, ms | p99, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
