@@ -173,7 +173,7 @@ def outcomes(
             predictor = Predictor(state, options, out, made_by)
         except ValueError as error:
             stop(str(error))
-        yield from predictor.run(items, lambda item, share: progress.part(share))
+        yield from predictor.run(items, progress.part)
     else:
         # ray reads them when it is imported
         settings = {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if os.environ.get("RAY_ADDRESS") else LOOPBACK_ONLY)

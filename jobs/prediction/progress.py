@@ -12,7 +12,8 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.pixels = total, 0, 0
-        self.share = 0.0
+        # of the large image at hand
+        self.share, self.share_pixels = 0.0, 0
         self.started = time.monotonic()
         self.live = sys.stdout.isatty()
         self.last = self.started if not self.live else 0.0
@@ -21,12 +22,12 @@ class Progress:
         """Takes note of a finished image."""
         self.done += 1
         self.pixels += pixels
-        self.share = 0.0
+        self.share, self.share_pixels = 0.0, 0
         self._show()
 
-    def part(self, share: float) -> None:
-        """Takes note of how much of the image at hand is done, 0 to 1."""
-        self.share = share
+    def part(self, share: float, pixels: int) -> None:
+        """Takes note of how much of the image at hand is done, 0 to 1, and in pixels."""
+        self.share, self.share_pixels = share, pixels
         self._show()
 
     def line(self) -> str:
@@ -34,7 +35,8 @@ class Progress:
         seconds = max(time.monotonic() - self.started, 1e-9)
         done = self.done + self.share
         text = f"images {done:.2f}" if self.share else f"images {self.done}"
-        text += f"/{self.total}  {self.done / seconds:.1f} images/s  {self.pixels / seconds / 1e6:.2f} MPixel/s"
+        pixels = self.pixels + self.share_pixels
+        text += f"/{self.total}  {self.done / seconds:.1f} images/s  {pixels / seconds / 1e6:.2f} MPixel/s"
         if done:
             left = round(seconds / done * (self.total - done))
             text += f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +29,8 @@ AHEAD, AHEAD_BYTES, WRITING = 16, 2**23, 8
 WAITING, WAITING_BYTES = 64, 2**27
 # rows of an enlarged result at a time
 ROWS = 512
-# what is told of how far a large image is: share of it, 0 to 1
-Told = Callable[[float], None]
+# what is told of how far a large image is: share of it, 0 to 1, and pixels
+Told = Callable[[float, int], None]
 T = TypeVar("T")
 
 
@@ -85,19 +84,17 @@ class Predictor:
         """Number of the network's logits a pixel."""
         return self.network.num_classes
 
-    def run(
-        self, items: Sequence[Item], told: Callable[[Item, float], None] = lambda item, share: None
-    ) -> Iterator[Outcome]:
+    def run(self, items: Sequence[Item], told: Told = lambda share, pixels: None) -> Iterator[Outcome]:
         """Segments images; an image that cannot be is an outcome with a fault, and the others go on."""
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
             writing: deque[Future[Outcome]] = deque()
             # images of one size wait for each other
             groups: dict[tuple[int, int], list[Loaded]] = {}
-            for item, loaded in self.loaded(items, readers):
+            for loaded in self.loaded(items, readers):
                 if isinstance(loaded, Outcome):
                     writing.append(done_already(loaded))
                 elif loaded.size[0] * loaded.size[1] > self.plan.tile**2:
-                    writing.append(done_already(self.large(loaded, partial(told, item))))
+                    writing.append(done_already(self.large(loaded, told)))
                 else:
                     groups.setdefault(loaded.size, []).append(loaded)
                     if len(groups[loaded.size]) >= self.plan.images(*loaded.size):
@@ -111,16 +108,15 @@ class Predictor:
             while writing:
                 yield writing.popleft().result()
 
-    def loaded(self, items: Sequence[Item], readers: ThreadPoolExecutor) -> Iterator[tuple[Item, Loaded | Outcome]]:
+    def loaded(self, items: Sequence[Item], readers: ThreadPoolExecutor) -> Iterator[Loaded | Outcome]:
         """Opens images, small files ahead of their turn."""
-        coming: deque[tuple[Item, Future[Loaded | Outcome]]] = deque()
+        coming: deque[tuple[int, Future[Loaded | Outcome]]] = deque()
         for item in items:
-            while coming and (len(coming) == AHEAD or sum(each.bytes for each, _ in coming) + item.bytes > AHEAD_BYTES):
-                first, future = coming.popleft()
-                yield first, future.result()
-            coming.append((item, readers.submit(self.load, item)))
-        for first, future in coming:
-            yield first, future.result()
+            while coming and (len(coming) == AHEAD or sum(size for size, _ in coming) + item.bytes > AHEAD_BYTES):
+                yield coming.popleft()[1].result()
+            coming.append((item.bytes, readers.submit(self.load, item)))
+        for _, future in coming:
+            yield future.result()
 
     def load(self, item: Item) -> Loaded | Outcome:
         """Opens one image, and prepares it where it is in memory; an image that was done meanwhile is passed over."""
@@ -156,7 +152,7 @@ class Predictor:
             if not memory.smaller(self.plan):
                 group[0].open_files.close()
                 return [done_already(fault(group[0].item, error))]
-            return [done_already(self.large(group[0], lambda share: None))]
+            return [done_already(self.large(group[0], lambda share, pixels: None))]
         # fault names what is wrong with the image
         except (ValueError, OSError) as error:
             if len(group) > 1:
@@ -262,7 +258,7 @@ class Predictor:
             coming = one_ahead(windows(), reader)
             for top, logits_VrW in stitched(logits_of, rows, columns, self.num_classes, batch):
                 yield top, to_probabilities(logits_VrW[None])[0].numpy()
-                told((top + logits_VrW.shape[1]) / H)
+                told((top + logits_VrW.shape[1]) / H, (top + logits_VrW.shape[1]) * W)
 
     def statistics(self, image: Loaded, tile: int) -> tuple[Tensor | None, Tensor | None]:
         """Gives each band's mean and deviation, by which an image is normalised: two tensors (1, bands), or None twice."""
