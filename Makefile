@@ -38,8 +38,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 train: setup
 	@$(VENV)/bin/python -m jobs.submit train --config $(CONFIG) $(ARGS)
 
+# what starts no other processes goes two at a time
 test: setup lint
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n 2 tests/kernels tests/deepskip tests/data_shards tests/test_docs.py tests/test_imports.py
+	@$(VENV)/bin/python -m pytest tests/cluster tests/jobs
 
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster

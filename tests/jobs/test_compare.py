@@ -199,8 +199,8 @@ def test_order_and_failures(tmp_path: Path) -> None:
 def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, budget_seconds=40.0, device="cpu")
     pool = Answering(grid)
-    # the first cell of a network is guessed from its steps; it says 50 s, and then no other fits
-    assert run(grid, pool) == {"done": 2, "failed": 0, "left": 6}
+    # the first cell is guessed from its steps; it says 50 s, so those of the other network, of equal steps, take that too
+    assert run(grid, pool) == {"done": 1, "failed": 0, "left": 7}
     assert Clock(grid).fits(Task("one", next(iter(cells(grid)))))
 
 
