@@ -38,10 +38,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 train: setup
 	@$(VENV)/bin/python -m jobs.submit train --config $(CONFIG) $(ARGS)
 
-# what starts no other processes goes two at a time
+# what starts no Ray goes two at a time
+TOGETHER := $(addprefix tests/jobs/test_,comparison_page.py compare_parts.py evaluate.py export.py models.py)
+
 test: setup lint
-	@$(VENV)/bin/python -m pytest -n 2 tests/kernels tests/deepskip tests/data_shards tests/test_docs.py tests/test_imports.py
-	@$(VENV)/bin/python -m pytest tests/cluster tests/jobs
+	@$(VENV)/bin/python -m pytest -n 2 tests/kernels tests/deepskip tests/data_shards tests/test_docs.py tests/test_imports.py $(TOGETHER)
+	@$(VENV)/bin/python -m pytest tests/cluster tests/jobs $(addprefix --ignore=,$(TOGETHER))
 
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster
