@@ -37,7 +37,7 @@ def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
     except ImportError:
         pass
     if DEVICE.type == "cuda":
-        # without what the host takes to start operations. a search of kernels (max-autotune) took over four minutes a network
+        # without what the host takes to start operations. a search of kernels (max-autotune) did not end in 230 s
         for name in ("deepskip", "plain, channels last", "MONAI BasicUNet"):
             if name in made:
                 network, kind, form = made[name]

@@ -1,19 +1,16 @@
 """What the comparison's grid is made of: networks with the way each is trained, categories, seeds and steps."""
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from deepskip import DeepSkipUNet
 from deepskip.baselines import RIVALS
 from deepskip.baselines import build as build_rival
-from jobs.settings import explain, stop
+from jobs.settings import parse_settings, stop
 
 OURS = "deepskip"
 
@@ -106,21 +103,8 @@ class Grid:
 
 def read_grid(argv: list[str]) -> Grid:
     """Reads the grid from --config and the command line; bad input ends the program, --help too."""
-    parser = ArgumentParser(
-        prog="python -m jobs.compare",
-        description="Trains and tests every network on every category with every seed; see docs/compare.md.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; see jobs/configs/compare.yaml")
-    parser.add_class_arguments(Grid)
-    try:
-        parsed = parser.instantiate_classes(parser.parse_args(argv))
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        stop(explain(str(error)))
-    except yaml.YAMLError as error:
-        stop(f"the config is no YAML: {' '.join(str(error).split())}")
-    values = {key: value for key, value in vars(parsed).items() if key != "config"}
-    grid = Grid(**values)
+    description = "Trains and tests every network on every category with every seed; see docs/compare.md."
+    grid = parse_settings("compare", description, Grid, argv)
     if faults := faults_of(grid):
         stop("\n".join(faults))
     return grid

@@ -12,10 +12,10 @@ import scipy.ndimage
 from pycocotools import mask as coco_mask
 
 from deepskip import files
+from jobs.polygons import outlines
 from jobs.prediction.objects import Object, Objects
 from jobs.prediction.rasters import Raster
 from jobs.prediction.writers import PART, remove
-from jobs.serving.polygons import outlines
 
 FOLDER, COCO_FILE = "polygons", "coco.json"
 ENDING = {"geojson": ".geojson", "coco": ".coco.json"}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_shards.sample import resample_bands, resize_longest_side
 from deepskip.figures import overlay
-from jobs.serving import polygons
+from jobs import polygons
 
 PNG = "image/png"
 # what an answer may be, and its content type

@@ -50,6 +50,13 @@ def pil(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
+def in_format(extension: str, image: np.ndarray) -> bytes:
+    return {
+        "png": pil(Image.fromarray(image)), "jpg": pil(Image.fromarray(image), "JPEG"), "tif": tif(image, photometric="rgb"),
+        "npy": npy(image), "npz": npz(image=image),
+    }[extension]  # fmt: skip
+
+
 def random(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     high = 1000 if dtype is not np.uint8 else 256
     return RNG.integers(0, high, shape).astype(dtype)
@@ -118,11 +125,7 @@ def test_exif_orientation_is_applied() -> None:
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz"])
 def test_garbage_and_truncation(extension: str) -> None:
-    image = random(30, 30, 3)
-    whole = {
-        "png": pil(Image.fromarray(image)), "jpg": pil(Image.fromarray(image), "JPEG"), "tif": tif(image, photometric="rgb"),
-        "npy": npy(image), "npz": npz(image=image),
-    }[extension]  # fmt: skip
+    whole = in_format(extension, random(30, 30, 3))
     for data in (b"", b"no image at all", whole[: len(whole) // 2], bytes(500)):
         with pytest.raises(ValueError, match=f"the {extension} file does not decode"):
             decode_image(extension, data)
@@ -163,11 +166,7 @@ def test_a_zip_bomb_is_refused() -> None:
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz"])
 def test_limits_of_a_caller(extension: str) -> None:
-    image = random(30, 20, 3)
-    whole = {
-        "png": pil(Image.fromarray(image)), "jpg": pil(Image.fromarray(image), "JPEG"), "tif": tif(image, photometric="rgb"),
-        "npy": npy(image), "npz": npz(image=image),
-    }[extension]  # fmt: skip
+    whole = in_format(extension, random(30, 20, 3))
     assert decode_image(extension, whole, Limits(pixels=600)).shape == (30, 20, 3)
     with pytest.raises(TooLarge, match="30 x 20 pixels; at most 599 are read"):
         decode_image(extension, whole, Limits(pixels=599))

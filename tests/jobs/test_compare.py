@@ -19,32 +19,10 @@ from jobs.comparison.grid import cells, is_done, write_error
 from jobs.comparison.rows import Grid, Row, read_grid
 from jobs.comparison.run import Clock, run
 from jobs.comparison.work import Outcome, Task
+from tests.deepskip.baselines.small import SMALL
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "jobs/configs/compare.yaml"
-# widths that a test can afford; `make compare-smoke` has the real ones
-SMALL = {
-    "unet": {"features": [4, 4, 8, 8, 16, 4]},
-    "fcn": {"backbone": "resnet18", "channels": [8, 8, 16, 16]},
-    "mask_rcnn": {
-        "backbone": "resnet18",
-        "channels": [8, 8, 16, 16],
-        "pyramid_channels": 16,
-        "box_features": 32,
-        "mask_channels": 16,
-    },
-    "h_dense_unet": {
-        "stem": 8,
-        "growth": 4,
-        "blocks": [1, 2, 2, 1],
-        "growth_3d": 4,
-        "blocks_3d": [1, 1, 2, 1],
-        "features": 8,
-    },
-    "pspnet": {"backbone": "resnet18", "channels": [8, 16, 16, 16], "pyramid_channels": 16},
-    "unet3plus": {"base_channels": 4},
-    "nnunet": {"features": [4, 8, 8, 8, 8, 8, 8]},
-}
 METRICS = {
     "iou", "miou", "pixel_accuracy", "precision", "recall", "f1", "object_recall", "false_alarms_per_image",
 }  # fmt: skip
@@ -62,6 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         squares.append((f"{i}", image.astype(np.uint8), mask))
     folder = tmp_path_factory.mktemp("data")
     settings = yaml.safe_load(CONFIG.read_text())
+    # `make compare-smoke` has the real widths
     for row in settings["networks"].values():
         row["widths"] = row.get("widths", {}) | SMALL.get(row.get("network", ""), {})
     (folder / "compare.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -1,7 +1,6 @@
 """The comparison's data, batches and scores, against other libraries and sums by hand."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -208,15 +207,6 @@ def test_metrics_sizes_and_images_by_hand_and_by_skimage() -> None:
     # the empty image is in no panel
     assert set(panel["keys"]) == {"a", "b", "c"}
     assert panel["best_image"].shape == (48, 48, 3)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Steps of small images are quicker without threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -207,13 +208,22 @@ def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) ->
     assert "bad_samples.jsonl" in [file.path for file in client.list_artifacts(summary["mlflow_run_id"])]
 
 
-def doors_of(process: psutil.Process) -> list[Any]:
+def ask(process: psutil.Process, what: str, *arguments: str) -> list[Any]:
     # ray starts and ends processes while we look
-    with suppress(psutil.NoSuchProcess):
-        return process.net_connections("inet")
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return getattr(process, what)(*arguments)
     return []
 
 
+@pytest.fixture
+def stays_for_nobody(home: Path) -> Iterator[None]:
+    """Ends what a test that failed has left: a training that goes on would slow all that come after."""
+    yield
+    for process in processes_of(home):
+        process.kill()
+
+
+@pytest.mark.usefixtures("stays_for_nobody")
 def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Path) -> None:
     line, options = command(home, "jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, **options)
@@ -222,12 +232,12 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
         if text.startswith("step "):
             break
     processes = processes_of(home)
-    names = " ".join(" ".join(each.cmdline()) for each in processes)
+    names = " ".join(" ".join(ask(each, "cmdline")) for each in processes)
     assert all(part in names for part in ("gcs_server", "raylet", "dashboard", "RayTrainWorker", "jobs.submit"))
     doors = {
         (door.laddr.ip.removeprefix("::ffff:"), door.laddr.port)
         for each in processes
-        for door in doors_of(each)
+        for door in ask(each, "net_connections", "inet")
         if door.status == psutil.CONN_LISTEN or (door.type == socket.SOCK_DGRAM and not door.raddr)
     }
     # the head, its dashboard, raylet and agents, the store where ranks find each other

@@ -10,31 +10,7 @@ from deepskip import BCEDiceLoss, DeepSkipUNet
 from deepskip.baselines import RIVALS, build, training_loss
 from deepskip.baselines.h_dense_unet import HDenseUNet
 from deepskip.baselines.mask_rcnn import instances_of
-
-# widths that a test can afford; the architectures stay whole
-SMALL: dict[str, dict[str, Any]] = {
-    "plain_unet": {"base_channels": 4, "levels": 3},
-    "unet": {"features": (4, 4, 8, 8, 16, 4)},
-    "fcn": {"backbone": "resnet18", "channels": (8, 8, 16, 16)},
-    "mask_rcnn": {
-        "backbone": "resnet18",
-        "channels": (8, 8, 16, 16),
-        "pyramid_channels": 16,
-        "box_features": 32,
-        "mask_channels": 16,
-    },
-    "h_dense_unet": {
-        "stem": 8,
-        "growth": 4,
-        "blocks": (1, 2, 2, 1),
-        "growth_3d": 4,
-        "blocks_3d": (1, 1, 2, 1),
-        "features": 8,
-    },
-    "pspnet": {"backbone": "resnet18", "channels": (8, 16, 16, 16), "pyramid_channels": 16},
-    "unet3plus": {"base_channels": 4},
-    "nnunet": {"features": (4, 8, 8, 8, 8, 8, 8)},
-}
+from tests.deepskip.baselines.small import SMALL
 
 
 def small(name: str, in_channels: int, num_classes: int) -> nn.Module:
