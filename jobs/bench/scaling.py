@@ -7,7 +7,6 @@ Processes of one thread each, gloo on loopback: all-reduce by size over 2 to 4 p
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from deepskip.config import OptimConfig
 from deepskip.loss import BCEDiceLoss
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import build_optimizer
+from kernels.bench.measure import cpu_name
 
 CROP = 128
 SIZES = (1024, 16384, 262144, 2582660, 8388608)
@@ -122,11 +122,10 @@ def time_checkpoint() -> tuple[float, int]:
 
 def measure() -> dict[str, Any]:
     """Measures everything."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     seconds, size = time_checkpoint()
     return {
         "machine": {
-            "name": names[0].split(":")[1].strip() if names else platform.processor(),
+            "name": cpu_name(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),

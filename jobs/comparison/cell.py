@@ -7,6 +7,7 @@ starting their operations one by one takes longer than doing them.
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from deepskip.loss import BCEDiceLoss
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
 from jobs.comparison import scores
-from jobs.comparison.rows import Row, build
+from jobs.comparison.rows import Row, build, in_category
 from jobs.comparison.samples import IGNORE_INDEX, Category, batch, draw_plan
 
 CLIP_NORM = 1.0
@@ -185,25 +186,36 @@ def prepare(row: Row, category: Category, cell: Cell) -> tuple[nn.Module, torch.
     return network, build_optimizer(optim, network), optim
 
 
-def run_cell(
-    row: Row, category: Category, cell: Cell, with_panel: bool
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Trains and tests; gives the cell's record, without its place's hardware and command, and its panel's arrays."""
-    started = time.perf_counter()
-    train, validation = category.splits["train"], category.splits["val"]
+@dataclass
+class Trained:
+    """A network with the weights that validation chose, and what was seen while it trained."""
+
+    network: nn.Module
+    best_step: int
+    curves: dict[str, list[dict[str, Any]]]
+
+
+def train(
+    row: Row, category: Category, cell: Cell, observe: Callable[[int, float], None] = lambda step, iou: None
+) -> Trained:
+    """Trains a cell's network on train and chooses its weights on validation; the test split is not read.
+
+    observe: called after each validation with the step and the best IoU so far. Raises NonFinite.
+    """
+    data, validation = category.splits["train"], category.splits["val"]
     network, optimizer, optim = prepare(row, category, cell)
-    device = train.images.device
+    device = data.images.device
     ema = (
         AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(row.ema_decay), use_buffers=True)
         if row.ema_decay
         else None
     )
     judged = network if ema is None else ema.module
-    plan = draw_plan(train, cell.steps, cell.batch_size, cell.seed, row.foreground_crops, row.copy_paste)
+    plan = draw_plan(data, cell.steps, cell.batch_size, cell.seed, row.foreground_crops, row.copy_paste)
     # dropout and Mask R-CNN's sampling
     torch.manual_seed(cell.seed)
     network.train()
-    step_of = Step(Objective(row, network, device), *batch(train, plan, 0, row.copy_paste > 0))
+    step_of = Step(Objective(row, network, device), *batch(data, plan, 0, row.copy_paste > 0))
     parameters = list(network.parameters())
 
     every = max(1, cell.steps // cell.validations)
@@ -213,7 +225,7 @@ def run_cell(
     best: dict[str, Any] = {"iou": -1.0}
     for step in range(1, cell.steps + 1):
         set_learning_rate(optimizer, learning_rate(optim, step - 1))
-        window.append(step_of(*batch(train, plan, step - 1, row.copy_paste > 0)))
+        window.append(step_of(*batch(data, plan, step - 1, row.copy_paste > 0)))
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
         if ema is not None:
@@ -225,16 +237,27 @@ def run_cell(
             window.clear()
         if step % every == 0 or step == cell.steps:
             probability, sums = scores.probabilities(judged, validation, cell.batch_size)
-            threshold, iou = scores.choose_threshold(probability, validation.masks, row.threshold)
+            _, iou = scores.choose_threshold(probability, validation.masks, row.threshold)
             network.train()
             # of equal ones the later
             if iou >= best["iou"]:
                 state = {name: value.clone() for name, value in judged.state_dict().items()}
                 best = {"iou": iou, "step": step, "state": state}
             curves["validation"].append({"step": step, "iou": iou} | loss_of_sums(row, sums))
+            observe(step, best["iou"])
     judged.load_state_dict(best["state"])
+    return Trained(judged, best["step"], curves)
 
-    probability, _ = scores.probabilities(judged, validation, cell.batch_size, row.test_flips)
+
+def run_cell(
+    row: Row, category: Category, cell: Cell, with_panel: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Trains and tests; gives the cell's record, without its place's hardware and command, and its panel's arrays."""
+    started = time.perf_counter()
+    row = in_category(row, cell.category)
+    trained = train(row, category, cell)
+    validation, test = category.splits["val"], category.splits["test"]
+    probability, _ = scores.probabilities(trained.network, validation, cell.batch_size, row.test_flips)
     threshold, _ = scores.choose_threshold(probability, validation.masks, row.threshold)
     record: dict[str, Any] = {
         "category": cell.category,
@@ -245,23 +268,25 @@ def run_cell(
         "batch_size": cell.batch_size,
         "image_size": category.size,
         "train_samples_seen": cell.steps * cell.batch_size,
-        "parameters": sum(p.numel() for p in getattr(network, "network", network).parameters())
-        if row.deep_supervision
-        else sum(p.numel() for p in parameters),
-        "best_step": best["step"],
+        "parameters": sum(p.numel() for p in tested(trained.network).parameters()),
+        "best_step": trained.best_step,
         "threshold": threshold,
-        "curves": curves,
+        "curves": trained.curves,
         "validation": scores.metrics_of(scores.predict(probability, threshold), validation.masks),
     }
     # the test split, once
-    test = category.splits["test"]
-    probability, _ = scores.probabilities(judged, test, cell.batch_size, row.test_flips)
+    probability, _ = scores.probabilities(trained.network, test, cell.batch_size, row.test_flips)
     prediction = scores.predict(probability, threshold)
     record["test"] = scores.metrics_of(prediction, test.masks)
     record["by_size"] = scores.by_size(prediction, test.masks)
     record["images"] = scores.image_scores(prediction, test)
     record["seconds"] = round(time.perf_counter() - started, 2)
     return record, scores.panel(prediction, test, record["images"]) if with_panel else {}
+
+
+def tested(network: nn.Module) -> nn.Module:
+    """Gives the part of a network that is there after training."""
+    return network.network if isinstance(network, Supervised) else network
 
 
 def shown(window: list[Tensor]) -> dict[str, float | None]:

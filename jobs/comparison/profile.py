@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from deepskip import DeepSkipUNet
-from jobs.comparison.cell import CLIP_NORM, Cell, Objective, Step, prepare
-from jobs.comparison.rows import Row
+from jobs.comparison.cell import CLIP_NORM, Cell, Objective, Step, prepare, tested
+from jobs.comparison.rows import Row, described
 from jobs.comparison.samples import Category, Split
+from kernels.bench.measure import cpu_name
 
 BANDS, SIZE = 3, 256
 TIMED = 3
@@ -44,24 +45,18 @@ def profile(
     network, optimizer, _ = prepare(row, category, Cell("synthetic", "", 0, 100, batch_size, 1))
     with alone():
         costs = measure(row, network, optimizer, category.splits["train"])
-    plain = unwrapped(row, network)
-    return {
-        "label": row.label,
-        "group": row.group,
-        "form": row.size if row.group == "rival" else None,
-        "loss": row.loss,
-        "parameters": sum(p.numel() for p in plain.parameters()),
-        "paper_parameters": row.paper_parameters,
-        "batch_size": batch_size,
-        "image_size": size,
-        "hardware": hardware(device),
-        "torch": torch.__version__,
-    } | costs
-
-
-def unwrapped(row: Row, network: nn.Module) -> nn.Module:
-    """Gives a network without what is there for its training alone."""
-    return network.get_submodule("network") if row.deep_supervision else network
+    plain = tested(network)
+    return (
+        described(row)
+        | {
+            "parameters": sum(p.numel() for p in plain.parameters()),
+            "batch_size": batch_size,
+            "image_size": size,
+            "hardware": hardware(device),
+            "torch": torch.__version__,
+        }
+        | costs
+    )
 
 
 def measure(row: Row, network: nn.Module, optimizer: torch.optim.Optimizer, train: Split) -> dict[str, Any]:
@@ -80,7 +75,7 @@ def measure(row: Row, network: nn.Module, optimizer: torch.optim.Optimizer, trai
 
     step_seconds = seconds(train_once, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    plain, one = unwrapped(row, network).eval(), image[:1]
+    plain, one = tested(network).eval(), image[:1]
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         image_seconds = seconds(lambda: plain(one), device)
     return {
@@ -120,7 +115,8 @@ def seconds(action: Any, device: torch.device) -> float:
 
 
 def hardware(device: torch.device) -> str:
-    """Names the device."""
+    """Names the device, and of a processor how many threads computed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"

@@ -1,6 +1,7 @@
 """What the comparison's grid is made of: networks with the way each is trained, categories, seeds and steps."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,16 @@ from deepskip.baselines import build as build_rival
 from jobs.settings import parse_settings, stop
 
 OURS = "deepskip"
+# what python -m jobs.comparison.search looks for, and a row may state category by category
+SEARCHED = (
+    "alpha",
+    "beta",
+    "learning_rate",
+    "weight_decay",
+    "ema_decay",
+    "foreground_crops",
+    "copy_paste",
+)
 
 
 @dataclass
@@ -57,6 +68,8 @@ class Row:
     """of probability; null takes the best on validation"""
     seeds: int | None = None
     """only the first so many seeds; null takes all"""
+    by_category: dict[str, dict[str, float]] = field(default_factory=dict)
+    """values that differ in a category, as python -m jobs.comparison.search prints them"""
     turn: int = 0
     """rows of a later turn come after all cells of the earlier ones"""
 
@@ -131,10 +144,46 @@ def faults_of(grid: Grid) -> list[str]:
             faults.append(f"networks.{name}: muon and deep_supervision are for network {OURS} only")
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
-        for key in ("alpha", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
-            if (value := getattr(row, key)) is not None and not 0 <= value <= 1:
-                faults.append(f"networks.{name}.{key} is {value}; it must be 0 to 1")
+        for where, one in forms(name, row):
+            for key in ("alpha", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
+                if (value := getattr(one, key)) is not None and not 0 <= value <= 1:
+                    faults.append(f"{where}.{key} is {value}; it must be 0 to 1")
+        for category, values in row.by_category.items():
+            for key in values.keys() - set(SEARCHED):
+                faults.append(f"networks.{name}.by_category.{category} has {key}; it may have {', '.join(SEARCHED)}")
     return faults
+
+
+def forms(name: str, row: Row) -> Iterator[tuple[str, Row]]:
+    """Gives a row and, with the name of its place, what it is in each category that it states values for."""
+    yield f"networks.{name}", row
+    for category, values in row.by_category.items():
+        known = {key: value for key, value in values.items() if key in SEARCHED}
+        yield f"networks.{name}.by_category.{category}", with_values(row, known)
+
+
+def in_category(row: Row, category: str) -> Row:
+    """Gives a row with the values that it states for a category."""
+    return with_values(row, row.by_category.get(category, {}))
+
+
+def described(row: Row) -> dict[str, Any]:
+    """Gives what networks.json says of a row before anything of it is measured."""
+    return {
+        "label": row.label,
+        "group": row.group,
+        "form": row.size if row.group == "rival" else None,
+        "loss": row.loss,
+        "optimizer": row.optimizer,
+        "learning_rate": row.learning_rate,
+        "parameters": None,
+        "paper_parameters": row.paper_parameters,
+    }
+
+
+def with_values(row: Row, values: Mapping[str, Any]) -> Row:
+    """Gives a row with other values of what may be searched for."""
+    return replace(row, **values)
 
 
 def build(row: Row, bands: int, seed: int) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from jobs.comparison import grid as results
-from jobs.comparison.rows import Grid
+from jobs.comparison.rows import Grid, described
 from jobs.comparison.work import Outcome, Task
 
 # how long a step is measured to take, against what it takes with its validations and tests
@@ -51,7 +51,7 @@ def run(
     try:
         for outcome in ended(pool, clock, [Task(name) for name in unmeasured], "networks"):
             name = outcome.task.network
-            networks[name] = outcome.result or described(grid, name, outcome.error)
+            networks[name] = outcome.result or described(grid.networks[name]) | {"error": outcome.error}
             # in the config's order, whoever was first
             ordered = {name: networks[name] for name in (*grid.networks, *networks) if name in networks}
             results.write_networks(out, ordered)
@@ -126,14 +126,6 @@ class Clock:
         assert task.cell is not None
         step = results.read_networks(Path(self.grid.out)).get(task.network, {}).get("seconds_per_step")
         return FIXED + step * task.cell.steps if step else 0.0
-
-
-def described(grid: Grid, name: str, error: str | None) -> dict[str, Any]:
-    """Describes a network that could not be measured."""
-    row = grid.networks[name]
-    form = row.size if row.group == "rival" else None
-    known = {"label": row.label, "group": row.group, "form": form, "loss": row.loss, "parameters": None}
-    return known | {"paper_parameters": row.paper_parameters, "error": error}
 
 
 def measured(entry: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
 LOSSES = {"bce_dice": "BCE + Dice", "cross_entropy": "cross-entropy", "own": "its own"}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
     "against",
@@ -69,6 +70,14 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in values)
 
 
+def machines_text(results: Results) -> str:
+    """Lists the machines that cells ran on, with the number of cells where they are several."""
+    machines = Counter(cell["hardware"] for cell in results.cells.values() if cell.get("hardware"))
+    if len(machines) == 1:
+        return listed(machines)
+    return "; ".join(f"{name}: {counted_as(cells, 'cell', 'cells')}" for name, cells in machines.most_common())
+
+
 def run_text(results: Results) -> str:
     """Says what was run: the grid, its budget, the machine, the command, and what is missing from it."""
     total = len(results.networks) * len(results.categories) * len(results.seeds)
@@ -83,7 +92,7 @@ def run_text(results: Results) -> str:
         ["batch", listed(values_of(results, "batch_size"))],
         ["samples seen a cell", listed(values_of(results, "train_samples_seen"))],
         ["image side, pixels", listed(values_of(results, "image_size"))],
-        ["hardware", listed(values_of(results, "hardware"))],
+        ["hardware", machines_text(results)],
         ["torch", listed(values_of(results, "torch"))],
         ["time of all cells, added up", f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"],
     ]
@@ -91,7 +100,21 @@ def run_text(results: Results) -> str:
     commands = "\n".join(str(command) for command in values_of(results, "command"))
     if commands:
         text += f"\n```\n{commands}\n```\n"
-    return text + "\n" + last_text(results) + failed_text(results)
+    return text + "\n" + rates_text(results) + last_text(results) + failed_text(results)
+
+
+def rates_text(results: Results) -> str:
+    """Says which optimizer at which learning rate trained which networks."""
+    found: dict[str, list[str]] = {}
+    for name, values in results.networks.items():
+        if values.get("optimizer"):
+            way = f"{OPTIMIZERS[values['optimizer']]} at {values['learning_rate']:g}"
+            found.setdefault(way, []).append(results.label(name))
+    if not found:
+        return ""
+    most, *others = sorted(found, key=lambda way: -len(found[way]))
+    ways = [f"{way}: {', '.join(found[way])}." for way in others] + [f"{most}: all others."]
+    return f"{' '.join(ways)} These are the config's; what suits one network may not suit another.\n\n"
 
 
 def last_text(results: Results) -> str:
@@ -276,10 +299,10 @@ def readme_table(results: Results) -> str:
         for name in names
         if name in kept
     ]
-    steps, hardware = listed(values_of(results, "steps")), listed(values_of(results, "hardware"))
+    steps = listed(values_of(results, "steps"))
     caption = (
         f"{counted_as(len(results.categories), 'category', 'categories')}, {counted_as(len(results.seeds), 'seed', 'seeds')}, "
-        f"{steps} steps a cell, {hardware}; mean ± standard "
+        f"{steps} steps a cell, {machines_text(results)}; mean ± standard "
         "deviation over seeds (without one: of one seed), each rival at its better width: "
         "[docs/comparison](docs/comparison/README.md)"
     )

@@ -206,11 +206,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(driver, capture_output=True, text=True, check=False).stdout.strip()
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if "model name" in line]
         found |= {
-            "name": names[0] if names else platform.processor(),
+            "name": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }
     return found
+
+
+def cpu_name() -> str:
+    """Names this machine's processor as Linux does, elsewhere by its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -202,6 +202,18 @@ def test_claims_by_hand(grid: Path) -> None:
     assert claims.tuning_rows(results)[1][1:4] == ["better", "+5.0 ± 1.0", "+5.0 ± 1.0"]
 
 
+def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
+    results = read(grid)
+    assert text.machines_text(results) == "a GPU"
+    results.cells["coins", "deepskip", 0]["hardware"] = "a CPU, 1 thread"
+    number = len(results.cells) - 1
+    assert text.machines_text(results) == f"a GPU: {number} cells; a CPU, 1 thread: 1 cell"
+    assert text.rates_text(results) == ""
+    for name, values in results.networks.items():
+        values |= {"optimizer": "muon" if name == "deepskip" else "adamw", "learning_rate": 0.004}
+    assert text.rates_text(results).startswith("Muon at 0.004: DEEPSKIP. AdamW at 0.004: all others.")
+
+
 def test_object_sizes_by_hand(grid: Path) -> None:
     results = read(grid)
     (objects, recall, iou), (none, *_) = by_size(results, "deepskip", results.categories)
