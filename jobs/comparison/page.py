@@ -26,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cells", type=Path, required=True, help="the comparison's folder: cells/ and networks.json")
     parser.add_argument(
+        "--changes", type=Path, help="another such folder, whose rows of group `tuning` are shown for those of --cells"
+    )
+    parser.add_argument(
         "--to", type=Path, required=True, help="folder for README.md, index.html, short.md, *.csv, *.svg, *.png"
     )
     return parser
@@ -77,7 +80,9 @@ def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes |
     return makers
 
 
-def page_text(results: Results, shown_figures: dict[str, str], made: list[tables.Table]) -> str:
+def page_text(
+    results: Results, changes: Results | None, shown_figures: dict[str, str], made: list[tables.Table]
+) -> str:
     """Writes the page as Markdown; shown_figures: the words of every figure by its name."""
 
     def picture(*names: str) -> str:
@@ -115,9 +120,9 @@ def page_text(results: Results, shown_figures: dict[str, str], made: list[tables
             "\n\n".join([table("table-5"), picture("sizes.svg", "sizes-categories.svg")]),
         ),
         ("Training", picture("figure-5.svg", "convergence.svg")),
-        ("Then make the model win", text.winning_text(results)),
+        ("Then make the model win", text.winning_text(results, changes)),
         ("Predictions", predictions_text(picture, [name for name in shown_figures if name.startswith("panel-")])),
-        ("Numbers to go on with", csv_text(made)),
+        ("Numbers to go on with", csv_text(made, changes)),
     ]
     links = " · ".join(f"[{heading}](#{anchor(heading)})" for heading, body in sections if body.strip())
     opening = (
@@ -144,29 +149,33 @@ def anchor(heading: str) -> str:
     return heading.lower().replace("'", "").replace(",", "").replace(" ", "-")
 
 
-def csv_text(made: list[tables.Table]) -> str:
+def csv_text(made: list[tables.Table], changes: Results | None) -> str:
     """Lists the CSV files."""
     lines = [
         "* [cells.csv](cells.csv): every cell, whole, failed or not run",
         "* [sizes.csv](sizes.csv): by object size",
         "* [differences.csv](differences.csv): ours against every other network, the ablation's rows against each other",
     ]
+    if changes is not None:
+        lines.append("* [cells-changes.csv](cells-changes.csv): every cell of the grid of one change at a time")
     lines += [f"* [{table.name}.csv]({table.name}.csv): {table.title}" for table in made]
     return "\n".join(lines)
 
 
-def write_page(results: Results, to: Path) -> list[Path]:
+def write_page(results: Results, to: Path, changes: Results | None = None) -> list[Path]:
     """Writes everything, the pages last, so that no page names a file that is not there; gives the paths."""
     made = tables.all_tables(results)
     written = {f"{table.name}.csv": tables.to_csv(table).encode() for table in made}
     written |= {"cells.csv": tables.cells_csv(results).encode(), "sizes.csv": tables.sizes_csv(results).encode()}
+    if changes is not None:
+        written["cells-changes.csv"] = tables.cells_csv(changes).encode()
     written["differences.csv"] = differences_csv(results).encode()
     pictures: dict[str, bytes] = {}
     words: dict[str, str] = {}
     for name, (title, draw) in tqdm(figure_makers(results).items(), desc="figures", unit="figure"):
         if (data := draw()) is not None:
             pictures[name], words[name] = data, title
-    readme = page_text(results, words, made)
+    readme = page_text(results, changes, words, made)
     written |= pictures | {"short.md": text.readme_table(results).encode(), "README.md": readme.encode()}
     written["index.html"] = to_html(readme, f"DeepSkip: {TITLE}", pictures).encode()
     for name, data in written.items():
@@ -179,9 +188,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     try:
         results = read(arguments.cells)
-        if OURS not in results.networks:
-            raise ValueError(f"{arguments.cells / 'networks.json'} has no {OURS}, which all others are compared with")
-        paths = write_page(results, arguments.to)
+        changes = read(arguments.changes) if arguments.changes else None
+        for found in (results, changes):
+            if found is not None and OURS not in found.networks:
+                raise ValueError(f"{found.folder / 'networks.json'} has no {OURS}, which all others are compared with")
+        paths = write_page(results, arguments.to, changes)
     except ValueError as error:
         stop(str(error))
     size = (arguments.to / "index.html").stat().st_size

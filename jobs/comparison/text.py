@@ -245,10 +245,21 @@ def contradictions_text() -> str:
     return "\n".join(f"* {line}" for line in CONTRADICTIONS) + "\n"
 
 
-def winning_text(results: Results) -> str:
-    """Says what each change to ours does, and whether ours reaches the best rival."""
-    parts = []
-    if results.group("tuning"):
+def apart_text(changes: Results) -> str:
+    """Says of a grid of its own what was run, with the command."""
+    sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
+    commands = "\n".join(str(command) for command in values_of(changes, "command"))
+    return (
+        f"The rows below are of a grid of their own, {sides} pixels a side, {steps} steps a cell, seeds "
+        f"{listed(changes.seeds)}; {machines_text(changes)}:\n\n```\n{commands}\n```"
+    )
+
+
+def winning_text(results: Results, changes: Results | None = None) -> str:
+    """Says what each change to ours does, and whether ours reaches the best rival; changes: the grid that has the former."""
+    parts = [] if changes is None else [apart_text(changes)]
+    tuned = results if changes is None else changes
+    if tuned.group("tuning"):
         headings = (
             "form",
             "MIoU is",
@@ -260,10 +271,10 @@ def winning_text(results: Results) -> str:
             "parameters",
         )
         parts.append(
-            f"Each row changes one thing in {results.label(OURS)}; the effect is paired by category and seed, and its verdict "
+            f"Each row changes one thing in {tuned.label(OURS)}; the effect is paired by category and seed, and its verdict "
             "as above. The form is chosen on validation, test is only reported."
         )
-        parts.append(grid(headings, tuning_rows(results), words=2))
+        parts.append(grid(headings, tuning_rows(tuned), words=2))
     parts.append(
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size. The rival is chosen on test, "
         "the harder bar."

@@ -214,6 +214,23 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     assert text.rates_text(results).startswith("Muon at 0.004: DEEPSKIP. AdamW at 0.004: all others.")
 
 
+def test_changes_may_stand_in_a_grid_of_their_own(grid: Path, tmp_path: Path) -> None:
+    results, changes = read(grid), read(write_grid(tmp_path / "changes", seeds=(0, 1)))
+    for key, cell in changes.cells.items():
+        cell |= {"command": "python -m jobs.compare --steps 20", "image_size": 128}
+        if key[1] == "tuned-flips":
+            cell["test"]["iou"] = 0.0
+    assert "seeds 0, 1; a GPU" in text.apart_text(changes)
+    said = text.winning_text(results, changes)
+    assert "128 pixels a side" in said
+    assert "python -m jobs.compare --steps 20" in said
+    row = next(line for line in said.splitlines() if line.startswith("| TUNED-FLIPS"))
+    # 0 for (0.60 + 0.40) / 2 and (0.62 + 0.40) / 2
+    assert "| worse | −50.5 ± 0.7 |" in row
+    # the bar is still the whole grid's
+    assert text.winning_text(results).splitlines()[-1] == said.splitlines()[-1]
+
+
 def test_object_sizes_by_hand(grid: Path) -> None:
     results = read(grid)
     (objects, recall, iou), (none, *_) = by_size(results, "deepskip", results.categories)
