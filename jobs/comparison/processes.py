@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -78,6 +79,7 @@ class Processes:
 
 def work(pipe: Connection, grid: Grid, command: str) -> None:
     """Does tasks as they come, until the pipe is closed."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.workers))
     stays = True
     while stays:
@@ -95,3 +97,12 @@ def work(pipe: Connection, grid: Grid, command: str) -> None:
             pipe.send((result, error, stays))
         except (BrokenPipeError, ConnectionError):
             return
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone, however that ended, and not with its cell's end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    # files are written whole or not at all
+    os._exit(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -69,10 +70,12 @@ def test_the_whole_grid_goes_on_where_it_was_killed(data: Path, tmp_path: Path) 
     while len(files_of(out)) < 3:
         assert first.poll() is None
         time.sleep(0.1)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    assert len(workers) >= 2
     first.send_signal(signal.SIGKILL)
     first.wait()
-    # its workers end with what they are at
-    time.sleep(2)
+    # in the middle of a cell, too
+    assert not psutil.wait_procs(workers, timeout=10)[1]
     before = files_of(out)
     networks = json.loads((out / "networks.json").read_text())
     failed = Cell("squares", "deepskip", 0, 1, 2, 1)
