@@ -306,15 +306,16 @@ def readme_table(results: Results) -> str:
             million(results.networks[name].get("parameters")),
             spread(over_categories(results, name, "iou")),
             spread(over_categories(results, name, "object_recall")),
+            str(over_categories(results, name, "iou").seeds),
         ]
         for name in names
         if name in kept
     ]
     steps = listed(values_of(results, "steps"))
     caption = (
-        f"{counted_as(len(results.categories), 'category', 'categories')}, {counted_as(len(results.seeds), 'seed', 'seeds')}, "
+        f"{counted_as(len(results.categories), 'category', 'categories')}, "
         f"{steps} steps a cell, {machines_text(results)}; mean ± standard "
-        "deviation over seeds (without one: of one seed), each rival at its better width: "
+        "deviation over seeds, each rival at its better width: "
         "[docs/comparison](docs/comparison/README.md)"
     )
-    return grid(["network", "parameters", "MIoU, %", "object recall, %"], rows) + "\n" + caption + "\n"
+    return grid(["network", "parameters", "MIoU, %", "object recall, %", "seeds"], rows) + "\n" + caption + "\n"

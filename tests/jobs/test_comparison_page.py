@@ -351,6 +351,7 @@ def test_every_file_is_there_and_small(made: Path) -> None:
         "parameters": "0.65 M",
         "MIoU, %": "51.0 ± 1.0",
         "object recall, %": "51.0 ± 1.0",
+        "seeds": "3",
     }
     assert "50 whole, 1 failed, 9 not run, of 60" in readme
     assert "25.0 h" in readme
