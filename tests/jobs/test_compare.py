@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from jobs.comparison.cell import Cell
-from jobs.comparison.data import encode
 from jobs.comparison.grid import cells, is_done, write_error
 from jobs.comparison.rows import Grid, Row, read_grid
 from jobs.comparison.run import Clock, run
 from jobs.comparison.work import Outcome, Task
 from tests.deepskip.baselines.small import SMALL
+from tests.jobs.squares import write_squares
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "jobs/configs/compare.yaml"
@@ -32,20 +32,13 @@ METRICS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One category of bright squares, 32 x 32, and the config with small rivals."""
-    rng = np.random.default_rng(0)
-    squares = []
-    for i in range(8):
-        mask = np.zeros((32, 32), np.uint8)
-        mask[4:10, 5:12] = mask[20:24, 18:21] = 1
-        image = rng.integers(0, 100, (32, 32, 3)) + 100 * mask[..., None]
-        squares.append((f"{i}", image.astype(np.uint8), mask))
     folder = tmp_path_factory.mktemp("data")
     settings = yaml.safe_load(CONFIG.read_text())
     # `make compare-smoke` has the real widths
     for row in settings["networks"].values():
         row["widths"] = row.get("widths", {}) | SMALL.get(row.get("network", ""), {})
     (folder / "compare.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    (folder / "squares.npz").write_bytes(encode(squares, ["train"] * 4 + ["val"] * 2 + ["test"] * 2))
+    write_squares(folder)
     return folder
 
 

@@ -10,10 +10,10 @@ import ray
 import torch
 
 from jobs.comparison.cell import Cell, run_cell, train
-from jobs.comparison.data import encode
 from jobs.comparison.rows import Grid, Row, faults_of, in_category
 from jobs.comparison.samples import load
 from jobs.comparison.search import Search, faults_of_space, main
+from tests.jobs.squares import write_squares
 
 CONFIG = """
 networks:
@@ -29,15 +29,8 @@ device: cpu
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A category of bright squares, 32 x 32, and a config of one row."""
-    rng = np.random.default_rng(0)
-    squares = []
-    for i in range(8):
-        mask = np.zeros((32, 32), np.uint8)
-        mask[4:10, 5:12] = mask[20:24, 18:21] = 1
-        image = rng.integers(0, 100, (32, 32, 3)) + 100 * mask[..., None]
-        squares.append((f"{i}", image.astype(np.uint8), mask))
     made = tmp_path_factory.mktemp("search")
-    (made / "squares.npz").write_bytes(encode(squares, ["train"] * 4 + ["val"] * 2 + ["test"] * 2))
+    write_squares(made)
     (made / "compare.yaml").write_text(CONFIG)
     return made
 
