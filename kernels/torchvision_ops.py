@@ -24,6 +24,7 @@ SCHEMAS = (
 )
 # operators live as long as the library that registered them
 _LIBRARIES: list[Any] = []
+NMS_BLOCK = 256
 
 
 def declare() -> None:
@@ -65,20 +66,28 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     boxes: (N, 4) as x1, y1, x2, y2. scores: (N,). Gives the indices of those kept, best first.
     """
-    order = scores.sort(descending=True, stable=True).indices
-    boxes = boxes[order].float() if boxes.dtype != torch.float64 else boxes[order]
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    top_left = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    bottom_right = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    common = (bottom_right - top_left).clamp(min=0).prod(2)
-    beats = (common / (areas[:, None] + areas - common) > iou_threshold).triu(1)
-    kept = torch.ones_like(order, dtype=torch.bool)
-    # the greedy choice is the only one that this leaves as it is; box i is right after i + 1 rounds, mostly after a few
-    while True:
-        still = ~(beats & kept[:, None]).any(0)
-        if torch.equal(still, kept):
-            return order[kept]
-        kept = still
+    left = scores.sort(descending=True, stable=True).indices
+    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    found = [left[:0]]
+    # block by block: what an earlier block beats is never compared again, and a block's table stays in the cache
+    while len(left):
+        block, left = left[:NMS_BLOCK], left[NMS_BLOCK:]
+        beats = (iou(boxes[block], boxes[block]) > iou_threshold).triu(1)
+        kept = torch.ones_like(block, dtype=torch.bool)
+        # the greedy choice is the only one that this leaves as it is; box i is right after i + 1 rounds, mostly after a few
+        while not torch.equal(still := ~(beats & kept[:, None]).any(0), kept):
+            kept = still
+        found.append(block[kept])
+        left = left[~(iou(boxes[block[kept]], boxes[left]) > iou_threshold).any(0)]
+    return torch.cat(found)
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Gives the IoU of each of boxes (N, 4) with each of others (M, 4) -> (N, M), nan of two without an area."""
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes[:, None].unbind(2), others[None].unbind(2)
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
+    common = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0).mul_(width)
+    return common / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common)
 
 
 def roi_align(
@@ -97,19 +106,22 @@ def roi_align(
     (He et al. 2017, "Mask R-CNN").
     """
     dtype, (H, W) = features.dtype, features.shape[-2:]
+    # corners in half precision would be pixels off
+    rois = rois if rois.dtype == torch.float64 else rois.float()
     features = features.to(rois.dtype)
     with torch.no_grad():
         x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)).unbind(1)
         smallest = -float("inf") if aligned else 1.0
         rows = bin_weights(y1, (y2 - y1).clamp(min=smallest), pooled_height, H, sampling_ratio)
         columns = bin_weights(x1, (x2 - x1).clamp(min=smallest), pooled_width, W, sampling_ratio)
-        image = rois[:, 0].long()
-    out = features.new_zeros(len(rois), features.shape[1], pooled_height, pooled_width)
-    for n in range(len(features)):
-        (own,) = torch.where(image == n)
-        pooled = torch.einsum("kph,chw->kcpw", rows[own], features[n])
-        out = out.index_copy(0, own, torch.einsum("kcpw,kqw->kcpq", pooled, columns[own]))
-    return out.to(dtype)
+        owns = [torch.where(rois[:, 0] == n)[0] for n in range(len(features))]
+    pooled = []
+    with torch.autocast(features.device.type, enabled=False):
+        for map_CHW, own in zip(features, owns, strict=True):
+            # in this order of axes neither product has to copy the large one between them
+            bands = torch.einsum("kph,chw->kpcw", rows[own], map_CHW)
+            pooled.append(torch.einsum("kpcw,kqw->kpcq", bands, columns[own]))
+    return torch.cat(pooled)[torch.cat(owns).argsort()].transpose(1, 2).to(dtype)
 
 
 def bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:

@@ -45,6 +45,8 @@ class Cell:
     steps: int
     batch_size: int
     validations: int
+    bf16: bool = False
+    """convolutions in bfloat16, as autocast does it; weights and loss are fp32 all the same"""
 
 
 class NonFinite(RuntimeError):
@@ -83,14 +85,14 @@ class Supervised(nn.Module):
 class Objective:
     """A row's loss of images and masks, with what the training curve shows."""
 
-    def __init__(self, row: Row, network: nn.Module, device: torch.device) -> None:
-        self.row, self.network, self.device = row, network, device
+    def __init__(self, row: Row, network: nn.Module, device: torch.device, bf16: bool) -> None:
+        self.row, self.network, self.device, self.bf16 = row, network, device, bf16
         self.loss_of = BCEDiceLoss(row.alpha, row.beta, ignore_index=IGNORE_INDEX)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Gives the loss, and (5,): loss, soft Dice, true positives, false positives, false negatives; nothing waits."""
         # a cache of cast weights would outlive a graph's recording
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             if self.row.loss == "own":
                 loss = training_loss(self.network, self.loss_of, image, mask.long())
                 return loss, torch.cat([loss.detach()[None], loss.new_full((4,), math.nan)])
@@ -215,7 +217,7 @@ def train(
     # dropout and Mask R-CNN's sampling
     torch.manual_seed(cell.seed)
     network.train()
-    step_of = Step(Objective(row, network, device), *batch(data, plan, 0, row.copy_paste > 0))
+    step_of = Step(Objective(row, network, device, cell.bf16), *batch(data, plan, 0, row.copy_paste > 0))
     parameters = list(network.parameters())
 
     every = max(1, cell.steps // cell.validations)
@@ -236,7 +238,7 @@ def train(
                 raise NonFinite(f"the loss is {curves['train'][-1]['loss']} by step {step}; lower the learning rate")
             window.clear()
         if step % every == 0 or step == cell.steps:
-            probability, sums = scores.probabilities(judged, validation, cell.batch_size)
+            probability, sums = scores.probabilities(judged, validation, cell.batch_size, bf16=cell.bf16)
             _, iou = scores.choose_threshold(probability, validation.masks, row.threshold)
             network.train()
             # of equal ones the later
@@ -257,7 +259,7 @@ def run_cell(
     row = in_category(row, cell.category)
     trained = train(row, category, cell)
     validation, test = category.splits["val"], category.splits["test"]
-    probability, _ = scores.probabilities(trained.network, validation, cell.batch_size, row.test_flips)
+    probability, _ = scores.probabilities(trained.network, validation, cell.batch_size, row.test_flips, cell.bf16)
     threshold, _ = scores.choose_threshold(probability, validation.masks, row.threshold)
     record: dict[str, Any] = {
         "category": cell.category,
@@ -267,6 +269,7 @@ def run_cell(
         "steps": cell.steps,
         "batch_size": cell.batch_size,
         "image_size": category.size,
+        "precision": "bf16" if cell.bf16 else "fp32",
         "train_samples_seen": cell.steps * cell.batch_size,
         "parameters": sum(p.numel() for p in tested(trained.network).parameters()),
         "best_step": trained.best_step,
@@ -275,7 +278,7 @@ def run_cell(
         "validation": scores.metrics_of(scores.predict(probability, threshold), validation.masks),
     }
     # the test split, once
-    probability, _ = scores.probabilities(trained.network, test, cell.batch_size, row.test_flips)
+    probability, _ = scores.probabilities(trained.network, test, cell.batch_size, row.test_flips, cell.bf16)
     prediction = scores.predict(probability, threshold)
     record["test"] = scores.metrics_of(prediction, test.masks)
     record["by_size"] = scores.by_size(prediction, test.masks)

@@ -10,7 +10,7 @@ import numpy as np
 
 from deepskip import files
 from jobs.comparison.cell import Cell
-from jobs.comparison.rows import Grid
+from jobs.comparison.rows import Grid, bf16
 
 NETWORKS = "networks.json"
 
@@ -23,7 +23,7 @@ def cells(grid: Grid) -> Iterator[Cell]:
             for category in grid.categories:
                 for name, row in rows.items():
                     if row.turn == turn and (row.seeds is None or number < row.seeds):
-                        yield Cell(category, name, seed, grid.steps, grid.batch_size, grid.validations)
+                        yield Cell(category, name, seed, grid.steps, grid.batch_size, grid.validations, bf16(grid))
 
 
 def path_of(out: Path, cell: Cell) -> Path:

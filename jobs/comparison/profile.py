@@ -33,7 +33,12 @@ def synthetic(size: int, batch_size: int, device: torch.device) -> Category:
 
 
 def profile(
-    row: Row, size: int, batch_size: int, device: torch.device, alone: Callable[[], AbstractContextManager[None]]
+    row: Row,
+    size: int,
+    batch_size: int,
+    device: torch.device,
+    bf16: bool,
+    alone: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, Any]:
     """Measures a row's network: the entry of networks.json; what is timed is timed in `alone`.
 
@@ -44,7 +49,7 @@ def profile(
     category = synthetic(size, batch_size, device)
     network, optimizer, _ = prepare(row, category, Cell("synthetic", "", 0, 100, batch_size, 1))
     with alone():
-        costs = measure(row, network, optimizer, category.splits["train"])
+        costs = measure(row, network, optimizer, category.splits["train"], bf16)
     plain = tested(network)
     return (
         described(row)
@@ -52,6 +57,7 @@ def profile(
             "parameters": sum(p.numel() for p in plain.parameters()),
             "batch_size": batch_size,
             "image_size": size,
+            "precision": "bf16" if bf16 else "fp32",
             "hardware": hardware(device),
             "torch": torch.__version__,
         }
@@ -59,14 +65,14 @@ def profile(
     )
 
 
-def measure(row: Row, network: nn.Module, optimizer: torch.optim.Optimizer, train: Split) -> dict[str, Any]:
+def measure(row: Row, network: nn.Module, optimizer: torch.optim.Optimizer, train: Split, bf16: bool) -> dict[str, Any]:
     """Measures steps on the samples of `train`, and the prediction of one of them."""
     device = train.images.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     network.train()
     image = train.images.contiguous(memory_format=torch.channels_last)
-    step = Step(Objective(row, network, device), image, train.masks)
+    step = Step(Objective(row, network, device, bf16), image, train.masks)
 
     def train_once() -> None:
         step(image, train.masks)
@@ -76,7 +82,7 @@ def measure(row: Row, network: nn.Module, optimizer: torch.optim.Optimizer, trai
     step_seconds = seconds(train_once, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     plain, one = tested(network).eval(), image[:1]
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         image_seconds = seconds(lambda: plain(one), device)
     return {
         "gflops": round(operations(plain, one) / 1e9, 3),

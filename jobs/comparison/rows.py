@@ -98,6 +98,8 @@ class Grid:
     """networks to do; null does all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of convolutions; auto takes bf16 on a GPU, fp32 on a processor, where bf16 pays with AVX-512 BF16 or AMX"""
     workers: int = 1
     """processes, which share the GPU"""
     ray: bool | None = None
@@ -112,6 +114,16 @@ class Grid:
     """MLflow experiment, with ray"""
     tracking_uri: str | None = None
     """MLflow tracking server, with ray; null takes MLFLOW_TRACKING_URI, else sqlite in `out`"""
+
+
+def device_of(name: str) -> torch.device:
+    """Gives the device that "auto", "cpu" or "cuda" means here."""
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def bf16(grid: Grid) -> bool:
+    """Tells whether a grid's cells compute their convolutions in bfloat16."""
+    return grid.precision == "bf16" or (grid.precision == "auto" and device_of(grid.device).type == "cuda")
 
 
 def read_grid(argv: list[str]) -> Grid:

@@ -21,7 +21,9 @@ MIRRORINGS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
 
 @torch.inference_mode()
-def probabilities(network: nn.Module, split: Split, batch_size: int, test_flips: bool = False) -> tuple[Tensor, Tensor]:
+def probabilities(
+    network: nn.Module, split: Split, batch_size: int, test_flips: bool = False, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
     """Predicts a split: probabilities (N, S, S) fp32, and loss sums (5,) over it as `BCEDiceLoss.sums` gives them."""
     network.eval()
     device = split.images.device
@@ -33,7 +35,7 @@ def probabilities(network: nn.Module, split: Split, batch_size: int, test_flips:
         total = torch.zeros_like(image[:, 0])
         mirrorings = MIRRORINGS if test_flips else MIRRORINGS[:1]
         for axes in mirrorings:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = network(image.flip(axes) if axes else image).float()
             if axes:
                 logits = logits.flip(axes)

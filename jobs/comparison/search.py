@@ -20,9 +20,8 @@ from deepskip import files
 from jobs.comparison import grid as results
 from jobs.comparison.cell import Cell, train
 from jobs.comparison.profile import hardware
-from jobs.comparison.rows import SEARCHED, Grid, faults_of, in_category, with_values
+from jobs.comparison.rows import SEARCHED, Grid, bf16, device_of, faults_of, in_category, with_values
 from jobs.comparison.samples import load
-from jobs.comparison.work import device_of
 from jobs.scaling import own_ray
 from jobs.settings import parse_settings, stop
 
@@ -79,7 +78,7 @@ def trial(values: dict[str, float], search: Search, category: str) -> None:
     """Trains with some values and reports the best validation IoU so far after each validation."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // search.workers))
     row = with_values(in_category(search.networks[search.network], category), values)
-    cell = Cell(category, search.network, min(search.seeds), search.steps, search.batch_size, search.validations)
+    cell = Cell(category, search.network, min(search.seeds), search.steps, search.batch_size, search.validations, bf16(search))
     data = load(Path(search.data) / f"{category}.npz", device_of(search.device))
     train(row, data, cell, lambda step, iou: tune.report({"step": step, "iou": iou}))
 
@@ -88,7 +87,7 @@ def identity(search: Search, category: str) -> str:
     """Names a search by all that its result depends on."""
     row = in_category(search.networks[search.network], category)
     what = [asdict(row), search.space, search.trials, min(search.seeds), search.steps, search.batch_size]
-    return hashlib.sha256(json.dumps([*what, search.validations], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([*what, search.validations, bf16(search)], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def own_values(search: Search, category: str) -> dict[str, float]:
@@ -150,6 +149,7 @@ def search_category(search: Search, category: str, folder: Path) -> dict[str, An
         "before": next((each for each in whole if each["values"] == own_values(search, category)), None),
         "trials": trials,
         "hardware": hardware(device_of(search.device)),
+        "precision": "bf16" if bf16(search) else "fp32",
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from jobs.comparison import grid as results
 from jobs.comparison.cell import Cell, run_cell
 from jobs.comparison.profile import hardware, profile
-from jobs.comparison.rows import Grid
+from jobs.comparison.rows import Grid, bf16, device_of
 from jobs.comparison.samples import Category, load, size_of
 from jobs.comparison.scores import with_pictures
 
@@ -44,11 +44,6 @@ class Task:
         return f"{self.cell.category}/{self.network}/{self.cell.seed}"
 
 
-def device_of(name: str) -> torch.device:
-    """Gives the device that "auto", "cpu" or "cuda" means here."""
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
 def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
     """Does a task: gives the entry of networks.json, or a cell's record, which is written; raises what went wrong."""
     device = device_of(grid.device)
@@ -59,7 +54,7 @@ def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
         torch.cuda.empty_cache()
     if task.cell is None:
         size = max(size_of(Path(grid.data) / f"{name}.npz") for name in grid.categories)
-        return profile(row, size, grid.batch_size, device, partial(alone, Path(grid.out)))
+        return profile(row, size, grid.batch_size, device, bf16(grid), partial(alone, Path(grid.out)))
     category = category_of(Path(grid.data) / f"{task.cell.category}.npz", device)
     record, panel = run_cell(row, category, task.cell, task.cell.seed == min(grid.seeds))
     if panel and grid.pictures:
