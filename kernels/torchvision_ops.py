@@ -114,14 +114,16 @@ def roi_align(
         smallest = -float("inf") if aligned else 1.0
         rows = bin_weights(y1, (y2 - y1).clamp(min=smallest), pooled_height, H, sampling_ratio)
         columns = bin_weights(x1, (x2 - x1).clamp(min=smallest), pooled_width, W, sampling_ratio)
-        owns = [torch.where(rois[:, 0] == n)[0] for n in range(len(features))]
-    pooled = []
+        image = rois[:, 0].long()
+        owns = [torch.where(image == n)[0] for n in range(len(features))]
+    # Mask R-CNN cuts the masks of an image without objects too
+    pooled = [features.new_zeros(0, pooled_height, features.shape[1], pooled_width)]
     with torch.autocast(features.device.type, enabled=False):
         for map_CHW, own in zip(features, owns, strict=True):
             # in this order of axes neither product has to copy the large one between them
             bands = torch.einsum("kph,chw->kpcw", rows[own], map_CHW)
             pooled.append(torch.einsum("kpcw,kqw->kpcq", bands, columns[own]))
-    return torch.cat(pooled)[torch.cat(owns).argsort()].transpose(1, 2).to(dtype)
+    return torch.cat(pooled)[torch.cat([image[:0], *owns]).argsort()].transpose(1, 2).to(dtype)
 
 
 def bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:

@@ -78,7 +78,9 @@ def trial(values: dict[str, float], search: Search, category: str) -> None:
     """Trains with some values and reports the best validation IoU so far after each validation."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // search.workers))
     row = with_values(in_category(search.networks[search.network], category), values)
-    cell = Cell(category, search.network, min(search.seeds), search.steps, search.batch_size, search.validations, bf16(search))
+    cell = Cell(
+        category, search.network, min(search.seeds), search.steps, search.batch_size, search.validations, bf16(search)
+    )
     data = load(Path(search.data) / f"{category}.npz", device_of(search.device))
     train(row, data, cell, lambda step, iou: tune.report({"step": step, "iou": iou}))
 
@@ -87,7 +89,9 @@ def identity(search: Search, category: str) -> str:
     """Names a search by all that its result depends on."""
     row = in_category(search.networks[search.network], category)
     what = [asdict(row), search.space, search.trials, min(search.seeds), search.steps, search.batch_size]
-    return hashlib.sha256(json.dumps([*what, search.validations, bf16(search)], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([*what, search.validations, bf16(search)], sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
 
 
 def own_values(search: Search, category: str) -> dict[str, float]:

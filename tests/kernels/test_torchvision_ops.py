@@ -79,3 +79,20 @@ def test_roi_align_against_loops(ratio: int, aligned: bool, scale: float) -> Non
     pooled.backward(slope)
     by_hand.backward(slope)
     torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_roi_align_of_no_images_and_under_autocast() -> None:
+    assert torchvision_ops.roi_align(torch.ones(0, 1, 7, 9), torch.ones(0, 5), 1.0, 3, 2, 2, False).shape == (
+        0,
+        1,
+        3,
+        2,
+    )
+    features, rois = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0)), torch.tensor(ROIS)
+    expected = torchvision_ops.roi_align(features, rois, 0.5, 3, 2, 0, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        # the corners and the average stay fp32, as in torchvision's own under autocast
+        assert torch.equal(torchvision_ops.roi_align(features, rois, 0.5, 3, 2, 0, True), expected)
+        half = torchvision_ops.roi_align(features.bfloat16(), rois, 0.5, 3, 2, 0, True)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)
