@@ -37,7 +37,17 @@ SCORES = (
     ("false alarms an image", "false_alarms_per_image", "alarms", min),
 )
 METRICS = ("iou", *(metric for _, metric, _, _ in SCORES))
-CELL_KEYS = ("steps", "batch_size", "train_samples_seen", "best_step", "threshold", "seconds", "parameters", "hardware")
+CELL_KEYS = (
+    "steps",
+    "batch_size",
+    "train_samples_seen",
+    "best_step",
+    "threshold",
+    "seconds",
+    "parameters",
+    "hardware",
+    "precision",
+)
 
 
 @dataclass(frozen=True)

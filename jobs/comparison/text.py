@@ -71,8 +71,12 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def machines_text(results: Results) -> str:
-    """Lists the machines that cells ran on, with the number of cells where they are several."""
-    machines = Counter(cell["hardware"] for cell in results.cells.values() if cell.get("hardware"))
+    """Lists the machines and precisions that cells ran in, with the number of cells where they are several."""
+    machines = Counter(
+        ", ".join(cell[key] for key in ("hardware", "precision") if cell.get(key))
+        for cell in results.cells.values()
+        if cell.get("hardware")
+    )
     if len(machines) == 1:
         return listed(machines)
     return "; ".join(f"{name}: {counted_as(cells, 'cell', 'cells')}" for name, cells in machines.most_common())

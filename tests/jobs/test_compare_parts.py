@@ -231,6 +231,14 @@ def test_cell_learns_and_repeats_itself() -> None:
     assert panel["worst_mask"].shape == (32, 32)
     again, _ = run_cell(row, category, cell, False)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in record.items() if k != "seconds"}
+    assert record["precision"] == "fp32"
+    # rounded otherwise, and as good
+    half, _ = run_cell(row, category, dataclasses.replace(cell, bf16=True), False)
+    assert half["precision"] == "bf16"
+    first, rounded = (each["curves"]["train"][0]["loss"] for each in (record, half))
+    assert rounded != first
+    assert rounded == pytest.approx(first, rel=0.02)
+    assert half["test"]["iou"] > 0.8
     # heads on lower levels count for the loss and not as the network's
     supervised, _ = run_cell(dataclasses.replace(row, deep_supervision=0.5), category, cell, False)
     assert supervised["parameters"] == 645_665

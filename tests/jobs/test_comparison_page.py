@@ -205,9 +205,9 @@ def test_claims_by_hand(grid: Path) -> None:
 def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     results = read(grid)
     assert text.machines_text(results) == "a GPU"
-    results.cells["coins", "deepskip", 0]["hardware"] = "a CPU, 1 thread"
+    results.cells["coins", "deepskip", 0] |= {"hardware": "a CPU, 1 thread", "precision": "fp32"}
     number = len(results.cells) - 1
-    assert text.machines_text(results) == f"a GPU: {number} cells; a CPU, 1 thread: 1 cell"
+    assert text.machines_text(results) == f"a GPU: {number} cells; a CPU, 1 thread, fp32: 1 cell"
     assert text.rates_text(results) == ""
     for name, values in results.networks.items():
         values |= {"optimizer": "muon" if name == "deepskip" else "adamw", "learning_rate": 0.004}
