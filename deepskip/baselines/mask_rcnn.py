@@ -84,6 +84,13 @@ class MaskRCNNSegmenter(nn.Module):
             image_std=[1.0] * in_channels,
             _skip_resize=True,
         )
+        # torchvision reckons boxes and the numbers of their masks in the dtype of these; bfloat16 has whole pixels from 128 on
+        for part in (
+            self.detector.rpn.head,
+            self.detector.roi_heads.box_predictor,
+            self.detector.roi_heads.mask_predictor,
+        ):
+            part.register_forward_hook(in_single_precision)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -113,6 +120,13 @@ class MaskRCNNSegmenter(nn.Module):
         self.detector.train()
         instances = [instances_of(target[n], max(self.num_classes, 2)) for n in kept]
         return torch.stack(list(self.detector([image[n] for n in kept], instances).values())).sum()
+
+
+def in_single_precision(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Makes the tensors of a module's output, or of lists of lists of it, fp32: a forward hook."""
+    if isinstance(output, Tensor):
+        return output.float()
+    return type(output)(in_single_precision(module, inputs, each) for each in output)
 
 
 def instances_of(target: Tensor, classes: int) -> dict[str, Any]:

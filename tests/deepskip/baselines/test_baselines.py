@@ -127,6 +127,22 @@ def test_mask_rcnn_without_objects_or_samples() -> None:
     torch.testing.assert_close(training_loss(network, BCEDiceLoss(), image, mask, torch.tensor([0.0, 1.0])), alone)
 
 
+def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
+    network = small("mask_rcnn", 3, 1)
+    image = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    # 400 objects: bfloat16 has no 257, and 129.5 is not a place in it
+    target = torch.zeros(1, 160, 160, dtype=torch.long)
+    target[0].view(20, 8, 20, 8)[:, 2:5, :, 2:5] = 1
+    proposals: list[Tensor] = []
+    network.detector.rpn.register_forward_hook(lambda module, inputs, output: proposals.extend(output[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        training_loss(network, None, image, target).backward()
+    assert all(boxes.dtype == torch.float32 for boxes in proposals)
+    assert (torch.cat(proposals) != torch.cat(proposals).bfloat16()).any()
+    # the box head's own weights go through its predictor
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_mask_rcnn_logits_are_the_union_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small("mask_rcnn", 1, 3)
     masks = torch.zeros(3, 1, 2, 4)
