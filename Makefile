@@ -38,12 +38,13 @@ $(INSTALLED): requirements.lock pyproject.toml
 train: setup
 	@$(VENV)/bin/python -m jobs.submit train --config $(CONFIG) $(ARGS)
 
-# what starts no Ray goes two at a time
-TOGETHER := $(addprefix tests/jobs/test_,comparison_page.py compare_parts.py evaluate.py export.py models.py)
+# what starts Ray's nodes has the machine to itself; all else goes two at a time
+ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
+	$(addprefix jobs/test_,compare end_to_end preemption search) $(addprefix jobs/prediction/test_,memory resuming)))
 
 test: setup lint
-	@$(VENV)/bin/python -m pytest -n 2 tests/kernels tests/deepskip tests/data_shards tests/test_docs.py tests/test_imports.py $(TOGETHER)
-	@$(VENV)/bin/python -m pytest tests/cluster tests/jobs $(addprefix --ignore=,$(TOGETHER))
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
+	@$(VENV)/bin/python -m pytest $(ALONE)
 
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster

@@ -163,12 +163,13 @@ def main(argv: list[str] | None = None) -> None:
     search = replace(search, out=str(Path(search.out).absolute()), data=str(Path(search.data).absolute()))
     # its table of trials and an advertisement
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    ray.init(**own_ray(), log_to_driver=False)
     chosen: dict[str, dict[str, float]] = {}
     for category in search.categories:
         folder = Path(search.out) / "search" / category / f"{search.network}-{identity(search, category)}"
         record = results.read(folder.with_suffix(".json"))
         if record is None:
+            if not ray.is_initialized():
+                ray.init(**own_ray(), log_to_driver=False)
             try:
                 record = search_category(search, category, folder)
             except RuntimeError as error:

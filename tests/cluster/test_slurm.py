@@ -70,6 +70,8 @@ class Slurm:
         self.process = subprocess.Popen(
             ["/bin/bash", str(SCRIPT), "--run.name", "a run"],
             env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            # tests that run in the background inherit a SIGINT that is ignored, and bash cannot trap such a one
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def lines(self, suffix: str = "") -> list[str]:

@@ -58,7 +58,9 @@ def test_training_never_reads_the_test_split(folder: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_search_finds_the_best_of_its_trials_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = arguments(folder, "--trials", "3", "--space", "{alpha: [0.3, 0.9], learning_rate: [0.001, 0.02]}")
+    asked = arguments(
+        folder, "--workers", "2", "--trials", "3", "--space", "{alpha: [0.3, 0.9], learning_rate: [0.001, 0.02]}"
+    )
     main(asked)
     ray.shutdown()
     printed = capsys.readouterr().out
@@ -80,7 +82,8 @@ def test_search_finds_the_best_of_its_trials_once(folder: Path, capsys: pytest.C
 
     before = path.stat().st_mtime_ns
     main(asked)
-    ray.shutdown()
+    # nothing was left to start it for
+    assert not ray.is_initialized()
     assert path.stat().st_mtime_ns == before
     assert capsys.readouterr().out == printed
 

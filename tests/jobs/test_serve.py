@@ -24,6 +24,9 @@ from jobs.serving import settings
 from tests.jobs.bad_requests import BAD, BODY_SECONDS, GOOD, MAX_BODY, MAX_PIXELS, SLOW, npy, picture, png, tif
 from tests.jobs.serving import Server, serving, state
 
+# what it starts is started once
+pytestmark = pytest.mark.xdist_group("serve")
+
 # more than this the processes must not grow by bad requests, bytes
 GROWTH = 48 * 2**20
 MAX_WAITING = 6

@@ -17,6 +17,9 @@ from cluster.local import end_with_parent, free_ports
 from jobs import tracking
 from jobs.runs import JOURNAL, write_down
 
+# what it starts is started once
+pytestmark = pytest.mark.xdist_group("tracking")
+
 CONFIG = {"optim": {"steps": 10}}
 
 
