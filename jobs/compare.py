@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from jobs.comparison.grid import trained_otherwise
 from jobs.comparison.processes import Processes
 from jobs.comparison.rows import read_grid
 from jobs.comparison.run import run
@@ -19,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     grid = read_grid(arguments)
     # workers on other machines have other working folders
     grid = replace(grid, out=str(Path(grid.out).absolute()), data=str(Path(grid.data).absolute()))
+    if fault := trained_otherwise(grid):
+        stop(fault)
     with_ray = importlib.util.find_spec("ray") is not None if grid.ray is None else grid.ray
     if with_ray:
         # heavy, and not there on every machine with a GPU

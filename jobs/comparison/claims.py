@@ -2,8 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy.stats import t as student_t
 
 from jobs.comparison.results import (
     OURS,
@@ -16,13 +18,16 @@ from jobs.comparison.results import (
     by_size,
     family,
     over_categories,
+    recalls,
     shown,
+    size_bins,
 )
 from jobs.comparison.tables import csv_text, exact, minus
 
 HELD, NOT_HELD, UNKNOWN = "held", "did not hold", "cannot be told"
 # with more parameters a form of ours is none of the small network that the paper is about
 SMALL = 700_000
+PLAIN = "ablation-none"
 # those that the paper compares itself with
 THE_FIVE = ("unet", "fcn", "mask-rcnn", "h-dense-unet", "pspnet")
 
@@ -49,54 +54,81 @@ ABLATION_PAIRS = (
 class Difference:
     """How far one network is ahead of another, on the categories and seeds that both have.
 
-    one, other: their means over those categories. difference: of pairs of a seed, averaged over categories.
-    won: pairs of category and seed in which the one is ahead, of `pairs`. by_category: mean difference of each.
+    one, other: their means over those categories. value: of pairs of category and seed, averaged. half: half the width of its
+    95 % interval, nan with one seed. won: pairs in which the one is ahead, of `pairs`. by_category: mean difference of each.
     """
 
     one: Mean
     other: Mean
-    difference: Mean
+    value: float
+    half: float
     won: int
     pairs: int
     by_category: dict[str, float]
 
     @property
     def verdict(self) -> str:
-        """Says whether the one is ahead."""
-        return judge(self.one, self.other)
+        """Says whether the one is ahead: nothing can be told where the interval holds 0, or with one seed."""
+        # what rounding leaves of equal means is no lead; nan is in no order
+        if not abs(self.value) > self.half + 1e-9:
+            return UNKNOWN
+        return HELD if self.value > 0 else NOT_HELD
 
 
-def judge(one: Mean, other: Mean) -> str:
-    """Says whether one mean is above another; it cannot be told with one seed, or where means ± deviations overlap."""
-    # what rounding leaves of equal means is no lead
-    ahead, reach = one.value - other.value, one.deviation + other.deviation + 1e-9
-    # a missing mean and a spread of one seed are nan, and nan is in no order
-    if not abs(ahead) > reach:
-        return UNKNOWN
-    return HELD if ahead > 0 else NOT_HELD
+def half_width(by_category: Iterable[Sequence[float]]) -> float:
+    """Gives half the 95 % interval of a mean over categories of paired differences (a sequence of seeds for each).
+
+    The categories are those of the comparison, no sample of others, so what varies is a category's seeds: Student's t with
+    the degrees of freedom of Welch and Satterthwaite. With one category it is the paired t-test. nan with one seed.
+    """
+    found = list(by_category)
+    if not found or any(len(values) < 2 for values in found):
+        return math.nan
+    parts = [statistics.variance(values) / len(values) for values in found]
+    if not any(parts):
+        return 0.0
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, found, strict=True))
+    return float(student_t.ppf(0.975, freedom)) * math.sqrt(sum(parts)) / len(found)
+
+
+Values = Mapping[str, Mapping[int, float]]
 
 
 def compare(results: Results, one: str, other: str, metric: str) -> Difference:
     """Compares two networks by a test metric, paired by category and seed."""
-    values = {
-        category: (by_seed(results, category, one, metric), by_seed(results, category, other, metric))
-        for category in results.categories
-    }
-    categories, seeds = block({category: ours.keys() & theirs.keys() for category, (ours, theirs) in values.items()})
-    if not categories:
-        return Difference(Mean(math.nan), Mean(math.nan), Mean(math.nan), 0, 0, {})
-    ahead = {c: {s: values[c][0][s] - values[c][1][s] for s in seeds} for c in categories}
     first, second = (
-        average(statistics.fmean(values[c][side][s] for c in categories) for s in seeds) for side in (0, 1)
+        {category: by_seed(results, category, network, metric) for category in results.categories}
+        for network in (one, other)
     )
+    return difference(first, second)
+
+
+def difference(first: Values, second: Values) -> Difference:
+    """Compares values by category and seed with others, on what both have."""
+    categories, seeds = block({c: first[c].keys() & second[c].keys() for c in first})
+    if not categories:
+        return Difference(Mean(math.nan), Mean(math.nan), math.nan, math.nan, 0, 0, {})
+    ahead = {c: [first[c][s] - second[c][s] for s in seeds] for c in categories}
+    one, other = (
+        average(statistics.fmean(values[c][s] for c in categories) for s in seeds) for values in (first, second)
+    )
+    by_category = {c: statistics.fmean(found) for c, found in ahead.items()}
     return Difference(
-        first,
-        second,
-        average(statistics.fmean(ahead[c][s] for c in categories) for s in seeds),
-        sum(value > 0 for found in ahead.values() for value in found.values()),
+        one,
+        other,
+        statistics.fmean(by_category.values()),
+        half_width(ahead.values()),
+        sum(value > 0 for found in ahead.values() for value in found),
         len(categories) * len(seeds),
-        {c: statistics.fmean(found.values()) for c, found in ahead.items()},
+        by_category,
     )
+
+
+def lead(found: Difference) -> str:
+    """Gives a difference in points with its 95 % interval."""
+    if math.isnan(found.half):
+        return points(found.value)
+    return f"{points(found.value)} ({points(found.value - found.half)} to {points(found.value + found.half)})"
 
 
 def best(results: Results, networks: list[str], metric: str, split: str = "test") -> str | None:
@@ -108,14 +140,15 @@ def best(results: Results, networks: list[str], metric: str, split: str = "test"
 
 def points(value: float) -> str:
     """Gives a difference of fractions in points of percent, with its sign."""
-    return "–" if math.isnan(value) else minus(f"{100 * value:+.1f}")
+    # not -0.0
+    return "–" if math.isnan(value) else minus(f"{round(100 * value, 1) + 0.0:+.1f}")
 
 
-def spread(mean: Mean, signed: bool = False) -> str:
+def spread(mean: Mean) -> str:
     """Gives a mean ± deviation in percent."""
     if math.isnan(mean.value):
         return "–"
-    text = points(mean.value) if signed else f"{100 * mean.value:.1f}"
+    text = f"{100 * mean.value:.1f}"
     return text if math.isnan(mean.deviation) else f"{text} ± {100 * mean.deviation:.1f}"
 
 
@@ -124,11 +157,15 @@ def million(count: float | None) -> str:
     return "–" if count is None else f"{count / 1e6:.2f} M"
 
 
+def rivals(results: Results) -> list[str]:
+    """Lists what ours is compared with: the rivals, and first the plain U-Net that the paper adds to."""
+    return [*(name for name in (PLAIN,) if name in results.networks), *results.group("rival")]
+
+
 def rivals_rows(results: Results, one: str) -> list[list[str]]:
     """Makes the rows of a network against each rival: MIoUs, difference, pairs, extremes, object recall, verdict."""
     rows = []
-    baseline = [name for name in ("ablation-none",) if name in results.networks and name != one]
-    for other in [*baseline, *results.group("rival")]:
+    for other in rivals(results):
         found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
         ends = sorted(found.by_category.items(), key=lambda item: item[1])
         extremes = [f"{points(value)} {shown(category)}" for category, value in dict(ends[:1] + ends[-1:]).items()]
@@ -136,11 +173,11 @@ def rivals_rows(results: Results, one: str) -> list[list[str]]:
             [
                 results.label(other),
                 f"**{found.verdict}**",
-                spread(found.difference, signed=True),
+                lead(found),
                 f"{found.won} of {found.pairs}",
                 spread(found.one),
                 spread(found.other),
-                spread(objects.difference, signed=True),
+                lead(objects),
                 " to ".join(extremes) or "–",
                 million(results.networks[other].get("parameters")),
             ]
@@ -176,7 +213,7 @@ def ablation_rows(results: Results) -> list[list[str]]:
     for claim, one, other in ABLATION_PAIRS:
         if one in results.networks and other in results.networks:
             found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
-            differences = [spread(each.difference, signed=True) for each in (found, objects)]
+            differences = [lead(found), lead(objects)]
             sides = [spread(found.one), spread(found.other)]
             rows.append([claim, f"**{found.verdict}**", *differences, f"{found.won} of {found.pairs}", *sides])
     return rows
@@ -184,25 +221,17 @@ def ablation_rows(results: Results) -> list[list[str]]:
 
 def sizes_rows(results: Results) -> list[list[str]]:
     """Makes the rows of object recall by object size: ours beside the rival that finds most of that size."""
-    ours = by_size(results, OURS, results.categories)
-    rivals = {name: by_size(results, name, results.categories) for name in results.group("rival")}
     rows = []
-    for i, (words, (objects, recall, _)) in enumerate(zip(bin_names(results), ours, strict=True)):
-        found = {name: rows_of[i][1] for name, rows_of in rivals.items() if not math.isnan(rows_of[i][1].value)}
-        if not objects or not found:
+    counts = [objects for objects, *_ in by_size(results, OURS, results.categories)]
+    for words, edges, objects in zip(bin_names(results), size_bins(results), counts, strict=True):
+        ours = recalls(results, OURS, edges)
+        found = {name: shares for name in rivals(results) if (shares := recalls(results, name, edges))}
+        if not ours or not found:
             continue
-        rival = max(found, key=lambda name: found[name].value)
-        verdict = judge(recall, found[rival])
-        rows.append(
-            [
-                words,
-                f"**{verdict}**",
-                f"{objects:,}",
-                spread(recall),
-                spread(found[rival]),
-                results.label(rival),
-            ]
-        )
+        rival = max(found, key=lambda name: statistics.fmean(found[name].values()))
+        ahead = difference({"all": ours}, {"all": found[rival]})
+        sides = [spread(ahead.one), spread(ahead.other)]
+        rows.append([words, f"**{ahead.verdict}**", f"{objects:,}", lead(ahead), *sides, results.label(rival)])
     return rows
 
 
@@ -220,8 +249,8 @@ def parameters_text(results: Results) -> str:
     if smaller:
         return f"**Fewest parameters: {NOT_HELD}.** {text}fewer have {', '.join(smaller)}."
     return (
-        f"**Fewest parameters: {HELD}.** {text}the smallest rival of those whose "
-        f"count it states is {results.label(smallest)} with {million(known[smallest])}."
+        f"**Fewest parameters: {HELD}.** {text}the smallest rival of those whose count it states, and which are built to that "
+        f"count here, is {results.label(smallest)} with {million(known[smallest])}."
     )
 
 
@@ -237,26 +266,26 @@ def widths_text(results: Results) -> str:
     worst, name, count, paper = max(off)
     inside = "all within 3 %" if worst <= 0.03 else f"{sum(each[0] <= 0.03 for each in off)} of {len(off)} within 3 %"
     return (
-        f"Of the rivals built to the paper's counts {inside}; farthest is {results.label(name)}: "
+        f"The rivals built to the paper's counts have them, {inside}; farthest is {results.label(name)}: "
         f"{million(count)} for {million(paper)} ({points(count / paper - 1)} %)."
     )
 
 
 def reach_text(results: Results, one: str, metric: str, words: str) -> str:
     """Says whether a network of ours reaches the best rival of any size by a metric."""
-    rival = best(results, results.group("rival"), metric)
+    rival = best(results, rivals(results), metric)
     if rival is None:
         return f"{words}: {UNKNOWN}, no rival has every category."
     found = compare(results, one, rival, metric)
     if found.verdict == UNKNOWN:
-        why = "one seed has no spread" if found.difference.seeds < 2 else "the spreads overlap"
+        why = "one seed has no spread" if math.isnan(found.half) else "its interval holds 0"
         outcome = f"{UNKNOWN} ({why})"
     else:
         outcome = "reached and passed" if found.verdict == HELD else "not reached"
     return (
         f"{words}: **{outcome}**. {results.label(one)} {spread(found.one)}, the best rival, {results.label(rival)} "
         f"({million(results.networks[rival].get('parameters'))}), {spread(found.other)}: "
-        f"{spread(found.difference, signed=True)} points, ahead in {found.won} of {found.pairs} pairs."
+        f"{lead(found)} points, ahead in {found.won} of {found.pairs} pairs."
     )
 
 
@@ -267,7 +296,7 @@ def tuning_rows(results: Results) -> list[list[str]]:
     for name in [OURS, *results.group("tuning")]:
         iou, objects = compare(results, name, OURS, "iou"), compare(results, name, OURS, "object_recall")
         effect = {HELD: "better", NOT_HELD: "worse", UNKNOWN: UNKNOWN}[iou.verdict] if name != OURS else "–"
-        differences = [spread(each.difference, signed=True) if name != OURS else "–" for each in (iou, objects)]
+        differences = [lead(each) if name != OURS else "–" for each in (iou, objects)]
         rows.append(
             [
                 results.label(name) + (" (chosen on validation)" if name == chosen else ""),
@@ -302,7 +331,7 @@ def differences_csv(results: Results) -> str:
         "mean",
         "its mean",
         "difference",
-        "difference ±",
+        "half of 95 % interval",
         "won",
         "pairs",
         "verdict",
@@ -311,6 +340,6 @@ def differences_csv(results: Results) -> str:
     for one, other in dict.fromkeys(pairs):
         for metric in ("iou", "object_recall"):
             found = compare(results, one, other, metric)
-            means = (found.one.value, found.other.value, found.difference.value, found.difference.deviation)
+            means = (found.one.value, found.other.value, found.value, found.half)
             rows.append([one, other, metric, *map(exact, means), found.won, found.pairs, found.verdict])
     return csv_text(heading, rows)

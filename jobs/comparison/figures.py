@@ -18,7 +18,6 @@ from jobs.comparison.results import (
     bin_names,
     block,
     by_size,
-    family,
     of_category,
     over_categories,
     shown,
@@ -29,7 +28,19 @@ STYLE = {"svg.hashsalt": "comparison", "svg.fonttype": "none", "font.size": 9, "
 STYLE |= {"axes.spines.right": False}
 # ours stand out; rivals keep their colour at every width
 OURS_COLOURS = ("#d62728", "#f4a08a")
-COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#aa4499", "#882255", "#bbbbbb", "#555555")
+COLOURS: tuple[str, ...] = (
+    "#332288",
+    "#88ccee",
+    "#44aa99",
+    "#117733",
+    "#999933",
+    "#ddcc77",
+    "#aa4499",
+    "#882255",
+    "#bbbbbb",
+    "#555555",
+)
+COLOURS += ("#0077bb", "#ee7733", "#009988", "#661100")
 
 
 def to_svg(figure: Figure) -> bytes:
@@ -42,13 +53,11 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def colours(results: Results) -> dict[str, str]:
-    """Gives every network its colour: a rival the same at all widths."""
+    """Gives every network its colour: a rival the same at all widths, and another with another loss."""
     found = {name: OURS_COLOURS[i % len(OURS_COLOURS)] for i, name in enumerate(results.group("ours"))}
-    for group in ("rival", "ablation", "tuning"):
-        families = list(dict.fromkeys(map(family, results.group(group))))
-        for name in results.group(group):
-            found[name] = COLOURS[families.index(family(name)) % len(COLOURS)]
-    return found
+    others = [*results.group("rival"), *results.group("ablation"), *results.group("tuning")]
+    kinds = list(dict.fromkeys(name.removesuffix("-paper") for name in others))
+    return found | {name: COLOURS[kinds.index(name.removesuffix("-paper")) % len(COLOURS)] for name in others}
 
 
 def drawn(results: Results, networks: Sequence[str]) -> list[str]:
@@ -205,6 +214,7 @@ def sizes_of_categories(results: Results, networks: Sequence[str]) -> Figure:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
         figure.supylabel("object recall", fontsize=9)
+        figure.supxlabel("area of an object, pixels", fontsize=9)
     return figure
 
 

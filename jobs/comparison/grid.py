@@ -10,7 +10,7 @@ import numpy as np
 
 from deepskip import files
 from jobs.comparison.cell import Cell
-from jobs.comparison.rows import Grid, bf16
+from jobs.comparison.rows import Grid, bf16, trained_as
 
 NETWORKS = "networks.json"
 
@@ -44,6 +44,22 @@ def is_done(out: Path, cell: Cell) -> bool:
     record = read(path_of(out, cell))
     same = ("steps", "batch_size")
     return record is not None and record.get("error") is None and all(record.get(k) == getattr(cell, k) for k in same)
+
+
+def trained_otherwise(grid: Grid) -> str | None:
+    """Names the first cell that is there and was trained otherwise than the grid says now; older cells do not say how."""
+    out = Path(grid.out)
+    for cell in cells(grid):
+        if is_done(out, cell):
+            found = (read(path_of(out, cell)) or {}).get("row") or {}
+            asked = trained_as(grid.networks[cell.network], cell.category)
+            for key in asked.keys() & found.keys():
+                if found[key] != asked[key]:
+                    return (
+                        f"{path_of(out, cell)} was trained with {key} {found[key]}, and the grid has {asked[key]}; "
+                        "name another --out, or remove what should be trained again"
+                    )
+    return None
 
 
 def write(out: Path, cell: Cell, record: dict[str, Any], panel: dict[str, np.ndarray]) -> None:

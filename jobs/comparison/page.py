@@ -60,7 +60,7 @@ def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes |
             lambda: figures.to_svg(figures.training_curves(results, OURS)),
         ),
         "convergence.svg": (
-            "Validation IoU over steps, mean over categories and seeds",
+            "Validation IoU (a fraction) over steps, mean over categories and seeds",
             lambda: figures.to_svg(figures.convergence(results, everything or sets)),
         ),
         "parameters.svg": (
@@ -107,9 +107,9 @@ def page_text(
         (
             "Pixels and objects",
             "Over a whole test split: PA, the share of pixels that are right; P, R and F1, precision and recall of foreground "
-            "pixels and their harmonic mean; IoU with background, the mean of both classes'. An object is found when more than "
-            "half of its pixels are; a "
-            f"predicted component that touches none is a false alarm.\n\n{table('table-3')}",
+            "pixels and their harmonic mean; IoU with background, the mean of the two classes' IoUs. An object is found when "
+            "more than half of its pixels are; a predicted component that touches no object is a false alarm. Object recall "
+            f"alone is highest for a network that marks everything: read it beside P.\n\n{table('table-3')}",
         ),
         (
             "Cost",
@@ -120,7 +120,7 @@ def page_text(
             "\n\n".join([table("table-5"), picture("sizes.svg", "sizes-categories.svg")]),
         ),
         ("Training", picture("figure-5.svg", "convergence.svg")),
-        ("Then make the model win", text.winning_text(results, changes)),
+        ("What each change does", text.winning_text(results, changes)),
         ("Predictions", predictions_text(picture, [name for name in shown_figures if name.startswith("panel-")])),
         ("Numbers to go on with", csv_text(made, changes)),
     ]

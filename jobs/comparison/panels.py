@@ -51,7 +51,11 @@ def panel(results: Results, category: str) -> bytes | None:
     for part, name in zip(parts, networks, strict=True):
         other = rival if name == OURS else OURS
         iou = spread(of_category(results, category, name, "iou"))
-        part.suptitle(f"{shown(category)}: {results.label(name)}, IoU {iou} %", fontsize=10)
+        path = pictures_path(results, category, name)
+        seed = path.stem if path else "0"
+        part.suptitle(
+            f"{shown(category)}: {results.label(name)}, IoU {iou} % over seeds; shown: seed {seed}", fontsize=9
+        )
         draw(part.subplots(2, 3), results, category, name, other)
     below.text(0.5, 0.5, "green: found   yellow: missed   red: false alarm", fontsize=8, ha="center", va="center")
     return small_png(figure)
@@ -83,7 +87,7 @@ def draw(axes: Any, results: Results, category: str, network: str, other: str | 
             axes[0, column].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.8))
         title = f"{place}: {100 * own[key]:.1f}" if key in own else place
         if key in others and other:
-            title += f"\n{results.label(other)[:26]}: {100 * others[key]:.1f}"
+            title += f"\n{results.label(other)[:32]}: {100 * others[key]:.1f}"
         axes[0, column].set_title(title, fontsize=7.5)
         for row in (0, 1):
             axes[row, column].set_axis_off()

@@ -171,7 +171,7 @@ def over_categories(results: Results, network: str, metric: str, split: str = "t
     if lost := [category for category in results.categories if category not in categories]:
         notes.append(f"without {', '.join(map(shown, lost))}, so not to be compared")
     if len(seeds) < len(results.seeds):
-        notes.append(f"seeds {', '.join(map(str, seeds))} only: the others lack a category")
+        notes.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} only: the others lack a category")
     means = [statistics.fmean(values[category][seed] for category in categories) for seed in seeds]
     return replace(average(means), notes=tuple(notes), partial=bool(lost))
 
@@ -233,3 +233,15 @@ def by_size(results: Results, network: str, categories: Iterable[str]) -> list[t
                 ious.append(sum(row["objects"] * number(row["iou"]) for row in rows_here) / objects)
         rows.append((objects, average(recalls), average(value for value in ious if math.isfinite(value))))
     return rows
+
+
+def recalls(results: Results, network: str, edges: tuple[int, int | None]) -> dict[int, float]:
+    """Gives the share found of the objects of a range of areas, all categories together, by seed that has them all."""
+    shares = {}
+    for seed in results.seeds:
+        cells = [results.cells.get((category, network, seed), {}) for category in results.categories]
+        if all("by_size" in cell for cell in cells):
+            rows = [row for cell in cells for row in cell["by_size"] if (row["from"], row["to"]) == edges]
+            if objects := sum(row["objects"] for row in rows):
+                shares[seed] = sum(row["found"] for row in rows) / objects
+    return shares

@@ -1,7 +1,8 @@
 """What the comparison's grid is made of: networks with the way each is trained, categories, seeds and steps."""
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +178,14 @@ def forms(name: str, row: Row) -> Iterator[tuple[str, Row]]:
 def in_category(row: Row, category: str) -> Row:
     """Gives a row with the values that it states for a category."""
     return with_values(row, row.by_category.get(category, {}))
+
+
+def trained_as(row: Row, category: str) -> dict[str, Any]:
+    """Gives all of a row that a cell's result depends on, as JSON has it."""
+    values = asdict(in_category(row, category))
+    for key in ("label", "group", "paper_parameters", "seeds", "turn", "by_category"):
+        del values[key]
+    return json.loads(json.dumps(values))
 
 
 def described(row: Row) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def all_tables(results: Results) -> list[Table]:
 
 
 def to_markdown(table: Table) -> str:
-    """Writes a table as Markdown: mean ± standard deviation, the best of a column in bold, footnotes below."""
+    """Writes a table as Markdown: mean ± standard deviation, a column's best of several seeds in bold, footnotes below."""
     notes: dict[str, str] = {}
     best = [best_text([row[1][i] for row in table.rows], column) for i, column in enumerate(table.columns)]
     rows = []
@@ -158,7 +158,7 @@ def to_markdown(table: Table) -> str:
         cells = [label]
         for mean, column, top in zip(means, table.columns, best, strict=True):
             text = with_deviation(mean, column)
-            if top is not None and not mean.partial and printed(mean.value, column) == top:
+            if top is not None and compared(mean) and printed(mean.value, column) == top:
                 text = f"**{text}**"
             cells.append(text + marks(mean.notes, notes))
         rows.append(cells)
@@ -205,9 +205,18 @@ def with_deviation(mean: Mean, column: Column) -> str:
 
 
 def best_text(means: Sequence[Mean], column: Column) -> str | None:
-    """Gives the best number of a column as printed, None where nothing is compared."""
-    values = [mean.value for mean in means if not mean.partial and not math.isnan(mean.value)]
+    """Gives the best number of a column as printed, None where nothing is compared.
+
+    One seed's luck is no best beside means of several, unless all have one.
+    """
+    several = any(mean.seeds > 1 for mean in means)
+    values = [mean.value for mean in means if compared(mean) and (not several or mean.seeds > 1)]
     return printed(column.best(values), column) if column.best and len(values) > 1 else None
+
+
+def compared(mean: Mean) -> bool:
+    """Says whether a mean stands beside others: it has a value, and of all categories."""
+    return not mean.partial and not math.isnan(mean.value)
 
 
 def to_csv(table: Table) -> str:

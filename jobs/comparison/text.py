@@ -13,9 +13,12 @@ from jobs.comparison.claims import (
     ablation_rows,
     best,
     chosen_form,
+    compare,
+    lead,
     million,
     parameters_text,
     reach_text,
+    rivals,
     rivals_rows,
     sizes_rows,
     spread,
@@ -26,6 +29,7 @@ from jobs.comparison.claims import (
     widths_text,
 )
 from jobs.comparison.results import OURS, Results, family, over_categories, shortened, shown
+from jobs.comparison.scores import BINS
 from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
@@ -47,11 +51,14 @@ RIVAL_HEADINGS = (
 
 def cost_text(results: Results) -> str:
     """Says what the numbers of the table of costs are of."""
-    sides = listed(values_of(results, "image_size"))
-    machines = listed(dict.fromkeys(v["hardware"] for v in results.networks.values() if v.get("hardware")))
+    sides, machines = (
+        listed(dict.fromkeys(v[key] for v in results.networks.values() if v.get(key)))
+        for key in ("image_size", "hardware")
+    )
+    size = f" and {sides} pixels a side" if sides else ""
     return (
-        f"GFLOPs and time of one image of 3 bands and {sides} pixels a side, by itself; memory of a training step of the "
-        f"grid's batch{f'; on {machines}' if machines else ''}."
+        f"GFLOPs and time of one image of 3 bands{size}, by itself; memory of a training step of the grid's batch"
+        f"{f'; on {machines}' if machines else ''}. They are measured once and briefly: a tenth more or less says nothing."
     )
 
 
@@ -72,14 +79,25 @@ def listed(values: Iterable[Any]) -> str:
 
 def machines_text(results: Results) -> str:
     """Lists the machines and precisions that cells ran in, with the number of cells where they are several."""
-    machines = Counter(
-        ", ".join(cell[key] for key in ("hardware", "precision") if cell.get(key))
-        for cell in results.cells.values()
-        if cell.get("hardware")
-    )
+    machines = Counter(machine_of(cell) for cell in results.cells.values() if cell.get("hardware"))
     if len(machines) == 1:
         return listed(machines)
     return "; ".join(f"{name}: {counted_as(cells, 'cell', 'cells')}" for name, cells in machines.most_common())
+
+
+def mixed_text(results: Results) -> str:
+    """Lists, where cells ran on several machines, whose ran on all but the commonest."""
+    found: dict[str, Counter[str]] = {}
+    for (_, network, _), cell in results.cells.items():
+        found.setdefault(machine_of(cell), Counter())[results.label(network)] += 1
+    others = sorted(found, key=lambda name: -found[name].total())[1:]
+    lines = [f"{name}: {', '.join(f'{label} {cells}' for label, cells in found[name].items())}." for name in others]
+    return f"Cells elsewhere than most: {' '.join(lines)}\n\n" if lines else ""
+
+
+def machine_of(cell: dict[str, Any]) -> str:
+    """Names the machine and precision of a cell."""
+    return ", ".join(cell[key] for key in ("hardware", "precision") if cell.get(key))
 
 
 def run_text(results: Results) -> str:
@@ -98,13 +116,16 @@ def run_text(results: Results) -> str:
         ["image side, pixels", listed(values_of(results, "image_size"))],
         ["hardware", machines_text(results)],
         ["torch", listed(values_of(results, "torch"))],
-        ["time of all cells, added up", f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"],
+        [
+            "time of all cells, added up, several at once",
+            f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min",
+        ],
     ]
     text = grid(["what", ""], [row for row in rows if row[1]], words=2)
     commands = "\n".join(str(command) for command in values_of(results, "command"))
     if commands:
         text += f"\n```\n{commands}\n```\n"
-    return text + "\n" + rates_text(results) + last_text(results) + failed_text(results)
+    return text + "\n" + mixed_text(results) + rates_text(results) + last_text(results) + failed_text(results)
 
 
 def rates_text(results: Results) -> str:
@@ -118,23 +139,24 @@ def rates_text(results: Results) -> str:
         return ""
     most, *others = sorted(found, key=lambda way: -len(found[way]))
     ways = [f"{way}: {', '.join(found[way])}." for way in others] + [f"{most}: all others."]
-    return f"{' '.join(ways)} These are the config's; what suits one network may not suit another.\n\n"
+    return (
+        f"{' '.join(ways)} These are the config's; what suits one network may not suit another. Whose were looked "
+        "for is in [compare.md](../compare.md).\n\n"
+    )
 
 
 def last_text(results: Results) -> str:
-    """Says in how many cells validation was still rising at the end."""
-    last, known = 0, 0
-    for cell in results.cells.values():
-        points = cell.get("curves", {}).get("validation", [])
-        if points and cell.get("best_step") is not None:
-            known += 1
-            last += cell["best_step"] >= max(point["step"] for point in points)
-    if not known:
+    """Says in how many cells validation was still rising at the end, and in how many the threshold is at its bound."""
+    cells = [cell for cell in results.cells.values() if cell.get("best_step") is not None]
+    if not cells:
         return ""
+    late = sum(cell["best_step"] > 0.9 * cell["steps"] for cell in cells)
+    bound = sum(not 1 < round(cell["threshold"] * BINS) < BINS - 1 for cell in cells)
     return (
         "Tested are the weights of the best validation IoU, with the threshold that is best on validation. In "
-        f"{last:,} of {known:,} cells that was the last validation: more steps might take those further. The test split "
-        "was read once a cell.\n"
+        f"{late:,} of {len(cells):,} cells those are of the last tenth of the steps: more steps might take them further, and "
+        f"few steps from random weights favour networks that start fast. In {bound:,} the threshold is the lowest or highest "
+        f"that was tried, {1 / BINS:g} or {1 - 1 / BINS:g}. The test split was read once a cell.\n"
     )
 
 
@@ -153,30 +175,28 @@ def failed_text(results: Results) -> str:
 def short_text(results: Results) -> str:
     """Says what came out, in a few lines."""
     lines = []
-    rival = best(results, results.group("rival"), "iou")
-    objects = best(results, results.group("rival"), "object_recall")
-    ours = over_categories(results, OURS, "iou"), over_categories(results, OURS, "object_recall")
-    count = million(results.networks[OURS].get("parameters"))
+    rival = best(results, rivals(results), "iou")
+    objects = best(results, rivals(results), "object_recall")
     lines.append(
-        f"* {results.label(OURS)} ({count}): MIoU {spread(ours[0])} %, object recall {spread(ours[1])} % over "
-        f"{counted_as(len(results.categories), 'category', 'categories')}."
+        f"* {worth(results, OURS)}, over {counted_as(len(results.categories), 'category', 'categories')}; seeds "
+        f"{listed(results.seeds)}."
     )
-    for name, metric, words in ((rival, "iou", "MIoU"), (objects, "object_recall", "object recall")):
+    for name, words in ((rival, "MIoU"), (objects, "object recall")):
         if name:
-            value = spread(over_categories(results, name, metric))
-            size = million(results.networks[name].get("parameters"))
-            lines.append(f"* The rival with the highest {words}: {results.label(name)} ({size}), {value} %.")
+            lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
     five = the_five(results)
     for name in claimants(results) if five else []:
-        found, whole = tally(results, name, five), tally(results, name, results.group("rival"))
+        found, whole = tally(results, name, five), tally(results, name, rivals(results))
         lines.append(
             f'* "Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
-            f"{counted(found)}. Of all {len(results.group('rival'))} forms of rivals: {counted(whole)}."
+            f"{counted(found)}. Of all {len(rivals(results))} forms of rivals: {counted(whole)}."
         )
-    for size, verdict, objects, own, other, rival in sizes_rows(results)[:1]:
+    for text in alike_texts(results):
+        lines.append(f"* {text}")
+    for size, verdict, number, ahead, own, other, which in sizes_rows(results)[:1]:
         lines.append(
-            f'* "Finds more of the smallest objects" ({size} pixels, {objects} objects): {verdict}; {own} % against '
-            f"{other} % of {rival}."
+            f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
+            f"{other} % of {which}, {ahead} points."
         )
     for claim, verdict, *_ in ablation_rows(results)[:3]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
@@ -184,9 +204,42 @@ def short_text(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def worth(results: Results, network: str) -> str:
+    """Says what a network reaches; object recall beside what it costs in pixels and objects that are none."""
+    iou, recall, precision, alarms = (
+        over_categories(results, network, key)
+        for key in ("iou", "object_recall", "precision", "false_alarms_per_image")
+    )
+    return (
+        f"{results.label(network)} ({million(results.networks[network].get('parameters'))}): MIoU {spread(iou)} %, object "
+        f"recall {spread(recall)} %, precision of pixels {spread(precision)} %, {alarms.value:.1f} false alarms an image"
+    )
+
+
+def alike_texts(results: Results) -> list[str]:
+    """Says how ours stands to the rivals that the same loss and optimizer trained: the network's share of the lead."""
+    keys = ("loss", "optimizer", "learning_rate")
+    if ABLATION not in results.networks or not results.has(ABLATION):
+        return []
+    way = {key: results.networks[ABLATION].get(key) for key in keys}
+    texts = []
+    for other in rivals(results):
+        if all(results.networks[other].get(key) == value for key, value in way.items()) and results.has(other):
+            iou, objects = (compare(results, ABLATION, other, key) for key in ("iou", "object_recall"))
+            texts.append(
+                f"Trained alike ({LOSSES.get(str(way['loss']), way['loss'])}, one optimizer, one rate), "
+                f"{named(results, ABLATION)} is ahead of {results.label(other)} by {lead(iou)} points of MIoU "
+                f"(**{iou.verdict}**), {lead(objects)} of object recall (**{objects.verdict}**)."
+            )
+    return texts
+
+
 def counted(tallied: dict[str, list[str]]) -> str:
     """Counts what is behind, ahead and undecided."""
-    return f"ahead of {len(tallied[HELD])}, behind {len(tallied[NOT_HELD])}, cannot be told for {len(tallied[UNKNOWN])}"
+    open_for = f"cannot be told for {len(tallied[UNKNOWN])}" + (
+        f" ({', '.join(tallied[UNKNOWN])})" if tallied[UNKNOWN] else ""
+    )
+    return f"ahead of {len(tallied[HELD])}, behind {len(tallied[NOT_HELD])}, {open_for}"
 
 
 def named(results: Results, network: str) -> str:
@@ -204,18 +257,22 @@ def claims_text(results: Results) -> str:
     """Says claim by claim which of the paper's held."""
     seeds = len(results.seeds)
     parts = [
-        "Two networks are compared on the cells that both have, paired by category and seed; a difference is a mean over "
-        "categories, ± its standard deviation over seeds. A claim **held** or **did not hold** where the two means "
-        "± their standard deviations do not overlap; else it **cannot be told**. "
-        + ("With one seed there is no spread, and nothing can be told." if seeds < 2 else f"There are {seeds} seeds: ")
-        + ("" if seeds < 2 else "small differences need more."),
+        "Two networks are compared on the cells that both have, paired by category and seed. A difference is a mean over "
+        "categories, in brackets its 95 % interval for these categories (Student's t of each category's seeds, degrees of "
+        "freedom by Welch and Satterthwaite); it says nothing of other data. A claim **held** or **did not hold** where the "
+        "interval is wholly on one side of 0; else it **cannot be told**. "
+        + (
+            "With one seed there is no interval."
+            if seeds < 2
+            else "Where both have one seed only there is no interval."
+        ),
     ]
     for name in claimants(results):
         loss = results.networks[name].get("loss")
         words = f" (loss: {LOSSES.get(loss, loss)})" if loss else ""
         parts.append(f"### Does it beat the rivals? {named(results, name)}{words}")
         parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name), words=2))
-        found = tally(results, name, results.group("rival"))
+        found = tally(results, name, rivals(results))
         parts.append(" ".join(f"{TALLIES[verdict]} {', '.join(of)}." for verdict, of in found.items() if of))
     if rows := ablation_rows(results):
         parts.append("### Do deep skips help, does the loss, do both?")
@@ -232,10 +289,11 @@ def claims_text(results: Results) -> str:
     if rows := sizes_rows(results):
         parts.append("### Does it find more of the small objects?")
         parts.append(
-            "The share found of the objects of all categories together, by their area. The rival is the one that finds most of "
-            "that size, of any width."
+            "The share found of the objects of all categories together, by their area in the pixels of the images as the "
+            "networks get them; categories with many objects count for most. The rival is the one that finds most of that "
+            "size, of any width, and the difference is on the seeds that both have."
         )
-        columns = ("pixels", "finds more", "objects", f"{results.label(OURS)}, %", "the rival, %", "which")
+        columns = ("pixels", "finds more", "objects", "points", f"{results.label(OURS)}, %", "the rival, %", "which")
         parts.append(grid(columns, rows, words=2))
     parts.append("### Is it the smallest?")
     parts.append(parameters_text(results))
@@ -276,12 +334,13 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
         )
         parts.append(
             f"Each row changes one thing in {tuned.label(OURS)}; the effect is paired by category and seed, and its verdict "
-            "as above. The form is chosen on validation, test is only reported."
+            "as above; with another optimizer go its rate and weight decay. The best on validation is marked; the page's other "
+            "numbers are of the unchanged form."
         )
         parts.append(grid(headings, tuning_rows(tuned), words=2))
     parts.append(
-        "The bar: at least the mean IoU and the mean object recall of the best rival of any size. The rival is chosen on test, "
-        "the harder bar."
+        "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
+        "the best on test of those that were run."
     )
     forms = dict.fromkeys([OURS, chosen_form(results)])
     lines = []
@@ -293,7 +352,7 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
 
 
 def readme_table(results: Results) -> str:
-    """Makes the README's short form: at most 12 lines, ours and each rival at its better width, by MIoU."""
+    """Makes the README's short form: at most 12 lines, ours and each rival in the form with the highest MIoU, by MIoU."""
     better: dict[str, str] = {}
     for name in results.group("rival"):
         value = over_categories(results, name, "iou")
@@ -307,9 +366,11 @@ def readme_table(results: Results) -> str:
     rows = [
         [
             f"**{results.label(name)}**" if name == OURS else results.label(name),
+            way_text(results, name),
             million(results.networks[name].get("parameters")),
             spread(over_categories(results, name, "iou")),
             spread(over_categories(results, name, "object_recall")),
+            spread(over_categories(results, name, "precision")),
             str(over_categories(results, name, "iou").seeds),
         ]
         for name in names
@@ -318,8 +379,20 @@ def readme_table(results: Results) -> str:
     steps = listed(values_of(results, "steps"))
     caption = (
         f"{counted_as(len(results.categories), 'category', 'categories')}, "
-        f"{steps} steps a cell, {machines_text(results)}; mean ± standard "
-        "deviation over seeds, each rival at its better width: "
+        f"{steps} steps a cell, {machines_text(results)}; mean ± standard deviation over seeds. MIoU: the mean "
+        "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest: "
         "[docs/comparison](docs/comparison/README.md)"
     )
-    return grid(["network", "parameters", "MIoU, %", "object recall, %", "seeds"], rows) + "\n" + caption + "\n"
+    return (
+        grid(["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"], rows, words=2)
+        + "\n"
+        + caption
+        + "\n"
+    )
+
+
+def way_text(results: Results, network: str) -> str:
+    """Says with which loss and optimizer a network was trained."""
+    values = results.networks[network]
+    words = (LOSSES.get(values.get("loss", "")), OPTIMIZERS.get(values.get("optimizer", "")))
+    return ", ".join(word for word in words if word)

@@ -15,7 +15,7 @@ import torch
 from jobs.comparison import grid as results
 from jobs.comparison.cell import Cell, run_cell
 from jobs.comparison.profile import hardware, profile
-from jobs.comparison.rows import Grid, bf16, device_of
+from jobs.comparison.rows import Grid, bf16, device_of, trained_as
 from jobs.comparison.samples import Category, load, size_of
 from jobs.comparison.scores import with_pictures
 
@@ -59,7 +59,12 @@ def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
     record, panel = run_cell(row, category, task.cell, task.cell.seed == min(grid.seeds))
     if panel and grid.pictures:
         panel = with_pictures(panel, category.splits["test"])
-    record |= {"hardware": hardware(device), "torch": torch.__version__, "command": command}
+    record |= {
+        "row": trained_as(row, task.cell.category),
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "command": command,
+    }
     results.write(Path(grid.out), task.cell, record, panel)
     return record
 

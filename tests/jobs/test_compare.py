@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from jobs.comparison.cell import Cell
-from jobs.comparison.grid import cells, is_done, write_error
-from jobs.comparison.rows import Grid, Row, read_grid
+from jobs.comparison.grid import cells, is_done, trained_otherwise, write, write_error
+from jobs.comparison.rows import Grid, Row, read_grid, trained_as
 from jobs.comparison.run import Clock, run
 from jobs.comparison.work import Outcome, Task
 from tests.deepskip.baselines.small import SMALL
@@ -169,6 +169,20 @@ def test_order_and_failures(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "cells/b/two/1.json").read_text())["error"] == "it broke"
     assert json.loads((tmp_path / "networks.json").read_text())["two"]["parameters"] is None
     assert not any(is_done(tmp_path, cell) for cell in cells(grid))
+
+
+def test_a_cell_that_was_trained_otherwise_is_not_taken_for_one_of_the_grid(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path)
+    first, second = list(cells(grid))[:2]
+    for cell in (first, second):
+        record = {"steps": 10, "batch_size": 8, "row": trained_as(grid.networks[cell.network], cell.category)}
+        write(tmp_path, cell, record, {})
+    assert trained_otherwise(grid) is None
+    grid.networks["one"].label = "another name"
+    grid.networks["two"].by_category = {second.category: {"alpha": 0.7}}
+    assert (trained_otherwise(grid) or "").startswith(
+        f"{tmp_path / 'cells' / 'a' / 'two' / '0.json'} was trained with alpha 0.5, and the grid has 0.7; name another --out"
+    )
 
 
 def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path: Path) -> None:

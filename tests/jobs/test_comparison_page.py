@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from jobs.comparison import claims, page, tables, text
@@ -175,17 +176,22 @@ def test_claims_by_hand(grid: Path) -> None:
     results = read(grid)
     unet = claims.compare(results, "deepskip", "unet", "iou")
     assert (unet.won, unet.pairs, unet.verdict) == (6, 6, claims.HELD)
-    assert unet.difference.value == pytest.approx(0.11)
-    assert unet.difference.deviation == pytest.approx(0.01)
+    assert unet.value == pytest.approx(0.11)
+    # only coins varies, by 0.02 over 3 seeds: t of 2 degrees of freedom is 4.303, and the mean is of two categories
+    assert unet.half == pytest.approx(4.302653 * 0.02 / math.sqrt(3) / 2, rel=1e-5)
+    assert claims.lead(unet) == "+11.0 (+8.5 to +13.5)"
     assert unet.by_category == pytest.approx({"coins": 0.12, "small_targets": 0.10})
     # on coins alone: 60, 62, 64 against 70
     fcn = claims.compare(results, "deepskip", "fcn", "iou")
     assert (fcn.won, fcn.pairs, fcn.verdict) == (0, 3, claims.NOT_HELD)
-    assert fcn.difference.value == pytest.approx(-0.08)
+    assert fcn.value == pytest.approx(-0.08)
+    # the paired t-test of scipy, as it is one category
+    low, high = scipy.stats.ttest_rel([0.60, 0.62, 0.64], [0.70] * 3).confidence_interval(0.95)
+    assert (fcn.value - fcn.half, fcn.value + fcn.half) == pytest.approx((low, high))
     # on seeds 0 and 2: 50 and 52 against 51 and 51
     paper = claims.compare(results, "deepskip", "fcn-paper", "iou")
     assert (paper.won, paper.pairs, paper.verdict) == (1, 4, claims.UNKNOWN)
-    assert paper.difference.deviation == pytest.approx(math.sqrt(2) / 100)
+    assert paper.half == pytest.approx(12.7062 * 0.04 / 2 / 2, rel=1e-5)
     assert claims.compare(results, "deepskip", "pspnet", "iou").verdict == claims.UNKNOWN
     verdicts = [row[1] for row in claims.ablation_rows(results)]
     assert verdicts == ["**cannot be told**", "**held**", "**did not hold**", "**did not hold**", "**did not hold**"]
@@ -195,11 +201,11 @@ def test_claims_by_hand(grid: Path) -> None:
     assert claims.verdict_of(found) == claims.UNKNOWN
     assert "held" in claims.parameters_text(results)
     # the best rival that has every category; the form chosen on validation passes it
-    assert claims.best(results, results.group("rival"), "iou") == "fcn-paper"
+    assert claims.best(results, claims.rivals(results), "iou") == "fcn-paper"
     assert claims.chosen_form(results) == "tuned-flips"
     reached = claims.reach_text(results, "tuned-flips", "iou", "Mean IoU")
     assert reached.startswith("Mean IoU: **reached and passed**. TUNED-FLIPS 56.0 ± 0.0")
-    assert claims.tuning_rows(results)[1][1:4] == ["better", "+5.0 ± 1.0", "+5.0 ± 1.0"]
+    assert claims.tuning_rows(results)[1][1:4] == ["better", "+5.0 (+2.5 to +7.5)", "+5.0 (+2.5 to +7.5)"]
 
 
 def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
@@ -208,6 +214,7 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     results.cells["coins", "deepskip", 0] |= {"hardware": "a CPU, 1 thread", "precision": "fp32"}
     number = len(results.cells) - 1
     assert text.machines_text(results) == f"a GPU: {number} cells; a CPU, 1 thread, fp32: 1 cell"
+    assert text.mixed_text(results) == "Cells elsewhere than most: a CPU, 1 thread, fp32: DEEPSKIP 1.\n\n"
     assert text.rates_text(results) == ""
     for name, values in results.networks.items():
         values |= {"optimizer": "muon" if name == "deepskip" else "adamw", "learning_rate": 0.004}
@@ -226,7 +233,8 @@ def test_changes_may_stand_in_a_grid_of_their_own(grid: Path, tmp_path: Path) ->
     assert "python -m jobs.compare --steps 20" in said
     row = next(line for line in said.splitlines() if line.startswith("| TUNED-FLIPS"))
     # 0 for (0.60 + 0.40) / 2 and (0.62 + 0.40) / 2
-    assert "| worse | −50.5 ± 0.7 |" in row
+    # coins' two pairs differ by 0.02: t of 1 degree of freedom is 12.706
+    assert "| worse | −50.5 (−56.9 to −44.1) |" in row
     # the bar is still the whole grid's
     assert text.winning_text(results).splitlines()[-1] == said.splitlines()[-1]
 
@@ -240,7 +248,7 @@ def test_object_sizes_by_hand(grid: Path) -> None:
     assert iou.value == pytest.approx((10 * 0.5 + 30 * 0.3) / 40)
     # 35 % of every network that has both categories, in every seed
     assert [row[1:5] for row in claims.sizes_rows(results)] == [
-        ["**cannot be told**", "40", "35.0 ± 0.0", "35.0 ± 0.0"]
+        ["**cannot be told**", "40", "+0.0 (+0.0 to +0.0)", "35.0 ± 0.0"]
     ]
     # it lacks a category, and the objects of the others are other objects
     assert by_size(results, "fcn", results.categories)[0][0] == 0
@@ -265,7 +273,7 @@ def test_one_seed_has_no_spread_and_tells_nothing(tmp_path: Path) -> None:
     results = read(write_grid(tmp_path / "out", seeds=(0,)))
     assert table(results, "table-1-iou-default")["DEEPSKIP"]["MIoU"] == "**50.0**"
     assert claims.compare(results, "deepskip", "unet", "iou").verdict == claims.UNKNOWN
-    assert "With one seed there is no spread" in text.claims_text(results)
+    assert "With one seed there is no interval" in text.claims_text(results)
     csv_rows = list(csv.DictReader(io.StringIO(tables.to_csv(tables.all_tables(results)[0]))))
     assert csv_rows[0] == {
         "network": "DEEPSKIP",
@@ -336,7 +344,7 @@ def test_the_html_page_stands_alone(made: Path) -> None:
 
 def test_every_file_is_there_and_small(made: Path) -> None:
     readme = (made / "README.md").read_text()
-    named = set(re.findall(r"\]\((?!#|https)([^)]+)\)", readme)) - {"../paper.md"}
+    named = set(re.findall(r"\]\((?!#|https)([^)]+)\)", readme)) - {"../paper.md", "../compare.md"}
     assert named == {path.name for path in made.iterdir()} - {"README.md", "index.html", "short.md"}
     for path in made.glob("*.svg"):
         assert ET.parse(path).getroot().tag.endswith("svg")  # noqa: S314
@@ -348,14 +356,17 @@ def test_every_file_is_there_and_small(made: Path) -> None:
     assert len(short.splitlines()) <= 12
     assert rows_of(short)["**DEEPSKIP**"] == {
         "network": "**DEEPSKIP**",
+        "trained with": "BCE + Dice",
         "parameters": "0.65 M",
         "MIoU, %": "51.0 ± 1.0",
         "object recall, %": "51.0 ± 1.0",
+        "P, %": "90.0 ± 0.0",
         "seeds": "3",
     }
     assert "50 whole, 1 failed, 9 not run, of 60" in readme
     assert "25.0 h" in readme
-    assert "In 17 of 50 cells that was the last validation" in readme
+    assert "In 17 of 50 cells those are of the last tenth of the steps" in readme
+    assert "In 0 the threshold is the lowest or highest that was tried, 0.05 or 0.95" in readme
 
 
 @pytest.mark.parametrize(
