@@ -23,8 +23,9 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
     if config.optimizer == "adamw":
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.learning_rate)
-    # the head's few rows are no matrix to orthogonalise
-    head = {id(p) for p in network.get_submodule("head").parameters()}
+    # the head's few rows are no matrix to orthogonalise; other networks than ours end with theirs
+    own_head = getattr(network, "head", None)
+    head = {id(p) for p in (decayed[-1:] if own_head is None else own_head.parameters())}
     return Muon(
         [
             {"params": [p for p in decayed if id(p) not in head], "muon": True, "weight_decay": config.weight_decay},

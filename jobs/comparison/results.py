@@ -183,8 +183,8 @@ def whole_gap(results: Results, network: str) -> list[str]:
 
 
 def family(network: str) -> str:
-    """Gives a rival's name without its width and loss: unet of unet-paper and unet-loss."""
-    return network.removesuffix("-paper").removesuffix("-loss")
+    """Gives a rival's name without its width and training: unet of unet-paper, unet-loss and unet-ours."""
+    return network.removesuffix("-paper").removesuffix("-loss").removesuffix("-ours")
 
 
 def shown(category: str) -> str:

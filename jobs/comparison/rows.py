@@ -50,7 +50,7 @@ class Row:
     beta: float = 1.0
     """of bce_dice: weight of BCE beside Dice"""
     optimizer: Literal["muon", "adamw"] = "adamw"
-    """Muon is for deepskip only"""
+    """Muon takes the convolutions, Adam the rest"""
     learning_rate: float = 1e-3
     """peak, after a warm-up over a twentieth of the steps; a cosine follows"""
     weight_decay: float = 0.01
@@ -153,8 +153,8 @@ def faults_of(grid: Grid) -> list[str]:
     for name, row in grid.networks.items():
         if row.network != OURS and row.network not in RIVALS:
             faults.append(f"networks.{name}.network is {row.network!r}; it must be {OURS}, {', '.join(RIVALS)}")
-        elif row.network != OURS and (row.optimizer == "muon" or row.deep_supervision):
-            faults.append(f"networks.{name}: muon and deep_supervision are for network {OURS} only")
+        elif row.network != OURS and row.deep_supervision:
+            faults.append(f"networks.{name}: deep_supervision is for network {OURS} only")
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
         for where, one in forms(name, row):

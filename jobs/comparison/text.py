@@ -217,21 +217,23 @@ def worth(results: Results, network: str) -> str:
 
 
 def alike_texts(results: Results) -> list[str]:
-    """Says how ours stands to the rivals that the same loss and optimizer trained: the network's share of the lead."""
-    keys = ("loss", "optimizer", "learning_rate")
-    if ABLATION not in results.networks or not results.has(ABLATION):
-        return []
-    way = {key: results.networks[ABLATION].get(key) for key in keys}
+    """Says how ours stands to the rivals that the same loss, optimizer and rate trained: what the network alone does."""
     texts = []
-    for other in rivals(results):
-        if all(results.networks[other].get(key) == value for key, value in way.items()) and results.has(other):
-            iou, objects = (compare(results, ABLATION, other, key) for key in ("iou", "object_recall"))
-            texts.append(
-                f"Trained alike ({LOSSES.get(str(way['loss']), way['loss'])}, one optimizer, one rate), "
-                f"{named(results, ABLATION)} is ahead of {results.label(other)} by {lead(iou)} points of MIoU "
-                f"(**{iou.verdict}**), {lead(objects)} of object recall (**{objects.verdict}**)."
-            )
+    for name in claimants(results):
+        for other in rivals(results):
+            if results.has(other) and way_of(results, other) == way_of(results, name):
+                iou, objects = (compare(results, name, other, key) for key in ("iou", "object_recall"))
+                texts.append(
+                    f"Trained alike ({way_text(results, name)}), {named(results, name)} against {results.label(other)}: "
+                    f"{lead(iou)} points of MIoU (ahead: **{iou.verdict}**), {lead(objects)} of object recall "
+                    f"(**{objects.verdict}**)."
+                )
     return texts
+
+
+def way_of(results: Results, network: str) -> tuple[Any, ...]:
+    """Gives what makes two trainings alike."""
+    return tuple(results.networks[network].get(key) for key in ("loss", "optimizer", "learning_rate"))
 
 
 def counted(tallied: dict[str, list[str]]) -> str:
@@ -338,6 +340,7 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
             "numbers are of the unchanged form."
         )
         parts.append(grid(headings, tuning_rows(tuned), words=2))
+    parts += [] if changes is None else [f"* {line}" for line in alike_texts(changes)]
     parts.append(
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
         "the best on test of those that were run."

@@ -76,8 +76,11 @@ def test_what_muon_leaves_goes_as_with_adam() -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_only_convolutions_decay_and_every_parameter_is_moved_once(optimizer: Literal["muon", "adamw"]) -> None:
-    network = DeepSkipUNet(3, 1, base_channels=2, levels=3)
-    groups = build_optimizer(OptimConfig(optimizer=optimizer), network).param_groups
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in network.parameters())
-    for group in groups:
-        assert all(p.ndim == 4 for p in group["params"]) or group["weight_decay"] == 0
+    ours = DeepSkipUNet(3, 1, base_channels=2, levels=3)
+    another = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
+    for network, head in ((ours, ours.head.weight), (another, another[2].weight)):
+        groups = build_optimizer(OptimConfig(optimizer=optimizer), network).param_groups
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in network.parameters())
+        for group in groups:
+            assert all(p.ndim == 4 for p in group["params"]) or group["weight_decay"] == 0
+            assert not group.get("muon") or id(head) not in {id(p) for p in group["params"]}
