@@ -128,7 +128,9 @@ def lead(found: Difference) -> str:
     """Gives a difference in points with its 95 % interval."""
     if math.isnan(found.half):
         return points(found.value)
-    return f"{points(found.value)} ({points(found.value - found.half)} to {points(found.value + found.half)})"
+    # differences of fractions end at 100 points
+    low, high = max(-1.0, found.value - found.half), min(1.0, found.value + found.half)
+    return f"{points(found.value)} ({points(low)} to {points(high)})"
 
 
 def best(results: Results, networks: list[str], metric: str, split: str = "test") -> str | None:
@@ -279,7 +281,7 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
     found = compare(results, one, rival, metric)
     if found.verdict == UNKNOWN:
         why = "one seed has no spread" if math.isnan(found.half) else "its interval holds 0"
-        outcome = f"{UNKNOWN} ({why})"
+        outcome = f"{'reached' if found.value >= 0 else 'not reached'} on average, but it {UNKNOWN} ({why})"
     else:
         outcome = "reached and passed" if found.verdict == HELD else "not reached"
     return (

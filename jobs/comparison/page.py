@@ -101,8 +101,8 @@ def page_text(
         ("Where the paper's printed numbers contradict each other", text.contradictions_text()),
         (
             "IoU by category",
-            "MIoU is the mean of the categories' IoUs, as in the paper. Mean ± standard deviation over seeds; best in bold.\n\n"
-            + "\n\n".join([table("table-1"), table("table-2"), picture("figure-4.svg")]),
+            "MIoU is the mean of the categories' IoUs, as in the paper. Mean ± standard deviation over seeds; the best of "
+            "several seeds in bold.\n\n" + "\n\n".join([table("table-1"), table("table-2"), picture("figure-4.svg")]),
         ),
         (
             "Pixels and objects",
