@@ -386,12 +386,9 @@ def readme_table(results: Results) -> str:
         "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest: "
         "[docs/comparison](docs/comparison/README.md)"
     )
-    return (
-        grid(["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"], rows, words=2)
-        + "\n"
-        + caption
-        + "\n"
-    )
+    headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
+    alike = "".join(f"\n{line}\n" for line in alike_texts(results)[:1])
+    return f"{grid(headings, rows, words=2)}\n{caption}\n{alike}"
 
 
 def way_text(results: Results, network: str) -> str:
