@@ -94,7 +94,7 @@ def page_text(
     sections = [
         (
             "In short",
-            text.short_text(results),
+            text.short_text(results, changes),
         ),
         ("What was run", text.run_text(results)),
         ("The paper's claims", text.claims_text(results)),
@@ -176,7 +176,7 @@ def write_page(results: Results, to: Path, changes: Results | None = None) -> li
         if (data := draw()) is not None:
             pictures[name], words[name] = data, title
     readme = page_text(results, changes, words, made)
-    written |= pictures | {"short.md": text.readme_table(results).encode(), "README.md": readme.encode()}
+    written |= pictures | {"short.md": text.readme_table(results, changes).encode(), "README.md": readme.encode()}
     written["index.html"] = to_html(readme, f"DeepSkip: {TITLE}", pictures).encode()
     for name, data in written.items():
         files.write(to / name, data)

@@ -172,7 +172,7 @@ def failed_text(results: Results) -> str:
     return "\nCells that failed:\n\n" + "\n".join([*lines[:20], *more]) + "\n"
 
 
-def short_text(results: Results) -> str:
+def short_text(results: Results, changes: Results | None = None) -> str:
     """Says what came out, in a few lines."""
     lines = []
     rival = best(results, rivals(results), "iou")
@@ -191,8 +191,7 @@ def short_text(results: Results) -> str:
             f'* "Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
             f"{counted(found)}. Of all {len(rivals(results))} forms of rivals: {counted(whole)}."
         )
-    for text in alike_texts(results):
-        lines.append(f"* {text}")
+    lines += [f"* {text}" for text in [*alike_texts(results), *apart_alike_texts(changes)]]
     for size, verdict, number, ahead, own, other, which in sizes_rows(results)[:1]:
         lines.append(
             f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
@@ -229,6 +228,14 @@ def alike_texts(results: Results) -> list[str]:
                     f"(**{objects.verdict}**)."
                 )
     return texts
+
+
+def apart_alike_texts(changes: Results | None) -> list[str]:
+    """Says the same of a grid of its own, with what it is."""
+    if changes is None:
+        return []
+    sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
+    return [f"In the grid of {sides} pixels a side and {steps} steps: {text}" for text in alike_texts(changes)]
 
 
 def way_of(results: Results, network: str) -> tuple[Any, ...]:
@@ -340,7 +347,8 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
             "numbers are of the unchanged form."
         )
         parts.append(grid(headings, tuning_rows(tuned), words=2))
-    parts += [] if changes is None else [f"* {line}" for line in alike_texts(changes)]
+    if lines := apart_alike_texts(changes):
+        parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
         "the best on test of those that were run."
@@ -354,7 +362,7 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def readme_table(results: Results) -> str:
+def readme_table(results: Results, changes: Results | None = None) -> str:
     """Makes the README's short form: at most 12 lines, ours and each rival in the form with the highest MIoU, by MIoU."""
     better: dict[str, str] = {}
     for name in results.group("rival"):
@@ -387,7 +395,7 @@ def readme_table(results: Results) -> str:
         "[docs/comparison](docs/comparison/README.md)"
     )
     headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
-    alike = "".join(f"\n{line}\n" for line in alike_texts(results)[:1])
+    alike = "".join(f"\n{line}\n" for line in [*alike_texts(results)[:1], *apart_alike_texts(changes)[:1]])
     return f"{grid(headings, rows, words=2)}\n{caption}\n{alike}"
 
 

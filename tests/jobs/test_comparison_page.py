@@ -235,6 +235,12 @@ def test_changes_may_stand_in_a_grid_of_their_own(grid: Path, tmp_path: Path) ->
     # 0 for (0.60 + 0.40) / 2 and (0.62 + 0.40) / 2
     # coins' two pairs differ by 0.02: t of 1 degree of freedom is 12.706
     assert "| worse | −50.5 (−56.9 to −44.1) |" in row
+    # (11 + 10) / 2 points; the ends as above
+    alike = "In the grid of 128 pixels a side and 20 steps: Trained alike (BCE + Dice), DEEPSKIP against UNET: "
+    alike += "+10.5 (+4.1 to +16.9)"
+    assert alike in said
+    assert alike in text.short_text(results, changes)
+    assert "In the grid of" not in text.short_text(results)
     # the bar is still the whole grid's
     assert text.winning_text(results).splitlines()[-1] == said.splitlines()[-1]
 
