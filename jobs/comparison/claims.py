@@ -171,9 +171,10 @@ def rivals_rows(results: Results, one: str) -> list[list[str]]:
         found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
         ends = sorted(found.by_category.items(), key=lambda item: item[1])
         extremes = [f"{points(value)} {shown(category)}" for category, value in dict(ends[:1] + ends[-1:]).items()]
+        some, all_of = len(found.by_category), len(results.categories)
         rows.append(
             [
-                results.label(other),
+                results.label(other) + (f" (in {some} of {all_of} categories)" if 0 < some < all_of else ""),
                 f"**{found.verdict}**",
                 lead(found),
                 f"{found.won} of {found.pairs}",

@@ -195,6 +195,8 @@ def test_claims_by_hand(grid: Path) -> None:
     assert claims.compare(results, "deepskip", "pspnet", "iou").verdict == claims.UNKNOWN
     verdicts = [row[1] for row in claims.ablation_rows(results)]
     assert verdicts == ["**cannot be told**", "**held**", "**did not hold**", "**did not hold**", "**did not hold**"]
+    against = [row[0] for row in claims.rivals_rows(results, "deepskip")]
+    assert against == ["ABLATION-NONE", "UNET", "FCN (in 1 of 2 categories)", "FCN-PAPER", "PSPNET"]
     assert claims.the_five(results) == ["unet", "fcn-paper", "pspnet"]
     found = claims.tally(results, "deepskip", claims.the_five(results))
     assert found == {claims.HELD: ["UNET"], claims.NOT_HELD: [], claims.UNKNOWN: ["FCN-PAPER", "PSPNET"]}
