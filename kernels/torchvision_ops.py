@@ -22,9 +22,9 @@ SCHEMAS = (
     "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
     "int sampling_ratio, bool aligned) -> Tensor",
 )
+NMS_BLOCK = 256
 # operators live as long as the library that registered them
 _LIBRARIES: list[Any] = []
-NMS_BLOCK = 256
 
 
 def declare() -> None:

@@ -41,24 +41,29 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def is_done(out: Path, cell: Cell) -> bool:
     """Says whether a cell is there, without an error and of the same budget."""
+    return done(out, cell) is not None
+
+
+def done(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """Reads a cell that is there, without an error and of the same budget; None where there is none."""
     record = read(path_of(out, cell))
     same = ("steps", "batch_size")
-    return record is not None and record.get("error") is None and all(record.get(k) == getattr(cell, k) for k in same)
+    if record is None or record.get("error") is not None or any(record.get(k) != getattr(cell, k) for k in same):
+        return None
+    return record
 
 
 def trained_otherwise(grid: Grid) -> str | None:
     """Names the first cell that is there and was trained otherwise than the grid says now; older cells do not say how."""
     out = Path(grid.out)
     for cell in cells(grid):
-        if is_done(out, cell):
-            found = (read(path_of(out, cell)) or {}).get("row") or {}
-            asked = trained_as(grid.networks[cell.network], cell.category)
-            for key in asked.keys() & found.keys():
-                if found[key] != asked[key]:
-                    return (
-                        f"{path_of(out, cell)} was trained with {key} {found[key]}, and the grid has {asked[key]}; "
-                        "name another --out, or remove what should be trained again"
-                    )
+        found = (done(out, cell) or {}).get("row", {})
+        for key, asked in trained_as(grid.networks[cell.network], cell.category).items():
+            if found.get(key, asked) != asked:
+                return (
+                    f"{path_of(out, cell)} was trained with {key} {found[key]}, and the grid has {asked}; "
+                    "name another --out, or remove what should be trained again"
+                )
     return None
 
 

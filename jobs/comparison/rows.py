@@ -155,6 +155,8 @@ def faults_of(grid: Grid) -> list[str]:
             faults.append(f"networks.{name}.network is {row.network!r}; it must be {OURS}, {', '.join(RIVALS)}")
         elif row.network != OURS and row.deep_supervision:
             faults.append(f"networks.{name}: deep_supervision is for network {OURS} only")
+        if row.network == "mask_rcnn" and row.optimizer == "muon":
+            faults.append(f"networks.{name}: muon is for networks of one head, and mask_rcnn has several")
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
         for where, one in forms(name, row):

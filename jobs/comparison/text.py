@@ -264,17 +264,11 @@ def claimants(results: Results) -> list[str]:
 
 def claims_text(results: Results) -> str:
     """Says claim by claim which of the paper's held."""
-    seeds = len(results.seeds)
     parts = [
         "Two networks are compared on the cells that both have, paired by category and seed. A difference is a mean over "
         "categories, in brackets its 95 % interval for these categories (Student's t of each category's seeds, degrees of "
         "freedom by Welch and Satterthwaite); it says nothing of other data. A claim **held** or **did not hold** where the "
-        "interval is wholly on one side of 0; else it **cannot be told**. "
-        + (
-            "With one seed there is no interval."
-            if seeds < 2
-            else "Where both have one seed only there is no interval."
-        ),
+        "interval is wholly on one side of 0; else it **cannot be told**. With one seed there is no interval.",
     ]
     for name in claimants(results):
         loss = results.networks[name].get("loss")
@@ -392,11 +386,11 @@ def readme_table(results: Results, changes: Results | None = None) -> str:
         f"{counted_as(len(results.categories), 'category', 'categories')}, "
         f"{steps} steps a cell, {machines_text(results)}; mean ± standard deviation over seeds. MIoU: the mean "
         "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest: "
-        "[docs/comparison](docs/comparison/README.md)"
+        "[docs/comparison](docs/comparison/README.md)."
     )
     headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
-    alike = "".join(f"\n{line}\n" for line in [*alike_texts(results)[:1], *apart_alike_texts(changes)[:1]])
-    return f"{grid(headings, rows, words=2)}\n{caption}\n{alike}"
+    sentences = [caption, *alike_texts(results)[:1], *apart_alike_texts(changes)[:1]]
+    return f"{grid(headings, rows, words=2)}\n{' '.join(sentences)}\n"
 
 
 def way_text(results: Results, network: str) -> str:

@@ -201,6 +201,10 @@ def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path: Path) -> None:
         (["--only", "[nobody]"], "only: there is no network 'nobody'"),
         (["--stepps", "3"], "stepps is no setting"),
         (["--networks", "{x: {label: x, group: rival, network: vgg}}"], "networks.x.network is 'vgg'"),
+        (
+            ["--networks", "{x: {label: x, group: rival, network: mask_rcnn, optimizer: muon}}"],
+            "muon is for networks of",
+        ),
         (["--networks", "{x: {label: x, group: rival, network: fcn, deep_supervision: 1}}"], "deep_supervision is for"),
         (["--networks", "{x: {label: x, group: rival, network: mask_rcnn}}"], "networks.x.loss is cross_entropy"),
     ],

@@ -139,7 +139,6 @@ def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
         training_loss(network, None, image, target).backward()
     assert all(boxes.dtype == torch.float32 for boxes in proposals)
     assert (torch.cat(proposals) != torch.cat(proposals).bfloat16()).any()
-    # the box head's own weights go through its predictor
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
