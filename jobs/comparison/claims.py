@@ -227,8 +227,10 @@ def sizes_rows(results: Results) -> list[list[str]]:
     rows = []
     counts = [objects for objects, *_ in by_size(results, OURS, results.categories)]
     for words, edges, objects in zip(bin_names(results), size_bins(results), counts, strict=True):
-        ours = recalls(results, OURS, edges)
-        found = {name: shares for name in rivals(results) if (shares := recalls(results, name, edges))}
+        ours = recalls(results, OURS, results.categories, edges)
+        found = {
+            name: shares for name in rivals(results) if (shares := recalls(results, name, results.categories, edges))
+        }
         if not ours or not found:
             continue
         rival = max(found, key=lambda name: statistics.fmean(found[name].values()))

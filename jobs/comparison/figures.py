@@ -28,7 +28,7 @@ STYLE = {"svg.hashsalt": "comparison", "svg.fonttype": "none", "font.size": 9, "
 STYLE |= {"axes.spines.right": False}
 # ours stand out; rivals keep their colour at every width
 OURS_COLOURS = ("#d62728", "#f4a08a")
-COLOURS: tuple[str, ...] = (
+COLOURS = (
     "#332288",
     "#88ccee",
     "#44aa99",
@@ -39,8 +39,11 @@ COLOURS: tuple[str, ...] = (
     "#882255",
     "#bbbbbb",
     "#555555",
+    "#0077bb",
+    "#ee7733",
+    "#009988",
+    "#661100",
 )
-COLOURS += ("#0077bb", "#ee7733", "#009988", "#661100")
 
 
 def to_svg(figure: Figure) -> bytes:

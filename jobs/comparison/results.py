@@ -212,36 +212,38 @@ def by_size(results: Results, network: str, categories: Iterable[str]) -> list[t
     Objects of all the categories count alike; a seed of which a category is missing does not count.
     """
     categories = list(categories)
-    present = {
-        category: [seed for seed in results.seeds if "by_size" in results.cells.get((category, network, seed), {})]
-        for category in categories
-    }
-    kept, seeds = block(present)
     rows = []
     for edges in size_bins(results):
-        recalls, ious, objects = [], [], 0
-        for seed in seeds if len(kept) == len(categories) else []:
-            rows_here = [
-                row
-                for category in categories
-                for row in results.cells[category, network, seed]["by_size"]
-                if (row["from"], row["to"]) == edges and row["objects"]
-            ]
-            objects = sum(row["objects"] for row in rows_here)
-            if objects:
-                recalls.append(sum(row["found"] for row in rows_here) / objects)
-                ious.append(sum(row["objects"] * number(row["iou"]) for row in rows_here) / objects)
-        rows.append((objects, average(recalls), average(value for value in ious if math.isfinite(value))))
+        found = rows_by_seed(results, network, categories, edges)
+        objects = [sum(row["objects"] for row in of_seed) for of_seed in found.values()]
+        ious = [
+            sum(row["objects"] * number(row["iou"]) for row in of_seed) / count
+            for of_seed, count in zip(found.values(), objects, strict=True)
+        ]
+        recall = average(recalls(results, network, categories, edges).values())
+        rows.append((objects[-1] if objects else 0, recall, average(value for value in ious if math.isfinite(value))))
     return rows
 
 
-def recalls(results: Results, network: str, edges: tuple[int, int | None]) -> dict[int, float]:
-    """Gives the share found of the objects of a range of areas, all categories together, by seed that has them all."""
-    shares = {}
+def recalls(
+    results: Results, network: str, categories: Iterable[str], edges: tuple[int, int | None]
+) -> dict[int, float]:
+    """Gives by seed the share found of the objects of a range of areas, all the categories together."""
+    found = rows_by_seed(results, network, categories, edges)
+    return {
+        seed: sum(row["found"] for row in rows) / sum(row["objects"] for row in rows) for seed, rows in found.items()
+    }
+
+
+def rows_by_seed(
+    results: Results, network: str, categories: Iterable[str], edges: tuple[int, int | None]
+) -> dict[int, list[dict[str, Any]]]:
+    """Gives by seed the rows of a range of areas that have objects, of the seeds that have every category."""
+    found = {}
     for seed in results.seeds:
-        cells = [results.cells.get((category, network, seed), {}) for category in results.categories]
+        cells = [results.cells.get((category, network, seed), {}) for category in categories]
         if all("by_size" in cell for cell in cells):
             rows = [row for cell in cells for row in cell["by_size"] if (row["from"], row["to"]) == edges]
-            if objects := sum(row["objects"] for row in rows):
-                shares[seed] = sum(row["found"] for row in rows) / objects
-    return shares
+            if kept := [row for row in rows if row["objects"]]:
+                found[seed] = kept
+    return found
