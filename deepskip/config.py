@@ -14,8 +14,8 @@ class ModelConfig:
     """depth, B, 3 to 6; the lowest level works at 1 / 2^(B-1) of the input's height and width"""
     encoder: Literal["vgg16", "resnet34"] = "vgg16"
     """encoder family: two convolutions a level, or ResNet-34's basic blocks"""
-    norm: Literal["batch", "group"] = "batch"
-    """normalisation; "group" gives the same result on any number of workers"""
+    norm: Literal["batch", "instance-batch", "group"] = "batch"
+    """normalisation; "instance-batch" learns faster and takes longer a step, "group" gives the same on any number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are brought to a level's size"""
     in_channels: int | None = None

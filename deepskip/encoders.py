@@ -4,18 +4,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from deepskip.instance_batch_norm import InstanceBatchNorm
 
 # basic blocks a level, from level 2 on: ResNet-34's; a sixth level repeats the last number
 RESNET34_BLOCKS = (3, 4, 6, 3, 3)
 
 
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    """Builds the normalisation of a block: "batch", or "group" (4 channels a group; the same on any number of workers)."""
+    """Builds the normalisation of a block: "batch", "instance-batch", or "group" (4 channels a group)."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
+    if kind == "instance-batch":
+        return InstanceBatchNorm(channels)
     if kind == "group":
         return nn.GroupNorm(max(1, channels // 4), channels)
-    raise ValueError(f'norm is {kind!r}; it must be "batch" or "group"')
+    raise ValueError(f'norm is {kind!r}; it must be "batch", "instance-batch" or "group"')
 
 
 class ConvNormReLU(nn.Sequential):

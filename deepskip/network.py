@@ -39,8 +39,9 @@ class DeepSkipUNet(nn.Module):
 
     in_channels: bands, 1 or more. num_classes: 1 for binary (sigmoid), else exclusive classes (softmax) or independent
     labels. base_channels: b; level u has b * 2^(u-1) channels. levels: B, 3 to 6. encoder: "vgg16" or "resnet34".
-    norm: "batch" or "group". upsample: "bilinear" (align_corners=False) or "nearest". deep_skips: False leaves a plain
-    U-Net of the same widths, the paper's baseline: level u then joins E_u and D_{u+1} only.
+    norm: "batch", "instance-batch" (half of the channels each) or "group". upsample: "bilinear" (align_corners=False) or
+    "nearest". deep_skips: False leaves a plain U-Net of the same widths, the paper's baseline: level u then joins E_u and
+    D_{u+1} only.
     forward: (N, in_channels, H, W) float -> logits (N, num_classes, H, W).
     Raises ValueError that names the argument, its value and what is allowed.
     """

@@ -2,8 +2,8 @@
 
 Along each side tiles start at multiples of 2^(B-1), where the network's pooling starts too, and overlap by twice the margin
 and a ramp. The margin is the receptive radius, so on the ramp both tiles hold what the whole image would give, and weights
-that add up to one lead from one to the other. With batch norm that is exact; with group norm, whose statistics are each
-tile's own, a broad ramp hides the step.
+that add up to one lead from one to the other. With batch norm that is exact; with group and instance-batch norm, whose
+statistics are each tile's own, a broad ramp hides the step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepskip.instance_batch_norm import InstanceBatchNorm
 from deepskip.network import DeepSkipUNet
 
 RAMP = 32
@@ -64,8 +65,8 @@ def overlap_of(network: nn.Module) -> Overlap:
         return Overlap(OTHER_MARGIN, BROAD_RAMP, 32)
     multiple = 2 ** (network.levels - 1)
     margin = -(-receptive_radius(network) // multiple) * multiple
-    grouped = any(isinstance(module, nn.GroupNorm) for module in network.modules())
-    return Overlap(margin, BROAD_RAMP if grouped else RAMP, multiple)
+    apart = any(isinstance(module, nn.GroupNorm | InstanceBatchNorm) for module in network.modules())
+    return Overlap(margin, BROAD_RAMP if apart else RAMP, multiple)
 
 
 def receptive_radius(network: DeepSkipUNet) -> int:

@@ -26,7 +26,7 @@ from jobs.settings import explain, stop
 
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
-# the settings that decide what is in the outputs; --tile does with group norm alone
+# the settings that decide what is in the outputs; --tile does with other norms than batch norm
 DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 

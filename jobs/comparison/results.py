@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -183,8 +184,8 @@ def whole_gap(results: Results, network: str) -> list[str]:
 
 
 def family(network: str) -> str:
-    """Gives a rival's name without its width and training: unet of unet-paper, unet-loss and unet-ours."""
-    return network.removesuffix("-paper").removesuffix("-loss").removesuffix("-ours")
+    """Gives a rival's name without its width and training: unet of unet-paper, unet-loss, unet-ours and unet-best."""
+    return re.sub("-(paper|loss|ours|best)$", "", network)
 
 
 def shown(category: str) -> str:

@@ -12,11 +12,11 @@ from deepskip import checkpoint, inference
 from deepskip.config import Config
 
 
-def state_of(in_channels: int, classes: int, **preparation: int | None) -> dict[str, Any]:
+def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation: int | None) -> dict[str, Any]:
     config = Config()
-    config.model.levels, config.model.base_channels = 3, 4
+    config.model.levels, config.model.base_channels, config.model.norm = 3, 4, norm  # type: ignore[assignment]
     torch.manual_seed(in_channels)
-    network = deepskip.DeepSkipUNet(in_channels, classes, 4, 3)
+    network = deepskip.DeepSkipUNet(in_channels, classes, 4, 3, norm=norm)
     # about as much foreground as background
     torch.nn.init.normal_(network.head.weight)
     with torch.no_grad():

@@ -108,8 +108,9 @@ def test_the_papers_network_in_tiles() -> None:
         torch.testing.assert_close(logits_in_tiles(network, image, 368), network(image), atol=1e-5, rtol=0)
 
 
-def test_group_norm_has_no_seam() -> None:
-    network = network_of(1, 1, base_channels=4, levels=3, norm="group")
+@pytest.mark.parametrize("norm", ["group", "instance-batch"])
+def test_a_norm_of_the_tiles_own_has_no_seam(norm: str) -> None:
+    network = network_of(1, 1, base_channels=4, levels=3, norm=norm)
     # a gradient of brightness: each tile's statistics differ
     image = torch.randn(1, 1, 192, 768) + torch.linspace(-2, 2, 768)
     overlap = overlap_of(network)

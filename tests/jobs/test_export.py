@@ -19,8 +19,8 @@ from tests.deepskip.test_model import state_of
 ODD = ((1, 37, 53), (2, 101, 33), (3, 45, 71))
 
 
-def save(folder: Path, bands: int, classes: int, normalize: str) -> None:
-    state = state_of(bands, classes, longest_side=512)
+def save(folder: Path, bands: int, classes: int, normalize: str, norm: str) -> None:
+    state = state_of(bands, classes, norm, longest_side=512)
     rng = np.random.default_rng(0)
     state["config"]["data"]["normalize"] = normalize
     state["data"]["mean"], state["data"]["std"] = (rng.uniform(50, 200, bands).tolist() for _ in range(2))
@@ -31,13 +31,20 @@ def save(folder: Path, bands: int, classes: int, normalize: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bands", "classes", "normalize", "formats"), [(3, 1, "image", ["onnx", "pt2"]), (7, 4, "dataset", ["onnx"])]
+    ("bands", "classes", "normalize", "norm", "formats"),
+    [(3, 1, "image", "instance-batch", ["onnx", "pt2"]), (7, 4, "dataset", "batch", ["onnx", "pt2"])],
 )
 def test_the_files_are_the_model_at_any_size_and_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bands: int, classes: int, normalize: str, formats: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bands: int,
+    classes: int,
+    normalize: str,
+    norm: str,
+    formats: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save(tmp_path, bands, classes, normalize)
+    save(tmp_path, bands, classes, normalize, norm)
     export.main(["--model", "runs/some", "--formats", json.dumps(formats)])
     folder = tmp_path / "exports" / "some"
     assert {path.name for path in folder.iterdir()} == {
@@ -111,7 +118,7 @@ def test_a_graph_that_is_not_the_model_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save(tmp_path, 3, 1, "image")
+    save(tmp_path, 3, 1, "image", "batch")
     runner = export.program_runner
     monkeypatch.setattr(export, "program_runner", lambda data: lambda image: runner(data)(image) + 2e-4)
     with pytest.raises(SystemExit) as stopped:

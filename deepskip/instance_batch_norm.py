@@ -1,0 +1,94 @@
+"""Half of the channels by instance norm, half by batch norm (IBN-Net, Pan et al. 2018): what varies from image to image goes
+from the one half and stays in the other.
+
+Both are x * scale + shift with a scale and a shift for each sample and channel, which come from one pass of statistics.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _pooled(statistics_NC: Tensor, own: int) -> Tensor:
+    """Averages all channels from the first `own` on over the samples: those are the batch's."""
+    shared = statistics_NC[:, own:].mean(0).expand(len(statistics_NC), -1)
+    return torch.cat([statistics_NC[:, :own], shared], 1)
+
+
+def _affine(x: Tensor, scale_NC: Tensor, shift_NC: Tensor) -> Tensor:
+    return torch.addcmul(shift_NC[:, :, None, None], x, scale_NC[:, :, None, None])
+
+
+class _InstanceBatchNorm(torch.autograd.Function):
+    """Autograd's own way through the statistics takes half as long again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        own = ctx.own = len(weight) // 2
+        variances, means = torch.var_mean(x, (2, 3), correction=0)
+        mean = _pooled(means, own)
+        variance = _pooled(variances + (means - mean).square(), own)
+        inverse = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        batch_mean, batch_variance = mean[0, own:].clone(), variance[0, own:].clone()
+        ctx.mark_non_differentiable(batch_mean, batch_variance)
+        scale = weight * inverse
+        return _affine(x, scale, bias - mean * scale), batch_mean, batch_variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        of_grad = grad.mean((2, 3))
+        # of grad x_hat, each sample and channel
+        of_product = ((grad * x).mean((2, 3)) - of_grad * mean) * inverse
+        pixels = x.shape[2] * x.shape[3]
+        # dx = scale (grad - mean of grad - x_hat * mean of grad x_hat), means over what the statistics are of
+        scale = weight * inverse
+        slope = -scale * inverse * _pooled(of_product, ctx.own)
+        shift = -scale * _pooled(of_grad, ctx.own) - slope * mean
+        d_x = _affine(grad, scale, shift).addcmul_(x, slope[:, :, None, None])
+        return d_x, of_product.sum(0) * pixels, of_grad.sum(0) * pixels, None
+
+
+class InstanceBatchNorm(nn.Module):
+    """Normalises (N, C, H, W): the first half of the channels over (H, W), the others over (N, H, W), in fp32 or finer.
+
+    In evaluation the others take running statistics, as `torch.nn.BatchNorm2d` does. Raises ValueError for fewer than two
+    channels, and in training for one value a channel.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        if channels < 2:
+            raise ValueError(f"channels is {channels}; instance-batch norm takes 2 or more")
+        self.own, self.eps, self.momentum = channels // 2, eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels - self.own))
+        self.register_buffer("running_var", torch.ones(channels - self.own))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # sums over whole maps, which half precision has no digits for
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.training:
+            own, weight, bias = self.own, self.weight, self.bias
+            # not by group_norm, whose variance is a difference of large sums
+            variance, mean = torch.var_mean(x[:, :own], (2, 3), correction=0, keepdim=True)
+            alone = (x[:, :own] - mean) * (variance + self.eps).rsqrt()
+            alone = alone * weight[:own, None, None] + bias[:own, None, None]
+            running = (self.running_mean, self.running_var, weight[own:], bias[own:])
+            return torch.cat([alone, F.batch_norm(x[:, own:], *running, eps=self.eps)], 1)
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            raise ValueError(f"x is {tuple(x.shape)}; a channel of one value has no variance to train with")
+        y, mean, variance = _InstanceBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return y
