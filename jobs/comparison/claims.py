@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from scipy.stats import t as student_t
 
 from jobs.comparison.results import (
+    BEST,
     OURS,
     Mean,
     Results,
@@ -295,10 +296,10 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
 
 
 def tuning_rows(results: Results) -> list[list[str]]:
-    """Makes the rows of what each change to ours does, beside ours itself; the one chosen on validation is marked."""
+    """Makes the rows of ours, each change to it, and all that helped; the one chosen on validation is marked."""
     chosen = chosen_form(results)
     rows = []
-    for name in [OURS, *results.group("tuning")]:
+    for name in small_forms(results):
         iou, objects = compare(results, name, OURS, "iou"), compare(results, name, OURS, "object_recall")
         effect = {HELD: "better", NOT_HELD: "worse", UNKNOWN: UNKNOWN}[iou.verdict] if name != OURS else "–"
         differences = [lead(each) if name != OURS else "–" for each in (iou, objects)]
@@ -318,15 +319,19 @@ def tuning_rows(results: Results) -> list[list[str]]:
 
 def chosen_form(results: Results) -> str:
     """Finds which of our small forms has the best mean validation IoU; the test split has no say."""
-    forms = [
-        name for name in [OURS, *results.group("tuning")] if (results.networks[name].get("parameters") or 0) <= SMALL
-    ]
+    forms = [name for name in small_forms(results) if (results.networks[name].get("parameters") or 0) <= SMALL]
     return best(results, forms, "iou", "validation") or OURS
 
 
+def small_forms(results: Results) -> list[str]:
+    """Lists ours, with each change, and with all that helped."""
+    return [OURS, *results.group("tuning"), *(name for name in (BEST,) if results.has(name))]
+
+
 def differences_csv(results: Results) -> str:
-    """Writes every difference of the page as CSV, in fractions: ours against all others, the ablation's rows in pairs."""
+    """Writes every difference of the page as CSV, in fractions: our forms against all others, the ablation's rows in pairs."""
     pairs = [(OURS, other) for other in results.networks if other != OURS]
+    pairs += [(BEST, other) for other in results.networks if other != BEST and results.has(BEST)]
     pairs += [(one, other) for _, one, other in ABLATION_PAIRS if {one, other} <= results.networks.keys()]
     pairs += [("ablation-both", other) for other in results.group("rival") if "ablation-both" in results.networks]
     heading = [

@@ -27,7 +27,7 @@ from jobs.comparison.results import (
 STYLE = {"svg.hashsalt": "comparison", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False}
 # ours stand out; rivals keep their colour at every width
-OURS_COLOURS = ("#d62728", "#f4a08a")
+OURS_COLOURS = ("#d62728", "#f4a08a", "#7f0000")
 COLOURS = (
     "#332288",
     "#88ccee",

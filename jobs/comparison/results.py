@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 OURS = "deepskip"
+# ours with all that helped
+BEST = "deepskip-best"
 Key = tuple[str, str, int]
 
 

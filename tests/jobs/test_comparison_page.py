@@ -247,6 +247,36 @@ def test_changes_may_stand_in_a_grid_of_their_own(grid: Path, tmp_path: Path) ->
     assert text.winning_text(results).splitlines()[-1] == said.splitlines()[-1]
 
 
+def test_ours_with_all_that_helped_stands_beside_ours(tmp_path: Path) -> None:
+    folder = write_grid(tmp_path / "out")
+    networks = json.loads((folder / "networks.json").read_text())
+    ways = {"optimizer": "muon", "learning_rate": 0.008}
+    networks["deepskip-best"] = networks["deepskip"] | ways | {"label": "OURS, ALL"}
+    networks["unet-best"] = networks["unet"] | ways | {"label": "UNET, ALL", "form": None}
+    (folder / "networks.json").write_text(json.dumps(networks))
+    for network, ious in (("deepskip-best", (0.75, 0.80, 0.85)), ("unet-best", (0.65, 0.70, 0.75))):
+        for category in ("coins", "small_targets"):
+            for seed in SEEDS:
+                write_cell(folder / f"cells/{category}/{network}/{seed}.json", ious[seed], category, seed)
+    results = read(folder)
+    words = text.claims_text(results)
+    alike = next(line for line in text.alike_texts(results) if "OURS, ALL against" in line)
+    # ten points in every pair
+    assert alike.endswith("+10.0 (+10.0 to +10.0) points of MIoU (ahead: **held**), +10.0 (+10.0 to +10.0) of object "
+                          "recall (**held**).")  # fmt: skip
+    assert "### Does it beat the rivals? OURS, ALL (loss: BCE + Dice)" in words
+    assert list(rows_of(text.winning_text(results)))[-1] == "OURS, ALL (chosen on validation)"
+    short = rows_of(text.readme_table(results))
+    assert [short[name]["MIoU, %"] for name in ("**OURS, ALL**", "UNET, ALL")] == ["80.0 ± 5.0", "70.0 ± 5.0"]
+    # the rival stands there in its better form
+    assert "UNET" not in short
+    reader = csv.DictReader(io.StringIO(claims.differences_csv(results)))
+    assert {(row["network"], row["against"]) for row in reader} >= {
+        ("deepskip-best", "unet"),
+        ("deepskip", "unet-best"),
+    }
+
+
 def test_object_sizes_by_hand(grid: Path) -> None:
     results = read(grid)
     (objects, recall, iou), (none, *_) = by_size(results, "deepskip", results.categories)
