@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from deepskip.figures import FALSE_ALARM, FOUND, MISSED, comparison
-from jobs.comparison.claims import spread
+from jobs.comparison.claims import rivals, spread
 from jobs.comparison.results import OURS, Results, number, of_category, shown
 
 PLACES = ("best", "median", "worst")
@@ -32,9 +32,9 @@ def pictures_path(results: Results, category: str, network: str) -> Path | None:
 
 def best_rival(results: Results, category: str) -> str | None:
     """Finds the rival with the highest mean test IoU of a category that has pictures."""
-    rivals = [name for name in results.group("rival") if pictures_path(results, category, name)]
-    scores = {name: of_category(results, category, name, "iou").value for name in rivals}
-    return max((name for name in rivals if scores[name] == scores[name]), key=scores.__getitem__, default=None)
+    pictured = [name for name in rivals(results) if pictures_path(results, category, name)]
+    scores = {name: of_category(results, category, name, "iou").value for name in pictured}
+    return max((name for name in pictured if scores[name] == scores[name]), key=scores.__getitem__, default=None)
 
 
 def panel(results: Results, category: str) -> bytes | None:
@@ -43,28 +43,24 @@ def panel(results: Results, category: str) -> bytes | None:
     None where ours has no pictures. Raises ValueError that names a file of pictures that cannot be read.
     """
     rival = best_rival(results, category)
-    networks = [name for name in (OURS, rival) if name and pictures_path(results, category, name)]
+    networks = {name: path for name in (OURS, rival) if name and (path := pictures_path(results, category, name))}
     if OURS not in networks:
         return None
     figure = Figure(figsize=(6.6, 4.75 * len(networks) + 0.25), layout="constrained")
     *parts, below = figure.subfigures(len(networks) + 1, 1, height_ratios=[4.75] * len(networks) + [0.25])  # type: ignore[misc]
-    for part, name in zip(parts, networks, strict=True):
+    for part, (name, path) in zip(parts, networks.items(), strict=True):
         other = rival if name == OURS else OURS
         iou = spread(of_category(results, category, name, "iou"))
-        path = pictures_path(results, category, name)
-        seed = path.stem if path else "0"
         part.suptitle(
-            f"{shown(category)}: {results.label(name)}, IoU {iou} % over seeds; shown: seed {seed}", fontsize=9
+            f"{shown(category)}: {results.label(name)}, IoU {iou} % over seeds; shown: seed {path.stem}", fontsize=9
         )
-        draw(part.subplots(2, 3), results, category, name, other)
+        draw(part.subplots(2, 3), results, category, name, other, path)
     below.text(0.5, 0.5, "green: found   yellow: missed   red: false alarm", fontsize=8, ha="center", va="center")
     return small_png(figure)
 
 
-def draw(axes: Any, results: Results, category: str, network: str, other: str | None) -> None:
+def draw(axes: Any, results: Results, category: str, network: str, other: str | None, path: Path) -> None:
     """Draws the three images of a network above what it made of them, each with its IoU and that of the other network."""
-    path = pictures_path(results, category, network)
-    assert path is not None
     seed = int(path.stem)
     try:
         with np.load(path, allow_pickle=False) as file:
