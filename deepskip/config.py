@@ -15,7 +15,7 @@ class ModelConfig:
     encoder: Literal["vgg16", "resnet34"] = "vgg16"
     """encoder family: two convolutions a level, or ResNet-34's basic blocks"""
     norm: Literal["batch", "instance-batch", "group"] = "batch"
-    """normalisation; "instance-batch" learns faster and takes longer a step, "group" gives the same on any number of workers"""
+    """normalisation; "instance-batch" is half of each, "group" gives the same on any number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are brought to a level's size"""
     in_channels: int | None = None

@@ -1,7 +1,8 @@
 """Half of the channels by instance norm, half by batch norm (IBN-Net, Pan et al. 2018): what varies from image to image goes
 from the one half and stays in the other.
 
-Both are x * scale + shift with a scale and a shift for each sample and channel, which come from one pass of statistics.
+Both are x * scale + shift with a scale and a shift for each sample and channel, which come from one pass of statistics. All is
+computed in fp32 or finer and given as it came: half precision has no digits for sums over whole maps.
 """
 
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _pooled(statistics_NC: Tensor, own: int) -> Tensor:
@@ -27,7 +32,8 @@ class _InstanceBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         own = ctx.own = len(weight) // 2
-        variances, means = torch.var_mean(x, (2, 3), correction=0)
+        wide = _wide(x)
+        variances, means = torch.var_mean(wide, (2, 3), correction=0)
         mean = _pooled(means, own)
         variance = _pooled(variances + (means - mean).square(), own)
         inverse = (variance + eps).rsqrt()
@@ -35,29 +41,30 @@ class _InstanceBatchNorm(torch.autograd.Function):
         batch_mean, batch_variance = mean[0, own:].clone(), variance[0, own:].clone()
         ctx.mark_non_differentiable(batch_mean, batch_variance)
         scale = weight * inverse
-        return _affine(x, scale, bias - mean * scale), batch_mean, batch_variance
+        return _affine(wide, scale, bias - mean * scale).to(x.dtype), batch_mean, batch_variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
+        wide, grad = _wide(x), _wide(grad)
         of_grad = grad.mean((2, 3))
         # of grad x_hat, each sample and channel
-        of_product = ((grad * x).mean((2, 3)) - of_grad * mean) * inverse
+        of_product = ((grad * wide).mean((2, 3)) - of_grad * mean) * inverse
         pixels = x.shape[2] * x.shape[3]
         # dx = scale (grad - mean of grad - x_hat * mean of grad x_hat), means over what the statistics are of
         scale = weight * inverse
         slope = -scale * inverse * _pooled(of_product, ctx.own)
         shift = -scale * _pooled(of_grad, ctx.own) - slope * mean
-        d_x = _affine(grad, scale, shift).addcmul_(x, slope[:, :, None, None])
-        return d_x, of_product.sum(0) * pixels, of_grad.sum(0) * pixels, None
+        d_x = _affine(grad, scale, shift).addcmul_(wide, slope[:, :, None, None])
+        return d_x.to(x.dtype), of_product.sum(0) * pixels, of_grad.sum(0) * pixels, None
 
 
 class InstanceBatchNorm(nn.Module):
-    """Normalises (N, C, H, W): the first half of the channels over (H, W), the others over (N, H, W), in fp32 or finer.
+    """Normalises (N, C, H, W): the first half of the channels over (H, W), the others over (N, H, W).
 
     In evaluation the others take running statistics, as `torch.nn.BatchNorm2d` does. Raises ValueError for fewer than two
-    channels, and in training for one value a channel.
+    channels, and in training for maps of one pixel, of which the first half would be nothing but its bias.
     """
 
     running_mean: Tensor
@@ -74,21 +81,23 @@ class InstanceBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels - self.own))
 
     def forward(self, x: Tensor) -> Tensor:
-        # sums over whole maps, which half precision has no digits for
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not self.training:
-            own, weight, bias = self.own, self.weight, self.bias
-            # not by group_norm, whose variance is a difference of large sums
-            variance, mean = torch.var_mean(x[:, :own], (2, 3), correction=0, keepdim=True)
-            alone = (x[:, :own] - mean) * (variance + self.eps).rsqrt()
-            alone = alone * weight[:own, None, None] + bias[:own, None, None]
-            running = (self.running_mean, self.running_var, weight[own:], bias[own:])
-            return torch.cat([alone, F.batch_norm(x[:, own:], *running, eps=self.eps)], 1)
-        count = x.numel() // x.shape[1]
-        if count < 2:
-            raise ValueError(f"x is {tuple(x.shape)}; a channel of one value has no variance to train with")
+            return self._evaluated(_wide(x)).to(x.dtype)
+        if x.shape[2] * x.shape[3] < 2:
+            raise ValueError(f"x is {tuple(x.shape)}; instance norm has no variance of one pixel: give larger images")
         y, mean, variance = _InstanceBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return y
+
+    def _evaluated(self, x: Tensor) -> Tensor:
+        own, weight, bias = self.own, self.weight, self.bias
+        # rows first, as for an image's statistics: runtimes of exported models add fp32 up plainly. group_norm takes the
+        # variance for a difference of large sums
+        centred = x[:, :own] - x[:, :own].mean(3, keepdim=True).mean(2, keepdim=True)
+        variance = centred.square().mean(3, keepdim=True).mean(2, keepdim=True)
+        alone = centred * (weight[:own, None, None] * (variance + self.eps).rsqrt()) + bias[:own, None, None]
+        running = (self.running_mean, self.running_var, weight[own:], bias[own:])
+        return torch.cat([alone, F.batch_norm(x[:, own:], *running, eps=self.eps)], 1)

@@ -65,6 +65,8 @@ class DeepSkipUNet(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if norm == "instance-batch" and base_channels < 2:
+            raise ValueError(f'base_channels is {base_channels}; with norm "instance-batch" it must be 2 or more')
         if not 3 <= levels <= 6:
             raise ValueError(f"levels is {levels}; it must be 3 to 6")
         if encoder not in ENCODERS:

@@ -296,7 +296,7 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
 
 
 def tuning_rows(results: Results) -> list[list[str]]:
-    """Makes the rows of ours, each change to it, and all that helped; the one chosen on validation is marked."""
+    """Makes the rows of ours, each change to it, and its tuned form; the best on validation is marked."""
     chosen = chosen_form(results)
     rows = []
     for name in small_forms(results):
@@ -305,7 +305,7 @@ def tuning_rows(results: Results) -> list[list[str]]:
         differences = [lead(each) if name != OURS else "–" for each in (iou, objects)]
         rows.append(
             [
-                results.label(name) + (" (chosen on validation)" if name == chosen else ""),
+                results.label(name) + (" (best on validation)" if name == chosen else ""),
                 effect,
                 *differences,
                 spread(over_categories(results, name, "iou", "validation")),
@@ -324,14 +324,20 @@ def chosen_form(results: Results) -> str:
 
 
 def small_forms(results: Results) -> list[str]:
-    """Lists ours, with each change, and with all that helped."""
-    return [OURS, *results.group("tuning"), *(name for name in (BEST,) if results.has(name))]
+    """Lists ours, with each change, and tuned."""
+    return [OURS, *results.group("tuning"), *tuned_form(results)]
+
+
+def tuned_form(results: Results) -> list[str]:
+    """Gives ours with what was chosen on validation, where it has every category."""
+    found = over_categories(results, BEST, "iou") if BEST in results.networks else Mean(math.nan)
+    return [] if math.isnan(found.value) or found.partial else [BEST]
 
 
 def differences_csv(results: Results) -> str:
-    """Writes every difference of the page as CSV, in fractions: our forms against all others, the ablation's rows in pairs."""
+    """Writes every difference as CSV, in fractions: ours, as it is and tuned, against all, the ablation's rows in pairs."""
     pairs = [(OURS, other) for other in results.networks if other != OURS]
-    pairs += [(BEST, other) for other in results.networks if other != BEST and results.has(BEST)]
+    pairs += [(name, other) for name in tuned_form(results) for other in results.networks if other != name]
     pairs += [(one, other) for _, one, other in ABLATION_PAIRS if {one, other} <= results.networks.keys()]
     pairs += [("ablation-both", other) for other in results.group("rival") if "ablation-both" in results.networks]
     heading = [

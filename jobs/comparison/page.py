@@ -154,7 +154,7 @@ def csv_text(made: list[tables.Table], changes: Results | None) -> str:
     lines = [
         "* [cells.csv](cells.csv): every cell, whole, failed or not run",
         "* [sizes.csv](sizes.csv): by object size",
-        "* [differences.csv](differences.csv): our forms against every other network, the ablation's rows against each other",
+        "* [differences.csv](differences.csv): ours, as it is and tuned, against all others, the ablation's rows in pairs",
     ]
     if changes is not None:
         lines.append("* [cells-changes.csv](cells-changes.csv): every cell of the grid of one change at a time")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "deepskip"
-# ours with all that helped
+# ours with what was chosen on validation
 BEST = "deepskip-best"
 Key = tuple[str, str, int]
 

@@ -191,17 +191,14 @@ def trained_as(row: Row, category: str) -> dict[str, Any]:
 
 
 def described(row: Row) -> dict[str, Any]:
-    """Gives what networks.json says of a row before anything of it is measured."""
-    return {
+    """Gives what networks.json says of a row beside what is measured of it."""
+    place = {
         "label": row.label,
         "group": row.group,
         "form": row.size if row.group == "rival" else None,
-        "loss": row.loss,
-        "optimizer": row.optimizer,
-        "learning_rate": row.learning_rate,
-        "parameters": None,
         "paper_parameters": row.paper_parameters,
     }
+    return place | {key: getattr(row, key) for key in ("loss", "optimizer", *SEARCHED)}
 
 
 def with_values(row: Row, values: Mapping[str, Any]) -> Row:

@@ -41,7 +41,13 @@ def run(
     """
     out = Path(grid.out)
     clock = Clock(grid)
-    networks = results.read_networks(out)
+    # the config may have another label than when a network was measured
+    networks = {
+        name: values | (described(grid.networks[name]) if name in grid.networks else {})
+        for name, values in results.read_networks(out).items()
+    }
+    if networks:
+        results.write_networks(out, networks)
     counts = {"done": 0, "failed": 0, "left": 0}
     named = [name for name in grid.networks if grid.only is None or name in grid.only]
     unmeasured = [name for name in named if networks.get(name, {}).get("parameters") is None]
@@ -51,7 +57,10 @@ def run(
     try:
         for outcome in ended(pool, clock, [Task(name) for name in unmeasured], "networks"):
             name = outcome.task.network
-            networks[name] = outcome.result or described(grid.networks[name]) | {"error": outcome.error}
+            networks[name] = outcome.result or described(grid.networks[name]) | {
+                "parameters": None,
+                "error": outcome.error,
+            }
             # in the config's order, whoever was first
             ordered = {name: networks[name] for name in (*grid.networks, *networks) if name in networks}
             results.write_networks(out, ordered)
