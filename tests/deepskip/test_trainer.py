@@ -115,7 +115,8 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: item for part in value for key, item in flat(value[part], f"{name}/{part}").items()}
 
 
-def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("norm", ["batch", "instance-batch"])
+def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     compile_it, modes = torch.compile, []
 
     def traced(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
@@ -124,8 +125,8 @@ def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.Mon
         return compile_it(function, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
-    plain, _ = losses(tmp_path / "plain", config())
-    settings = config()
+    plain, _ = losses(tmp_path / "plain", config(norm=norm))
+    settings = config(norm=norm)
     settings.run.compile = "max-autotune"
     compiled, _ = losses(tmp_path / "compiled", settings)
     assert modes == ["max-autotune"]
@@ -156,9 +157,12 @@ def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
     np.testing.assert_allclose([learning_rate(optim, step) for step in range(50)], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("optimizer", "ema_decay"), [("muon", 0.3), ("adamw", 0.0)])
-def test_killed_twice_it_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, ema_decay: float) -> None:
-    settings = config(steps=8)
+@pytest.mark.parametrize(
+    ("optimizer", "ema_decay", "norm"),
+    [("muon", 0.3, "instance-batch"), ("muon", 0.3, "batch"), ("adamw", 0.0, "batch")],
+)
+def test_killed_twice_it_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, ema_decay: float, norm: str) -> None:
+    settings = config(steps=8, norm=norm)
     settings.optim.optimizer, settings.optim.ema_decay = optimizer, ema_decay
     settings.run.checkpoint_every, settings.run.patience = 2, 5
     unbroken, summary = losses(tmp_path / "unbroken", settings)
