@@ -4,7 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_shards import storage
+from data_shards.crops import Crops, Item, donor_of, pasted, random_crop
 from data_shards.index import Index, SampleEntry, load_index
 from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 from data_shards.sample import BadSample, band_statistics, decode_image, decode_mask, npy_header, resample_bands
@@ -27,15 +28,6 @@ OPEN_SHARDS = 64
 # bytes between image and mask that are read along
 MAX_GAP = 65536
 Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Crops:
-    """How training crops are cut: size in pixels, share laid around a foreground pixel, seed."""
-
-    size: int
-    foreground: float
-    seed: int
 
 
 class Shards(Dataset[Batch]):
@@ -87,7 +79,7 @@ class Shards(Dataset[Batch]):
             images, masks = read
             means, stds = self.batch_statistics(images)
         else:
-            items: list[tuple[np.ndarray, ...] | None] = []
+            items: list[Item | None] = []
             for slot, entry in zip(slots, entries, strict=True):
                 try:
                     items.append(self.item(slot, entry))
@@ -99,9 +91,9 @@ class Shards(Dataset[Batch]):
                     items.append(None)
             repeat = next((item for item in items if item is not None), None) or self.blank()
             whole = [repeat if item is None else item for item in items]
-            images = np.stack([item[0] for item in whole]).astype(self.image_dtype, copy=False)
-            masks = np.stack([item[1] for item in whole])
-            means, stds = np.stack([item[2] for item in whole]), np.stack([item[3] for item in whole])
+            images = np.stack([item.image for item in whole]).astype(self.image_dtype, copy=False)
+            masks = np.stack([item.mask for item in whole])
+            means, stds = np.stack([item.mean for item in whole]), np.stack([item.std for item in whole])
         return {
             # (N, H, W, bands) as it lies in the files is channels-last memory: no transposition anywhere
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -124,7 +116,7 @@ class Shards(Dataset[Batch]):
         Gives images (N, H, W, bands) and masks (N, H, W); None where the samples are of another kind, or anything is wrong
         with one: reading them one by one says what.
         """
-        if self.crops is None or self.index.labels is not None:
+        if self.crops is None or self.crops.paste or self.index.labels is not None:
             return None
         if any((entry.image.format, entry.mask.format) != ("npy", "npy") for entry in entries):
             return None
@@ -157,21 +149,51 @@ class Shards(Dataset[Batch]):
             return None
         return images, masks
 
-    def item(self, slot: Slot, entry: SampleEntry) -> tuple[np.ndarray, ...]:
-        """Gives a sample as image (H, W, bands), mask (H, W), mean and std (bands,), cropped where crops are asked for."""
-        image, mask = self.read(entry)
-        mean, std = self.statistics(image)
-        if self.crops is not None and mask.shape != (self.crops.size, self.crops.size):
-            rng = np.random.default_rng([self.crops.seed, slot.epoch, slot.sample, 0])
-            image, mask = random_crop(image, mask, self.crops, self.index.ignore_index, rng)
-        return image, mask, mean, std
+    def item(self, slot: Slot, entry: SampleEntry) -> Item:
+        """Gives a sample, cropped and with another's objects laid on where crops are asked for."""
+        item = self.whole(entry)
+        if self.crops is None:
+            return item
+        crops, place = self.crops, [self.crops.seed, slot.epoch, slot.sample]
+        item = self.cropped(item, crops, np.random.default_rng([*place, 0]))
+        if crops.paste:
+            # 1 is the augmentation's
+            rng = np.random.default_rng([*place, 2])
+            donor = donor_of(slot.sample, self.index.shard_range(entry.shard), crops.paste, rng)
+            if donor is not None and (other := self.donor(donor)) is not None:
+                turn = int(rng.integers(8))
+                # where its objects are
+                other = self.cropped(other, replace(crops, foreground=1.0), rng)
+                item = pasted(item, other, self.index.ignore_index, turn)
+        return item
 
-    def blank(self) -> tuple[np.ndarray, ...]:
+    def whole(self, entry: SampleEntry) -> Item:
+        """Gives a sample as it is stored, with its statistics."""
+        image, mask = self.read(entry)
+        return Item(image, mask, *self.statistics(image))
+
+    def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
+        """Cuts a sample that is not of the crops' size."""
+        if item.mask.shape == (crops.size, crops.size):
+            return item
+        image, mask = random_crop(item.image, item.mask, crops, self.index.ignore_index, rng)
+        return item._replace(image=image, mask=mask)
+
+    def donor(self, sample: int) -> Item | None:
+        """Gives a sample to take objects from, whole; None for a bad one that is skipped: its own turn reports it."""
+        try:
+            return self.whole(self.index.entries([sample])[0])
+        except BadSample:
+            if self.on_bad_sample == "error":
+                raise
+            return None
+
+    def blank(self) -> Item:
         """Gives an item without contents, for a batch that has no good sample at all."""
         side, bands = self.crops.size if self.crops else 32, self.index.bands
         mask = np.full((side, side), self.index.ignore_index, np.uint8)
         image = np.zeros((side, side, bands), self.image_dtype)
-        return image, mask, np.zeros(bands, np.float32), np.ones(bands, np.float32)
+        return Item(image, mask, np.zeros(bands, np.float32), np.ones(bands, np.float32))
 
     def report(self, slot: Slot, entry: SampleEntry, error: BadSample | BrokenShard) -> dict[str, Any]:
         """Says which sample was skipped where and why."""
@@ -300,36 +322,6 @@ def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np
     if index.labels is not None:
         mask = index.labels.apply(mask)
     return image, mask.astype(np.uint8, copy=False)
-
-
-def random_crop(
-    image_HWC: np.ndarray, mask_HW: np.ndarray, crops: Crops, ignore_index: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a square crop; a smaller image is padded by its edge and its mask by ignore_index.
-
-    With probability crops.foreground the crop holds a random pixel of a random foreground class of the image.
-    """
-    size = crops.size
-    H, W = mask_HW.shape
-    if size > H or size > W:
-        pad = ((0, max(0, size - H)), (0, max(0, size - W)))
-        image_HWC = np.pad(image_HWC, (*pad, (0, 0)), mode="edge")
-        mask_HW = np.pad(mask_HW, pad, constant_values=ignore_index)
-        H, W = mask_HW.shape
-    # all are drawn whether used or not, so that the image's contents do not shift the stream of random numbers
-    around, share, y, x = rng.random(4)
-    which = rng.random()
-    top, left = int(y * (H - size + 1)), int(x * (W - size + 1))
-    if around < crops.foreground:
-        classes = [label for label in np.unique(mask_HW) if label not in (0, ignore_index)]
-        if classes:
-            pixels = np.flatnonzero(mask_HW == classes[int(which * len(classes))])
-            row, column = divmod(int(pixels[int(share * len(pixels))]), W)
-            # the pixel lies anywhere in the crop with equal chance, as far as the image's border lets it
-            top = min(max(row - int(y * size), 0), H - size)
-            left = min(max(column - int(x * size), 0), W - size)
-    window = slice(top, top + size), slice(left, left + size)
-    return image_HWC[window], mask_HW[window]
 
 
 class ReadAhead:

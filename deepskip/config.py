@@ -50,6 +50,8 @@ class DataConfig:
     """height and width of training crops, pixels; smaller images are padded"""
     foreground_crops: float = 0.5
     """share of training crops laid around a foreground pixel, 0 to 1"""
+    copy_paste: float = 0.0
+    """share of training crops that get the objects of another sample laid on, 0 to 1"""
     normalize: Literal["image", "dataset", "none"] = "image"
     """to mean 0, deviation 1 in each band: by each image's own statistics, or by the training set's"""
     shuffle_window: int = 16
@@ -191,6 +193,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("loss.eps", 1e-12, float("inf")),
     ("data.crop", 16, 65536),
     ("data.foreground_crops", 0, 1),
+    ("data.copy_paste", 0, 1),
     ("data.loader_workers", 0, 1024),
     ("data.shuffle_window", 1, float("inf")),
     ("data.cache_gb", 0, float("inf")),

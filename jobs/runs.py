@@ -9,11 +9,12 @@ import os
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.settings import differences
+from deepskip.config import Config
+from jobs.settings import differences, flatten
 
 RECORD = "run.json"
 SUMMARY = "summary.json"
@@ -102,7 +103,13 @@ def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any]
     """Says why a training of these settings cannot be, or go on, in a folder; None where it can."""
     if not earlier:
         return None
-    changed = [key for key in differences(earlier["config"], config) if not key.startswith(FREE)]
+    before, now, default = (flatten(values) for values in (earlier["config"], config, asdict(Config())))
+    changed = [
+        key
+        for key in differences(earlier["config"], config)
+        # a setting that there was not yet had the value that is now its default
+        if not key.startswith(FREE) and (key in before or now[key] != default.get(key))
+    ]
     longer = config["optim"]["steps"] > earlier["config"]["optim"]["steps"]
     if grow and longer and changed == ["optim.steps"]:
         return None

@@ -330,9 +330,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from data_shards.crops import Crops
     from data_shards.sample import BadSample
     from data_shards.scan import BrokenShard
-    from data_shards.stream import Crops, Shards, train_batches, whole_images
+    from data_shards.stream import Shards, train_batches, whole_images
     from deepskip import checkpoint, trainer
     from jobs import preemption
 
@@ -360,7 +361,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     try:
         data = config.data
-        crops = Crops(data.crop, data.foreground_crops, config.run.seed)
+        crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
         options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config)}
         train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
         validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data_shards.stream import Crops, Shards, train_batches
+from data_shards.crops import Crops
+from data_shards.stream import Shards, train_batches
 from deepskip import augment
 from deepskip.allocator import keep_freed_memory
 from deepskip.inference import normalize

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data_shards.crops import Crops
 from data_shards.order import steps_per_epoch
 from data_shards.sample import Sample
-from data_shards.stream import Crops, Shards, train_batches
+from data_shards.stream import Shards, train_batches
 from data_shards.writer import write_shards
 
 SAMPLES, G = 103, 12

@@ -9,11 +9,12 @@ import pytest
 import torch
 import webdataset
 
+from data_shards.crops import Crops, Item, pasted, random_crop
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
 from data_shards.inspection import verify
 from data_shards.order import Slot
 from data_shards.sample import BadSample, Sample
-from data_shards.stream import BrokenShard, Crops, Shards, random_crop, train_batches, whole_images
+from data_shards.stream import BrokenShard, Shards, train_batches, whole_images
 from data_shards.writer import write_shards
 
 
@@ -205,6 +206,71 @@ def test_crops() -> None:
     assert small.shape == (16, 16, 1)
     assert (small_mask[10:] == 255).all()
     np.testing.assert_array_equal(small[10:], np.repeat(small[9:10], 6, 0))
+
+
+def test_pasted_objects_by_hand() -> None:
+    one = Item(
+        np.full((2, 2, 1), 100, np.uint8), np.array([[0, 0], [255, 0]], np.uint8), np.float32([100]), np.float32([10])
+    )
+    donor_mask = np.array([[1, 0], [0, 1]], np.uint8)
+    donor = Item(np.array([[[30], [0]], [[0], [250]]], np.uint8), donor_mask, np.float32([20]), np.float32([4]))
+    # (30 - 20) / 4 deviations of 10 above 100; and (250 - 20) / 4 of them are more than a byte holds
+    assert pasted(one, donor, 255, 0).image[..., 0].tolist() == [[125, 100], [100, 255]]
+    assert pasted(one, donor, 255, 0).mask.tolist() == [[1, 0], [255, 1]]
+    # a quarter turn to the left; what is ignored stays ignored
+    assert pasted(one, donor, 255, 1).image[..., 0].tolist() == [[100, 255], [100, 100]]
+    assert pasted(one, donor, 255, 1).mask.tolist() == [[0, 1], [255, 0]]
+    assert (one.image == 100).all()
+
+
+def test_copy_paste_takes_other_samples_of_the_shard_on_any_layout(tmp_path: Path) -> None:
+    made = [
+        # sample i is of one value and has one object of another; all are of a size
+        Sample(f"s{i:03d}", np.full((8, 8, 1), 10 * i, np.float32), np.zeros((8, 8), np.uint8))
+        for i in range(10)
+    ]
+    for i, sample in enumerate(made):
+        sample.image_HWC[i % 8, 3], sample.mask_HW[i % 8, 3] = 10 * i + 5, 1
+    packed(tmp_path / "train", made)
+
+    def batches(share: float, rank: int = 0, world_size: int = 1) -> list[dict]:
+        shards = Shards(tmp_path / "train", "none", Crops(8, 0.0, 3, share))
+        return list(itertools.islice(train_batches(shards, 0, 10, 0, rank, world_size), 60))
+
+    plain, always, half = batches(0.0), batches(1.0), batches(0.5)
+    pairs, changed = set(), 0
+    for batch, own, some in zip(plain, always, half, strict=True):
+        for i, sample in enumerate(batch["sample"]):
+            added = (own["mask"][i] == 1) & (own["image"][i, 0] != batch["image"][i, 0])
+            # one pixel of a donor at most: its place may be that of the sample's own
+            [value] = own["image"][i, 0][added].tolist()
+            donor = int(value // 10)
+            assert value == 10 * donor + 5
+            pairs.add((sample, donor))
+            changed += not torch.equal(some["image"][i], batch["image"][i])
+    # shards hold 4, 4 and 2 samples
+    ranges = (range(4), range(4, 8), range(8, 10))
+    assert pairs == {(a, b) for shard in ranges for a in shard for b in shard if a != b}
+    assert changed / 600 == pytest.approx(0.5, abs=0.08)
+    for own, first, second in zip(always, batches(1.0, 0, 2), batches(1.0, 1, 2), strict=True):
+        for name in ("image", "mask"):
+            assert torch.equal(own[name], torch.cat([first[name], second[name]]))
+
+
+def test_a_bad_donor(tmp_path: Path) -> None:
+    index = packed(tmp_path / "train", samples(2, size=16))
+    entry = index.entries([1])[0]
+    shard = tmp_path / "train" / index.shards[0].name
+    data = bytearray(shard.read_bytes())
+    data[entry.image.offset + 200] ^= 1
+    shard.write_bytes(data)
+    crops = Crops(16, 0.0, 0, 1.0)
+    with pytest.raises(BadSample, match=entry.key):
+        Shards(tmp_path / "train", crops=crops)[[Slot(0, 0, 1)]]
+    item = Shards(tmp_path / "train", crops=crops, on_bad_sample="skip")[[Slot(0, 0, 1)]]
+    plain = Shards(tmp_path / "train", crops=replace(crops, paste=0.0))[[Slot(0, 0, 1)]]
+    assert torch.equal(item["image"], plain["image"])
+    assert (item["weight"].item(), item["bad"]) == (1.0, [])
 
 
 def test_a_split_without_samples(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from data_shards.__main__ import main
+from data_shards.crops import Crops
 from data_shards.index import load_index
 from data_shards.sample import Sample
-from data_shards.stream import Crops, Shards, train_batches
+from data_shards.stream import Shards, train_batches
 from data_shards.writer import write_shards
 
 SLOW_PACK = """

@@ -46,6 +46,14 @@ def test_a_named_run_of_other_settings_is_an_error(tmp_path: Path) -> None:
         runs.claim(tmp_path, "mine", "x", config())
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_settings_that_it_did_not_know(tmp_path: Path) -> None:
+    trained(tmp_path, "mine", config(), finish=False)
+    run = runs.claim(tmp_path, "mine", "x", config() | {"data": {"copy_paste": 0.0}})
+    run.lock.close()
+    with pytest.raises(runs.RunError, match=r"has other settings \(data\.copy_paste\)"):
+        runs.claim(tmp_path, "mine", "x", config() | {"data": {"copy_paste": 0.5}})
+
+
 def test_a_named_run_may_grow(tmp_path: Path) -> None:
     trained(tmp_path, "mine", config(), finish=True)
     run = runs.claim(tmp_path, "mine", "x", config(steps=20))
