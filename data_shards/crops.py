@@ -10,7 +10,7 @@ import numpy as np
 class Crops:
     """How training crops are cut: size in pixels, share laid around a foreground pixel, seed.
 
-    paste: share that gets the objects of another sample of its shard laid on.
+    paste: share that another sample of their shard is drawn for, whose objects are laid on.
     """
 
     size: int
@@ -71,7 +71,7 @@ def donor_of(sample: int, shard: range, share: float, rng: np.random.Generator) 
 
 
 def pasted(item: Item, donor: Item, ignore_index: int, turn: int) -> Item:
-    """Lays a donor's foreground on a crop of the same size, with the brightness and contrast that it has in its own image.
+    """Lays a donor's foreground on a crop of the same size, normalised by its own image's statistics; gives float32.
 
     turn: the donor's position, 0 to 7: quarter turns, from 4 on of its mirror image. Ignored pixels stay ignored.
     """
@@ -80,11 +80,12 @@ def pasted(item: Item, donor: Item, ignore_index: int, turn: int) -> Item:
         objects, values = objects[:, ::-1], values[:, ::-1]
     objects, values = np.rot90(objects, turn % 4), np.rot90(values, turn % 4)
     laid_on = (objects != 0) & (objects != ignore_index) & (item.mask != ignore_index)
-    # normalised by each one's own statistics both are alike
-    found = (values[laid_on] - donor.mean) / np.where(donor.std > 0, donor.std, 1) * item.std + item.mean
-    if item.image.dtype.kind in "ui":
-        limits = np.iinfo(item.image.dtype)
-        found = np.clip(np.rint(found), limits.min, limits.max)
-    image, mask = item.image.copy(), item.mask.copy()
+    found = values[laid_on].astype(np.float32)
+    # where all are normalised alike the values stay as they are, to the bit
+    if not (np.array_equal(item.mean, donor.mean) and np.array_equal(item.std, donor.std)):
+        # a band without contrast is normalised as if its deviation were 1
+        own, other = (np.where(std > 0, std, 1) for std in (item.std, donor.std))
+        found = (found - donor.mean) / other * own + item.mean
+    image, mask = item.image.astype(np.float32), item.mask.copy()
     image[laid_on], mask[laid_on] = found, objects[laid_on]
     return Item(image, mask, item.mean, item.std)

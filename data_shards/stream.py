@@ -61,7 +61,9 @@ class Shards(Dataset[Batch]):
         self.on_bad_sample = on_bad_sample
         self.index: Index = load_index(folder, cache)
         self.num_classes = num_classes or self.index.num_classes
-        self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" else np.float32)
+        paste = crops is not None and crops.paste > 0
+        # a byte cannot hold what another image's contrast makes of an object
+        self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" and not paste else np.float32)
         self.mean, self.std = (np.array(values, np.float32) for values in (self.index.mean, self.index.std))
         # by process: descriptors do not survive being sent to a loader process
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
@@ -155,7 +157,8 @@ class Shards(Dataset[Batch]):
         if self.crops is None:
             return item
         crops, place = self.crops, [self.crops.seed, slot.epoch, slot.sample]
-        item = self.cropped(item, crops, np.random.default_rng([*place, 0]))
+        if item.mask.shape != (crops.size, crops.size):
+            item = self.cropped(item, crops, np.random.default_rng([*place, 0]))
         if crops.paste:
             # 1 is the augmentation's
             rng = np.random.default_rng([*place, 2])
@@ -163,7 +166,8 @@ class Shards(Dataset[Batch]):
             if donor is not None and (other := self.donor(donor)) is not None:
                 turn = int(rng.integers(8))
                 # where its objects are
-                other = self.cropped(other, replace(crops, foreground=1.0), rng)
+                if other.mask.shape != (crops.size, crops.size):
+                    other = self.cropped(other, replace(crops, foreground=1.0), rng)
                 item = pasted(item, other, self.index.ignore_index, turn)
         return item
 
@@ -173,9 +177,7 @@ class Shards(Dataset[Batch]):
         return Item(image, mask, *self.statistics(image))
 
     def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
-        """Cuts a sample that is not of the crops' size."""
-        if item.mask.shape == (crops.size, crops.size):
-            return item
+        """Cuts a sample to the crops' size."""
         image, mask = random_crop(item.image, item.mask, crops, self.index.ignore_index, rng)
         return item._replace(image=image, mask=mask)
 

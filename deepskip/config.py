@@ -51,7 +51,7 @@ class DataConfig:
     foreground_crops: float = 0.5
     """share of training crops laid around a foreground pixel, 0 to 1"""
     copy_paste: float = 0.0
-    """share of training crops that get the objects of another sample laid on, 0 to 1"""
+    """share of training crops that another sample of their shard is drawn for, whose objects are laid on, 0 to 1"""
     normalize: Literal["image", "dataset", "none"] = "image"
     """to mean 0, deviation 1 in each band: by each image's own statistics, or by the training set's"""
     shuffle_window: int = 16

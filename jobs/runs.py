@@ -9,11 +9,10 @@ import os
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from deepskip.config import Config
 from jobs.settings import differences, flatten
 
 RECORD = "run.json"
@@ -25,6 +24,8 @@ UNSENT = "unsent.json"
 MACHINES = "machines.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
+# what a training did before there was such a setting
+UNKNOWN_BEFORE = {"data.copy_paste": 0.0}
 # these may change between the parts of one training
 FREE = (
     "cluster.",
@@ -103,12 +104,11 @@ def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any]
     """Says why a training of these settings cannot be, or go on, in a folder; None where it can."""
     if not earlier:
         return None
-    before, now, default = (flatten(values) for values in (earlier["config"], config, asdict(Config())))
+    before, now = UNKNOWN_BEFORE | flatten(earlier["config"]), flatten(config)
     changed = [
         key
         for key in differences(earlier["config"], config)
-        # a setting that there was not yet had the value that is now its default
-        if not key.startswith(FREE) and (key in before or now[key] != default.get(key))
+        if not key.startswith(FREE) and before.get(key) != now.get(key)
     ]
     longer = config["optim"]["steps"] > earlier["config"]["optim"]["steps"]
     if grow and longer and changed == ["optim.steps"]:

@@ -62,6 +62,11 @@ def check_data(config: Config) -> None:
         faults.append(
             f"loss.class_weights has {len(config.loss.class_weights)} weights for {train.num_classes} classes"
         )
+    if config.data.copy_paste and train.num_samples and max(train.shard_sizes) < 2:
+        faults.append(
+            f"data.copy_paste is {config.data.copy_paste:g}: it takes objects from other samples of a shard, and each shard of "
+            f"{path}/train holds one; leave it out, or pack more into a shard"
+        )
     if faults:
         stop("\n".join(faults))
 

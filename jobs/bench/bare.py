@@ -34,7 +34,7 @@ def main() -> None:
     shards = Shards(
         f"{config.data.path}/train",
         config.data.normalize,
-        Crops(config.data.crop, config.data.foreground_crops, config.run.seed),
+        Crops(config.data.crop, config.data.foreground_crops, config.run.seed, config.data.copy_paste),
     )
     index, optim = shards.index, config.optim
     network = DeepSkipUNet(index.bands, index.num_classes)

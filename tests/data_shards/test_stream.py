@@ -153,19 +153,22 @@ def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
         Shards(tmp_path / "val", num_classes=2)[[Slot(0, 0, 1)]]
 
 
-def collected(folder: Path, rank: int, world_size: int, first: int, steps: int, workers: int = 0) -> list[dict]:
-    shards = Shards(folder, "image", Crops(16, 0.5, 0))
+def collected(
+    folder: Path, rank: int, world_size: int, first: int, steps: int, workers: int = 0, paste: float = 0.0
+) -> list[dict]:
+    shards = Shards(folder, "image", Crops(16, 0.5, 0, paste))
     stream = train_batches(shards, 0, 4, first, rank, world_size, workers)
     return list(itertools.islice(stream, steps))
 
 
-def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("paste", [0.0, 0.5])
+def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path, paste: float) -> None:
     packed(tmp_path / "train", samples(10))
-    alone = collected(tmp_path / "train", 0, 1, 0, 7)
+    alone = collected(tmp_path / "train", 0, 1, 0, 7, paste=paste)
     # 10 samples in batches of 4: the third batch of an epoch holds 2, and 2 of weight 0
     assert [batch["weight"].sum().item() for batch in alone] == [4, 4, 2, 4, 4, 2, 4]
-    later = collected(tmp_path / "train", 0, 1, 4, 3)
-    halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank) for rank in range(2)]
+    later = collected(tmp_path / "train", 0, 1, 4, 3, paste=paste)
+    halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank, paste=paste) for rank in range(2)]
     for t, batch in enumerate(alone):
         for name in ("image", "mask", "mean", "std", "weight"):
             assert torch.equal(batch[name], torch.cat([half[t][name] for half in halves])), name
@@ -212,23 +215,37 @@ def test_pasted_objects_by_hand() -> None:
     one = Item(
         np.full((2, 2, 1), 100, np.uint8), np.array([[0, 0], [255, 0]], np.uint8), np.float32([100]), np.float32([10])
     )
-    donor_mask = np.array([[1, 0], [0, 1]], np.uint8)
-    donor = Item(np.array([[[30], [0]], [[0], [250]]], np.uint8), donor_mask, np.float32([20]), np.float32([4]))
-    # (30 - 20) / 4 deviations of 10 above 100; and (250 - 20) / 4 of them are more than a byte holds
-    assert pasted(one, donor, 255, 0).image[..., 0].tolist() == [[125, 100], [100, 255]]
-    assert pasted(one, donor, 255, 0).mask.tolist() == [[1, 0], [255, 1]]
-    # a quarter turn to the left; what is ignored stays ignored
-    assert pasted(one, donor, 255, 1).image[..., 0].tolist() == [[100, 255], [100, 100]]
-    assert pasted(one, donor, 255, 1).mask.tolist() == [[0, 1], [255, 0]]
+    image, mask = np.array([[[30], [90]], [[0], [250]]], np.uint8), np.array([[1, 255], [0, 2]], np.uint8)
+    donor = Item(image, mask, np.float32([20]), np.float32([4]))
+    # (30 - 20) / 4 deviations of 10 above 100, and (250 - 20) / 4 of them, which no byte holds
+    a, b = 125, 675
+    # turns to the left, then of the mirror image; what is ignored in either stays as it was
+    corners = [
+        [a, 0, 0, b],
+        [0, b, a, 0],
+        [b, 0, 0, a],
+        [0, a, b, 0],
+        [0, a, b, 0],
+        [a, 0, 0, b],
+        [0, b, a, 0],
+        [b, 0, 0, a],
+    ]
+    for turn, (top_left, top_right, _, bottom_right) in enumerate(corners):
+        found = pasted(one, donor, 255, turn)
+        values = [[top_left or 100, top_right or 100], [100, bottom_right or 100]]
+        labels = [[{0: 0, a: 1, b: 2}[v] for v in (top_left, top_right)], [255, {0: 0, a: 1, b: 2}[bottom_right]]]
+        assert (found.image[..., 0].tolist(), found.mask.tolist()) == (values, labels), turn
     assert (one.image == 100).all()
+    # flat images: as if their deviation were 1
+    flat = pasted(one._replace(std=np.float32([0])), donor._replace(std=np.float32([0])), 255, 0)
+    assert flat.image[..., 0].tolist() == [[110, 100], [100, 330]]
+    # of one normalisation: the very values
+    exact = Item(np.float64([[[0.1], [0.7]]]), np.array([[0, 1]], np.uint8), np.float32([0.3]), np.float32([0.7]))
+    assert pasted(exact, exact, 255, 0).image[0, 1, 0] == np.float32(0.7)
 
 
 def test_copy_paste_takes_other_samples_of_the_shard_on_any_layout(tmp_path: Path) -> None:
-    made = [
-        # sample i is of one value and has one object of another; all are of a size
-        Sample(f"s{i:03d}", np.full((8, 8, 1), 10 * i, np.float32), np.zeros((8, 8), np.uint8))
-        for i in range(10)
-    ]
+    made = [Sample(f"s{i:03d}", np.full((8, 8, 1), 10 * i, np.float32), np.zeros((8, 8), np.uint8)) for i in range(10)]
     for i, sample in enumerate(made):
         sample.image_HWC[i % 8, 3], sample.mask_HW[i % 8, 3] = 10 * i + 5, 1
     packed(tmp_path / "train", made)
@@ -242,12 +259,14 @@ def test_copy_paste_takes_other_samples_of_the_shard_on_any_layout(tmp_path: Pat
     for batch, own, some in zip(plain, always, half, strict=True):
         for i, sample in enumerate(batch["sample"]):
             added = (own["mask"][i] == 1) & (own["image"][i, 0] != batch["image"][i, 0])
-            # one pixel of a donor at most: its place may be that of the sample's own
+            # a donor is cut around its object, so that is in it, and nothing else
             [value] = own["image"][i, 0][added].tolist()
             donor = int(value // 10)
             assert value == 10 * donor + 5
             pairs.add((sample, donor))
-            changed += not torch.equal(some["image"][i], batch["image"][i])
+            unchanged = torch.equal(some["image"][i], batch["image"][i])
+            assert unchanged or torch.equal(some["image"][i], own["image"][i])
+            changed += not unchanged
     # shards hold 4, 4 and 2 samples
     ranges = (range(4), range(4, 8), range(8, 10))
     assert pairs == {(a, b) for shard in ranges for a in shard for b in shard if a != b}

@@ -1,9 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from data_shards.sample import Sample
+from data_shards.writer import write_shards
 from jobs.settings import KEYS, build_parser, differences, parse
+from jobs.train import check
 
 # compare.yaml is another job's, and test_compare.py runs it
 CONFIGS = sorted(
@@ -64,6 +68,17 @@ def test_help_explains_every_setting() -> None:
     for key in KEYS:
         assert f"--{key} " in text
     assert "optimizer steps of the whole training" in text
+
+
+def test_copy_paste_needs_shards_of_several_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [Sample(f"{i}", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)) for i in range(2)]
+    for split in ("train", "val"):
+        write_shards(made, tmp_path / split, num_classes=1, samples_per_shard=1)
+    check(["--data.path", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        check(["--data.path", str(tmp_path), "--data.copy_paste", "0.5"])
+    assert stopped.value.code == 2
+    assert "error: data.copy_paste is 0.5: it takes objects from other samples of a shard" in capsys.readouterr().err
 
 
 def test_differences() -> None:
