@@ -38,15 +38,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 train: setup
 	@$(VENV)/bin/python -m jobs.submit train --config $(CONFIG) $(ARGS)
 
-# two tests at a time; of what starts Ray two files at a time, lest more than two clusters be up, and the longest first;
-# what kills machines and measures memory has the computer to itself
-RAY := $(addprefix tests/jobs/test_,$(addsuffix .py,end_to_end compare preemption search))
+# what starts Ray's nodes has the machine to itself; all else goes two at a time
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
-	$(addprefix jobs/prediction/test_,memory resuming)))
+	$(addprefix jobs/test_,compare end_to_end preemption search) $(addprefix jobs/prediction/test_,memory resuming)))
 
 test: setup lint
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(RAY) $(ALONE))
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(RAY)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
 	@$(VENV)/bin/python -m pytest $(ALONE)
 
 test-faults: setup
