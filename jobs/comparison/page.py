@@ -1,6 +1,7 @@
 """Writes the comparison's page: tables (Markdown, CSV), figures, claims, one self-contained HTML file, the README's table."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--changes", type=Path, help="another such folder, whose rows of group `tuning` are shown for those of --cells"
     )
+    parser.add_argument("--changes_to", type=Path, help="folder for that grid's own page, to which the other links")
     parser.add_argument(
         "--to", type=Path, required=True, help="folder for README.md, index.html, short.md, *.csv, *.svg, *.png"
     )
@@ -81,9 +83,13 @@ def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes |
 
 
 def page_text(
-    results: Results, changes: Results | None, shown_figures: dict[str, str], made: list[tables.Table]
+    results: Results,
+    changes: Results | None,
+    shown_figures: dict[str, str],
+    made: list[tables.Table],
+    changes_page: str | None = None,
 ) -> str:
-    """Writes the page as Markdown; shown_figures: the words of every figure by its name."""
+    """Writes the page as Markdown; shown_figures: the words of every figure by its name; changes_page: a link."""
 
     def picture(*names: str) -> str:
         return "\n\n".join(f"![{shown_figures[n]}]({n})\n\n{shown_figures[n]}." for n in names if n in shown_figures)
@@ -96,7 +102,7 @@ def page_text(
             "In short",
             text.short_text(results, changes),
         ),
-        ("What was run", text.run_text(results)),
+        ("What was run", text.run_text(results) + text.apart_link(changes, changes_page)),
         ("The paper's claims", text.claims_text(results)),
         ("Where the paper's printed numbers contradict each other", text.contradictions_text()),
         (
@@ -162,8 +168,13 @@ def csv_text(made: list[tables.Table], changes: Results | None) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: Results, to: Path, changes: Results | None = None) -> list[Path]:
-    """Writes everything, the pages last, so that no page names a file that is not there; gives the paths."""
+def write_page(
+    results: Results, to: Path, changes: Results | None = None, changes_page: str | None = None
+) -> list[Path]:
+    """Writes everything, the pages last, so that no page names a file that is not there; gives the paths.
+
+    changes_page: where the page of the other grid is, from here.
+    """
     made = tables.all_tables(results)
     written = {f"{table.name}.csv": tables.to_csv(table).encode() for table in made}
     written |= {"cells.csv": tables.cells_csv(results).encode(), "sizes.csv": tables.sizes_csv(results).encode()}
@@ -175,7 +186,7 @@ def write_page(results: Results, to: Path, changes: Results | None = None) -> li
     for name, (title, draw) in tqdm(figure_makers(results).items(), desc="figures", unit="figure"):
         if (data := draw()) is not None:
             pictures[name], words[name] = data, title
-    readme = page_text(results, changes, words, made)
+    readme = page_text(results, changes, words, made, changes_page)
     written |= pictures | {"short.md": text.readme_table(results, changes).encode(), "README.md": readme.encode()}
     written["index.html"] = to_html(readme, f"DeepSkip: {TITLE}", pictures).encode()
     for name, data in written.items():
@@ -192,7 +203,13 @@ def main(argv: list[str] | None = None) -> None:
         for found in (results, changes):
             if found is not None and OURS not in found.networks:
                 raise ValueError(f"{found.folder / 'networks.json'} has no {OURS}, which all others are compared with")
-        paths = write_page(results, arguments.to, changes)
+        changes_page = None
+        if arguments.changes_to is not None:
+            if changes is None:
+                raise ValueError("--changes_to is for the page of the grid that --changes names")
+            write_page(changes, arguments.changes_to)
+            changes_page = (Path(os.path.relpath(arguments.changes_to, arguments.to)) / "README.md").as_posix()
+        paths = write_page(results, arguments.to, changes, changes_page)
     except ValueError as error:
         stop(str(error))
     size = (arguments.to / "index.html").stat().st_size

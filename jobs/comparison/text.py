@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jobs.comparison.claims import (
@@ -131,6 +131,18 @@ def run_text(results: Results) -> str:
     return text + "\n" + mixed_text(results) + rates_text(results) + last_text(results) + failed_text(results)
 
 
+def apart_link(changes: Results | None, page: str | None) -> str:
+    """Leads to the page of a grid of its own."""
+    if changes is None or page is None:
+        return ""
+    sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
+    return (
+        f"\nA smaller grid, {sides} pixels a side and {steps} steps a cell, seeds {listed(changes.seeds)}, has "
+        f"[a page of its own]({page}): {counted_as(len(changes.cells), 'cell', 'cells')} of "
+        f"{counted_as(len(changes.networks), 'network', 'networks')}; {machines_text(changes)}.\n"
+    )
+
+
 def rates_text(results: Results) -> str:
     """Says which optimizer at which learning rate trained which networks."""
     found: dict[str, list[str]] = {}
@@ -188,14 +200,8 @@ def short_text(results: Results, changes: Results | None = None) -> str:
     for name, words in ((rival, "MIoU"), (objects, "object recall")):
         if name:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
-    five = the_five(results)
-    for name in claimants(results) if five else []:
-        found, whole = tally(results, name, five), tally(results, name, rivals(results))
-        lines.append(
-            f'* "Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
-            f"{counted(found)}. Of all {len(rivals(results))} forms of rivals: {counted(whole)}."
-        )
-    lines += [f"* {text}" for text in [*alike_texts(results), *apart_alike_texts(changes)]]
+    said = [*beaten_texts(results), *alike_texts(results)]
+    lines += [f"* {text}" for text in [*said, *apart_texts(changes, beaten_texts, alike_texts)]]
     for size, verdict, number, ahead, own, other, which in sizes_rows(results)[:1]:
         lines.append(
             f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
@@ -234,12 +240,24 @@ def alike_texts(results: Results) -> list[str]:
     return texts
 
 
-def apart_alike_texts(changes: Results | None) -> list[str]:
-    """Says the same of a grid of its own, with what it is."""
+def beaten_texts(results: Results) -> list[str]:
+    """Says how each form of ours stands to the rivals that the paper names, and to all forms of them."""
+    five, texts = the_five(results), []
+    for name in claimants(results) if five else []:
+        found, whole = tally(results, name, five), tally(results, name, rivals(results))
+        texts.append(
+            f'"Beats the paper\'s {len(five)} rivals in MIoU", {named(results, name)}: **{verdict_of(found)}**; '
+            f"{counted(found)}. Of all {len(rivals(results))} forms of rivals: {counted(whole)}."
+        )
+    return texts
+
+
+def apart_texts(changes: Results | None, *kinds: Callable[[Results], list[str]]) -> list[str]:
+    """Says such things of a grid of its own, with what it is."""
     if changes is None:
         return []
     sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
-    return [f"In the grid of {sides} pixels a side and {steps} steps: {text}" for text in alike_texts(changes)]
+    return [f"In the grid of {sides} pixels a side and {steps} steps: {text}" for of in kinds for text in of(changes)]
 
 
 def way_of(results: Results, network: str) -> tuple[Any, ...]:
@@ -355,7 +373,7 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
             f"sizes, figure 5 and panels are of the unchanged form.{tuned_text(tuned)}"
         )
         parts.append(grid(headings, tuning_rows(tuned), words=2))
-    if lines := apart_alike_texts(changes):
+    if lines := apart_texts(changes, alike_texts):
         parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
@@ -371,7 +389,7 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
 
 
 def readme_table(results: Results, changes: Results | None = None) -> str:
-    """Makes the README's short form: at most 12 lines, ours and each rival in the form with the highest MIoU, by MIoU."""
+    """Makes the README's short form: at most 9 rows, ours and each rival in the form with the highest MIoU, by MIoU."""
     better: dict[str, str] = {}
     for name in results.group("rival"):
         value = over_categories(results, name, "iou")
@@ -404,8 +422,8 @@ def readme_table(results: Results, changes: Results | None = None) -> str:
         f"{8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {TUNED}' if ours[1:] else ''}"
     )
     headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
-    sentences = [caption, *alike_texts(results), *apart_alike_texts(changes)]
-    return f"{grid(headings, rows, words=2)}\n{' '.join(sentences)}\n"
+    lines = "\n".join(f"* {text}" for text in [*alike_texts(results), *apart_texts(changes, alike_texts)])
+    return f"{grid(headings, rows, words=2)}\n{caption}\n" + (f"\n{lines}\n" if lines else "")
 
 
 def way_text(results: Results, network: str) -> str:
