@@ -8,6 +8,8 @@ import numpy as np
 KINDS = ("auto", "binary", "classes")
 IGNORE_INDEX = 255
 SHOWN = 20
+# with more classes they are rather numbers of objects
+MANY = 20
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,17 @@ def decide_labels(
     faults = []
     if not binary and max(foreground, default=0) > 254:
         what = (
-            "look like instance numbers or a lossy JPEG" if len(foreground) > 20 else "are too large for class labels"
+            "look like instance numbers or a lossy JPEG" if len(foreground) > MANY else "are too large for class labels"
         )
         faults.append(
             f"mask values up to {max(foreground)} {what}; --labels binary makes all but 0 foreground, "
             "--ignore_label names a value that takes no part"
+        )
+    elif not binary and kind == "auto" and num_classes is None and len(foreground) > MANY:
+        # a model of so many classes would train without a word
+        faults.append(
+            f"masks have {len(foreground)} values beside 0: where they number objects, --labels binary makes all but 0 "
+            "foreground; where they are classes, say --labels classes"
         )
     found = 1 if binary else max(foreground, default=0) + 1
     allowed = 1 if num_classes == 1 else (num_classes or found) - 1

@@ -15,7 +15,7 @@ class ModelConfig:
     encoder: Literal["vgg16", "resnet34"] = "vgg16"
     """encoder family: two convolutions a level, or ResNet-34's basic blocks"""
     norm: Literal["batch", "instance-batch", "group"] = "batch"
-    """normalisation; "instance-batch" is half of each, "group" gives the same on any number of workers"""
+    """normalisation; "instance-batch" is half instance, half batch norm, "group" gives the same on any number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are brought to a level's size"""
     in_channels: int | None = None
@@ -98,7 +98,7 @@ class OptimConfig:
     steps: int = 600
     """optimizer steps of the whole training"""
     global_batch_size: int = 8
-    """samples in one step over all workers; results do not depend on how many workers share it"""
+    """samples in one step over all workers; which and how they are augmented does not depend on how many workers share it"""
     learning_rate: float = 4e-3
     """peak learning rate, of Adam; Muon's steps are five times that"""
     warmup_steps: int = 50
@@ -134,7 +134,7 @@ class RunConfig:
     patience: int = 0
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """operators: auto takes Triton's on GPUs that can run them, else plain PyTorch's"""
+    """operators: auto takes Triton's on GPUs that can run them, on CPUs forms for CPUs, else plain PyTorch's"""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     """torch.compile of the training step's network by this mode; the last two replay it as CUDA graphs. Crops have one size, so
     it is compiled once; validation runs as it is where ema_decay is not 0"""

@@ -29,7 +29,7 @@ from deepskip.model import Model
 from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
 from jobs import models, report, runs
-from jobs.settings import parse_settings, stop
+from jobs.settings import NotHere, parse_settings, stop
 
 REPORT = "report.json"
 # longest side of the pictures of the worst samples, pixels
@@ -142,7 +142,7 @@ def find(config: EvaluateConfig) -> models.Found:
     try:
         return models.find(config.model, config.tracking_uri)
     except models.ModelNotFound as error:
-        stop(f"model: {error}")
+        stop(f"model: {error}", NotHere)
 
 
 def open_data(config: EvaluateConfig, model: Model) -> Shards:
@@ -153,7 +153,7 @@ def open_data(config: EvaluateConfig, model: Model) -> Shards:
         # the model normalises by itself
         shards = Shards(path, "none", num_classes=model.num_classes, on_bad_sample=config.on_bad_sample, cache=cache)
     except (MissingIndex, BrokenIndex, storage.StorageError) as error:
-        stop(f"data is {path}: {error}")
+        stop(f"data is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     index = shards.index
     if (index.bands, index.num_classes) != (model.bands, model.num_classes):
         stop(

@@ -11,7 +11,7 @@ import torch
 from deepskip import export, files
 from deepskip.model import Model
 from jobs import model_card, models, runs
-from jobs.settings import parse_settings, stop
+from jobs.settings import NotHere, parse_settings, stop
 
 CARD = "model.json"
 # (N, H, W), none of them a multiple of the network's
@@ -96,7 +96,7 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
     try:
         return config, models.find(config.model, config.tracking_uri), evaluation
     except models.ModelNotFound as error:
-        stop(f"model: {error}")
+        stop(f"model: {error}", NotHere)
 
 
 def onnx_runner(data: bytes) -> Any:

@@ -22,7 +22,7 @@ from jobs.prediction.features import join_coco
 from jobs.prediction.inputs import Item
 from jobs.prediction.options import Options, check_values
 from jobs.prediction.progress import Progress
-from jobs.settings import explain, stop
+from jobs.settings import NotHere, explain, stop
 
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
@@ -40,6 +40,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_argument(
         "--checkpoint",
+        "--model",
         required=True,
         help="a run's folder (runs/NAME) or URL, a checkpoint file, or a name of MLflow's: a run's id, models:/NAME/VERSION",
     )
@@ -82,7 +83,7 @@ def read_checkpoint(run_or_path: str) -> dict[str, Any]:
     try:
         state = models.find(run_or_path).state
     except models.ModelNotFound as error:
-        stop(f"--checkpoint: {error}")
+        stop(f"--checkpoint: {error}", NotHere)
     # optimizer and random states need not travel
     weights = state["ema"] or state["model"]
     data = state["data"] | {

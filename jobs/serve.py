@@ -9,7 +9,7 @@ import sys
 from deepskip.checkpoint import State
 from jobs import models
 from jobs.serving import settings
-from jobs.settings import stop
+from jobs.settings import NotHere, stop
 
 
 def check(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def load(config: settings.ServeConfig) -> State:
     try:
         return models.find(config.checkpoint, config.tracking_uri).state
     except models.ModelNotFound as error:
-        stop(f"checkpoint: {error}")
+        stop(f"checkpoint: {error}", NotHere)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,15 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 KEYS = [f"{section.name}.{field.name}" for section in fields(Config) for field in fields(section.type)]  # type: ignore[arg-type]
 
 
-def stop(message: str) -> NoReturn:
+class NotHere(SystemExit):
+    """Ends the program for something that this machine does not have; the machines of a cluster may have it."""
+
+
+def stop(message: str, ending: type[SystemExit] = SystemExit) -> NoReturn:
     """Ends the program for bad input: one `error:` line a fault on stderr, exit status 2."""
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(2)
+    raise ending(2)
 
 
 def build_parser(program: str) -> ArgumentParser:
@@ -69,6 +73,9 @@ def parse_settings(program: str, description: str, kind: type[T], argv: list[str
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_class_arguments(kind)
     keys = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    # jobs that take a model call it by either name
+    model = "model" if "model" in keys else "checkpoint"
+    argv = [re.sub(r"^--(model|checkpoint)(?==|$)", f"--{model}", argument) for argument in argv]
     try:
         parsed = parser.instantiate_classes(parser.parse_args(argv))
         return kind(**{key: getattr(parsed, key) for key in keys})

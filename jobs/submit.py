@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import importlib
+import io
 import logging
 import os
 import re
@@ -14,11 +15,12 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.local import Head, HeadError, environment, start_head, stop_head
+from jobs.settings import NotHere
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 def submit(module: str, arguments: list[str], port: int = 0, dashboard_port: int = 0) -> int:
     """Checks a job's arguments, runs `python -m module arguments` as a Ray job and gives the exit status."""
     # bad arguments end here, within a second, with no cluster started
-    importlib.import_module(module).check(arguments)
+    look(module, arguments)
     try:
         with stoppable(), cluster(port, dashboard_port) as head:
             return run_job(module, arguments, head)
@@ -99,6 +101,21 @@ def submit(module: str, arguments: list[str], port: int = 0, dashboard_port: int
         return 2
     except Stopped as stopped:
         return 128 + stopped.signal
+
+
+def look(module: str, arguments: list[str]) -> None:
+    """Checks a job's arguments; what this machine does not have is only said where the job will run on others."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            importlib.import_module(module).check(arguments)
+    except NotHere:
+        if not os.environ.get("RAY_ADDRESS"):
+            raise
+        text = said.getvalue().replace("error: ", "not on this machine, so left to the cluster's: ")
+        said = io.StringIO(text)
+    finally:
+        sys.stderr.write(said.getvalue())
 
 
 class Stopped(BaseException):

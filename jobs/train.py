@@ -20,7 +20,7 @@ from data_shards import storage
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.config import Config
 from jobs import report, runs
-from jobs.settings import parse, stop
+from jobs.settings import NotHere, parse, stop
 
 POLL_SECONDS = 0.5
 # a job that is stopped waits so long for its workers' last checkpoint; less than heads give it (RAY_JOB_STOP_WAIT_TIME_S)
@@ -45,7 +45,7 @@ def check_data(config: Config) -> None:
     try:
         train, validation = (load_index(storage.join(path, split), cache_of(config)) for split in ("train", "val"))
     except (MissingIndex, BrokenIndex, storage.StorageError) as error:
-        stop(f"data.path is {config.data.path}: {error}")
+        stop(f"data.path is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     faults = []
     for key, asked, found in (
         ("model.in_channels", config.model.in_channels, train.bands),

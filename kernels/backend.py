@@ -4,6 +4,7 @@ DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the co
 """
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,5 +72,12 @@ def _usable(device: int) -> bool:
         import triton  # noqa: F401
     except ImportError as error:
         warnings.warn(f"Triton cannot be imported ({error}): the plain PyTorch operators are used", stacklevel=3)
+        return False
+    # what Triton itself looks for when it compiles a kernel's launcher
+    if os.environ.get("CC") is None and not any(map(shutil.which, ("gcc", "clang"))):
+        warnings.warn(
+            "Triton needs a C compiler, and there is no gcc or clang (CC names another): the plain PyTorch operators are used",
+            stacklevel=3,
+        )
         return False
     return True

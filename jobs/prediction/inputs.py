@@ -13,7 +13,7 @@ from data_shards import index, storage
 from data_shards.index import FORMATS, Index
 from data_shards.sample import decode_image
 from jobs.prediction.rasters import Raster, in_memory, open_raster
-from jobs.settings import stop
+from jobs.settings import NotHere, stop
 
 EXTENSIONS = (*FORMATS, "zarr")
 
@@ -64,7 +64,7 @@ def found_at(place: str) -> list[Item]:
     if path.is_file():
         return [file_item(path, plain_name(place))]
     if not path.is_dir():
-        stop(f"--images: {place} does not exist")
+        stop(f"--images: {place} does not exist", NotHere)
     if next(path.glob("*.tar"), None):
         stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: python -m data_shards index {place}")
     items = [

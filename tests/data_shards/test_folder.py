@@ -149,6 +149,13 @@ def test_instance_numbers_are_told_from_classes(tmp_path: Path) -> None:
         picture(masks, f"a.{i}.png", (np.arange(12 * (10 + i)).reshape(12, 10 + i) * 9).astype(np.uint16))
     with pytest.raises(PackError, match="look like instance numbers"):
         pack_folder(images, masks, tmp_path / "out")
+    for i in range(2):
+        picture(masks, f"a.{i}.png", (np.arange(12 * (10 + i)).reshape(12, 10 + i) % 22).astype(np.uint8))
+    with pytest.raises(PackError, match="masks have 21 values beside 0: where they number objects, --labels binary"):
+        pack_folder(images, masks, tmp_path / "out")
+    for labels, classes in (("classes", 22), ("binary", 1)):
+        packed = pack_folder(images, masks, tmp_path / labels, labels=labels)
+        assert {load_index(tmp_path / labels / split).num_classes for split in packed} == {classes}
 
 
 def test_splits_that_do_not_fit(tmp_path: Path) -> None:

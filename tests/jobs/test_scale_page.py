@@ -9,7 +9,7 @@ from jobs.bench.scale_page import CLOUD, FLOPS_128, GPU, PAGE, PLOT, SPOT, WEAK_
 def test_the_page_is_up_to_date() -> None:
     page = PAGE.read_text()
     assert filled(page) == page
-    assert "No GPU was measured" in page
+    assert "No scaling over GPUs was measured" in page
     assert PLOT.is_file()
 
 

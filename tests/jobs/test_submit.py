@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
-from jobs.submit import Screen, main
+from jobs.settings import NotHere
+from jobs.submit import Screen, look, main
 
 
 def test_progress_stays_on_one_line_of_a_terminal() -> None:
@@ -28,3 +31,34 @@ def test_unknown_jobs_are_named_with_those_there_are(capsys: pytest.CaptureFixtu
         main(["trian"])
     assert stopped.value.code == 2
     assert "there is no job trian; jobs are evaluate, export, predict, serve, train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["", "http://127.0.0.1:1"])
+def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    absent = {
+        "train": ["--data.path", "/shared/mine"],
+        "evaluate": ["--model", "/shared/runs/mine"],
+        "export": ["--checkpoint", "/shared/runs/mine"],
+        "predict": ["--model", "/shared/runs/mine", "--images", "/shared/images", "--out", "/shared/out"],
+        "serve": ["--model", "/shared/runs/mine"],
+    }
+    for job, arguments in absent.items():
+        if address:
+            look(f"jobs.{job}", arguments)
+            found = "not on this machine, so left to the cluster's: "
+        else:
+            with pytest.raises(NotHere):
+                look(f"jobs.{job}", arguments)
+            found = "error: "
+        said = capsys.readouterr().err
+        assert said.startswith(found)
+        assert "/shared/" in said
+    # what is wrong everywhere
+    with pytest.raises(SystemExit) as stopped:
+        look("jobs.train", ["--data.path", "/shared/mine", "--data.crop", "-1"])
+    assert (stopped.value.code, type(stopped.value)) == (2, SystemExit)
+    assert capsys.readouterr().err.startswith("error: data.crop is -1")

@@ -1,5 +1,6 @@
 """Which implementation a tensor gets, and what is said where there is none."""
 
+import shutil
 import sys
 import warnings
 from types import ModuleType
@@ -40,6 +41,19 @@ def test_triton_on_a_cpu_says_what_to_do(triton_form: ModuleType, monkeypatch: p
     monkeypatch.setattr(triton_form, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"asked for a tensor on cpu; leave DEEPSKIP_KERNELS and run\.kernels at auto"):
         triton_form.bce_dice_sums(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
+
+
+def test_without_a_compiler_for_triton_the_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    backend._usable.cache_clear()
+    with pytest.warns(UserWarning, match="no gcc or clang"):
+        assert not backend._usable(0)
+    monkeypatch.setenv("CC", "cc")
+    backend._usable.cache_clear()
+    assert backend._usable(0)
+    backend._usable.cache_clear()
 
 
 def test_without_triton_the_plain_operators_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
