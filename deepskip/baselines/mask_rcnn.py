@@ -13,6 +13,8 @@ from kernels import torchvision_ops
 
 BOX_POOL, MASK_POOL = 7, 14
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
+# torchvision's 100 are too few for fields of nuclei
+DETECTIONS = 300
 # logits of masks stay finite where a mask is 0 or 1
 EPS = 1e-4
 
@@ -47,8 +49,9 @@ class Pyramid(nn.Module):
 class MaskRCNNSegmenter(nn.Module):
     """Mask R-CNN behind the interface of the other networks.
 
-    forward: (N, bands, H, W) float -> logits (N, classes, H, W), of the largest mask probability among a pixel's detections
-    of at least `score_threshold`; among exclusive classes, background has logit 0, so it wins where no mask is over 0.5.
+    forward: (N, bands, H, W) float -> logits (N, classes, H, W), of the largest product of score and mask probability among a
+    pixel's detections: so whoever chooses a threshold chooses how sure a detection must be. At most DETECTIONS of an image,
+    of at least `score_threshold`, count. Among exclusive classes, background has logit 0: it wins where no product is over 0.5.
     It detects as in evaluation even in training mode, and no gradient goes through it: `training_loss` is what trains.
     """
 
@@ -62,7 +65,7 @@ class MaskRCNNSegmenter(nn.Module):
         box_features: int,
         mask_channels: int,
         anchors: Sequence[int],
-        score_threshold: float = 0.5,
+        score_threshold: float = 0.05,
     ) -> None:
         super().__init__()
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -79,6 +82,7 @@ class MaskRCNNSegmenter(nn.Module):
             mask_head=MaskRCNNHeads(pyramid_channels, (mask_channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, kinds),
             box_score_thresh=score_threshold,
+            box_detections_per_img=DETECTIONS,
             # images come normalised and in the size they are scored in
             image_mean=[0.0] * in_channels,
             image_std=[1.0] * in_channels,
@@ -103,8 +107,9 @@ class MaskRCNNSegmenter(nn.Module):
         probability = x.new_zeros(len(x), max(self.num_classes, 2), *x.shape[-2:])
         for n, detections in enumerate(found):
             for label in detections["labels"].unique().tolist():
-                masks = detections["masks"][detections["labels"] == label, 0]
-                probability[n, label] = masks.amax(0).to(probability)
+                own = detections["labels"] == label
+                products = detections["scores"][own, None, None] * detections["masks"][own, 0]
+                probability[n, label] = products.amax(0).to(probability)
         logits = probability.clamp(EPS, 1 - EPS).logit()
         logits[:, 0] = 0
         return logits[:, 1:] if self.num_classes == 1 else logits

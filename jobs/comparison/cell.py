@@ -274,6 +274,7 @@ def run_cell(
         "parameters": sum(p.numel() for p in tested(trained.network).parameters()),
         "best_step": trained.best_step,
         "threshold": threshold,
+        "thresholds": [scores.threshold_of(1), scores.threshold_of(scores.BINS - 1)],
         "curves": trained.curves,
         "validation": scores.metrics_of(scores.predict(probability, threshold), validation.masks),
     }

@@ -1,5 +1,6 @@
 """What a trained network is worth: its threshold chosen on validation, and the test split's metrics, by size and by image."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from deepskip.loss import BCEDiceLoss
 from deepskip.metrics import EIGHT_NEIGHBOURS, SegmentationMetrics
 from jobs.comparison.samples import IGNORE_INDEX, Split
 
-# thresholds are multiples of 1 / BINS
-BINS = 20
+# thresholds are steps of a logit: where foreground is rare, all that matters may lie under a probability of 0.05
+STEPS_PER_LOGIT, HIGHEST_LOGIT = 8, 8
+BINS = 2 * HIGHEST_LOGIT * STEPS_PER_LOGIT
 # areas in pixels
 SIZES = (0, 16, 64, 256, 1024)
 PLACES = ("best", "median", "worst")
@@ -46,9 +48,28 @@ def probabilities(
     return torch.cat(found), sums
 
 
+def bins_of(probability: Tensor) -> Tensor:
+    """Gives the bins 0..BINS that probabilities lie in; bin k begins at the threshold `threshold_of(k)`."""
+    # the ends of probability are infinite logits
+    return ((probability.logit() + HIGHEST_LOGIT) * STEPS_PER_LOGIT).floor().clamp_(0, BINS).long()
+
+
+def bin_of(threshold: float) -> int:
+    """Gives the bin that begins nearest to a threshold of probability."""
+    if not 0 < threshold < 1:
+        return BINS if threshold >= 1 else 0
+    logit = math.log(threshold / (1 - threshold))
+    return min(max(round((logit + HIGHEST_LOGIT) * STEPS_PER_LOGIT), 0), BINS)
+
+
+def threshold_of(number: int) -> float:
+    """Gives the probability that a bin begins at."""
+    return 1 / (1 + math.exp(HIGHEST_LOGIT - number / STEPS_PER_LOGIT))
+
+
 def threshold_counts(probability: Tensor, masks: Tensor) -> Tensor:
-    """Counts pixels by threshold k / BINS, k = 0..BINS: (3, BINS + 1) of true positives, false positives, false negatives."""
-    bins = (probability * BINS).floor().long().clamp_(0, BINS)
+    """Counts pixels by the bins' thresholds: (3, BINS + 1) of true positives, false positives, false negatives."""
+    bins = bins_of(probability)
     counted = masks != IGNORE_INDEX
     histograms = torch.stack([
         torch.bincount(bins[counted & (masks == label)], minlength=BINS + 1) for label in (1, 0)
@@ -63,14 +84,14 @@ def choose_threshold(probability: Tensor, masks: Tensor, fixed: float | None) ->
     """Gives the threshold, the fixed one or that of the highest IoU, nearest to 0.5 where several are; and its IoU."""
     tp, fp, fn = threshold_counts(probability, masks).double().cpu()
     iou = tp / (tp + fp + fn).clamp(min=1)
-    ks = [round(fixed * BINS)] if fixed is not None else range(1, BINS)
+    ks = [bin_of(fixed)] if fixed is not None else range(1, BINS)
     best = max(ks, key=lambda k: (iou[k].item(), -abs(k - BINS / 2)))
-    return best / BINS, iou[best].item()
+    return threshold_of(best), iou[best].item()
 
 
 def predict(probability: Tensor, threshold: float) -> Tensor:
     """Makes labels (N, S, S) uint8 of probabilities, by the bins that the threshold was chosen on."""
-    return ((probability * BINS).floor() >= round(threshold * BINS)).to(torch.uint8)
+    return (bins_of(probability) >= bin_of(threshold)).to(torch.uint8)
 
 
 def metrics_of(prediction: Tensor, masks: Tensor) -> dict[str, float | None]:

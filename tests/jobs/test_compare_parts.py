@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from PIL import Image
 from skimage.measure import label, regionprops
@@ -151,15 +152,35 @@ def test_threshold_is_the_best_of_all_on_validation() -> None:
     masks[0, :3] = IGNORE_INDEX
     threshold, iou = scores.choose_threshold(torch.from_numpy(probability), torch.from_numpy(masks), None)
     counted = masks != IGNORE_INDEX
-    byhand = {
-        k / 20: ((probability >= k / 20) & (masks == 1)).sum()
-        / (((probability >= k / 20) | (masks == 1)) & counted).sum()
-        for k in range(1, 20)
-    }
-    assert byhand[threshold] == max(byhand.values()) == pytest.approx(iou)
-    assert scores.choose_threshold(torch.from_numpy(probability), torch.from_numpy(masks), 0.5)[1] == pytest.approx(
-        byhand[0.5]
-    )
+    # an eighth of a logit apart, from 0.0004 to 0.9996
+    byhand = {}
+    for k in range(-63, 64):
+        chosen = probability >= scipy.special.expit(k / 8)
+        byhand[k] = (chosen & (masks == 1)).sum() / ((chosen | (masks == 1)) & counted).sum()
+    assert iou == pytest.approx(max(byhand.values()))
+    assert byhand[round(8 * scipy.special.logit(threshold))] == pytest.approx(iou)
+    # what the threshold was chosen on is what it does
+    assert (scores.predict(torch.from_numpy(probability), threshold).numpy() == (probability >= threshold)).all()
+    fixed, iou = scores.choose_threshold(torch.from_numpy(probability), torch.from_numpy(masks), 0.5)
+    assert (fixed, iou) == (0.5, pytest.approx(byhand[0]))
+
+
+def test_thresholds_reach_what_is_rare_and_bear_the_ends() -> None:
+    # a network that is nowhere sure of foreground
+    masks = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    masks[0, 0, 0] = 1
+    probability = torch.full((1, 8, 8), 0.004)
+    probability[0, 0, 0] = 0.006
+    threshold, iou = scores.choose_threshold(probability, masks, None)
+    assert iou == 1
+    assert 0.004 < threshold <= 0.006
+    # certain pixels: infinite logits
+    certain = masks.float()
+    assert scores.choose_threshold(certain, masks, None) == (0.5, 1.0)
+    assert scores.predict(certain, 0.999).equal(masks)
+    # fixed ones at the ends take all and, but for what is certain, nothing
+    assert scores.predict(certain, 0.0).all()
+    assert scores.predict(probability, 1.0).sum() == 0
 
 
 def test_metrics_sizes_and_images_by_hand_and_by_skimage() -> None:

@@ -142,15 +142,15 @@ def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-def test_mask_rcnn_logits_are_the_union_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_rcnn_logits_are_of_scores_times_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small("mask_rcnn", 1, 3)
     masks = torch.zeros(3, 1, 2, 4)
     masks[0, 0, 0, :2], masks[1, 0, 0, 1:3], masks[2, 0, :, 2] = 0.6, 0.9, 0.95
-    found = {"labels": torch.tensor([1, 1, 2]), "masks": masks}
+    found = {"labels": torch.tensor([1, 1, 2]), "masks": masks, "scores": torch.tensor([0.9, 0.7, 0.8])}
     monkeypatch.setattr(network.detector, "forward", lambda images: [found])
     logits = network(torch.zeros(1, 1, 2, 4))
     assert logits.argmax(1).tolist() == [[[1, 1, 2, 0], [0, 0, 2, 0]]]
-    torch.testing.assert_close(logits[0, 1, 0, :3].sigmoid(), torch.tensor([0.6, 0.9, 0.9]))
+    torch.testing.assert_close(logits[0, 1, 0, :3].sigmoid(), torch.tensor([0.54, 0.63, 0.63]))
 
 
 def test_h_dense_unet_joins_neighbouring_bands() -> None:
