@@ -56,6 +56,7 @@ chaos: setup
 	@$(VENV)/bin/python -m tests.cluster.chaos $(ARGS)
 
 compare-smoke: setup
+	@rm -rf build/compare-smoke/cells
 	@$(VENV)/bin/python -m jobs.comparison.data --to build/compare-smoke/data --size 64 --most 8
 	@$(VENV)/bin/python -m jobs.compare --config jobs/configs/compare.yaml --data build/compare-smoke/data --categories '[coins]' \
 	  --out build/compare-smoke/cells --seeds '[0]' --steps 2 --validations 1 --device cpu --ray false --workers 2 $(ARGS)

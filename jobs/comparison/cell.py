@@ -268,6 +268,7 @@ def run_cell(
         "error": None,
         "steps": cell.steps,
         "batch_size": cell.batch_size,
+        "validations": cell.validations,
         "image_size": category.size,
         "precision": "bf16" if cell.bf16 else "fp32",
         "train_samples_seen": cell.steps * cell.batch_size,

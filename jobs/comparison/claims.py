@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy.stats import t as student_t
 
@@ -57,6 +57,7 @@ class Difference:
 
     one, other: their means over those categories. value: of pairs of category and seed, averaged. half: half the width of its
     95 % interval, nan with one seed. won: pairs in which the one is ahead, of `pairs`. by_category: mean difference of each.
+    whole: the categories are all that were run. apart: pairs whose cells ran on two machines or in two precisions.
     """
 
     one: Mean
@@ -66,12 +67,14 @@ class Difference:
     won: int
     pairs: int
     by_category: dict[str, float]
+    whole: bool = True
+    apart: int = 0
 
     @property
     def verdict(self) -> str:
-        """Says whether the one is ahead: nothing can be told where the interval holds 0, or with one seed."""
+        """Says whether the one is ahead: nothing can be told of some categories, of one seed, or if the interval holds 0."""
         # what rounding leaves of equal means is no lead; nan is in no order
-        if not abs(self.value) > self.half + 1e-9:
+        if not self.whole or not abs(self.value) > self.half + 1e-9:
             return UNKNOWN
         return HELD if self.value > 0 else NOT_HELD
 
@@ -80,14 +83,15 @@ def half_width(by_category: Iterable[Sequence[float]]) -> float:
     """Gives half the 95 % interval of a mean over categories of paired differences (a sequence of seeds for each).
 
     The categories are those of the comparison, no sample of others, so what varies is a category's seeds: Student's t with
-    the degrees of freedom of Welch and Satterthwaite. With one category it is the paired t-test. nan with one seed.
+    the degrees of freedom of Welch and Satterthwaite. With one category it is the paired t-test. nan with one seed, and
+    where two seeds happen to agree.
     """
     found = list(by_category)
     if not found or any(len(values) < 2 for values in found):
         return math.nan
     parts = [statistics.variance(values) / len(values) for values in found]
     if not any(parts):
-        return 0.0
+        return 0.0 if all(len(values) > 2 for values in found) else math.nan
     freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, found, strict=True))
     return float(student_t.ppf(0.975, freedom)) * math.sqrt(sum(parts)) / len(found)
 
@@ -101,7 +105,25 @@ def compare(results: Results, one: str, other: str, metric: str) -> Difference:
         {category: by_seed(results, category, network, metric) for category in results.categories}
         for network in (one, other)
     )
-    return difference(first, second)
+    found = difference(first, second)
+    _, seeds = block({c: first[c].keys() & second[c].keys() for c in first})
+    apart = sum(
+        place_of(results.cells[c, one, s]) != place_of(results.cells[c, other, s])
+        for c in found.by_category
+        for s in seeds
+    )
+    return replace(found, whole=len(found.by_category) == len(results.categories), apart=apart)
+
+
+def place_of(cell: Mapping[str, object]) -> tuple[object, object]:
+    """Gives the machine and the precision that a cell ran on and in."""
+    return cell.get("hardware"), cell.get("precision")
+
+
+def won_text(found: Difference) -> str:
+    """Says in how many pairs the one is ahead, and how many of them were not computed alike."""
+    apart = f", {found.apart} not computed alike" if found.apart else ""
+    return f"{found.won} of {found.pairs}{apart}"
 
 
 def difference(first: Values, second: Values) -> Difference:
@@ -178,7 +200,7 @@ def rivals_rows(results: Results, one: str) -> list[list[str]]:
                 results.label(other) + (f" (in {some} of {all_of} categories)" if 0 < some < all_of else ""),
                 f"**{found.verdict}**",
                 lead(found),
-                f"{found.won} of {found.pairs}",
+                won_text(found),
                 spread(found.one),
                 spread(found.other),
                 lead(objects),
@@ -219,7 +241,7 @@ def ablation_rows(results: Results) -> list[list[str]]:
             found, objects = compare(results, one, other, "iou"), compare(results, one, other, "object_recall")
             differences = [lead(found), lead(objects)]
             sides = [spread(found.one), spread(found.other)]
-            rows.append([claim, f"**{found.verdict}**", *differences, f"{found.won} of {found.pairs}", *sides])
+            rows.append([claim, f"**{found.verdict}**", *differences, won_text(found), *sides])
     return rows
 
 
@@ -251,7 +273,10 @@ def parameters_text(results: Results) -> str:
         return f"**Fewest parameters: {UNKNOWN}**; they were not counted."
     smaller = [f"{results.label(n)} ({million(count)})" for n, count in known.items() if count < ours]
     smallest = min(known, key=lambda n: known[n])
+    plain = results.networks.get(PLAIN, {}).get("parameters")
     text = f"Ours has {million(ours)} where the paper says 1.32 M; "
+    if plain is not None and plain < ours:
+        text += f"the U-Net that it adds deep skips to has fewer, {million(plain)}; "
     if smaller:
         return f"**Fewest parameters: {NOT_HELD}.** {text}fewer have {', '.join(smaller)}."
     return (
@@ -284,14 +309,16 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
         return f"{words}: {UNKNOWN}, no rival has every category."
     found = compare(results, one, rival, metric)
     if found.verdict == UNKNOWN:
-        why = "one seed has no spread" if math.isnan(found.half) else "its interval holds 0"
+        why = "no spread over seeds" if math.isnan(found.half) else "its interval holds 0"
         outcome = f"{'reached' if found.value >= 0 else 'not reached'} on average, but it {UNKNOWN} ({why})"
     else:
         outcome = "reached and passed" if found.verdict == HELD else "not reached"
+    partial = [results.label(name) for name in rivals(results) if over_categories(results, name, metric).partial]
+    absent = f" Left out, as they lack a category: {', '.join(partial)}." if partial else ""
     return (
         f"{words}: **{outcome}**. {results.label(one)} {spread(found.one)}, the best rival, {results.label(rival)} "
         f"({million(results.networks[rival].get('parameters'))}), {spread(found.other)}: "
-        f"{lead(found)} points, ahead in {found.won} of {found.pairs} pairs."
+        f"{lead(found)} points, ahead in {won_text(found)} pairs.{absent}"
     )
 
 

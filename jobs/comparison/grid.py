@@ -11,6 +11,7 @@ import numpy as np
 from deepskip import files
 from jobs.comparison.cell import Cell
 from jobs.comparison.rows import Grid, bf16, trained_as
+from jobs.comparison.samples import digest_of, size_of
 
 NETWORKS = "networks.json"
 
@@ -40,30 +41,35 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def is_done(out: Path, cell: Cell) -> bool:
-    """Says whether a cell is there, without an error and of the same budget."""
+    """Says whether a cell is there, without an error."""
     return done(out, cell) is not None
 
 
 def done(out: Path, cell: Cell) -> dict[str, Any] | None:
-    """Reads a cell that is there, without an error and of the same budget; None where there is none."""
+    """Reads a cell that is there, without an error; None where there is none."""
     record = read(path_of(out, cell))
-    same = ("steps", "batch_size")
-    if record is None or record.get("error") is not None or any(record.get(k) != getattr(cell, k) for k in same):
-        return None
-    return record
+    return None if record is None or record.get("error") is not None else record
 
 
 def trained_otherwise(grid: Grid) -> str | None:
-    """Names the first cell that is there and was trained otherwise than the grid says now; older cells do not say how."""
+    """Names the first cell that is there and is of another budget, other data or another training than the grid's.
+
+    Older cells do not say all of it. So no cell is taken for what it is not, and none is written over.
+    """
     out = Path(grid.out)
     for cell in cells(grid):
-        found = (done(out, cell) or {}).get("row", {})
-        for key, asked in trained_as(grid.networks[cell.network], cell.category).items():
-            if found.get(key, asked) != asked:
-                return (
-                    f"{path_of(out, cell)} was trained with {key} {found[key]}, and the grid has {asked}; "
-                    "name another --out, or remove what should be trained again"
-                )
+        record = done(out, cell) or {}
+        budget = {key: getattr(cell, key) for key in ("steps", "batch_size", "validations")}
+        path = Path(grid.data) / f"{cell.category}.npz"
+        of_data = {"image_size": size_of(path), "data": digest_of(path)} if record else {}
+        trained = trained_as(grid.networks[cell.network], cell.category)
+        for found, asked in ((record, budget | of_data), (record.get("row", {}), trained)):
+            for key, value in asked.items():
+                if found.get(key, value) != value:
+                    return (
+                        f"{path_of(out, cell)} was trained with {key} {found[key]}, and the grid has {value}; "
+                        "name another --out, or remove what should be trained again"
+                    )
     return None
 
 

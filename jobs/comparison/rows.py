@@ -25,6 +25,8 @@ SEARCHED = (
     "foreground_crops",
     "copy_paste",
 )
+# all that makes two trainings of two networks alike
+TRAINING = ("loss", "optimizer", *SEARCHED, "deep_supervision", "test_flips", "threshold", "by_category")
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Grid:
     batch_size: int = 8
     """samples a step"""
     validations: int = 8
-    """validations of a cell; the best by IoU is tested"""
+    """validations of a cell, and one at its end where the steps do not divide; the best by IoU is tested"""
     only: list[str] | None = None
     """networks to do; null does all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -198,7 +200,7 @@ def described(row: Row) -> dict[str, Any]:
         "form": row.size if row.group == "rival" else None,
         "paper_parameters": row.paper_parameters,
     }
-    return place | {key: getattr(row, key) for key in ("loss", "optimizer", *SEARCHED)}
+    return place | {key: getattr(row, key) for key in TRAINING}
 
 
 def with_values(row: Row, values: Mapping[str, Any]) -> Row:

@@ -41,15 +41,15 @@ def run(
     """
     out = Path(grid.out)
     clock = Clock(grid)
-    # the config may have another label than when a network was measured
+    named = [name for name in grid.networks if grid.only is None or name in grid.only]
+    # the config may have another label than when a network was measured; rows that are not run stay as they were run
     networks = {
-        name: values | (described(grid.networks[name]) if name in grid.networks else {})
+        name: values | (described(grid.networks[name]) if name in named else {})
         for name, values in results.read_networks(out).items()
     }
     if networks:
         results.write_networks(out, networks)
     counts = {"done": 0, "failed": 0, "left": 0}
-    named = [name for name in grid.networks if grid.only is None or name in grid.only]
     unmeasured = [name for name in named if networks.get(name, {}).get("parameters") is None]
     every = [] if grid.profile_only else list(results.cells(grid))
     todo = [Task(cell.network, cell) for cell in every if not results.is_done(out, cell)]

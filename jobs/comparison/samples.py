@@ -3,10 +3,12 @@
 The plan is a function of the seed and the number of samples and steps alone, so every network sees the same batches.
 """
 
+import hashlib
 import io
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +95,13 @@ def size_of(path: Path) -> int:
     """Gives the height and width of a category's images without reading them."""
     with np.load(path, allow_pickle=False) as stored:
         return int(stored["shape"][1])
+
+
+@cache
+def digest_of(path: Path) -> str:
+    """Gives the sha256 of a category's file, which the npz format keeps free of dates."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Plan(NamedTuple):

@@ -21,7 +21,7 @@ from jobs.comparison import grid as results
 from jobs.comparison.cell import Cell, train
 from jobs.comparison.profile import hardware
 from jobs.comparison.rows import SEARCHED, Grid, bf16, device_of, faults_of, in_category, with_values
-from jobs.comparison.samples import load
+from jobs.comparison.samples import digest_of, load
 from jobs.scaling import own_ray
 from jobs.settings import parse_settings, stop
 
@@ -89,9 +89,8 @@ def identity(search: Search, category: str) -> str:
     """Names a search by all that its result depends on."""
     row = in_category(search.networks[search.network], category)
     what = [asdict(row), search.space, search.trials, min(search.seeds), search.steps, search.batch_size]
-    return hashlib.sha256(json.dumps([*what, search.validations, bf16(search)], sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
+    what += [search.validations, bf16(search), digest_of(Path(search.data) / f"{category}.npz")]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def own_values(search: Search, category: str) -> dict[str, float]:

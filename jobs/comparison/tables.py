@@ -3,8 +3,9 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.comparison.results import (
@@ -76,7 +77,6 @@ def blocks(results: Results) -> list[tuple[str, str, list[str]]]:
     sets = (
         ("paper", "rivals at the paper's widths", [n for n in rivals if results.networks[n].get("form") == "paper"]),
         ("default", "rivals at default widths", [n for n in rivals if results.networks[n].get("form") == "default"]),
-        ("other", "rivals in other settings", [n for n in rivals if results.networks[n].get("form") is None]),
     )
     found = [(stem, heading, ours + networks) for stem, heading, networks in sets if networks]
     if ablation := results.group("ablation"):
@@ -117,8 +117,15 @@ def cost_table(results: Results) -> Table:
     ]
     keys = ("parameters", "paper_parameters", "gflops", "seconds_per_image", "peak_memory_bytes")
     rows = []
-    for network in [*results.group("ours"), *results.group("ablation"), *results.group("rival")]:
-        count, paper, *rest = (known(results, network, key) for key in keys)
+    networks = [*results.group("ours"), *results.group("ablation"), *results.group("rival")]
+    machines = Counter(results.networks[network].get("hardware") for network in networks)
+    usual = machines.most_common(1)[0][0] if machines else None
+    for network in networks:
+        count, paper, gflops, *times = (known(results, network, key) for key in keys)
+        if (machine := results.networks[network].get("hardware")) != usual:
+            # no time or memory to be compared with the others'
+            times = [replace(mean, notes=(f"on {machine}",)) for mean in times]
+        rest = [gflops, *times]
         deviation = Mean(count.value / paper.value - 1)
         rows.append(
             (results.label(network), [count, paper, deviation, *rest, over_categories(results, network, "iou")])
@@ -156,9 +163,10 @@ def to_markdown(table: Table) -> str:
     rows = []
     for label, means in table.rows:
         cells = [label]
-        for mean, column, top in zip(means, table.columns, best, strict=True):
+        for i, (mean, column, top) in enumerate(zip(means, table.columns, best, strict=True)):
             text = with_deviation(mean, column)
-            if top is not None and compared(mean) and printed(mean.value, column) == top:
+            lucky = mean.seeds == 1 and any(row[1][i].seeds > 1 for row in table.rows)
+            if top is not None and compared(mean) and not lucky and printed(mean.value, column) == top:
                 text = f"**{text}**"
             cells.append(text + marks(mean.notes, notes))
         rows.append(cells)

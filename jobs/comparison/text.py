@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from jobs.comparison.claims import (
@@ -10,6 +11,7 @@ from jobs.comparison.claims import (
     HELD,
     NOT_HELD,
     UNKNOWN,
+    Difference,
     ablation_rows,
     best,
     chosen_form,
@@ -30,14 +32,18 @@ from jobs.comparison.claims import (
     widths_text,
 )
 from jobs.comparison.results import BEST, OURS, Results, family, over_categories, shortened, shown
-from jobs.comparison.rows import SEARCHED
-from jobs.comparison.scores import BINS
+from jobs.comparison.rows import TRAINING, Row
 from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
 LOSSES = {"bce_dice": "BCE + Dice", "cross_entropy": "cross-entropy", "own": "its own"}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
-TUNED = "The norm, rate and augmentation of the tuned form were chosen on validation for it; those of no rival were."
+TUNED = (
+    "The norm, rate and augmentation of the tuned form were chosen on validation for it (that alpha and copy-paste were tried "
+    "is because of their test results in the small grid); those of no rival were."
+)
+# cells that do not state the ends of their thresholds
+FIRST_ENDS = (0.05, 0.95)
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
     "against",
@@ -61,8 +67,25 @@ def cost_text(results: Results) -> str:
     size = f" and {sides} pixels a side" if sides else ""
     return (
         f"GFLOPs and time of one image of 3 bands{size}, by itself; memory of a training step of the grid's batch"
-        f"{f'; on {machines}' if machines else ''}. They are measured once and briefly: a tenth more or less says nothing."
+        f"{f'; on {machines}' if machines else ''}. They are measured once and briefly, memory beside other work"
+        f"{scatter_text(results)}."
     )
+
+
+def scatter_text(results: Results) -> str:
+    """Says how far measurements of one network under several names lie apart."""
+    keys = ("parameters", "gflops", "hardware")
+    ratios = {}
+    for key in ("seconds_per_image", "peak_memory_bytes"):
+        same: dict[tuple[Any, ...], list[float]] = {}
+        for values in results.networks.values():
+            if values.get(key):
+                same.setdefault(tuple(values.get(k) for k in keys), []).append(values[key])
+        ratios[key] = max((max(found) / min(found) for found in same.values()), default=1.0)
+    time, memory = ratios.values()
+    if max(time, memory) < 1.05:
+        return ""
+    return f": the same network under another name differs by up to {time:.1f} times in time and {memory:.1f} in memory"
 
 
 def counted_as(number: int, one: str, many: str) -> str:
@@ -166,12 +189,22 @@ def last_text(results: Results) -> str:
     if not cells:
         return ""
     late = sum(cell["best_step"] > 0.9 * cell["steps"] for cell in cells)
-    bound = sum(not 1 < round(cell["threshold"] * BINS) < BINS - 1 for cell in cells)
+    ends = Counter(tuple(cell.get("thresholds", FIRST_ENDS)) for cell in cells)
+    words = " or ".join(
+        f"{low:.2g} to {high:.4g} ({counted_as(n, 'cell', 'cells')})" for (low, high), n in ends.items()
+    )
+    at_end: Counter[str] = Counter()
+    for (_, network, _), cell in results.cells.items():
+        low, high = cell.get("thresholds", FIRST_ENDS)
+        at_end[results.label(network)] += not low + 1e-6 < cell["threshold"] < high - 1e-6
+    whose = "; ".join(f"{label} {number}" for label, number in at_end.most_common() if number)
     return (
         "Tested are the weights of the best validation IoU, with the threshold that is best on validation. In "
         f"{late:,} of {len(cells):,} cells those are of the last tenth of the steps: more steps might take them further, and "
-        f"few steps from random weights favour networks that start fast. In {bound:,} the threshold is the lowest or highest "
-        f"that was tried, {1 / BINS:g} or {1 - 1 / BINS:g}. The test split was read once a cell.\n"
+        f"few steps from random weights favour networks that start fast. Thresholds were tried from {words}. In "
+        f"{counted_as(at_end.total(), 'cell', 'cells')} it is the lowest or the highest{f' ({whose})' if whose else ''}: with "
+        "others these might reach more, and a recall that comes of marking all that is over the lowest is no merit. The test "
+        "split was read once a cell.\n"
     )
 
 
@@ -235,7 +268,7 @@ def alike_texts(results: Results) -> list[str]:
                 texts.append(
                     f"Trained alike ({way_text(results, name)}), {named(results, name)} against {results.label(other)}: "
                     f"{lead(iou)} points of MIoU (ahead: **{iou.verdict}**), {lead(objects)} of object recall "
-                    f"(**{objects.verdict}**)."
+                    f"(**{objects.verdict}**){apart_of(iou)}."
                 )
     return texts
 
@@ -252,6 +285,13 @@ def beaten_texts(results: Results) -> list[str]:
     return texts
 
 
+def apart_of(found: Difference) -> str:
+    """Says how many pairs of a comparison were not computed alike."""
+    if not found.apart:
+        return ""
+    return f"; {found.apart} of {counted_as(found.pairs, 'pair', 'pairs')} on two machines or in two precisions"
+
+
 def apart_texts(changes: Results | None, *kinds: Callable[[Results], list[str]]) -> list[str]:
     """Says such things of a grid of its own, with what it is."""
     if changes is None:
@@ -262,7 +302,9 @@ def apart_texts(changes: Results | None, *kinds: Callable[[Results], list[str]])
 
 def way_of(results: Results, network: str) -> tuple[Any, ...]:
     """Gives what makes two trainings alike."""
-    return tuple(results.networks[network].get(key) for key in ("loss", "optimizer", *SEARCHED))
+    # older networks.json do not state all of it
+    usual = asdict(Row("", "rival"))
+    return tuple(results.networks[network].get(key, usual[key]) for key in TRAINING)
 
 
 def counted(tallied: dict[str, list[str]]) -> str:
@@ -290,7 +332,8 @@ def claims_text(results: Results) -> str:
         "Two networks are compared on the cells that both have, paired by category and seed. A difference is a mean over "
         "categories, in brackets its 95 % interval for these categories (Student's t of each category's seeds, degrees of "
         "freedom by Welch and Satterthwaite); it says nothing of other data. A claim **held** or **did not hold** where the "
-        "interval is wholly on one side of 0; else it **cannot be told**. With one seed there is no interval.",
+        "interval is wholly on one side of 0; else it **cannot be told**. With one seed there is no interval, and nothing "
+        "is told of a rival that lacks a category.",
     ]
     for name in claimants(results):
         loss = results.networks[name].get("loss")
@@ -379,17 +422,20 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
         "the best on test of those that were run."
     )
-    forms = dict.fromkeys([OURS, chosen_form(results), *tuned_form(results)])
-    lines = []
-    for form in forms:
-        for metric, words in (("iou", "Mean IoU"), ("object_recall", "Mean object recall")):
-            lines.append("* " + reach_text(results, form, metric, words))
-    parts.append("\n".join(lines))
+    lines = [*bar_texts(results), *apart_texts(changes, bar_texts)]
+    parts.append("\n".join(f"* {line}" for line in lines))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
+def bar_texts(results: Results) -> list[str]:
+    """Says of each form of ours whether it reaches the best rival."""
+    forms = dict.fromkeys([OURS, chosen_form(results), *tuned_form(results)]) if rivals(results) else ()
+    metrics = (("iou", "Mean IoU"), ("object_recall", "Mean object recall"))
+    return [reach_text(results, form, metric, words) for form in forms for metric, words in metrics]
+
+
 def readme_table(results: Results, changes: Results | None = None) -> str:
-    """Makes the README's short form: at most 9 rows, ours and each rival in the form with the highest MIoU, by MIoU."""
+    """Makes the README's short form: at most 8 rows, ours and each rival in the form with the highest MIoU, by MIoU."""
     better: dict[str, str] = {}
     for name in results.group("rival"):
         value = over_categories(results, name, "iou")

@@ -16,7 +16,7 @@ from jobs.comparison import grid as results
 from jobs.comparison.cell import Cell, run_cell
 from jobs.comparison.profile import hardware, profile
 from jobs.comparison.rows import Grid, bf16, device_of, trained_as
-from jobs.comparison.samples import Category, load, size_of
+from jobs.comparison.samples import Category, digest_of, load, size_of
 from jobs.comparison.scores import with_pictures
 
 TIMING = ".timing"
@@ -55,12 +55,14 @@ def do(grid: Grid, task: Task, command: str) -> dict[str, Any]:
     if task.cell is None:
         size = max(size_of(Path(grid.data) / f"{name}.npz") for name in grid.categories)
         return profile(row, size, grid.batch_size, device, bf16(grid), partial(alone, Path(grid.out)))
-    category = category_of(Path(grid.data) / f"{task.cell.category}.npz", device)
+    path = Path(grid.data) / f"{task.cell.category}.npz"
+    category = category_of(path, device)
     record, panel = run_cell(row, category, task.cell, task.cell.seed == min(grid.seeds))
     if panel and grid.pictures:
         panel = with_pictures(panel, category.splits["test"])
     record |= {
         "row": trained_as(row, task.cell.category),
+        "data": digest_of(path),
         "hardware": hardware(device),
         "torch": torch.__version__,
         "command": command,

@@ -7,8 +7,8 @@ import numpy as np
 from jobs.comparison.data import encode
 
 
-def write_squares(folder: Path) -> None:
-    """Writes squares.npz into a folder."""
+def write_squares(folder: Path, name: str = "squares") -> None:
+    """Writes NAME.npz into a folder."""
     rng = np.random.default_rng(0)
     squares = []
     for i in range(8):
@@ -16,4 +16,4 @@ def write_squares(folder: Path) -> None:
         mask[4:10, 5:12] = mask[20:24, 18:21] = 1
         image = rng.integers(0, 100, (32, 32, 3)) + 100 * mask[..., None]
         squares.append((f"{i}", image.astype(np.uint8), mask))
-    (folder / "squares.npz").write_bytes(encode(squares, ["train"] * 4 + ["val"] * 2 + ["test"] * 2))
+    (folder / f"{name}.npz").write_bytes(encode(squares, ["train"] * 4 + ["val"] * 2 + ["test"] * 2))

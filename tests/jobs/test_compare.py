@@ -1,5 +1,6 @@
 """The comparison's grid at toy size: every network and row, a kill in the middle, cells that fail, Ray with MLflow."""
 
+import hashlib
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ import pytest
 import yaml
 
 from jobs.comparison.cell import Cell
-from jobs.comparison.grid import cells, is_done, trained_otherwise, write, write_error
-from jobs.comparison.rows import Grid, Row, read_grid, trained_as
+from jobs.comparison.grid import cells, is_done, trained_otherwise, write, write_error, write_networks
+from jobs.comparison.rows import Grid, Row, described, read_grid, trained_as
 from jobs.comparison.run import Clock, run
 from jobs.comparison.work import Outcome, Task
 from tests.deepskip.baselines.small import SMALL
@@ -172,7 +173,9 @@ def test_order_and_failures(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_was_trained_otherwise_is_not_taken_for_one_of_the_grid(tmp_path: Path) -> None:
-    grid = grid_of(tmp_path)
+    for category in ("a", "b"):
+        write_squares(tmp_path, category)
+    grid = grid_of(tmp_path, data=str(tmp_path))
     first, second = list(cells(grid))[:2]
     for cell in (first, second):
         record = {"steps": 10, "batch_size": 8, "row": trained_as(grid.networks[cell.network], cell.category)}
@@ -183,6 +186,40 @@ def test_a_cell_that_was_trained_otherwise_is_not_taken_for_one_of_the_grid(tmp_
     assert (trained_otherwise(grid) or "").startswith(
         f"{tmp_path / 'cells' / 'a' / 'two' / '0.json'} was trained with alpha 0.5, and the grid has 0.7; name another --out"
     )
+
+
+def test_a_cell_of_another_budget_or_other_data_is_neither_taken_nor_written_over(tmp_path: Path) -> None:
+    write_squares(tmp_path)
+    rows = {"one": Row("one", "rival")}
+    grid = Grid(rows, ["squares"], data=str(tmp_path), out=str(tmp_path / "out"), seeds=[0], steps=10)
+    (cell,) = cells(grid)
+    digest = hashlib.sha256((tmp_path / "squares.npz").read_bytes()).hexdigest()
+    whole = {"steps": 10, "batch_size": 8, "validations": 8, "image_size": 32, "data": digest}
+    for key, other in (("steps", 300), ("batch_size", 4), ("validations", 5), ("image_size", 256), ("data", "0" * 64)):
+        write(tmp_path / "out", cell, whole | {key: other}, {})
+        said = f"0.json was trained with {key} {other}, and the grid has {whole[key]}; name another --out"
+        assert said in (trained_otherwise(grid) or "")
+    # older cells do not say all of it
+    for record in (whole, {key: whole[key] for key in ("steps", "batch_size", "image_size")}):
+        write(tmp_path / "out", cell, record, {})
+        assert trained_otherwise(grid) is None
+        assert is_done(tmp_path / "out", cell)
+    # one that failed is tried again, with whatever budget
+    write_error(tmp_path / "out", cell, "it broke")
+    grid.steps = 300
+    assert trained_otherwise(grid) is None
+    assert not is_done(tmp_path / "out", cell)
+
+
+def test_rows_that_are_not_run_stay_as_they_were_run(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, device="cpu")
+    write_networks(tmp_path, {name: described(row) | {"parameters": 1} for name, row in grid.networks.items()})
+    for row in grid.networks.values():
+        row.learning_rate = 0.5
+    grid.only = ["two"]
+    run(grid, Answering(grid))
+    networks = json.loads((tmp_path / "networks.json").read_text())
+    assert [networks[name]["learning_rate"] for name in ("one", "two")] == [1e-3, 0.5]
 
 
 def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path: Path) -> None:
