@@ -122,7 +122,7 @@ def place_of(cell: Mapping[str, object]) -> tuple[object, object]:
 
 def won_text(found: Difference) -> str:
     """Says in how many pairs the one is ahead, and how many of them were not computed alike."""
-    apart = f", {found.apart} not computed alike" if found.apart else ""
+    apart = f" ({found.apart} not computed alike)" if found.apart else ""
     return f"{found.won} of {found.pairs}{apart}"
 
 
@@ -318,7 +318,7 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
     return (
         f"{words}: **{outcome}**. {results.label(one)} {spread(found.one)}, the best rival, {results.label(rival)} "
         f"({million(results.networks[rival].get('parameters'))}), {spread(found.other)}: "
-        f"{lead(found)} points, ahead in {won_text(found)} pairs.{absent}"
+        f"{lead(found)} points; ahead in pairs: {won_text(found)}.{absent}"
     )
 
 

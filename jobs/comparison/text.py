@@ -158,9 +158,8 @@ def apart_link(changes: Results | None, page: str | None) -> str:
     """Leads to the page of a grid of its own."""
     if changes is None or page is None:
         return ""
-    sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
     return (
-        f"\nA smaller grid, {sides} pixels a side and {steps} steps a cell, seeds {listed(changes.seeds)}, has "
+        f"\nAnother grid, of {budget_text(changes)}, seeds {listed(changes.seeds)}, has "
         f"[a page of its own]({page}): {counted_as(len(changes.cells), 'cell', 'cells')} of "
         f"{counted_as(len(changes.networks), 'network', 'networks')}; {machines_text(changes)}.\n"
     )
@@ -234,7 +233,7 @@ def short_text(results: Results, changes: Results | None = None) -> str:
         if name:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
     said = [*beaten_texts(results), *alike_texts(results)]
-    lines += [f"* {text}" for text in [*said, *apart_texts(changes, beaten_texts, alike_texts)]]
+    lines += [f"* {text}" for text in said]
     for size, verdict, number, ahead, own, other, which in sizes_rows(results)[:1]:
         lines.append(
             f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
@@ -243,6 +242,7 @@ def short_text(results: Results, changes: Results | None = None) -> str:
     for claim, verdict, *_ in ablation_rows(results)[:3]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
+    lines += [f"* {text}" for text in apart_texts(changes, beaten_texts, alike_texts)]
     return "\n".join(lines) + "\n"
 
 
@@ -296,8 +296,13 @@ def apart_texts(changes: Results | None, *kinds: Callable[[Results], list[str]])
     """Says such things of a grid of its own, with what it is."""
     if changes is None:
         return []
-    sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
-    return [f"In the grid of {sides} pixels a side and {steps} steps: {text}" for of in kinds for text in of(changes)]
+    return [f"In the other grid, {budget_text(changes)}: {text}" for of in kinds for text in of(changes)]
+
+
+def budget_text(results: Results) -> str:
+    """Says how large images were and how long cells trained; most of the images, as some scenes are no larger than they are."""
+    sides, steps = values_of(results, "image_size"), listed(values_of(results, "steps"))
+    return f"{max(sides)} pixels and {steps} steps" if sides else f"{steps} steps"
 
 
 def way_of(results: Results, network: str) -> tuple[Any, ...]:
@@ -333,7 +338,8 @@ def claims_text(results: Results) -> str:
         "categories, in brackets its 95 % interval for these categories (Student's t of each category's seeds, degrees of "
         "freedom by Welch and Satterthwaite); it says nothing of other data. A claim **held** or **did not hold** where the "
         "interval is wholly on one side of 0; else it **cannot be told**. With one seed there is no interval, and nothing "
-        "is told of a rival that lacks a category.",
+        "is told of a rival that lacks a category. Pairs whose cells ran on two machines or in two precisions are "
+        "counted as not computed alike.",
     ]
     for name in claimants(results):
         loss = results.networks[name].get("loss")
