@@ -13,8 +13,6 @@ from kernels import torchvision_ops
 
 BOX_POOL, MASK_POOL = 7, 14
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
-# torchvision's 100 are too few for fields of nuclei
-DETECTIONS = 300
 # logits of masks stay finite where a mask is 0 or 1
 EPS = 1e-4
 
@@ -50,7 +48,7 @@ class MaskRCNNSegmenter(nn.Module):
     """Mask R-CNN behind the interface of the other networks.
 
     forward: (N, bands, H, W) float -> logits (N, classes, H, W), of the largest product of score and mask probability among a
-    pixel's detections: so whoever chooses a threshold chooses how sure a detection must be. At most DETECTIONS of an image,
+    pixel's detections: so whoever chooses a threshold chooses how sure a detection must be. At most 100 of an image,
     of at least `score_threshold`, count. Among exclusive classes, background has logit 0: it wins where no product is over 0.5.
     It detects as in evaluation even in training mode, and no gradient goes through it: `training_loss` is what trains.
     """
@@ -82,7 +80,6 @@ class MaskRCNNSegmenter(nn.Module):
             mask_head=MaskRCNNHeads(pyramid_channels, (mask_channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, kinds),
             box_score_thresh=score_threshold,
-            box_detections_per_img=DETECTIONS,
             # images come normalised and in the size they are scored in
             image_mean=[0.0] * in_channels,
             image_std=[1.0] * in_channels,
