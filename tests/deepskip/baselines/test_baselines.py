@@ -153,6 +153,23 @@ def test_mask_rcnn_logits_are_of_scores_times_masks(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(logits[0, 1, 0, :3].sigmoid(), torch.tensor([0.54, 0.63, 0.63]))
 
 
+def test_h_dense_unets_volume_stays_in_single_precision_on_cpus() -> None:
+    network = small("h_dense_unet", 3, 1)
+    seen: list[tuple[str, torch.dtype, torch.dtype]] = []
+    for module in network.network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            module.register_forward_hook(
+                lambda module, inputs, output: seen.append((type(module).__name__, inputs[0].dtype, output.dtype))
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(1, 3, 32, 32)).float().sum().backward()
+    assert {kind for kind, *_ in seen} == {"Conv2d", "Conv3d"}
+    assert all(dtypes == [torch.float32] * 2 for kind, *dtypes in seen if kind == "Conv3d")
+    # what lies around it is in bfloat16 as asked for
+    assert any(output == torch.bfloat16 for kind, _, output in seen if kind == "Conv2d")
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_h_dense_unet_joins_neighbouring_bands() -> None:
     """The order of the bands matters to the 3-D network alone."""
     network = small("h_dense_unet", 6, 1).eval().network
