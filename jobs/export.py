@@ -88,9 +88,11 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
     evaluation = None
     if config.evaluation is not None:
         try:
+            if not config.evaluation.is_file():
+                stop(f"evaluation is {config.evaluation}: there is no such file", NotHere)
             evaluation = runs.read_json(config.evaluation)
             if not {"data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
-                raise ValueError("it is no report of jobs.evaluate, or there is no such file")
+                raise ValueError("it is no report of jobs.evaluate")
         except (OSError, ValueError) as error:
             stop(f"evaluation is {config.evaluation}: {error}")
     try:

@@ -5,10 +5,12 @@ DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the co
 
 import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -74,9 +76,18 @@ def _usable(device: int) -> bool:
         warnings.warn(f"Triton cannot be imported ({error}): the plain PyTorch operators are used", stacklevel=3)
         return False
     # what Triton itself looks for when it compiles a kernel's launcher
-    if os.environ.get("CC") is None and not any(map(shutil.which, ("gcc", "clang"))):
+    missing = (
+        [] if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))) else ["gcc or clang (CC names another)"]
+    )
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own scheme names a folder that has none
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").is_file():
+        missing.append("Python.h")
+    if missing:
         warnings.warn(
-            "Triton needs a C compiler, and there is no gcc or clang (CC names another): the plain PyTorch operators are used",
+            f"Triton needs a C compiler and Python's headers, and there is no {', no '.join(missing)}: the plain PyTorch "
+            "operators are used",
             stacklevel=3,
         )
         return False

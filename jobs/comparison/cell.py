@@ -50,7 +50,7 @@ class Cell:
 
 
 class NonFinite(RuntimeError):
-    """The loss was nan or infinite."""
+    """The loss, or what was predicted, was nan or infinite."""
 
 
 class Supervised(nn.Module):
@@ -239,6 +239,8 @@ def train(
             window.clear()
         if step % every == 0 or step == cell.steps:
             probability, sums = scores.probabilities(judged, validation, cell.batch_size, bf16=cell.bf16)
+            if not torch.isfinite(probability).all():
+                raise NonFinite(f"predictions are nan at step {step}; lower the learning rate")
             _, iou = scores.choose_threshold(probability, validation.masks, row.threshold)
             network.train()
             # of equal ones the later

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scipy.stats import t as student_t
 
@@ -22,6 +23,7 @@ from jobs.comparison.results import (
     recalls,
     shown,
     size_bins,
+    thresholds_of,
 )
 from jobs.comparison.tables import csv_text, exact, minus
 
@@ -56,8 +58,8 @@ class Difference:
     """How far one network is ahead of another, on the categories and seeds that both have.
 
     one, other: their means over those categories. value: of pairs of category and seed, averaged. half: half the width of its
-    95 % interval, nan with one seed. won: pairs in which the one is ahead, of `pairs`. by_category: mean difference of each.
-    whole: the categories are all that were run. apart: pairs whose cells ran on two machines or in two precisions.
+    95 % interval, nan where seeds show no spread. won: pairs in which the one is ahead, of `pairs`. by_category: mean
+    difference of each. whole: the categories are all that were run. apart: pairs whose cells were not computed alike.
     """
 
     one: Mean
@@ -115,9 +117,9 @@ def compare(results: Results, one: str, other: str, metric: str) -> Difference:
     return replace(found, whole=len(found.by_category) == len(results.categories), apart=apart)
 
 
-def place_of(cell: Mapping[str, object]) -> tuple[object, object]:
-    """Gives the machine and the precision that a cell ran on and in."""
-    return cell.get("hardware"), cell.get("precision")
+def place_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Gives what a cell was computed on, in and with: machine, precision, ends of the thresholds."""
+    return cell.get("hardware"), cell.get("precision"), *thresholds_of(cell)
 
 
 def won_text(found: Difference) -> str:
@@ -310,6 +312,7 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
     found = compare(results, one, rival, metric)
     if found.verdict == UNKNOWN:
         why = "no spread over seeds" if math.isnan(found.half) else "its interval holds 0"
+        why = why if found.whole else "it lacks a category"
         outcome = f"{'reached' if found.value >= 0 else 'not reached'} on average, but it {UNKNOWN} ({why})"
     else:
         outcome = "reached and passed" if found.verdict == HELD else "not reached"

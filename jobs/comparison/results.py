@@ -15,6 +15,8 @@ OURS = "deepskip"
 # ours with what was chosen on validation
 BEST = "deepskip-best"
 Key = tuple[str, str, int]
+# from where to where thresholds were tried before cells said so
+FIRST_ENDS = (0.05, 0.95)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
+
+
+def thresholds_of(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """Gives the lowest and the highest threshold that a cell chose among; the first cells do not state them."""
+    low, high = cell.get("thresholds", FIRST_ENDS)
+    return low, high
 
 
 def number(value: Any) -> float:

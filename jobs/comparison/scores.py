@@ -50,8 +50,8 @@ def probabilities(
 
 def bins_of(probability: Tensor) -> Tensor:
     """Gives the bins 0..BINS that probabilities lie in; bin k begins at the threshold `threshold_of(k)`."""
-    # the ends of probability are infinite logits
-    return ((probability.logit() + HIGHEST_LOGIT) * STEPS_PER_LOGIT).floor().clamp_(0, BINS).long()
+    # the ends of probability are infinite logits; rounding may leave more than 1
+    return ((probability.clamp(0, 1).logit() + HIGHEST_LOGIT) * STEPS_PER_LOGIT).floor().clamp_(0, BINS).long()
 
 
 def bin_of(threshold: float) -> int:

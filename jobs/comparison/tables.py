@@ -44,6 +44,7 @@ CELL_KEYS = (
     "train_samples_seen",
     "best_step",
     "threshold",
+    "thresholds",
     "seconds",
     "parameters",
     "hardware",
@@ -118,11 +119,11 @@ def cost_table(results: Results) -> Table:
     keys = ("parameters", "paper_parameters", "gflops", "seconds_per_image", "peak_memory_bytes")
     rows = []
     networks = [*results.group("ours"), *results.group("ablation"), *results.group("rival")]
-    machines = Counter(results.networks[network].get("hardware") for network in networks)
+    machines = Counter(machine for name in networks if (machine := results.networks[name].get("hardware")))
     usual = machines.most_common(1)[0][0] if machines else None
     for network in networks:
         count, paper, gflops, *times = (known(results, network, key) for key in keys)
-        if (machine := results.networks[network].get("hardware")) != usual:
+        if (machine := results.networks[network].get("hardware")) not in (None, usual):
             # no time or memory to be compared with the others'
             times = [replace(mean, notes=(f"on {machine}",)) for mean in times]
         rest = [gflops, *times]

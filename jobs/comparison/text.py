@@ -31,7 +31,7 @@ from jobs.comparison.claims import (
     verdict_of,
     widths_text,
 )
-from jobs.comparison.results import BEST, OURS, Results, family, over_categories, shortened, shown
+from jobs.comparison.results import BEST, OURS, Results, family, over_categories, shortened, shown, thresholds_of
 from jobs.comparison.rows import TRAINING, Row
 from jobs.comparison.tables import grid
 
@@ -42,8 +42,6 @@ TUNED = (
     "The norm, rate and augmentation of the tuned form were chosen on validation for it (that alpha and copy-paste were tried "
     "is because of their test results in the small grid); those of no rival were."
 )
-# cells that do not state the ends of their thresholds
-FIRST_ENDS = (0.05, 0.95)
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
     "against",
@@ -67,25 +65,9 @@ def cost_text(results: Results) -> str:
     size = f" and {sides} pixels a side" if sides else ""
     return (
         f"GFLOPs and time of one image of 3 bands{size}, by itself; memory of a training step of the grid's batch"
-        f"{f'; on {machines}' if machines else ''}. They are measured once and briefly, memory beside other work"
-        f"{scatter_text(results)}."
+        f"{f'; on {machines}' if machines else ''}. They are measured once and briefly, memory beside other work: "
+        "small differences say nothing."
     )
-
-
-def scatter_text(results: Results) -> str:
-    """Says how far measurements of one network under several names lie apart."""
-    keys = ("parameters", "gflops", "hardware")
-    ratios = {}
-    for key in ("seconds_per_image", "peak_memory_bytes"):
-        same: dict[tuple[Any, ...], list[float]] = {}
-        for values in results.networks.values():
-            if values.get(key):
-                same.setdefault(tuple(values.get(k) for k in keys), []).append(values[key])
-        ratios[key] = max((max(found) / min(found) for found in same.values()), default=1.0)
-    time, memory = ratios.values()
-    if max(time, memory) < 1.05:
-        return ""
-    return f": the same network under another name differs by up to {time:.1f} times in time and {memory:.1f} in memory"
 
 
 def counted_as(number: int, one: str, many: str) -> str:
@@ -188,13 +170,16 @@ def last_text(results: Results) -> str:
     if not cells:
         return ""
     late = sum(cell["best_step"] > 0.9 * cell["steps"] for cell in cells)
-    ends = Counter(tuple(cell.get("thresholds", FIRST_ENDS)) for cell in cells)
+    ends = Counter(map(thresholds_of, cells))
     words = " or ".join(
-        f"{low:.2g} to {high:.4g} ({counted_as(n, 'cell', 'cells')})" for (low, high), n in ends.items()
+        f"{low:.2g} to {high:.4g} ({counted_as(n, 'cell', 'cells')})" for (low, high), n in ends.most_common()
     )
+    usual = ends.most_common(1)[0][0]
+    others = dict.fromkeys(results.label(key[1]) for key, cell in results.cells.items() if thresholds_of(cell) != usual)
+    words += f", the latter for {', '.join(others)}" if len(ends) == 2 else ""
     at_end: Counter[str] = Counter()
     for (_, network, _), cell in results.cells.items():
-        low, high = cell.get("thresholds", FIRST_ENDS)
+        low, high = thresholds_of(cell)
         at_end[results.label(network)] += not low + 1e-6 < cell["threshold"] < high - 1e-6
     whose = "; ".join(f"{label} {number}" for label, number in at_end.most_common() if number)
     return (
@@ -289,7 +274,7 @@ def apart_of(found: Difference) -> str:
     """Says how many pairs of a comparison were not computed alike."""
     if not found.apart:
         return ""
-    return f"; {found.apart} of {counted_as(found.pairs, 'pair', 'pairs')} on two machines or in two precisions"
+    return f"; {found.apart} of {counted_as(found.pairs, 'pair', 'pairs')} not computed alike"
 
 
 def apart_texts(changes: Results | None, *kinds: Callable[[Results], list[str]]) -> list[str]:
@@ -338,8 +323,8 @@ def claims_text(results: Results) -> str:
         "categories, in brackets its 95 % interval for these categories (Student's t of each category's seeds, degrees of "
         "freedom by Welch and Satterthwaite); it says nothing of other data. A claim **held** or **did not hold** where the "
         "interval is wholly on one side of 0; else it **cannot be told**. With one seed there is no interval, and nothing "
-        "is told of a rival that lacks a category. Pairs whose cells ran on two machines or in two precisions are "
-        "counted as not computed alike.",
+        "is told of a rival that lacks a category. Pairs whose cells ran on two machines, in two precisions "
+        "or with other thresholds to choose from are counted as not computed alike.",
     ]
     for name in claimants(results):
         loss = results.networks[name].get("loss")

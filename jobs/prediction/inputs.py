@@ -100,7 +100,7 @@ def zarr_item(location: str, name: str) -> Item:
     if not storage.is_remote(location):
         folder = Path(location.removeprefix("file://"))
         if not folder.is_dir():
-            stop(f"--images: {location} does not exist")
+            stop(f"--images: {location} does not exist", NotHere)
         stamp = "-".join(str(p.stat().st_mtime_ns) for p in sorted(folder.glob("*.json")) + sorted(folder.glob(".z*")))
     # never grouped with small files
     return Item(name, location, "zarr", 2**40, stamp)

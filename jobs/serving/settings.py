@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import usable_cpus
-from jobs.settings import parse_settings, stop
+from jobs.settings import NotHere, parse_settings, stop
 
 VARIABLE = "DEEPSKIP_TOKEN"
 # below this a token can be guessed over a network
@@ -112,7 +112,10 @@ def read_token(config: ServeConfig) -> str | None:
         try:
             token = config.token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            stop(f"token_file is {config.token_file}: {error}")
+            stop(
+                f"token_file is {config.token_file}: {error}",
+                NotHere if isinstance(error, FileNotFoundError) else SystemExit,
+            )
         source = f"token_file {config.token_file}"
     else:
         token, source = os.environ.get(VARIABLE, "").strip(), f"${VARIABLE}"

@@ -140,7 +140,10 @@ def test_a_graph_that_is_not_the_model_is_not_written(
         (["--model", "runs/none"], "error: model: runs/none does not exist"),
         (["--model", "runs/some", "--formats", "[tflite]"], "formats is"),
         (["--model", "runs/some", "--formats", "[]"], "error: formats is []"),
-        (["--model", "runs/some", "--evaluation", "none.json"], "error: evaluation is none.json: it is no report"),
+        (
+            ["--model", "runs/some", "--evaluation", "none.json"],
+            "error: evaluation is none.json: there is no such file",
+        ),
     ],
 )
 def test_bad_input(

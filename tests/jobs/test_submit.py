@@ -46,7 +46,9 @@ def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
         "predict": ["--model", "/shared/runs/mine", "--images", "/shared/images", "--out", "/shared/out"],
         "serve": ["--model", "/shared/runs/mine"],
     }
-    for job, arguments in absent.items():
+    report = ["--model", "/shared/runs/mine", "--evaluation", "/shared/report.json"]
+    token = ["--model", "/shared/runs/mine", "--token_file", "/shared/token"]
+    for job, arguments in [*absent.items(), ("export", report), ("serve", token)]:
         if address:
             look(f"jobs.{job}", arguments)
             found = "not on this machine, so left to the cluster's: "

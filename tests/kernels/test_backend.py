@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+import sysconfig
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -43,14 +45,21 @@ def test_triton_on_a_cpu_says_what_to_do(triton_form: ModuleType, monkeypatch: p
         triton_form.bce_dice_sums(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
 
 
-def test_without_a_compiler_for_triton_the_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_for_triton_the_plain_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     backend._usable.cache_clear()
-    with pytest.warns(UserWarning, match="no gcc or clang"):
+    include = tmp_path / "include"
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(include))
+    with pytest.warns(UserWarning, match=r"no gcc or clang \(CC names another\), no Python\.h: the plain"):
         assert not backend._usable(0)
     monkeypatch.setenv("CC", "cc")
+    backend._usable.cache_clear()
+    with pytest.warns(UserWarning, match=r"headers, and there is no Python\.h: the plain"):
+        assert not backend._usable(0)
+    include.mkdir()
+    (include / "Python.h").touch()
     backend._usable.cache_clear()
     assert backend._usable(0)
     backend._usable.cache_clear()
