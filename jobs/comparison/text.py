@@ -455,8 +455,8 @@ def readme_table(results: Results, changes: Results | None = None) -> str:
     caption = (
         f"{counted_as(len(results.categories), 'category', 'categories')}, "
         f"{steps} steps a cell, {machines_text(results)}; mean ± standard deviation over seeds. MIoU: the mean "
-        "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest, at most "
-        f"{8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {TUNED}' if ours[1:] else ''}"
+        "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest MIoU, at "
+        f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {TUNED}' if ours[1:] else ''}"
     )
     headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
     lines = "\n".join(f"* {text}" for text in [*alike_texts(results), *apart_texts(changes, alike_texts)])
