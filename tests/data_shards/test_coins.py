@@ -118,6 +118,7 @@ def test_wrong_arguments_are_named_before_the_first_sample() -> None:
 
 
 def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: os.PathLike) -> None:
+    coins_of("train")  # cut out and kept, so that the background is the first photograph asked for
     monkeypatch.setattr(source, "PHOTOGRAPHS", tmp_path)
     photograph.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"astronaut\.png is missing"):
