@@ -69,6 +69,7 @@ class MaskRCNNSegmenter(nn.Module):
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
         from torchvision.models.detection.rpn import AnchorGenerator
+        from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
         self.num_classes = num_classes
         kinds = max(num_classes, 2)
@@ -80,11 +81,12 @@ class MaskRCNNSegmenter(nn.Module):
             mask_head=MaskRCNNHeads(pyramid_channels, (mask_channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, kinds),
             box_score_thresh=score_threshold,
-            # images come normalised and in the size they are scored in
-            image_mean=[0.0] * in_channels,
-            image_std=[1.0] * in_channels,
-            _skip_resize=True,
         )
+        # images come normalised and in the size they are scored in; _skip_resize heeds that in training alone and
+        # enlarges to 800 pixels at prediction, so objects would come in sizes that were never trained on
+        transform = GeneralizedRCNNTransform(1, 1, image_mean=[0.0] * in_channels, image_std=[1.0] * in_channels)
+        transform.resize = as_it_is
+        self.detector.transform = transform
         # torchvision reckons boxes and the numbers of their masks in the dtype of these; bfloat16 has whole pixels from 128 on
         for part in (
             self.detector.rpn.head,
@@ -122,6 +124,11 @@ class MaskRCNNSegmenter(nn.Module):
         self.detector.train()
         instances = [instances_of(target[n], max(self.num_classes, 2)) for n in kept]
         return torch.stack(list(self.detector([image[n] for n in kept], instances).values())).sum()
+
+
+def as_it_is(image: Tensor, target: Any) -> tuple[Tensor, Any]:
+    """Leaves an image and its target in their size."""
+    return image, target
 
 
 def in_single_precision(module: nn.Module, inputs: Any, output: Any) -> Any:

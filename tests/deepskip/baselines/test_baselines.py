@@ -142,6 +142,18 @@ def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_mask_rcnn_sees_images_in_their_size_when_it_trains_and_when_it_predicts() -> None:
+    network = small("mask_rcnn", 3, 1)
+    seen = []
+    network.detector.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    image = torch.randn(2, 3, 64, 96)
+    network.training_loss(image, torch.ones(2, 64, 96, dtype=torch.long))
+    assert network.eval()(image).shape == (2, 1, 64, 96)
+    for batch in seen:
+        torch.testing.assert_close(batch, image, rtol=0, atol=0)
+    assert len(seen) == 2
+
+
 def test_mask_rcnn_logits_are_of_scores_times_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small("mask_rcnn", 1, 3)
     masks = torch.zeros(3, 1, 2, 4)
