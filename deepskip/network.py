@@ -11,6 +11,8 @@ from deepskip.encoders import ENCODERS, ConvNormReLU
 
 # a head that starts out near "nothing here" spares the first steps from unlearning a half-foreground image
 FOREGROUND_PRIOR = 0.1
+PRIOR_LOGIT = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
+HEAD_STD = 0.01
 
 
 class DecoderLevel(nn.Module):
@@ -102,12 +104,11 @@ class DeepSkipUNet(nn.Module):
             if ".branches." in name:
                 # a linear branch: keep the variance of its input
                 nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="linear")
-        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.normal_(self.head.weight, std=HEAD_STD)
         assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
-        odds = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
         with torch.no_grad():
-            self.head.bias[0 if self.num_classes == 1 else slice(1, None)] = odds
+            self.head.bias[0 if self.num_classes == 1 else slice(1, None)] = PRIOR_LOGIT
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

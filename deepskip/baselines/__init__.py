@@ -37,7 +37,7 @@ class Rival:
 
 
 # anchors, in pixels, fit small objects in images that are not enlarged
-ANCHORS = (8, 16, 32, 64, 128)
+ANCHORS = (4, 8, 16, 32, 64)
 
 RIVALS: dict[str, Rival] = {
     "plain_unet": Rival(

@@ -63,7 +63,7 @@ class MaskRCNNSegmenter(nn.Module):
         box_features: int,
         mask_channels: int,
         anchors: Sequence[int],
-        score_threshold: float = 0.05,
+        score_threshold: float = 0.001,
     ) -> None:
         super().__init__()
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead

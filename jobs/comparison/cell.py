@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deepskip.baselines import training_loss
 from deepskip.config import OptimConfig
 from deepskip.loss import BCEDiceLoss
-from deepskip.network import DeepSkipUNet
+from deepskip.network import HEAD_STD, PRIOR_LOGIT, DeepSkipUNet
 from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
 from jobs.comparison import scores
 from jobs.comparison.rows import Row, build, in_category
@@ -59,10 +59,13 @@ class Supervised(nn.Module):
     def __init__(self, network: DeepSkipUNet) -> None:
         super().__init__()
         self.network = network
-        self.head = network.head
-        self.heads = nn.ModuleList(
-            nn.Conv2d(network.head.in_channels * 2**u, 1, 1) for u in range(1, network.levels - 1)
-        )
+        lower = [nn.Conv2d(network.head.in_channels * 2**u, 1, 1) for u in range(1, network.levels - 1)]
+        for head in lower:
+            nn.init.normal_(head.weight, std=HEAD_STD)
+            assert head.bias is not None
+            nn.init.constant_(head.bias, PRIOR_LOGIT)
+        # by this name the optimizer knows them
+        self.head = nn.ModuleList([network.head, *lower])
 
     def forward(self, x: Tensor) -> Tensor:
         """Gives logits (N, 1, H, W); in training more, channel by channel those of the levels from the lowest up."""
@@ -77,7 +80,7 @@ class Supervised(nn.Module):
         logits = self.network(x)
         for hook in hooks:
             hook.remove()
-        lower = [head(y) for head, y in zip(reversed(self.heads), maps, strict=True)]
+        lower = [head(y) for head, y in zip(reversed(self.head[1:]), maps, strict=True)]
         enlarged = [F.interpolate(y.float(), logits.shape[2:], mode="bilinear", align_corners=False) for y in lower]
         return torch.cat([logits.float(), *enlarged], 1)
 

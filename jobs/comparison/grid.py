@@ -63,7 +63,9 @@ def trained_otherwise(grid: Grid) -> str | None:
         path = Path(grid.data) / f"{cell.category}.npz"
         of_data = {"image_size": size_of(path), "data": digest_of(path)} if record else {}
         trained = trained_as(grid.networks[cell.network], cell.category)
-        for found, asked in ((record, budget | of_data), (record.get("row", {}), trained)):
+        # of cells that do not say it, rivals' heads were as their code drew them
+        row = ({"head": "drawn"} if record else {}) | record.get("row", {})
+        for found, asked in ((record, budget | of_data), (row, trained)):
             for key, value in asked.items():
                 if found.get(key, value) != value:
                     return (

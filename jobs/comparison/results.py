@@ -198,6 +198,12 @@ def family(network: str) -> str:
     return re.sub("-(paper|loss|ours|best)$", "", network)
 
 
+def at_prior(results: Results, network: str) -> bool:
+    """Tells whether a network's head starts at DeepSkip's foreground probability; older networks.json do not say it."""
+    values = results.networks[network]
+    return values.get("prior", values.get("group") != "rival")
+
+
 def shown(category: str) -> str:
     """Gives a category's name as people read it."""
     return category.replace("_", " ")

@@ -12,6 +12,7 @@ from torch import nn
 from deepskip import DeepSkipUNet
 from deepskip.baselines import RIVALS
 from deepskip.baselines import build as build_rival
+from deepskip.network import PRIOR_LOGIT
 from jobs.settings import parse_settings, stop
 
 OURS = "deepskip"
@@ -45,6 +46,8 @@ class Row:
     """what the paper counts for it"""
     widths: dict[str, Any] = field(default_factory=dict)
     """arguments of DeepSkipUNet, or single widths of a rival"""
+    head: Literal["drawn", "prior"] = "drawn"
+    """prior: its last convolution starts at DeepSkip's foreground probability, 0.1; drawn: as the network's code has it"""
     loss: Literal["cross_entropy", "bce_dice", "own"] = "cross_entropy"
     """own: the network's (Mask R-CNN)"""
     alpha: float = 0.5
@@ -159,6 +162,8 @@ def faults_of(grid: Grid) -> list[str]:
             faults.append(f"networks.{name}: deep_supervision is for network {OURS} only")
         if row.network == "mask_rcnn" and row.optimizer == "muon":
             faults.append(f"networks.{name}: muon is for networks of one head, and mask_rcnn has several")
+        if row.network == "mask_rcnn" and row.head == "prior":
+            faults.append(f"networks.{name}: head: prior is for networks whose last convolution gives the logits")
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
         for where, one in forms(name, row):
@@ -200,7 +205,7 @@ def described(row: Row) -> dict[str, Any]:
         "form": row.size if row.group == "rival" else None,
         "paper_parameters": row.paper_parameters,
     }
-    return place | {key: getattr(row, key) for key in TRAINING}
+    return place | {"prior": row.network == OURS or row.head == "prior"} | {key: getattr(row, key) for key in TRAINING}
 
 
 def with_values(row: Row, values: Mapping[str, Any]) -> Row:
@@ -212,5 +217,22 @@ def build(row: Row, bands: int, seed: int) -> nn.Module:
     """Builds a row's network for binary masks, its weights drawn from the seed."""
     torch.manual_seed(seed)
     if row.network == OURS:
-        return DeepSkipUNet(bands, 1, **row.widths)
-    return build_rival(row.network, bands, 1, row.size, **row.widths)
+        network: nn.Module = DeepSkipUNet(bands, 1, **row.widths)
+    else:
+        network = build_rival(row.network, bands, 1, row.size, **row.widths)
+    if row.head == "prior":
+        start_at_prior(network)
+    return network
+
+
+def start_at_prior(network: nn.Module) -> None:
+    """Sets the bias of a network's last convolution to the logit that DeepSkip's starts at.
+
+    DeepSkip's own weights there become those that PyTorch draws: its small ones are for Muon, and AdamW takes long to
+    get away from them (docs/compare.md).
+    """
+    head = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.out_channels == 1][-1]
+    assert head.bias is not None
+    if isinstance(network, DeepSkipUNet):
+        head.reset_parameters()
+    nn.init.constant_(head.bias, PRIOR_LOGIT)

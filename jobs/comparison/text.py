@@ -31,7 +31,17 @@ from jobs.comparison.claims import (
     verdict_of,
     widths_text,
 )
-from jobs.comparison.results import BEST, OURS, Results, family, over_categories, shortened, shown, thresholds_of
+from jobs.comparison.results import (
+    BEST,
+    OURS,
+    Results,
+    at_prior,
+    family,
+    over_categories,
+    shortened,
+    shown,
+    thresholds_of,
+)
 from jobs.comparison.rows import TRAINING, Row
 from jobs.comparison.tables import grid
 
@@ -158,9 +168,16 @@ def rates_text(results: Results) -> str:
         return ""
     most, *others = sorted(found, key=lambda way: -len(found[way]))
     ways = [f"{way}: {', '.join(found[way])}." for way in others] + [f"{most}: all others."]
+    # Mask R-CNN, whose loss is its own, has no such head
+    names = [name for name, values in results.networks.items() if values.get("loss") != "own"]
+    drawn = [results.label(name) for name in names if not at_prior(results, name)]
+    heads = (
+        f" Heads start at a foreground probability of 0.1, but as their code draws them, mostly at 0.5, in {', '.join(drawn)}: "
+        "in short trainings by cross-entropy that alone costs much ([compare.md](../compare.md))."
+    )
     return (
-        f"{' '.join(ways)} These are the config's; what suits one network may not suit another. Whose were looked "
-        "for is in [compare.md](../compare.md).\n\n"
+        f"{' '.join(ways)}{heads if drawn else ''} These are the config's; what suits one network may not suit another. "
+        "Whose were looked for is in [compare.md](../compare.md).\n\n"
     )
 
 
@@ -294,7 +311,7 @@ def way_of(results: Results, network: str) -> tuple[Any, ...]:
     """Gives what makes two trainings alike."""
     # older networks.json do not state all of it
     usual = asdict(Row("", "rival"))
-    return tuple(results.networks[network].get(key, usual[key]) for key in TRAINING)
+    return at_prior(results, network), *(results.networks[network].get(key, usual[key]) for key in TRAINING)
 
 
 def counted(tallied: dict[str, list[str]]) -> str:

@@ -35,6 +35,7 @@ def write_grid(folder: Path, seeds: tuple[int, ...] = SEEDS) -> Path:
             "group": group,
             "form": None if group != "rival" else "paper" if name.endswith("-paper") else "default",
             "loss": "bce_dice",
+            "prior": True,
             "parameters": PARAMETERS.get(name, 645_665),
             "paper_parameters": 6.32e6 if name == "fcn-paper" else None,
             "gflops": 2.34,

@@ -182,6 +182,11 @@ def test_a_cell_that_was_trained_otherwise_is_not_taken_for_one_of_the_grid(tmp_
         write(tmp_path, cell, record, {})
     assert trained_otherwise(grid) is None
     grid.networks["one"].label = "another name"
+    write(tmp_path, first, {"steps": 10, "batch_size": 8}, {})
+    assert trained_otherwise(grid) is None
+    grid.networks["one"].head = "prior"
+    assert "one/0.json was trained with head drawn, and the grid has prior" in (trained_otherwise(grid) or "")
+    grid.networks["one"].head = "drawn"
     grid.networks["two"].by_category = {second.category: {"alpha": 0.7}}
     assert (trained_otherwise(grid) or "").startswith(
         f"{tmp_path / 'cells' / 'a' / 'two' / '0.json'} was trained with alpha 0.5, and the grid has 0.7; name another --out"
@@ -244,6 +249,10 @@ def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path: Path) -> None:
         ),
         (["--networks", "{x: {label: x, group: rival, network: fcn, deep_supervision: 1}}"], "deep_supervision is for"),
         (["--networks", "{x: {label: x, group: rival, network: mask_rcnn}}"], "networks.x.loss is cross_entropy"),
+        (
+            ["--networks", "{x: {label: x, group: rival, network: mask_rcnn, head: prior}}"],
+            "networks.x: head: prior is",
+        ),
     ],
 )
 def test_bad_settings_are_named(

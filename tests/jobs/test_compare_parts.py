@@ -11,11 +11,14 @@ from PIL import Image
 from skimage.measure import label, regionprops
 
 from data_shards.sources.coins import coins
+from deepskip.config import OptimConfig
+from deepskip.optimizer import build_optimizer
 from jobs.comparison import scores
-from jobs.comparison.cell import Cell, run_cell
+from jobs.comparison.cell import Cell, Supervised, run_cell
 from jobs.comparison.data import Rule, encode, pack
-from jobs.comparison.rows import Row
+from jobs.comparison.rows import Row, build
 from jobs.comparison.samples import IGNORE_INDEX, ZOOM, Category, Split, batch, draw_plan, load, maps, view
+from tests.deepskip.baselines.small import SMALL
 
 CPU = torch.device("cpu")
 
@@ -266,6 +269,37 @@ def test_cell_learns_and_repeats_itself() -> None:
     supervised, _ = run_cell(dataclasses.replace(row, deep_supervision=0.5), category, cell, False)
     assert supervised["parameters"] == 645_665
     assert supervised["curves"]["train"][0]["loss"] > record["curves"]["train"][0]["loss"]
+
+
+@pytest.mark.parametrize("network", ["unet", "fcn", "h_dense_unet", "pspnet", "unet3plus", "nnunet"])
+def test_a_rivals_head_starts_at_the_prior_and_nothing_else_changes(network: str) -> None:
+    drawn = Row("", "rival", network=network, widths=SMALL[network])
+    image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before, after = (
+            build(dataclasses.replace(drawn, head=head), 3, 0).eval()(image) for head in ("drawn", "prior")
+        )
+    moved = after - before
+    torch.testing.assert_close(moved, moved.mean().expand_as(moved), atol=1e-5, rtol=0)
+    # log(0.1 / 0.9) less what was drawn, of 4 or more inputs
+    assert moved.mean().item() == pytest.approx(-2.197, abs=0.5)
+
+
+def test_deepskips_heads_start_at_the_prior_with_the_optimizers_weights() -> None:
+    ours = Row("", "ours")
+    for head, low, high in (("drawn", 0, 0.02), ("prior", 0.1, 0.3)):
+        conv = build(dataclasses.replace(ours, head=head), 3, 0).head
+        assert torch.sigmoid(conv.bias).item() == pytest.approx(0.1)
+        assert low < conv.weight.std() < high
+    network = Supervised(build(ours, 3, 0))
+    logits = network.train()(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert logits.shape == (2, 4, 64, 64)
+    torch.testing.assert_close(torch.sigmoid(logits).mean((0, 2, 3)), torch.full((4,), 0.1), atol=0.02, rtol=0)
+    muon, adam = build_optimizer(OptimConfig(optimizer="muon"), network).param_groups
+    heads = {id(p) for p in network.head.parameters()}
+    assert len(heads) == 8
+    assert heads <= {id(p) for p in adam["params"]}
+    assert not heads & {id(p) for p in muon["params"]}
 
 
 def test_files_that_are_no_category_are_named(tmp_path: Path) -> None:

@@ -134,7 +134,12 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     assert text.rates_text(results) == ""
     for name, values in results.networks.items():
         values |= {"optimizer": "muon" if name == "deepskip" else "adamw", "learning_rate": 0.004}
-    assert text.rates_text(results).startswith("Muon at 0.004: DEEPSKIP. AdamW at 0.004: all others.")
+    assert text.rates_text(results).startswith("Muon at 0.004: DEEPSKIP. AdamW at 0.004: all others. These are")
+    # older networks.json
+    for values in results.networks.values():
+        del values["prior"]
+    assert "Heads start at a" in (said := text.rates_text(results))
+    assert f"in {', '.join(map(results.label, results.group('rival')))}: in short" in said
 
 
 def test_says_whose_thresholds_lie_at_the_ends(grid: Path) -> None:
