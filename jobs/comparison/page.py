@@ -27,9 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cells", type=Path, required=True, help="the comparison's folder: cells/ and networks.json")
     parser.add_argument(
-        "--changes", type=Path, help="another such folder, whose rows of group `tuning` are shown for those of --cells"
+        "--other", type=Path, help="another such folder; its rows of group `tuning` are shown where --cells has none"
     )
-    parser.add_argument("--changes_to", type=Path, help="folder for that grid's own page, to which the other links")
+    parser.add_argument("--other_to", type=Path, help="folder for that grid's own page, to which the other links")
     parser.add_argument(
         "--to", type=Path, required=True, help="folder for README.md, index.html, short.md, *.csv, *.svg, *.png"
     )
@@ -84,12 +84,12 @@ def figure_makers(results: Results) -> dict[str, tuple[str, Callable[[], bytes |
 
 def page_text(
     results: Results,
-    changes: Results | None,
+    other: Results | None,
     shown_figures: dict[str, str],
     made: list[tables.Table],
-    changes_page: str | None = None,
+    other_page: str | None = None,
 ) -> str:
-    """Writes the page as Markdown; shown_figures: the words of every figure by its name; changes_page: a link."""
+    """Writes the page as Markdown; shown_figures: the words of every figure by its name; other_page: a link."""
 
     def picture(*names: str) -> str:
         return "\n\n".join(f"![{shown_figures[n]}]({n})\n\n{shown_figures[n]}." for n in names if n in shown_figures)
@@ -100,9 +100,9 @@ def page_text(
     sections = [
         (
             "In short",
-            text.short_text(results, changes),
+            text.short_text(results, other),
         ),
-        ("What was run", text.run_text(results) + text.apart_link(changes, changes_page)),
+        ("What was run", text.run_text(results) + text.apart_link(other, other_page)),
         ("The paper's claims", text.claims_text(results)),
         ("Where the paper's printed numbers contradict each other", text.contradictions_text()),
         (
@@ -126,9 +126,9 @@ def page_text(
             "\n\n".join([table("table-5"), picture("sizes.svg", "sizes-categories.svg")]),
         ),
         ("Training", picture("figure-5.svg", "convergence.svg")),
-        ("What each change does", text.winning_text(results, changes)),
+        ("What each change does", text.winning_text(results, other)),
         ("Predictions", predictions_text(picture, [name for name in shown_figures if name.startswith("panel-")])),
-        ("Numbers to go on with", csv_text(made, changes)),
+        ("Numbers to go on with", csv_text(made, other)),
     ]
     links = " · ".join(f"[{heading}](#{anchor(heading)})" for heading, body in sections if body.strip())
     opening = (
@@ -155,39 +155,37 @@ def anchor(heading: str) -> str:
     return heading.lower().replace("'", "").replace(",", "").replace(" ", "-")
 
 
-def csv_text(made: list[tables.Table], changes: Results | None) -> str:
+def csv_text(made: list[tables.Table], other: Results | None) -> str:
     """Lists the CSV files."""
     lines = [
         "* [cells.csv](cells.csv): every cell, whole, failed or not run",
         "* [sizes.csv](sizes.csv): by object size",
         "* [differences.csv](differences.csv): ours, as it is and tuned, against all others, the ablation's rows in pairs",
     ]
-    if changes is not None:
-        lines.append("* [cells-changes.csv](cells-changes.csv): every cell of the grid of one change at a time")
+    if other is not None:
+        lines.append("* [cells-other.csv](cells-other.csv): every cell of the other grid")
     lines += [f"* [{table.name}.csv]({table.name}.csv): {table.title}" for table in made]
     return "\n".join(lines)
 
 
-def write_page(
-    results: Results, to: Path, changes: Results | None = None, changes_page: str | None = None
-) -> list[Path]:
+def write_page(results: Results, to: Path, other: Results | None = None, other_page: str | None = None) -> list[Path]:
     """Writes everything, the pages last, so that no page names a file that is not there; gives the paths.
 
-    changes_page: where the page of the other grid is, from here.
+    other_page: where the page of the other grid is, from here.
     """
     made = tables.all_tables(results)
     written = {f"{table.name}.csv": tables.to_csv(table).encode() for table in made}
     written |= {"cells.csv": tables.cells_csv(results).encode(), "sizes.csv": tables.sizes_csv(results).encode()}
-    if changes is not None:
-        written["cells-changes.csv"] = tables.cells_csv(changes).encode()
+    if other is not None:
+        written["cells-other.csv"] = tables.cells_csv(other).encode()
     written["differences.csv"] = differences_csv(results).encode()
     pictures: dict[str, bytes] = {}
     words: dict[str, str] = {}
     for name, (title, draw) in tqdm(figure_makers(results).items(), desc="figures", unit="figure"):
         if (data := draw()) is not None:
             pictures[name], words[name] = data, title
-    readme = page_text(results, changes, words, made, changes_page)
-    written |= pictures | {"short.md": text.readme_table(results, changes).encode(), "README.md": readme.encode()}
+    readme = page_text(results, other, words, made, other_page)
+    written |= pictures | {"short.md": text.readme_table(results, other).encode(), "README.md": readme.encode()}
     written["index.html"] = to_html(readme, f"DeepSkip: {TITLE}", pictures).encode()
     for name, data in written.items():
         files.write(to / name, data)
@@ -199,17 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     try:
         results = read(arguments.cells)
-        changes = read(arguments.changes) if arguments.changes else None
-        for found in (results, changes):
+        other = read(arguments.other) if arguments.other else None
+        for found in (results, other):
             if found is not None and OURS not in found.networks:
                 raise ValueError(f"{found.folder / 'networks.json'} has no {OURS}, which all others are compared with")
-        changes_page = None
-        if arguments.changes_to is not None:
-            if changes is None:
-                raise ValueError("--changes_to is for the page of the grid that --changes names")
-            write_page(changes, arguments.changes_to)
-            changes_page = (Path(os.path.relpath(arguments.changes_to, arguments.to)) / "README.md").as_posix()
-        paths = write_page(results, arguments.to, changes, changes_page)
+        other_page = None
+        if arguments.other_to is not None:
+            if other is None:
+                raise ValueError("--other_to is for the page of the grid that --other names")
+            write_page(other, arguments.other_to)
+            other_page = (Path(os.path.relpath(arguments.other_to, arguments.to)) / "README.md").as_posix()
+        paths = write_page(results, arguments.to, other, other_page)
     except ValueError as error:
         stop(str(error))
     size = (arguments.to / "index.html").stat().st_size

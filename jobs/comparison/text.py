@@ -146,14 +146,14 @@ def run_text(results: Results) -> str:
     return text + "\n" + mixed_text(results) + rates_text(results) + last_text(results) + failed_text(results)
 
 
-def apart_link(changes: Results | None, page: str | None) -> str:
+def apart_link(other: Results | None, page: str | None) -> str:
     """Leads to the page of a grid of its own."""
-    if changes is None or page is None:
+    if other is None or page is None:
         return ""
     return (
-        f"\nAnother grid, of {budget_text(changes)}, seeds {listed(changes.seeds)}, has "
-        f"[a page of its own]({page}): {counted_as(len(changes.cells), 'cell', 'cells')} of "
-        f"{counted_as(len(changes.networks), 'network', 'networks')}; {machines_text(changes)}.\n"
+        f"\nAnother grid, of {budget_text(other)}, seeds {listed(other.seeds)}, has "
+        f"[a page of its own]({page}): {counted_as(len(other.cells), 'cell', 'cells')} of "
+        f"{counted_as(len(other.networks), 'network', 'networks')}; {machines_text(other)}.\n"
     )
 
 
@@ -221,7 +221,7 @@ def failed_text(results: Results) -> str:
     return "\nCells that failed:\n\n" + "\n".join([*lines[:20], *more]) + "\n"
 
 
-def short_text(results: Results, changes: Results | None = None) -> str:
+def short_text(results: Results, other: Results | None = None) -> str:
     """Says what came out, in a few lines."""
     lines = []
     rival = best(results, rivals(results), "iou")
@@ -236,15 +236,15 @@ def short_text(results: Results, changes: Results | None = None) -> str:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
     said = [*beaten_texts(results), *alike_texts(results)]
     lines += [f"* {text}" for text in said]
-    for size, verdict, number, ahead, own, other, which in sizes_rows(results)[:1]:
+    for size, verdict, number, ahead, own, theirs, which in sizes_rows(results)[:1]:
         lines.append(
             f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
-            f"{other} % of {which}, {ahead} points."
+            f"{theirs} % of {which}, {ahead} points."
         )
     for claim, verdict, *_ in ablation_rows(results)[:3]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
-    lines += [f"* {text}" for text in apart_texts(changes, beaten_texts, alike_texts)]
+    lines += [f"* {text}" for text in apart_texts(other, beaten_texts, alike_texts)]
     return "\n".join(lines) + "\n"
 
 
@@ -294,11 +294,11 @@ def apart_of(found: Difference) -> str:
     return f"; {found.apart} of {counted_as(found.pairs, 'pair', 'pairs')} not computed alike"
 
 
-def apart_texts(changes: Results | None, *kinds: Callable[[Results], list[str]]) -> list[str]:
+def apart_texts(other: Results | None, *kinds: Callable[[Results], list[str]]) -> list[str]:
     """Says such things of a grid of its own, with what it is."""
-    if changes is None:
+    if other is None:
         return []
-    return [f"In the other grid, {budget_text(changes)}: {text}" for of in kinds for text in of(changes)]
+    return [f"In the other grid, {budget_text(other)}: {text}" for of in kinds for text in of(other)]
 
 
 def budget_text(results: Results) -> str:
@@ -384,13 +384,13 @@ def contradictions_text() -> str:
     return "\n".join(f"* {line}" for line in CONTRADICTIONS) + "\n"
 
 
-def apart_text(changes: Results) -> str:
+def apart_text(other: Results) -> str:
     """Says of a grid of its own what was run, with the command."""
-    sides, steps = listed(values_of(changes, "image_size")), listed(values_of(changes, "steps"))
-    commands = "\n".join(str(command) for command in values_of(changes, "command"))
+    sides, steps = listed(values_of(other, "image_size")), listed(values_of(other, "steps"))
+    commands = "\n".join(str(command) for command in values_of(other, "command"))
     return (
         f"The rows below are of a grid of their own, {sides} pixels a side, {steps} steps a cell, seeds "
-        f"{listed(changes.seeds)}; {machines_text(changes)}:\n\n```\n{commands}\n```\n\n{mixed_text(changes)}"
+        f"{listed(other.seeds)}; {machines_text(other)}:\n\n```\n{commands}\n```\n\n{mixed_text(other)}"
     ).rstrip()
 
 
@@ -403,10 +403,10 @@ def tuned_text(results: Results) -> str:
     )
 
 
-def winning_text(results: Results, changes: Results | None = None) -> str:
-    """Says what each change to ours does, and whether ours reaches the best rival; changes: the grid that has the former."""
-    parts = [] if changes is None else [apart_text(changes)]
-    tuned = results if changes is None else changes
+def winning_text(results: Results, other: Results | None = None) -> str:
+    """Says what each change to ours does, in the other grid where this one lacks it, and whether ours reaches the best rival."""
+    tuned = results if other is None or results.group("tuning") else other
+    parts = [] if tuned is results else [apart_text(tuned)]
     if tuned.group("tuning"):
         headings = (
             "form",
@@ -424,13 +424,13 @@ def winning_text(results: Results, changes: Results | None = None) -> str:
             f"sizes, figure 5 and panels are of the unchanged form.{tuned_text(tuned)}"
         )
         parts.append(grid(headings, tuning_rows(tuned), words=2))
-    if lines := apart_texts(changes, alike_texts):
+    if lines := apart_texts(other, alike_texts):
         parts.append("\n".join(f"* {line}" for line in lines))
     parts.append(
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
         "the best on test of those that were run."
     )
-    lines = [*bar_texts(results), *apart_texts(changes, bar_texts)]
+    lines = [*bar_texts(results), *apart_texts(other, bar_texts)]
     parts.append("\n".join(f"* {line}" for line in lines))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -442,7 +442,7 @@ def bar_texts(results: Results) -> list[str]:
     return [reach_text(results, form, metric, words) for form in forms for metric, words in metrics]
 
 
-def readme_table(results: Results, changes: Results | None = None) -> str:
+def readme_table(results: Results, other: Results | None = None) -> str:
     """Makes the README's short form: at most 8 rows, ours and each rival in the form with the highest MIoU, by MIoU."""
     better: dict[str, str] = {}
     for name in results.group("rival"):
@@ -476,7 +476,7 @@ def readme_table(results: Results, changes: Results | None = None) -> str:
         f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {TUNED}' if ours[1:] else ''}"
     )
     headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
-    lines = "\n".join(f"* {text}" for text in [*alike_texts(results), *apart_texts(changes, alike_texts)])
+    lines = "\n".join(f"* {text}" for text in [*alike_texts(results), *apart_texts(other, alike_texts)])
     return f"{grid(headings, rows, words=2)}\n{caption}\n" + (f"\n{lines}\n" if lines else "")
 
 

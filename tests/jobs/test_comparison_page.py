@@ -187,6 +187,9 @@ def test_changes_may_stand_in_a_grid_of_their_own(grid: Path, tmp_path: Path) ->
         if key[1] == "tuned-flips":
             cell["test"]["iou"] = 0.0
     assert "seeds 0, 1; a GPU" in text.apart_text(changes)
+    # a grid's own rows come first
+    assert "128 pixels a side" not in text.winning_text(results, changes)
+    del results.networks["tuned-flips"]
     said = text.winning_text(results, changes)
     assert "128 pixels a side" in said
     assert "python -m jobs.compare --steps 20" in said
@@ -217,7 +220,7 @@ def test_the_other_grid_has_a_page_of_its_own(tmp_path: Path, capsys: pytest.Cap
         # its panel takes seconds to draw
         path.unlink()
     cells = ["--cells", str(grid), "--to", str(tmp_path / "docs/big")]
-    page.main([*cells, "--changes", str(changes), "--changes_to", str(tmp_path / "docs/small")])
+    page.main([*cells, "--other", str(changes), "--other_to", str(tmp_path / "docs/small")])
     big, small = ((tmp_path / f"docs/{name}/README.md").read_text() for name in ("big", "small"))
     link = "seeds 0, 1, has [a page of its own](../small/README.md): 33 cells of 10 networks; a GPU."
     assert f"Another grid, of 256 pixels and 20 steps, {link}" in big
@@ -228,8 +231,8 @@ def test_the_other_grid_has_a_page_of_its_own(tmp_path: Path, capsys: pytest.Cap
     assert "a page of its own" not in small
     assert (tmp_path / "docs/small/index.html").exists()
     with pytest.raises(SystemExit):
-        page.main([*cells, "--changes_to", str(tmp_path / "docs/small")])
-    assert "--changes_to is for the page of the grid that --changes names" in capsys.readouterr().err
+        page.main([*cells, "--other_to", str(tmp_path / "docs/small")])
+    assert "--other_to is for the page of the grid that --other names" in capsys.readouterr().err
 
 
 def test_the_tuned_form_stands_beside_ours_where_it_is_whole(tmp_path: Path) -> None:
