@@ -404,7 +404,7 @@ def tuned_text(results: Results) -> str:
 
 
 def winning_text(results: Results, other: Results | None = None) -> str:
-    """Says what each change to ours does, in the other grid where this one lacks it, and whether ours reaches the best rival."""
+    """Says what each change to ours does, in the other grid where this lacks it, and whether ours reaches the best rival."""
     tuned = results if other is None or results.group("tuning") else other
     parts = [] if tuned is results else [apart_text(tuned)]
     if tuned.group("tuning"):
