@@ -48,6 +48,7 @@ ABLATION_PAIRS = (
     ("deep skips alone help", "ablation-skips", "ablation-none"),
     ("BCE + Dice alone helps", "ablation-loss", "ablation-none"),
     ("both together help", "ablation-both", "ablation-none"),
+    ("deep skips help in the tuned form", BEST, "ablation-best"),
     ("deep skips help beside BCE + Dice", "ablation-both", "ablation-loss"),
     ("BCE + Dice helps beside deep skips", "ablation-both", "ablation-skips"),
 )

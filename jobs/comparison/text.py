@@ -50,7 +50,7 @@ LOSSES = {"bce_dice": "BCE + Dice", "cross_entropy": "cross-entropy", "own": "it
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 TUNED = (
     "The norm, rate and augmentation of the tuned form were chosen on validation for it (that alpha and copy-paste were tried "
-    "is because of their test results in the small grid); those of no rival were."
+    "is because of their test results at 128 pixels); those of no rival were."
 )
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
@@ -241,7 +241,7 @@ def short_text(results: Results, other: Results | None = None) -> str:
             f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
             f"{theirs} % of {which}, {ahead} points."
         )
-    for claim, verdict, *_ in ablation_rows(results)[:3]:
+    for claim, verdict, *_ in ablation_rows(results)[:4]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
     lines += [f"* {text}" for text in apart_texts(other, beaten_texts, alike_texts)]
