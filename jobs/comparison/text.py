@@ -168,17 +168,21 @@ def rates_text(results: Results) -> str:
         return ""
     most, *others = sorted(found, key=lambda way: -len(found[way]))
     ways = [f"{way}: {', '.join(found[way])}." for way in others] + [f"{most}: all others."]
-    # Mask R-CNN, whose loss is its own, has no such head
+    return (
+        f"{' '.join(ways)} These are the config's; what suits one network may not suit another. Whose were looked "
+        f"for is in [compare.md](../compare.md). {''.join(heads_texts(results))}".rstrip()
+        + "\n\n"
+    )
+
+
+def heads_texts(results: Results) -> list[str]:
+    """Names the networks whose heads start as their code draws them; Mask R-CNN, whose loss is its own, has no such head."""
     names = [name for name, values in results.networks.items() if values.get("loss") != "own"]
     drawn = [results.label(name) for name in names if not at_prior(results, name)]
-    heads = (
-        f" Heads start at a foreground probability of 0.1, but as their code draws them, mostly at 0.5, in {', '.join(drawn)}: "
-        "in short trainings by cross-entropy that alone costs much ([compare.md](../compare.md))."
-    )
-    return (
-        f"{' '.join(ways)}{heads if drawn else ''} These are the config's; what suits one network may not suit another. "
-        "Whose were looked for is in [compare.md](../compare.md).\n\n"
-    )
+    return drawn and [
+        f"Heads start as their code draws them, mostly at a foreground probability of 0.5 and not 0.1, in {', '.join(drawn)}: "
+        "in trainings as short as these that alone costs up to 10 points and more ([compare.md](../compare.md))."
+    ]
 
 
 def last_text(results: Results) -> str:
@@ -234,7 +238,7 @@ def short_text(results: Results, other: Results | None = None) -> str:
     for name, words in ((rival, "MIoU"), (objects, "object recall")):
         if name:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
-    said = [*beaten_texts(results), *alike_texts(results)]
+    said = [*heads_texts(results), *beaten_texts(results), *alike_texts(results)]
     lines += [f"* {text}" for text in said]
     for size, verdict, number, ahead, own, theirs, which in sizes_rows(results)[:1]:
         lines.append(
@@ -244,7 +248,7 @@ def short_text(results: Results, other: Results | None = None) -> str:
     for claim, verdict, *_ in ablation_rows(results)[:4]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
-    lines += [f"* {text}" for text in apart_texts(other, beaten_texts, alike_texts)]
+    lines += [f"* {text}" for text in apart_texts(other, heads_texts, beaten_texts, alike_texts)]
     return "\n".join(lines) + "\n"
 
 

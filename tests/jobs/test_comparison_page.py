@@ -138,8 +138,9 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     # older networks.json
     for values in results.networks.values():
         del values["prior"]
-    assert "Heads start at a" in (said := text.rates_text(results))
-    assert f"in {', '.join(map(results.label, results.group('rival')))}: in short" in said
+    assert "Heads start as" in (said := text.rates_text(results))
+    assert f"in {', '.join(map(results.label, results.group('rival')))}: in trainings" in said
+    assert "\n* Heads start as" in text.short_text(results)
 
 
 def test_says_whose_thresholds_lie_at_the_ends(grid: Path) -> None:
