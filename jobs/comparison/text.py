@@ -434,7 +434,7 @@ def winning_text(results: Results, other: Results | None = None) -> str:
         "The bar: at least the mean IoU and the mean object recall of the best rival of any size, which is "
         "the best on test of those that were run."
     )
-    lines = [*bar_texts(results), *apart_texts(other, bar_texts)]
+    lines = [*heads_texts(results), *bar_texts(results), *apart_texts(other, heads_texts, bar_texts)]
     parts.append("\n".join(f"* {line}" for line in lines))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -485,11 +485,13 @@ def readme_table(results: Results, other: Results | None = None) -> str:
 
 
 def way_text(results: Results, network: str) -> str:
-    """Says how a network was trained: loss, optimizer with its rate, copy-paste."""
+    """Says how a network was trained: loss, optimizer with its rate, copy-paste, and whether its head starts as drawn."""
     values = results.networks[network]
     words = [LOSSES.get(values.get("loss", "")), OPTIMIZERS.get(values.get("optimizer", ""))]
     if words[1] and values.get("learning_rate"):
         words[1] += f" at {values['learning_rate']:g}"
     if values.get("copy_paste"):
         words.append("copy-paste")
+    if values.get("loss") != "own" and not at_prior(results, network):
+        words.append("head as drawn")
     return ", ".join(word for word in words if word)

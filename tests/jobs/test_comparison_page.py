@@ -141,6 +141,7 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     assert "Heads start as" in (said := text.rates_text(results))
     assert f"in {', '.join(map(results.label, results.group('rival')))}: in trainings" in said
     assert "\n* Heads start as" in text.short_text(results)
+    assert "| FCN-PAPER | BCE + Dice, AdamW at 0.004, head as drawn |" in text.readme_table(results)
 
 
 def test_says_whose_thresholds_lie_at_the_ends(grid: Path) -> None:
