@@ -198,10 +198,13 @@ def family(network: str) -> str:
     return re.sub("-(paper|loss|ours|best)$", "", network)
 
 
-def at_prior(results: Results, network: str) -> bool:
-    """Tells whether a network's head starts at DeepSkip's foreground probability; older networks.json do not say it."""
+def head_as_drawn(results: Results, network: str) -> bool:
+    """Tells whether a network's head starts as its code draws it, and not at DeepSkip's foreground probability.
+
+    Older networks.json do not say it; Mask R-CNN, whose loss is its own, has no such head.
+    """
     values = results.networks[network]
-    return values.get("prior", values.get("group") != "rival")
+    return values.get("loss") != "own" and not values.get("prior", values.get("group") != "rival")
 
 
 def shown(category: str) -> str:

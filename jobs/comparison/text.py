@@ -35,8 +35,8 @@ from jobs.comparison.results import (
     BEST,
     OURS,
     Results,
-    at_prior,
     family,
+    head_as_drawn,
     over_categories,
     shortened,
     shown,
@@ -176,12 +176,12 @@ def rates_text(results: Results) -> str:
 
 
 def heads_texts(results: Results) -> list[str]:
-    """Names the networks whose heads start as their code draws them; Mask R-CNN, whose loss is its own, has no such head."""
-    names = [name for name, values in results.networks.items() if values.get("loss") != "own"]
-    drawn = [results.label(name) for name in names if not at_prior(results, name)]
+    """Names the networks whose heads start as their code draws them."""
+    drawn = [results.label(name) for name in results.networks if head_as_drawn(results, name)]
     return drawn and [
         f"Heads start as their code draws them, mostly at a foreground probability of 0.5 and not 0.1, in {', '.join(drawn)}: "
-        "in trainings as short as these that alone costs up to 10 points and more ([compare.md](../compare.md))."
+        "in trainings as short as these that costs points; how many, by which loss and optimizer, is in "
+        "[compare.md](../compare.md)."
     ]
 
 
@@ -315,7 +315,7 @@ def way_of(results: Results, network: str) -> tuple[Any, ...]:
     """Gives what makes two trainings alike."""
     # older networks.json do not state all of it
     usual = asdict(Row("", "rival"))
-    return at_prior(results, network), *(results.networks[network].get(key, usual[key]) for key in TRAINING)
+    return head_as_drawn(results, network), *(results.networks[network].get(key, usual[key]) for key in TRAINING)
 
 
 def counted(tallied: dict[str, list[str]]) -> str:
@@ -492,6 +492,6 @@ def way_text(results: Results, network: str) -> str:
         words[1] += f" at {values['learning_rate']:g}"
     if values.get("copy_paste"):
         words.append("copy-paste")
-    if values.get("loss") != "own" and not at_prior(results, network):
+    if head_as_drawn(results, network):
         words.append("head as drawn")
     return ", ".join(word for word in words if word)
