@@ -55,7 +55,7 @@ def run(
     todo = [Task(cell.network, cell) for cell in every if not results.is_done(out, cell)]
     counts["done"] = len(every) - len(todo)
     try:
-        for outcome in ended(pool, clock, [Task(name) for name in unmeasured], "networks"):
+        for number, outcome in enumerate(ended(pool, clock, [Task(name) for name in unmeasured], "networks"), 1):
             name = outcome.task.network
             networks[name] = outcome.result or described(grid.networks[name]) | {
                 "parameters": None,
@@ -64,7 +64,7 @@ def run(
             # in the config's order, whoever was first
             ordered = {name: networks[name] for name in (*grid.networks, *networks) if name in networks}
             results.write_networks(out, ordered)
-            note(outcome, measured(networks[name]), len(networks), len(named))
+            note(outcome, measured(networks[name]), number, len(unmeasured))
         for outcome in ended(pool, clock, todo, "cells"):
             cell = outcome.task.cell
             assert cell is not None
