@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from deepskip import files
-from jobs.comparison import figures, tables, text
+from jobs.comparison import conditions, figures, tables, text
 from jobs.comparison.claims import differences_csv
 from jobs.comparison.html_page import to_html
 from jobs.comparison.panels import panel
@@ -102,7 +102,7 @@ def page_text(
             "In short",
             text.short_text(results, other),
         ),
-        ("What was run", text.run_text(results) + text.apart_link(other, other_page)),
+        ("What was run", conditions.run_text(results) + conditions.apart_link(other, other_page)),
         ("The paper's claims", text.claims_text(results)),
         ("Where the paper's printed numbers contradict each other", text.contradictions_text()),
         (
@@ -119,7 +119,7 @@ def page_text(
         ),
         (
             "Cost",
-            "\n\n".join([text.cost_text(results), table("table-4"), picture("parameters.svg")]),
+            "\n\n".join([conditions.cost_text(results), table("table-4"), picture("parameters.svg")]),
         ),
         (
             "Objects, by category and size",

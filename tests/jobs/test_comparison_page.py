@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from jobs.comparison import claims, page, tables, text
+from jobs.comparison import claims, conditions, page, tables, text
 from jobs.comparison.panels import window
 from jobs.comparison.results import by_size, read
 from tests.jobs.made_grid import IOU, SEEDS, rows_of, table, write_cell, write_grid
@@ -126,22 +126,26 @@ def test_claims_by_hand(grid: Path) -> None:
 
 def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     results = read(grid)
-    assert text.machines_text(results) == "a GPU"
+    assert conditions.machines_text(results) == "a GPU"
     results.cells["coins", "deepskip", 0] |= {"hardware": "a CPU, 1 thread", "precision": "fp32"}
     number = len(results.cells) - 1
-    assert text.machines_text(results) == f"a GPU: {number} cells; a CPU, 1 thread, fp32: 1 cell"
-    assert text.mixed_text(results) == "Cells elsewhere than most: a CPU, 1 thread, fp32: DEEPSKIP 1.\n\n"
-    assert text.rates_text(results) == ""
+    assert conditions.machines_text(results) == f"a GPU: {number} cells; a CPU, 1 thread, fp32: 1 cell"
+    assert conditions.mixed_text(results) == "Cells elsewhere than most: a CPU, 1 thread, fp32: DEEPSKIP 1.\n\n"
+    assert conditions.rates_text(results) == ""
     for name, values in results.networks.items():
         values |= {"optimizer": "muon" if name == "deepskip" else "adamw", "learning_rate": 0.004}
-    assert text.rates_text(results).startswith("Muon at 0.004: DEEPSKIP. AdamW at 0.004: all others. These are")
+    assert conditions.rates_text(results).startswith("Muon at 0.004: DEEPSKIP. AdamW at 0.004: all others. These are")
     # older networks.json
     for values in results.networks.values():
         del values["prior"]
-    assert "Heads start as" in (said := text.rates_text(results))
+    assert "Heads start as" in (said := conditions.rates_text(results))
     assert f"in {', '.join(map(results.label, results.group('rival')))}: in trainings" in said
     assert "\n* Heads start as" in text.short_text(results)
     assert "| FCN-PAPER | BCE + Dice, AdamW at 0.004, head as drawn |" in text.readme_table(results)
+    assert "mirrorings" not in conditions.cost_text(results)
+    results.networks["unet"]["test_flips"] = True
+    assert "of one pass; UNET took 4 in test, of the image's mirrorings." in conditions.cost_text(results)
+    assert "flips at test" in conditions.way_text(results, "unet")
 
 
 def test_says_whose_thresholds_lie_at_the_ends(grid: Path) -> None:
@@ -149,7 +153,7 @@ def test_says_whose_thresholds_lie_at_the_ends(grid: Path) -> None:
     for key in (("coins", "deepskip", 0), ("coins", "deepskip", 1), ("coins", "unet", 0)):
         results.cells[key] |= {"threshold": 0.0004 if key[1] == "deepskip" else 0.95, "thresholds": [0.0004, 0.9996]}
     results.cells["coins", "unet", 1]["threshold"] = 0.05
-    said = text.last_text(results)
+    said = conditions.last_text(results)
     assert "tried from 0.05 to 0.95 (47 cells) or 0.0004 to 0.9996 (3 cells), the latter for DEEPSKIP, UNET." in said
     assert "In 3 cells it is the lowest or the highest (DEEPSKIP 2; UNET 1): with" in said
 
