@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepskip import checkpoint, inference
+from deepskip.flips import Flipped
 from deepskip.inference import build_segmenter, predict_logits, to_probabilities
 from deepskip.network import DeepSkipUNet
 
@@ -54,18 +55,22 @@ class Model:
     def __call__(self, image: Image) -> Any:
         return self.predict(image)
 
-    def predict(self, image: Image, threshold: float = 0.5) -> Any:
+    def predict(self, image: Image, threshold: float = 0.5, flips: bool = False) -> Any:
         """Segments into labels uint8 (H, W), or (N, H, W) of several: 0 is background.
 
-        threshold: probability above which a pixel is foreground; with classes the likeliest is taken.
+        threshold: probability above which a pixel is foreground; with classes the likeliest is taken. flips: averages the
+        probabilities of the image and its mirrorings, which takes four times as long.
         """
-        p_NVHW = self._probabilities(self._batch(image), image)
+        p_NVHW = self._probabilities(self._batch(image), image, flips)
         labels = p_NVHW[:, 0] > threshold if self.num_classes == 1 else p_NVHW.argmax(1)
         return self._as_given(labels.to(torch.uint8), image)
 
-    def predict_proba(self, image: Image) -> Any:
-        """Gives probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes."""
-        p_NVHW = self._probabilities(self._batch(image), image)
+    def predict_proba(self, image: Image, flips: bool = False) -> Any:
+        """Gives probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes.
+
+        flips: as in `predict`.
+        """
+        p_NVHW = self._probabilities(self._batch(image), image, flips)
         return self._as_given(p_NVHW.permute(0, 2, 3, 1) if isinstance(image, np.ndarray) else p_NVHW, image)
 
     def probabilities(self, image_HWC: np.ndarray) -> np.ndarray:
@@ -113,7 +118,8 @@ class Model:
         )
 
     @torch.inference_mode()
-    def _probabilities(self, image_NCHW: Tensor, given: Image) -> Tensor:
+    def _probabilities(self, image_NCHW: Tensor, given: Image, flips: bool) -> Tensor:
+        network = Flipped(self.network) if flips else self.network
         H, W = image_NCHW.shape[-2:]
         whole_numbers = not given.dtype.is_floating_point if isinstance(given, Tensor) else given.dtype.kind != "f"
         # as many at a time as one large image would have pixels
@@ -121,7 +127,7 @@ class Model:
         parts = []
         for part in image_NCHW.split(few):
             x = self.segmenter.normalized(shrink(part, self.preparation.get("longest_side"), whole_numbers))
-            p = to_probabilities(predict_logits(self.network, x.contiguous(memory_format=torch.channels_last)).float())
+            p = to_probabilities(predict_logits(network, x.contiguous(memory_format=torch.channels_last)).float())
             if p.shape[-2:] != (H, W):
                 p = F.interpolate(p, size=(H, W), mode="bilinear", align_corners=False)
             parts.append(p)

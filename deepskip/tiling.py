@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepskip.flips import Flipped
 from deepskip.instance_batch_norm import InstanceBatchNorm
 from deepskip.network import DeepSkipUNet
 
@@ -61,6 +62,8 @@ class Span:
 
 def overlap_of(network: nn.Module) -> Overlap:
     """Gives the overlap that a network's tiles need."""
+    if isinstance(network, Flipped):
+        return overlap_of(network.network)
     if not isinstance(network, DeepSkipUNet):
         return Overlap(OTHER_MARGIN, BROAD_RAMP, 32)
     multiple = 2 ** (network.levels - 1)

@@ -48,6 +48,8 @@ class EvaluateConfig:
     """folder for the report; null takes evaluations/MODEL/SPLIT"""
     threshold: float = 0.5
     """probability above which a pixel is foreground, where there are no classes"""
+    flips: bool = False
+    """average the probabilities of each image and its mirrorings, which takes four times as long"""
     size_edges: list[int] = field(default_factory=lambda: [16, 64, 256, 1024])
     """areas in pixels that part the sizes that objects are scored by"""
     worst: int = 20
@@ -188,7 +190,7 @@ def evaluate(config: EvaluateConfig, model: Model, shards: Shards, add_row: Any)
 
         for batch in whole_images(shards, 0, 1, left_out):
             image = batch["image"][0]
-            p_VHW = model.predict_proba(image).numpy()
+            p_VHW = model.predict_proba(image, config.flips).numpy()
             labels = (p_VHW[0] > config.threshold if len(p_VHW) == 1 else p_VHW.argmax(0)).astype(np.uint8)
             add_row(add(scores, batch["key"][0], image, batch["mask"][0].numpy(), p_VHW, labels, config.worst))
             bar.update()
@@ -271,6 +273,7 @@ def describe(
             "num_classes": model.num_classes,
             "bad_samples": scores.bad,
         },
+        "flips": config.flips,
         "threshold": config.threshold if model.num_classes == 1 else None,
         "metrics": metrics,
         "classes": [
@@ -352,6 +355,7 @@ def print_result(result: dict[str, Any]) -> None:
     """Prints the report's numbers."""
     data, threshold = result["data"], result["threshold"]
     at = f", threshold {threshold:g}" if threshold is not None else ""
+    at += ", flips" if result["flips"] else ""
     print(f"\n{result['model']['title']} on {data['path']}, {data['images']} images{at}")
     report.print_metrics(result["metrics"])
     print(f"  {'images/s':<{report.WIDTH}}  {result['images_per_second']:.1f}")

@@ -27,7 +27,7 @@ from jobs.settings import NotHere, explain, stop
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
 # the settings that decide what is in the outputs; --tile does with other norms than batch norm
-DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
+DECIDING = ("flips", "probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
 def build_parser() -> ArgumentParser:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from deepskip.flips import MIRRORINGS
 from jobs.comparison.results import Results, head_as_drawn, shortened, shown, thresholds_of
 from jobs.comparison.rows import TRAINING, Row
-from jobs.comparison.scores import MIRRORINGS
 from jobs.comparison.tables import grid
 
 LOSSES = {"bce_dice": "BCE + Dice", "cross_entropy": "cross-entropy", "own": "its own"}

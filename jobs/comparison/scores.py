@@ -8,6 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from deepskip.flips import MIRRORINGS
 from deepskip.inference import to_probabilities
 from deepskip.loss import BCEDiceLoss
 from deepskip.metrics import EIGHT_NEIGHBOURS, SegmentationMetrics
@@ -19,7 +20,6 @@ BINS = 2 * HIGHEST_LOGIT * STEPS_PER_LOGIT
 # areas in pixels
 SIZES = (0, 16, 64, 256, 1024)
 PLACES = ("best", "median", "worst")
-MIRRORINGS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
 
 @torch.inference_mode()

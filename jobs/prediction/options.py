@@ -16,6 +16,8 @@ class Options:
     """also write the outlines of all objects: a GeoJSON file an image, or one COCO file of all"""
     threshold: float = 0.5
     """probability above which a pixel is foreground, for models of one class"""
+    flips: bool = False
+    """average the probabilities of each image and its mirrorings, which takes four times as long"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """what the network computes in"""
     device: str | None = None

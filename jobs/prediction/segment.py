@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_shards.sample import band_statistics, resample_bands, resize_longest_side
+from deepskip.flips import Flipped
 from deepskip.inference import build_segmenter, normalize, to_probabilities
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
 from jobs.prediction import memory
@@ -76,6 +77,7 @@ class Predictor:
         self.device = memory.device_of(options)
         self.segmenter = build_segmenter(state).to(self.device)
         self.network, self.preparation = self.segmenter.network, state["data"]["preparation"]
+        self.answering = Flipped(self.network) if options.flips else self.network
         self.options, self.out, self.made_by = options, out, made_by
         self.plan = memory.plan(self.network, options, self.device, processes)
 
@@ -180,7 +182,7 @@ class Predictor:
         """Computes logits in fp32, the network at the precision that was chosen."""
         lower = self.options.precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
-            return self.network(normalized_NCHW.contiguous(memory_format=torch.channels_last)).float()
+            return self.answering(normalized_NCHW.contiguous(memory_format=torch.channels_last)).float()
 
     def write(self, image: Loaded, p_VHW: np.ndarray) -> Outcome:
         """Writes the outputs of an image from its probabilities, enlarged where the image was shrunk."""

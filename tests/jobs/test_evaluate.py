@@ -101,20 +101,20 @@ def test_coins_into_the_trainings_own_run(home: Path, capsys: pytest.CaptureFixt
 
 def test_classes_of_five_bands_by_a_checkpoint_file_into_a_new_run(home: Path) -> None:
     arguments = ["--model", "runs/scenes/checkpoints/best.pt", "--data", "data/scenes/test", "--out", "report"]
-    evaluate.main([*arguments, "--size_edges", "[64, 100]", "--track", "new"])
+    evaluate.main([*arguments, "--size_edges", "[64, 100]", "--track", "new", "--flips", "true"])
     report = json.loads((home / "report" / "report.json").read_text())
     model = deepskip.load("runs/scenes")
     counts = np.zeros((3, 3), np.int64)
     for _, image, mask in images_of(home / "data" / "scenes" / "test", 3):
         counted = mask != 255
-        np.add.at(counts, (mask[counted], model.predict(image)[counted]), 1)
+        np.add.at(counts, (mask[counted], model.predict(image, flips=True)[counted]), 1)
     assert report["confusion"] == counts.tolist()
     right = counts.diagonal()
     ious = right / (counts.sum(0) + counts.sum(1) - right)
     assert [scores["iou"] for scores in report["classes"]] == pytest.approx(ious[1:])
     assert report["metrics"]["iou"] == pytest.approx(ious[1:].mean(), rel=1e-6)
     assert [(size["from"], size["to"]) for size in report["by_size"]] == [(0, 64), (64, 100), (100, None)]
-    assert report["threshold"] is None
+    assert (report["threshold"], report["flips"]) == (None, True)
     client = mlflow.MlflowClient(tracking.tracking_uri(home / "runs", None))
     (run,) = client.search_runs(
         [client.get_experiment_by_name("deepskip").experiment_id], "attributes.run_name = 'scenes-on-test'"

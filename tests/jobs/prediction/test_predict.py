@@ -140,6 +140,28 @@ def test_arrays_in_tiles(five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
 
 
+def test_flips_of_small_images_and_of_tiles(five: Path, tmp_path: Path) -> None:
+    images = {"small": picture(50, 61, 5), "large": picture(230, 250, 5, seed=1)}
+    for name, image in images.items():
+        np.save(tmp_path / f"{name}.npy", image)
+    for place in ("once", "again"):
+        settings = [
+            "--out",
+            tmp_path / "out",
+            "--probabilities",
+            "true",
+            "--flips",
+            str(place == "again").lower(),
+            *TILE,
+        ]
+        run("--checkpoint", five, "--images", tmp_path / "small.npy", tmp_path / "large.npy", *settings)
+        for name, image in images.items():
+            expected = deepskip.load(five).predict_proba(image, flips=place == "again")
+            # settings that make other outputs make them anew
+            found = np.load(tmp_path / f"out/probabilities/{name}.npy")
+            np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=f"{place}, {name}")
+
+
 def test_a_geotiff_keeps_its_place(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rasters, "WHOLE_BYTES", 0)
     image = picture(600, 700, 3)

@@ -1,0 +1,44 @@
+"""Flips at test: an image and its mirrorings go through a network, and their probabilities are averaged."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepskip.network import DeepSkipUNet, crop, pad_by_edge
+
+# the axes that each mirroring turns round
+MIRRORINGS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
+
+
+class Flipped(nn.Module):
+    """A network whose probabilities are the mean over an image and its three mirrorings, at four times the time.
+
+    forward: (N, bands, H, W) -> logits (N, V, H, W) fp32 of that mean: their sigmoid, for V > 1 their softmax, is the mean.
+    The image is padded before it is turned round, so that its pixels are pooled together as they are unflipped: in tiles the
+    result is that of the whole image here too (deepskip.tiling).
+    """
+
+    def __init__(self, network: DeepSkipUNet) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def num_classes(self) -> int:
+        """The network's."""
+        return self.network.num_classes
+
+    def forward(self, image_NCHW: Tensor) -> Tensor:
+        H, W = image_NCHW.shape[-2:]
+        multiple = 2 ** (self.network.levels - 1)
+        return crop(mean_logits(self.network, pad_by_edge(image_NCHW, -H % multiple, -W % multiple)), H, W)
+
+
+def mean_logits(network: nn.Module, image_NCHW: Tensor) -> Tensor:
+    """Computes the logits (N, V, H, W) fp32 of the mean probability over an image's mirrorings; V as in `to_probabilities`."""
+    found: list[Tensor] = []
+    for axes in MIRRORINGS:
+        logits = network(image_NCHW.flip(axes).contiguous(memory_format=torch.channels_last)).float().flip(axes)
+        # sums of probabilities by their logarithms: a probability next to 1 keeps its distance from it
+        logs = [F.logsigmoid(logits), F.logsigmoid(-logits)] if logits.shape[1] == 1 else [F.log_softmax(logits, 1)]
+        found = [torch.logaddexp(*pair) for pair in zip(found, logs, strict=True)] if found else logs
+    return found[0] - found[1] if len(found) == 2 else found[0]
