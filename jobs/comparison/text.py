@@ -51,8 +51,8 @@ from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
 TUNED = (
-    "The norm, rate and augmentation of the tuned form were chosen on validation for it (that alpha and copy-paste were tried "
-    "is because of their test results at 128 pixels); those of no rival were."
+    "The norm, rate, augmentation and flips of the tuned form were chosen on validation for it (that alpha and copy-paste were "
+    "tried is because of their test results at 128 pixels); those of no rival were."
 )
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
