@@ -101,6 +101,8 @@ class OptimConfig:
     """samples in one step over all workers; which and how they are augmented does not depend on how many workers share it"""
     learning_rate: float = 4e-3
     """peak learning rate, of Adam; Muon's steps are five times that"""
+    momentum: float = 0.95
+    """Muon's: it looks back some 1 / (1 - momentum) steps, which is long where there are few"""
     warmup_steps: int = 50
     """steps of linear warm-up"""
     final_learning_rate: float = 0.01
@@ -206,6 +208,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("optim.steps", 1, float("inf")),
     ("optim.global_batch_size", 1, float("inf")),
     ("optim.learning_rate", 0, 10),
+    ("optim.momentum", 0, 0.99999999),
     ("optim.warmup_steps", 0, float("inf")),
     ("optim.final_learning_rate", 0, 1),
     ("optim.weight_decay", 0, 10),

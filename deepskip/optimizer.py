@@ -32,6 +32,7 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
             {"params": [p for p in decayed if id(p) in head] + others, "muon": False, "weight_decay": 0.0},
         ],
         config.learning_rate,
+        config.momentum,
     )
 
 

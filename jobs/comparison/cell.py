@@ -183,6 +183,7 @@ def prepare(row: Row, category: Category, cell: Cell) -> tuple[nn.Module, torch.
         steps=cell.steps,
         global_batch_size=cell.batch_size,
         learning_rate=row.learning_rate,
+        momentum=row.momentum,
         warmup_steps=math.ceil(cell.steps * WARM_UP_SHARE),
         weight_decay=row.weight_decay,
         clip_norm=CLIP_NORM,

@@ -21,6 +21,7 @@ SEARCHED = (
     "alpha",
     "beta",
     "learning_rate",
+    "momentum",
     "weight_decay",
     "ema_decay",
     "foreground_crops",
@@ -58,6 +59,8 @@ class Row:
     """Muon takes the convolutions, Adam the rest"""
     learning_rate: float = 1e-3
     """peak, after a warm-up over a twentieth of the steps; a cosine follows"""
+    momentum: float = 0.95
+    """of muon"""
     weight_decay: float = 0.01
     """of weights, not of norms and biases"""
     ema_decay: float = 0.0
@@ -167,7 +170,7 @@ def faults_of(grid: Grid) -> list[str]:
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
         for where, one in forms(name, row):
-            for key in ("alpha", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
+            for key in ("alpha", "momentum", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
                 if (value := getattr(one, key)) is not None and not 0 <= value <= 1:
                     faults.append(f"{where}.{key} is {value}; it must be 0 to 1")
         for category, values in row.by_category.items():

@@ -38,17 +38,18 @@ def test_a_gradient_of_low_rank_and_one_of_zeros() -> None:
     assert not nothing.any()
 
 
-def test_muon_takes_the_steps_of_its_formula() -> None:
+@pytest.mark.parametrize("momentum", [0.95, 0.9])
+def test_muon_takes_the_steps_of_its_formula(momentum: float) -> None:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     weights = [p.detach().double() for p in parameters]
     momenta = [torch.zeros_like(w) for w in weights]
-    optimizer = Muon([{"params": parameters, "muon": True, "weight_decay": 0.1}], lr=2e-3)
+    optimizer = Muon([{"params": parameters, "muon": True, "weight_decay": 0.1}], lr=2e-3, momentum=momentum)
     for _ in range(3):
         for i, p in enumerate(parameters):
             p.grad = torch.randn_like(p)
-            momenta[i] = 0.95 * momenta[i] + p.grad.double()
-            update = by_singular_values((p.grad.double() + 0.95 * momenta[i]).flatten(1)).view(p.shape)
+            momenta[i] = momentum * momenta[i] + p.grad.double()
+            update = by_singular_values((p.grad.double() + momentum * momenta[i]).flatten(1)).view(p.shape)
             lr = MUON_LEARNING_RATE * 2e-3
             rows, columns = p.flatten(1).shape
             weights[i] = (1 - lr * 0.1) * weights[i] - lr * max(1, rows / columns) ** 0.5 * update
@@ -79,7 +80,8 @@ def test_only_convolutions_decay_and_every_parameter_is_moved_once(optimizer: Li
     ours = DeepSkipUNet(3, 1, base_channels=2, levels=3)
     another = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
     for network, head in ((ours, ours.head.weight), (another, another[2].weight)):
-        groups = build_optimizer(OptimConfig(optimizer=optimizer), network).param_groups
+        groups = build_optimizer(OptimConfig(optimizer=optimizer, momentum=0.9), network).param_groups
+        assert optimizer == "adamw" or {group["momentum"] for group in groups} == {0.9}
         assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in network.parameters())
         for group in groups:
             assert all(p.ndim == 4 for p in group["params"]) or group["weight_decay"] == 0

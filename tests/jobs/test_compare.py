@@ -186,7 +186,9 @@ def test_a_cell_that_was_trained_otherwise_is_not_taken_for_one_of_the_grid(tmp_
     assert trained_otherwise(grid) is None
     grid.networks["one"].head = "prior"
     assert "one/0.json was trained with head drawn, and the grid has prior" in (trained_otherwise(grid) or "")
-    grid.networks["one"].head = "drawn"
+    grid.networks["one"].head, grid.networks["one"].momentum = "drawn", 0.9
+    assert "one/0.json was trained with momentum 0.95, and the grid has 0.9" in (trained_otherwise(grid) or "")
+    grid.networks["one"].momentum = 0.95
     grid.networks["two"].by_category = {second.category: {"alpha": 0.7}}
     assert (trained_otherwise(grid) or "").startswith(
         f"{tmp_path / 'cells' / 'a' / 'two' / '0.json'} was trained with alpha 0.5, and the grid has 0.7; name another --out"

@@ -97,8 +97,8 @@ def test_values_of_a_category_are_its_own(folder: Path) -> None:
     wrong = replace(row, by_category={"squares": {"alpha": 1.5, "threshold": 0.5}})
     assert faults_of(replace(grid, networks={"deepskip": wrong})) == [
         "networks.deepskip.by_category.squares.alpha is 1.5; it must be 0 to 1",
-        "networks.deepskip.by_category.squares has threshold; it may have alpha, beta, learning_rate, weight_decay, "
-        "ema_decay, foreground_crops, copy_paste",
+        "networks.deepskip.by_category.squares has threshold; it may have alpha, beta, learning_rate, momentum, "
+        "weight_decay, ema_decay, foreground_crops, copy_paste",
     ]
 
 
