@@ -35,10 +35,20 @@ class Flipped(nn.Module):
 
 def mean_logits(network: nn.Module, image_NCHW: Tensor) -> Tensor:
     """Computes the logits (N, V, H, W) fp32 of the mean probability over an image's mirrorings; V as in `to_probabilities`."""
-    found: list[Tensor] = []
+    total: list[Tensor] = []
     for axes in MIRRORINGS:
-        logits = network(image_NCHW.flip(axes).contiguous(memory_format=torch.channels_last)).float().flip(axes)
-        # sums of probabilities by their logarithms: a probability next to 1 keeps its distance from it
-        logs = [F.logsigmoid(logits), F.logsigmoid(-logits)] if logits.shape[1] == 1 else [F.log_softmax(logits, 1)]
-        found = [torch.logaddexp(*pair) for pair in zip(found, logs, strict=True)] if found else logs
-    return found[0] - found[1] if len(found) == 2 else found[0]
+        logs = log_probabilities(turned(network(turned(image_NCHW, axes)).float(), axes))
+        total = [torch.logaddexp(*pair) for pair in zip(total, logs, strict=True)] if total else logs
+        # not beside the next pass
+        del logs
+    return total[0] - total[1] if len(total) == 2 else total[0]
+
+
+def turned(x_NCHW: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Turns maps round, as they are where there are no axes."""
+    return x_NCHW.flip(axes).contiguous(memory_format=torch.channels_last) if axes else x_NCHW
+
+
+def log_probabilities(logits: Tensor) -> list[Tensor]:
+    """Gives the logarithms of foreground's and background's probability, or of all classes'; close to 1 they keep digits."""
+    return [F.logsigmoid(logits), F.logsigmoid(-logits)] if logits.shape[1] == 1 else [F.log_softmax(logits, 1)]

@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         stop(f"device is {config.device!r}: {str(error).splitlines()[0]}")
     shards = open_data(config, model)
-    split = Path(shards.folder.rstrip("/")).name
+    # neither takes the other's place
+    split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")
     folder = config.out or Path("evaluations") / found.title / split
     started = time.perf_counter()
     try:

@@ -93,6 +93,8 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
             evaluation = runs.read_json(config.evaluation)
             if not {"data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
                 raise ValueError("it is no report of jobs.evaluate")
+            if evaluation.get("flips"):
+                raise ValueError("it is of --flips true, and exported files answer without; evaluate without")
         except (OSError, ValueError) as error:
             stop(f"evaluation is {config.evaluation}: {error}")
     try:

@@ -27,7 +27,7 @@ from jobs.settings import NotHere, explain, stop
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
 # the settings that decide what is in the outputs; --tile does with other norms than batch norm
-DECIDING = ("flips", "probabilities", "overlays", "polygons", "threshold", "precision", "tile")
+DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
 def build_parser() -> ArgumentParser:
@@ -103,7 +103,11 @@ def fingerprint(state: dict[str, Any], options: Options) -> str:
 
     data = {key: value for key, value in state["data"].items() if key in ("in_channels", "num_classes", "mean", "std")}
     settings = [state["config"]["model"], state["config"]["data"]["normalize"], data, state["data"]["preparation"]]
-    digest = hashlib.sha256(json.dumps([*settings, [getattr(options, name) for name in DECIDING]]).encode())
+    deciding: list[Any] = [getattr(options, name) for name in DECIDING]
+    if options.flips:
+        # without them it is the digest that it was before there were any
+        deciding.append("flips")
+    digest = hashlib.sha256(json.dumps([*settings, deciding]).encode())
     for name, tensor in sorted(state["model"].items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -12,6 +12,8 @@ from jobs.comparison.tables import grid
 
 LOSSES = {"bce_dice": "BCE + Dice", "cross_entropy": "cross-entropy", "own": "its own"}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+# what networks.json does not state was so
+USUAL = Row("", "rival")
 
 
 def cost_text(results: Results) -> str:
@@ -21,15 +23,16 @@ def cost_text(results: Results) -> str:
         for key in ("image_size", "hardware")
     )
     size = f" and {sides} pixels a side" if sides else ""
-    flipped = [results.label(name) for name, values in results.networks.items() if values.get("test_flips")]
+    flipped = [
+        results.label(name)
+        for name, values in results.networks.items()
+        if values.get("test_flips") and results.has(name)
+    ]
+    passes = f"{', '.join(flipped)} took {len(MIRRORINGS)} in test, of the image's mirrorings"
     return (
         f"GFLOPs and time of one image of 3 bands{size}, by itself; memory of a training step of the grid's batch"
         f"{f'; on {machines}' if machines else ''}. They are measured once and briefly, memory beside other work: "
-        "small differences say nothing."
-    ) + (
-        f" Operations and time are of one pass; {', '.join(flipped)} took {len(MIRRORINGS)} in test, of the image's mirrorings."
-        if flipped
-        else ""
+        f"small differences say nothing.{f' Operations and time are of one pass; {passes}.' if flipped else ''}"
     )
 
 
@@ -99,15 +102,29 @@ def run_text(results: Results) -> str:
     return text + "\n" + mixed_text(results) + rates_text(results) + last_text(results) + failed_text(results)
 
 
-def apart_link(other: Results | None, page: str | None) -> str:
+def apart_link(results: Results, other: Results | None, page: str | None) -> str:
     """Leads to the page of a grid of its own."""
     if other is None or page is None:
         return ""
     return (
         f"\nAnother grid, of {budget_text(other)}, seeds {listed(other.seeds)}, has "
         f"[a page of its own]({page}): {counted_as(len(other.cells), 'cell', 'cells')} of "
-        f"{counted_as(len(other.networks), 'network', 'networks')}; {machines_text(other)}.\n"
+        f"{counted_as(len(other.networks), 'network', 'networks')}; {machines_text(other)}."
+        f"{''.join(f' {text}' for text in otherwise_texts(results, other))}\n"
     )
+
+
+def otherwise_texts(results: Results, other: Results) -> list[str]:
+    """Says which networks of one name two grids train or test otherwise, of those that both have cells of."""
+    found = []
+    for name in results.networks:
+        if (
+            results.has(name)
+            and other.has(name)
+            and (there := way_text(other, name)) != (here := way_text(results, name))
+        ):
+            found.append(f"Its {other.label(name)} is of {there}; here of {here}.")
+    return found
 
 
 def rates_text(results: Results) -> str:
@@ -186,8 +203,7 @@ def budget_text(results: Results) -> str:
 
 def way_of(results: Results, network: str) -> tuple[Any, ...]:
     """Gives what makes two trainings alike."""
-    # older networks.json do not state all of it
-    usual = asdict(Row("", "rival"))
+    usual = asdict(USUAL)
     return head_as_drawn(results, network), *(results.networks[network].get(key, usual[key]) for key in TRAINING)
 
 
@@ -197,6 +213,8 @@ def way_text(results: Results, network: str) -> str:
     words = [LOSSES.get(values.get("loss", "")), OPTIMIZERS.get(values.get("optimizer", ""))]
     if words[1] and values.get("learning_rate"):
         words[1] += f" at {values['learning_rate']:g}"
+    if values.get("momentum", USUAL.momentum) != USUAL.momentum and values.get("optimizer") == "muon":
+        words.append(f"momentum {values['momentum']:g}")
     if values.get("copy_paste"):
         words.append("copy-paste")
     if values.get("test_flips"):

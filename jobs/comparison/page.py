@@ -102,7 +102,7 @@ def page_text(
             "In short",
             text.short_text(results, other),
         ),
-        ("What was run", conditions.run_text(results) + conditions.apart_link(other, other_page)),
+        ("What was run", conditions.run_text(results) + conditions.apart_link(results, other, other_page)),
         ("The paper's claims", text.claims_text(results)),
         ("Where the paper's printed numbers contradict each other", text.contradictions_text()),
         (

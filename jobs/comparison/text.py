@@ -30,6 +30,7 @@ from jobs.comparison.claims import (
 )
 from jobs.comparison.conditions import (
     LOSSES,
+    USUAL,
     budget_text,
     counted_as,
     heads_texts,
@@ -50,10 +51,6 @@ from jobs.comparison.results import (
 from jobs.comparison.tables import grid
 
 ABLATION = "ablation-both"
-TUNED = (
-    "The norm, rate, augmentation and flips of the tuned form were chosen on validation for it (that alpha and copy-paste were "
-    "tried is because of their test results at 128 pixels); those of no rival were."
-)
 TALLIES = {HELD: "It is ahead of", NOT_HELD: "It is behind", UNKNOWN: "Which is ahead cannot be told for"}
 RIVAL_HEADINGS = (
     "against",
@@ -77,7 +74,7 @@ def short_text(results: Results, other: Results | None = None) -> str:
         f"* {worth(results, OURS)}, over {counted_as(len(results.categories), 'category', 'categories')}; seeds "
         f"{listed(results.seeds)}."
     )
-    lines += [f"* {worth(results, name)}. {TUNED}" for name in tuned_form(results)]
+    lines += [f"* {worth(results, name)}. {chosen_text(results)}" for name in tuned_form(results)]
     for name, words in ((rival, "MIoU"), (objects, "object recall")):
         if name:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
@@ -93,6 +90,18 @@ def short_text(results: Results, other: Results | None = None) -> str:
     lines.append(f"* {parameters_text(results)}")
     lines += [f"* {text}" for text in apart_texts(other, heads_texts, beaten_texts, alike_texts)]
     return "\n".join(lines) + "\n"
+
+
+def chosen_text(results: Results) -> str:
+    """Says how the tuned form was found."""
+    values = results.networks[BEST]
+    what = ["norm", "rate", "augmentation"]
+    what += ["momentum"] * (values.get("momentum", USUAL.momentum) != USUAL.momentum)
+    what += ["flips"] * bool(values.get("test_flips"))
+    return (
+        f"The {', '.join(what[:-1])} and {what[-1]} of the tuned form were chosen on validation for it (that alpha and "
+        "copy-paste were tried is because of their test results at 128 pixels); those of no rival were."
+    )
 
 
 def worth(results: Results, network: str) -> str:
@@ -181,7 +190,7 @@ def claims_text(results: Results) -> str:
         loss = results.networks[name].get("loss")
         words = f" (loss: {LOSSES.get(loss, loss)})" if loss else ""
         parts.append(f"### Does it beat the rivals? {named(results, name)}{words}")
-        parts += [TUNED] if name == BEST else []
+        parts += [chosen_text(results)] if name == BEST else []
         parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name), words=2))
         found = tally(results, name, rivals(results))
         parts.append(" ".join(f"{TALLIES[verdict]} {', '.join(of)}." for verdict, of in found.items() if of))
@@ -307,8 +316,8 @@ def readme_table(results: Results, other: Results | None = None) -> str:
         f"{counted_as(len(results.categories), 'category', 'categories')}, "
         f"{steps} steps a cell, {machines_text(results)}; mean ± standard deviation over seeds. MIoU: the mean "
         "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest MIoU, at "
-        f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {TUNED}' if ours[1:] else ''}"
+        f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {chosen_text(results)}' if ours[1:] else ''}"
     )
-    headings = ["network", "trained with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
+    headings = ["network", "trained and tested with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
     lines = "\n".join(f"* {text}" for text in [*alike_texts(results), *apart_texts(other, alike_texts)])
     return f"{grid(headings, rows, words=2)}\n{caption}\n" + (f"\n{lines}\n" if lines else "")

@@ -55,16 +55,18 @@ def device_of(options: Options) -> torch.device:
     return device
 
 
-def bytes_per_pixel(network: DeepSkipUNet, element: int) -> int:
+def bytes_per_pixel(network: DeepSkipUNet, element: int, flips: bool = False) -> int:
     """Estimates the memory that a pixel takes in the network at its widest place, the first decoder level.
 
     There the joined branches, what they are made of, and the first convolution's output are all in memory; 524 to 601 bytes
-    were measured on a CPU where this gives 620. element: bytes.
+    were measured on a CPU where this gives 620. element: bytes. flips: beside that, the image padded and turned round, and what
+    the mirrorings before gave.
     """
     branches = len(network.decoder[0].get_submodule("branches"))  # type: ignore[arg-type]
     channels = network.head.in_channels
     # the raw and the normalised image, logits and probabilities are fp32
-    return 4 * (2 * network.in_channels + 3 * network.num_classes) + element * channels * (2 * branches + 8)
+    once = 4 * (2 * network.in_channels + 3 * network.num_classes) + element * channels * (2 * branches + 8)
+    return once + flips * 4 * (2 * network.in_channels + max(2, 3 * network.num_classes))
 
 
 def budget(options: Options, device: torch.device, processes: int) -> int:
@@ -97,7 +99,7 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     element = 2 if options.precision == "bfloat16" else 4
     # a third is left for stripes of rows, decoded files and what waits to be written
     most = budget(options, device, processes)
-    pixels = int(most * 2 / 3) // bytes_per_pixel(network, element)
+    pixels = int(most * 2 / 3) // bytes_per_pixel(network, element, options.flips)
     overlap = overlap_of(network)
     smallest = overlap.smallest_tile
     tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind]))

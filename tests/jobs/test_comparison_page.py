@@ -146,6 +146,11 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     results.networks["unet"]["test_flips"] = True
     assert "of one pass; UNET took 4 in test, of the image's mirrorings." in conditions.cost_text(results)
     assert "flips at test" in conditions.way_text(results, "unet")
+    results.networks["unet"] |= {"optimizer": "muon", "momentum": 0.9}
+    assert "Muon at 0.004, momentum 0.9, flips" in conditions.way_text(results, "unet")
+    said = conditions.apart_link(results, other := read(grid), "there.md")
+    assert "Its UNET is of BCE + Dice; here of BCE + Dice, Muon at 0.004, momentum 0.9, flips at test" in said
+    assert "Its DEEPSKIP is of" not in conditions.apart_link(other, read(grid), "there.md")
 
 
 def test_says_whose_thresholds_lie_at_the_ends(grid: Path) -> None:
@@ -269,7 +274,9 @@ def test_the_tuned_form_stands_beside_ours_where_it_is_whole(tmp_path: Path) -> 
         ("deepskip-best", "unet"),
         ("deepskip", "unet-best"),
     }
-    assert text.short_text(results).count(text.TUNED) == 1
+    assert text.short_text(results).count("The norm, rate and augmentation of the tuned form were chosen") == 1
+    results.networks["deepskip-best"] |= {"momentum": 0.9, "test_flips": True}
+    assert "The norm, rate, augmentation, momentum and flips of the tuned form" in text.short_text(results)
     # with its two lines of heading
     assert sum(line.startswith("|") for line in text.readme_table(results).splitlines()) <= 10
     # other copy-paste is another training
@@ -409,7 +416,7 @@ def test_every_file_is_there_and_small(made: Path) -> None:
     assert sum(line.startswith("|") for line in short.splitlines()) <= 10
     assert rows_of(short)["**DEEPSKIP**"] == {
         "network": "**DEEPSKIP**",
-        "trained with": "BCE + Dice",
+        "trained and tested with": "BCE + Dice",
         "parameters": "0.65 M",
         "MIoU, %": "51.0 ± 1.0",
         "object recall, %": "51.0 ± 1.0",

@@ -117,10 +117,10 @@ def test_classes_of_five_bands_by_a_checkpoint_file_into_a_new_run(home: Path) -
     assert (report["threshold"], report["flips"]) == (None, True)
     client = mlflow.MlflowClient(tracking.tracking_uri(home / "runs", None))
     (run,) = client.search_runs(
-        [client.get_experiment_by_name("deepskip").experiment_id], "attributes.run_name = 'scenes-on-test'"
+        [client.get_experiment_by_name("deepskip").experiment_id], "attributes.run_name = 'scenes-on-test-flips'"
     )
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["eval-test/class-2/average_precision"] == report["classes"][1]["average_precision"]
+    assert run.data.metrics["eval-test-flips/class-2/average_precision"] == report["classes"][1]["average_precision"]
     assert run.data.params["evaluate.data"] == "data/scenes/test"
 
 

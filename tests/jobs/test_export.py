@@ -144,12 +144,18 @@ def test_a_graph_that_is_not_the_model_is_not_written(
             ["--model", "runs/some", "--evaluation", "none.json"],
             "error: evaluation is none.json: there is no such file",
         ),
+        (
+            ["--model", "runs/some", "--evaluation", "flips.json"],
+            "error: evaluation is flips.json: it is of --flips true, and exported files answer without",
+        ),
     ],
 )
 def test_bad_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    report = dict.fromkeys(("data", "threshold", "metrics", "classes", "by_size")) | {"flips": True}
+    Path("flips.json").write_text(json.dumps(report))
     with pytest.raises(SystemExit) as stopped:
         export.main(arguments)
     assert stopped.value.code == 2

@@ -33,6 +33,11 @@ def test_tiles_fit_the_budget() -> None:
         assert wide == 352 or wide * 200_000 * 40 <= memory_gb * 1e9 / 4
         assert found.tile_of(2000, 40) == found.tile
     assert plan(network, Options(memory_gb=1000), torch.device("cpu")).tile == 2048
+    many = deepskip.DeepSkipUNet(207, 1)
+    once, flipped = (plan(many, Options(memory_gb=1, flips=flips), torch.device("cpu")) for flips in (False, True))
+    # 4,138 bytes a pixel were measured with flips
+    assert 352 < flipped.tile < once.tile
+    assert flipped.tile**2 * 4138 <= 0.75e9
     assert plan(network, Options(tile=512, batch=3), torch.device("cpu")).tile == 512
 
 
