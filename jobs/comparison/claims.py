@@ -248,12 +248,12 @@ def ablation_rows(results: Results) -> list[list[str]]:
     return rows
 
 
-def sizes_rows(results: Results) -> list[list[str]]:
-    """Makes the rows of object recall by object size: ours beside the rival that finds most of that size."""
+def sizes_rows(results: Results, form: str) -> list[list[str]]:
+    """Makes the rows of object recall by object size: a form of ours beside the rival that finds most of that size."""
     rows = []
-    counts = [objects for objects, *_ in by_size(results, OURS, results.categories)]
+    counts = [objects for objects, *_ in by_size(results, form, results.categories)]
     for words, edges, objects in zip(bin_names(results), size_bins(results), counts, strict=True):
-        ours = recalls(results, OURS, results.categories, edges)
+        ours = recalls(results, form, results.categories, edges)
         found = {
             name: shares for name in rivals(results) if (shares := recalls(results, name, results.categories, edges))
         }

@@ -80,11 +80,12 @@ def short_text(results: Results, other: Results | None = None) -> str:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
     said = [*heads_texts(results), *beaten_texts(results), *alike_texts(results)]
     lines += [f"* {text}" for text in said]
-    for size, verdict, number, ahead, own, theirs, which in sizes_rows(results)[:1]:
-        lines.append(
-            f'* "Finds more of the smallest objects" ({size} pixels, {number} objects): {verdict}; {own} % against '
-            f"{theirs} % of {which}, {ahead} points."
-        )
+    for name in forms_of_ours(results):
+        for size, verdict, number, ahead, own, theirs, which in sizes_rows(results, name)[:1]:
+            lines.append(
+                f'* "Finds more of the smallest objects" ({size} pixels, {number} objects), {results.label(name)}: {verdict}; '
+                f"{own} % against {theirs} % of {which}, {ahead} points."
+            )
     for claim, verdict, *_ in ablation_rows(results)[:4]:
         lines.append(f'* "{claim[0].upper()}{claim[1:]}": {verdict}.')
     lines.append(f"* {parameters_text(results)}")
@@ -173,7 +174,12 @@ def named(results: Results, network: str) -> str:
 
 def claimants(results: Results) -> list[str]:
     """Lists the forms of ours that the paper's claim is put to: as we train it, tuned, and as the ablation does."""
-    return [name for name in (OURS, *tuned_form(results), ABLATION) if name in results.networks and results.has(name)]
+    return [name for name in (*forms_of_ours(results), ABLATION) if name in results.networks and results.has(name)]
+
+
+def forms_of_ours(results: Results) -> list[str]:
+    """Lists ours as the config has it and, where it is whole, the tuned form."""
+    return [OURS, *tuned_form(results)]
 
 
 def claims_text(results: Results) -> str:
@@ -206,15 +212,15 @@ def claims_text(results: Results) -> str:
             "without, MIoU %",
         )
         parts.append(grid(headings, rows, words=2))
-    if rows := sizes_rows(results):
+    if rows := [[results.label(name), *row] for name in forms_of_ours(results) for row in sizes_rows(results, name)]:
         parts.append("### Does it find more of the small objects?")
         parts.append(
             "The share found of the objects of all categories together, by their area in the pixels of the images as the "
             "networks get them; categories with many objects count for most. The rival is the one that finds most of that "
             "size, of any width, and the difference is on the seeds that both have."
         )
-        columns = ("pixels", "finds more", "objects", "points", f"{results.label(OURS)}, %", "the rival, %", "which")
-        parts.append(grid(columns, rows, words=2))
+        columns = ("form", "pixels", "finds more", "objects", "points", "form, %", "the rival, %", "which")
+        parts.append(grid(columns, rows, words=3))
     parts.append("### Is it the smallest?")
     parts.append(parameters_text(results))
     if text := widths_text(results):
@@ -294,7 +300,7 @@ def readme_table(results: Results, other: Results | None = None) -> str:
             known = better.get(family(name))
             if known is None or value.value > over_categories(results, known, "iou").value:
                 better[family(name)] = name
-    ours = [OURS, *tuned_form(results)]
+    ours = forms_of_ours(results)
     names = sorted([*ours, *better.values()], key=lambda name: -over_categories(results, name, "iou").value)
     # ours stay, whatever they reached
     kept = [*ours, *[name for name in names if name not in ours][: 8 - len(ours)]]
