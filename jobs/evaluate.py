@@ -45,7 +45,7 @@ class EvaluateConfig:
     data: str | None = None
     """one split of shards, such as data/coins/test: folder or URL; null takes the validation split of the model's training"""
     out: Path | None = None
-    """folder for the report; null takes evaluations/MODEL/SPLIT"""
+    """folder for the report; null takes evaluations/MODEL/SPLIT, with flips SPLIT-flips"""
     threshold: float = 0.5
     """probability above which a pixel is foreground, where there are no classes"""
     flips: bool = False
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         stop(f"device is {config.device!r}: {str(error).splitlines()[0]}")
     shards = open_data(config, model)
-    # neither takes the other's place
+    # a report with flips does not take the place of one without
     split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")
     folder = config.out or Path("evaluations") / found.title / split
     started = time.perf_counter()

@@ -97,8 +97,10 @@ def chosen_text(results: Results) -> str:
     """Says how the tuned form was found."""
     values = results.networks[BEST]
     what = ["norm", "rate", "augmentation"]
-    what += ["momentum"] * (values.get("momentum", USUAL.momentum) != USUAL.momentum)
-    what += ["flips"] * bool(values.get("test_flips"))
+    if values.get("momentum", USUAL.momentum) != USUAL.momentum:
+        what.append("momentum")
+    if values.get("test_flips"):
+        what.append("flips")
     return (
         f"The {', '.join(what[:-1])} and {what[-1]} of the tuned form were chosen on validation for it (that alpha and "
         "copy-paste were tried is because of their test results at 128 pixels); those of no rival were."

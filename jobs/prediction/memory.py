@@ -66,7 +66,7 @@ def bytes_per_pixel(network: DeepSkipUNet, element: int, flips: bool = False) ->
     channels = network.head.in_channels
     # the raw and the normalised image, logits and probabilities are fp32
     once = 4 * (2 * network.in_channels + 3 * network.num_classes) + element * channels * (2 * branches + 8)
-    return once + flips * 4 * (2 * network.in_channels + max(2, 3 * network.num_classes))
+    return once + flips * 4 * (2 * network.in_channels + 3 * network.num_classes)
 
 
 def budget(options: Options, device: torch.device, processes: int) -> int:

@@ -1,6 +1,4 @@
-"""Flips at test against probabilities averaged by hand in fp64, whole and in tiles."""
-
-from typing import Any
+"""Flips at test against probabilities averaged by hand in fp64; in tiles: test_tiling."""
 
 import numpy as np
 import pytest
@@ -8,9 +6,7 @@ import torch
 from torch import nn
 
 import deepskip
-from deepskip import inference
-from deepskip.flips import Flipped, mean_logits
-from deepskip.tiling import overlap_of, spans
+from deepskip.flips import mean_logits
 from tests.deepskip.test_model import state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,20 +49,3 @@ def test_a_probability_next_to_one_keeps_its_distance() -> None:
     logits = mean_logits(Bright(), torch.full((1, 1, 4, 4), 0.2))
     torch.testing.assert_close(logits, torch.full((1, 1, 4, 4), 40.0))
     assert torch.isfinite(mean_logits(Bright(), torch.randn(1, 1, 8, 8))).all()
-
-
-@pytest.mark.parametrize("settings", [{}, {"encoder": "resnet34", "upsample": "nearest"}])
-def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    plain = deepskip.DeepSkipUNet(2, 3, 2, 3, **settings).eval().double()
-    nn.init.normal_(plain.head.weight)
-    network = Flipped(plain)
-    image = torch.randn(1, 2, 331, 407, dtype=torch.float64)
-    tile = overlap_of(network).smallest_tile + 32
-    with torch.inference_mode():
-        whole = network(image)
-        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
-        tiled = inference.predict_logits(network, image, tile)
-    assert overlap_of(network) == overlap_of(plain)
-    assert len(spans(407, tile, overlap_of(network))) > 3
-    torch.testing.assert_close(tiled.softmax(1), whole.softmax(1), atol=1e-5, rtol=0)

@@ -12,6 +12,7 @@ from torch import nn
 
 import deepskip
 from deepskip import inference
+from deepskip.flips import Flipped
 from deepskip.tiling import Overlap, enlarged_rows, logits_in_tiles, overlap_of, receptive_radius, spans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,10 +87,13 @@ def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -
     assert overlap_of(network).margin >= radius
 
 
+@pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize(("encoder", "upsample"), [("vgg16", "bilinear"), ("resnet34", "nearest")])
-def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str) -> None:
+def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str, flips: bool) -> None:
     # fp64: what differs is no rounding
-    network = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample).double()
+    plain = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample).double()
+    network = Flipped(plain) if flips else plain
+    assert overlap_of(network) == overlap_of(plain)
     image = torch.randn(2, 2, 331, 407, dtype=torch.float64)
     tile = overlap_of(network).smallest_tile + 32
     with torch.inference_mode():

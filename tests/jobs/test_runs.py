@@ -48,13 +48,17 @@ def test_a_named_run_of_other_settings_is_an_error(tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_goes_on_with_settings_that_it_did_not_know(tmp_path: Path) -> None:
     trained(tmp_path, "mine", config(), finish=False)
-    run = runs.claim(tmp_path, "mine", "x", config() | {"data": {"copy_paste": 0.0}})
+    optim = config()["optim"]
+    same = {"data": {"copy_paste": 0.0}, "optim": optim | {"momentum": 0.95}}
+    run = runs.claim(tmp_path, "mine", "x", config() | same)
     run.lock.close()
     # of others it is not known what they were
     for changed in ({"data": {"copy_paste": 0.5}}, {"data": {"shuffle_window": 16}}):
         [(key, _)] = changed["data"].items()
         with pytest.raises(runs.RunError, match=rf"has other settings \(data\.{key}\)"):
             runs.claim(tmp_path, "mine", "x", config() | changed)
+    with pytest.raises(runs.RunError, match=r"has other settings \(optim\.momentum\)"):
+        runs.claim(tmp_path, "mine", "x", config() | {"optim": optim | {"momentum": 0.9}})
 
 
 def test_a_named_run_may_grow(tmp_path: Path) -> None:
