@@ -49,6 +49,7 @@ ABLATION_PAIRS = (
     ("BCE + Dice alone helps", "ablation-loss", "ablation-none"),
     ("both together help", "ablation-both", "ablation-none"),
     ("deep skips help in the tuned form", BEST, "ablation-best"),
+    ("a search by category helps the tuned form", "deepskip-searched", BEST),
     ("deep skips help beside BCE + Dice", "ablation-both", "ablation-loss"),
     ("BCE + Dice helps beside deep skips", "ablation-both", "ablation-skips"),
 )
