@@ -18,6 +18,8 @@ class ModelConfig:
     """normalisation; "instance-batch" is half instance, half batch norm, "group" gives the same on any number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are brought to a level's size"""
+    enlarge: int = 1
+    """times that images are enlarged before the network, 1 to 4, for objects of few pixels; time and memory grow by its square"""
     in_channels: int | None = None
     """bands of the input; null takes them from the shards"""
     num_classes: int | None = None
@@ -188,6 +190,7 @@ class Config:
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.base_channels", 1, 1024),
     ("model.levels", 3, 6),
+    ("model.enlarge", 1, 4),
     ("model.in_channels", 1, 4096),
     ("model.num_classes", 1, 255),
     ("loss.alpha", 0, 1),

@@ -27,6 +27,11 @@ class Flipped(nn.Module):
         """The network's."""
         return self.network.num_classes
 
+    @property
+    def enlarge(self) -> int:
+        """The network's."""
+        return self.network.enlarge
+
     def forward(self, image_NCHW: Tensor) -> Tensor:
         H, W = image_NCHW.shape[-2:]
         multiple = 2 ** (self.network.levels - 1)

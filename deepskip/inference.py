@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deepskip.network import DeepSkipUNet
-from deepskip.tiling import logits_in_tiles
+from deepskip.tiling import logits_in_tiles, overlap_of
 
 # an image of more pixels than this is cut into overlapping tiles
 WHOLE_IMAGE_PIXELS = 2048 * 2048
@@ -43,12 +43,24 @@ def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> 
     """Computes the logits of normalised images of any size.
 
     Images of more than WHOLE_IMAGE_PIXELS go through in tiles of `tile` pixels a side, that overlap by so much that the
-    result is that of the whole image (deepskip.tiling).
+    result is that of the whole image (deepskip.tiling). Both are as the network enlarges them.
     """
     H, W = image_NCHW.shape[-2:]
-    if H * W <= WHOLE_IMAGE_PIXELS:
+    if most_pixels(network) >= H * W:
         return network(image_NCHW)
+    tile = max(tile // enlarged_by(network), overlap_of(network).smallest_tile)
     return logits_in_tiles(network, image_NCHW, tile)
+
+
+def enlarged_by(network: nn.Module) -> int:
+    """Says how many times a network enlarges its images; one that is not ours does not."""
+    times = getattr(network, "enlarge", 1)
+    return times if isinstance(times, int) else 1
+
+
+def most_pixels(network: nn.Module) -> int:
+    """Says how many pixels of images go through a network at once, before it enlarges them."""
+    return WHOLE_IMAGE_PIXELS // enlarged_by(network) ** 2
 
 
 class Segmenter(nn.Module):

@@ -123,7 +123,7 @@ class Model:
         H, W = image_NCHW.shape[-2:]
         whole_numbers = not given.dtype.is_floating_point if isinstance(given, Tensor) else given.dtype.kind != "f"
         # as many at a time as one large image would have pixels
-        few = max(1, inference.WHOLE_IMAGE_PIXELS // (H * W))
+        few = max(1, inference.most_pixels(self.network) // (H * W))
         parts = []
         for part in image_NCHW.split(few):
             x = self.segmenter.normalized(shrink(part, self.preparation.get("longest_side"), whole_numbers))

@@ -13,6 +13,8 @@ from deepskip.encoders import ENCODERS, ConvNormReLU
 FOREGROUND_PRIOR = 0.1
 PRIOR_LOGIT = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
 HEAD_STD = 0.01
+# 4 is 16 times the memory
+LARGEST_ENLARGE = 4
 
 
 class DecoderLevel(nn.Module):
@@ -43,7 +45,8 @@ class DeepSkipUNet(nn.Module):
     labels. base_channels: b; level u has b * 2^(u-1) channels. levels: B, 3 to 6. encoder: "vgg16" or "resnet34".
     norm: "batch", "instance-batch" (half of the channels each) or "group". upsample: "bilinear" (align_corners=False) or
     "nearest". deep_skips: False leaves a plain U-Net of the same widths, the paper's baseline: level u then joins E_u and
-    D_{u+1} only.
+    D_{u+1} only. enlarge: 1 to 4; the image is enlarged so many times, bilinearly, before the first level, and logits are
+    averaged over what became of each pixel: for objects of few pixels, at enlarge^2 times the operations and the memory.
     forward: (N, in_channels, H, W) float -> logits (N, num_classes, H, W).
     Raises ValueError that names the argument, its value and what is allowed.
     """
@@ -58,6 +61,7 @@ class DeepSkipUNet(nn.Module):
         norm: str = "batch",
         upsample: str = "bilinear",
         deep_skips: bool = True,
+        enlarge: int = 1,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -71,12 +75,14 @@ class DeepSkipUNet(nn.Module):
             raise ValueError(f'base_channels is {base_channels}; with norm "instance-batch" it must be 2 or more')
         if not 3 <= levels <= 6:
             raise ValueError(f"levels is {levels}; it must be 3 to 6")
+        if not 1 <= enlarge <= LARGEST_ENLARGE:
+            raise ValueError(f"enlarge is {enlarge}; it must be 1 to {LARGEST_ENLARGE}")
         if encoder not in ENCODERS:
             raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
         if upsample not in ("bilinear", "nearest"):
             raise ValueError(f'upsample is {upsample!r}; it must be "bilinear" or "nearest"')
         self.in_channels, self.num_classes, self.levels = in_channels, num_classes, levels
-        self.deep_skips = deep_skips
+        self.deep_skips, self.enlarge = deep_skips, enlarge
 
         channels = [base_channels * 2**u for u in range(levels)]
         self.encoder = nn.ModuleList(
@@ -111,6 +117,7 @@ class DeepSkipUNet(nn.Module):
             self.head.bias[0 if self.num_classes == 1 else slice(1, None)] = PRIOR_LOGIT
 
     def forward(self, x: Tensor) -> Tensor:
+        x = enlarged(x, self.enlarge)
         height, width = x.shape[-2:]
         multiple = 2 ** (self.levels - 1)
         x = pad_by_edge(x, -height % multiple, -width % multiple)
@@ -121,7 +128,17 @@ class DeepSkipUNet(nn.Module):
             encoded.append(x)
         for u in reversed(range(self.levels - 1)):
             x = self.decoder[u]([*encoded[self.taken(u)], x])
-        return crop(self.head(x), height, width)
+        return averaged(crop(self.head(x), height, width), self.enlarge)
+
+
+def enlarged(x: Tensor, times: int) -> Tensor:
+    """Enlarges (N, C, H, W) bilinearly to (N, C, times * H, times * W), pixels as areas (align_corners=False)."""
+    return x if times == 1 else F.interpolate(x, scale_factor=float(times), mode="bilinear", align_corners=False)
+
+
+def averaged(x: Tensor, times: int) -> Tensor:
+    """Averages (N, C, times * H, times * W) over squares to (N, C, H, W)."""
+    return x if times == 1 else F.avg_pool2d(x, times)
 
 
 def pad_by_edge(x: Tensor, bottom: int, right: int) -> Tensor:

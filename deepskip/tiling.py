@@ -75,7 +75,8 @@ def overlap_of(network: nn.Module) -> Overlap:
 def receptive_radius(network: DeepSkipUNet) -> int:
     """Computes how many pixels away, along either side, an input pixel can still change a pixel of the logits.
 
-    An interval of output pixels is followed back through every path: 3x3 convolutions, pooling, bilinear upsampling.
+    An interval of output pixels is followed back through every path: 3x3 convolutions, pooling, bilinear upsampling, and the
+    enlargement of the image.
     """
     convolutions = [
         sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in level.modules()) for level in network.encoder
@@ -95,9 +96,9 @@ def receptive_radius(network: DeepSkipUNet) -> int:
         reached.append(of_decoded(u + 1, *upsampled_from(low, high, 2)))
         return min(a for a, _ in reached), max(b for _, b in reached)
 
-    radius = 0
+    radius, times = 0, network.enlarge
     for pixel in range(2 ** (network.levels - 1)):
-        low, high = of_decoded(0, pixel, pixel)
+        low, high = upsampled_from(*of_decoded(0, times * pixel, times * pixel + times - 1), times)
         radius = max(radius, pixel - low, high - pixel)
     return radius
 

@@ -25,7 +25,7 @@ MACHINES = "machines.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
 # what a training did before there was such a setting
-UNKNOWN_BEFORE = {"data.copy_paste": 0.0, "optim.momentum": 0.95}
+UNKNOWN_BEFORE = {"data.copy_paste": 0.0, "model.enlarge": 1, "optim.momentum": 0.95}
 # these may change between the parts of one training
 FREE = (
     "cluster.",

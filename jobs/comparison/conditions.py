@@ -217,6 +217,8 @@ def way_text(results: Results, network: str) -> str:
         words.append(f"momentum {values['momentum']:g}")
     if values.get("copy_paste"):
         words.append("copy-paste")
+    if (times := values.get("enlarge", USUAL.enlarge)) != USUAL.enlarge:
+        words.append(f"images enlarged {times} times")
     if values.get("test_flips"):
         words.append("flips at test")
     if head_as_drawn(results, network):

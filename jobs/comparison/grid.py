@@ -15,7 +15,7 @@ from jobs.comparison.samples import digest_of, size_of
 
 NETWORKS = "networks.json"
 # how cells that do not say it were trained
-OLDER = {"head": "drawn", "momentum": 0.95}
+OLDER = {"head": "drawn", "momentum": 0.95, "enlarge": 1}
 
 
 def cells(grid: Grid) -> Iterator[Cell]:

@@ -12,7 +12,8 @@ from torch import nn
 from deepskip import DeepSkipUNet
 from deepskip.baselines import RIVALS
 from deepskip.baselines import build as build_rival
-from deepskip.network import PRIOR_LOGIT
+from deepskip.baselines.enlarged import Enlarged
+from deepskip.network import LARGEST_ENLARGE, PRIOR_LOGIT
 from jobs.settings import parse_settings, stop
 
 OURS = "deepskip"
@@ -28,7 +29,7 @@ SEARCHED = (
     "copy_paste",
 )
 # all that makes two trainings of two networks alike
-TRAINING = ("loss", "optimizer", *SEARCHED, "deep_supervision", "test_flips", "threshold", "by_category")
+TRAINING = ("loss", "optimizer", *SEARCHED, "deep_supervision", "enlarge", "test_flips", "threshold", "by_category")
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Row:
     """arguments of DeepSkipUNet, or single widths of a rival"""
     head: Literal["drawn", "prior"] = "drawn"
     """prior: its last convolution starts at DeepSkip's foreground probability, 0.1; drawn: as the network's code has it"""
+    enlarge: int = 1
+    """times that images are enlarged before the network, 1 to 4; logits are averaged back"""
     loss: Literal["cross_entropy", "bce_dice", "own"] = "cross_entropy"
     """own: the network's (Mask R-CNN)"""
     alpha: float = 0.5
@@ -163,6 +166,10 @@ def faults_of(grid: Grid) -> list[str]:
             faults.append(f"networks.{name}.network is {row.network!r}; it must be {OURS}, {', '.join(RIVALS)}")
         elif row.network != OURS and row.deep_supervision:
             faults.append(f"networks.{name}: deep_supervision is for network {OURS} only")
+        if not 1 <= row.enlarge <= LARGEST_ENLARGE:
+            faults.append(f"networks.{name}.enlarge is {row.enlarge}; it must be 1 to {LARGEST_ENLARGE}")
+        if row.network == "mask_rcnn" and row.enlarge > 1:
+            faults.append(f"networks.{name}: enlarge is for networks that give logits while they train")
         if row.network == "mask_rcnn" and row.optimizer == "muon":
             faults.append(f"networks.{name}: muon is for networks of one head, and mask_rcnn has several")
         if row.network == "mask_rcnn" and row.head == "prior":
@@ -220,9 +227,11 @@ def build(row: Row, bands: int, seed: int) -> nn.Module:
     """Builds a row's network for binary masks, its weights drawn from the seed."""
     torch.manual_seed(seed)
     if row.network == OURS:
-        network: nn.Module = DeepSkipUNet(bands, 1, **row.widths)
+        network: nn.Module = DeepSkipUNet(bands, 1, enlarge=row.enlarge, **row.widths)
     else:
         network = build_rival(row.network, bands, 1, row.size, **row.widths)
+        if row.enlarge > 1:
+            network = Enlarged(network, row.enlarge)
     if row.head == "prior":
         start_at_prior(network)
     return network

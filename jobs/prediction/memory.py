@@ -65,7 +65,11 @@ def bytes_per_pixel(network: DeepSkipUNet, element: int, flips: bool = False) ->
     branches = len(network.decoder[0].get_submodule("branches"))  # type: ignore[arg-type]
     channels = network.head.in_channels
     # the raw and the normalised image, logits and probabilities are fp32
-    once = 4 * (2 * network.in_channels + 3 * network.num_classes) + element * channels * (2 * branches + 8)
+    images = 4 * (2 * network.in_channels + 3 * network.num_classes)
+    once = images + element * channels * (2 * branches + 8)
+    if network.enlarge > 1:
+        # all that, and the enlarged image, for each pixel that becomes of one
+        once = images + network.enlarge**2 * once
     return once + flips * 4 * (2 * network.in_channels + 3 * network.num_classes)
 
 

@@ -43,7 +43,8 @@ class Model:
         # apart, since decoding waits for room that encoding makes
         self.decoders, self.encoders = asyncio.Semaphore(threads), asyncio.Semaphore(threads)
         self.room = Room(DECODED_BYTES)
-        self.batches = Batches(self.forward, batch, inference.TILE**2, batch_wait)
+        most = (inference.TILE // self.segmenter.network.enlarge) ** 2
+        self.batches = Batches(self.forward, batch, most, batch_wait)
         # the first pass through the network takes longest
         self.segmenter.predict(np.zeros((64, 64, self.bands), np.float32))
 
