@@ -19,7 +19,7 @@ class ModelConfig:
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are brought to a level's size"""
     enlarge: int = 1
-    """times that images are enlarged before the network, 1 to 4, for objects of few pixels; time and memory grow by its square"""
+    """times that images are enlarged before the network, 1 to 4, for objects of few pixels; costs its square in time, memory"""
     in_channels: int | None = None
     """bands of the input; null takes them from the shards"""
     num_classes: int | None = None

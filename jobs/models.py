@@ -26,14 +26,23 @@ class ModelNotFound(RuntimeError):
 class Found:
     """A model: the name it was asked for by, its checkpoint's state, and the MLflow run that trained it, where that is known.
 
-    run_folder: None where the model was not named by its folder. tracking_uri: where the run is tracked.
+    run_folder: None where the model was not named by its folder. asked_uri: the tracking server that was asked for, if any.
     """
 
     name: str
     state: checkpoint.State
     run_folder: Path | None
     run_id: str | None
-    tracking_uri: str
+    asked_uri: str | None
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where the run is tracked."""
+        # for who asks: mlflow takes a second and 125 MB to import
+        from jobs import tracking
+
+        storage = self.run_folder.parent if self.run_folder else STORAGE.absolute()
+        return tracking.tracking_uri(storage, self.asked_uri or self.state["config"]["run"].get("tracking_uri"))
 
     @property
     def title(self) -> str:
@@ -66,14 +75,7 @@ def find(name: str | Path, tracking_uri: str | None = None) -> Found:
         path = Path(text).absolute()
         # runs/NAME/checkpoints/best.pt, or runs/NAME itself
         folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path if path.is_dir() else None
-    return Found(text, state, folder, state.get("mlflow_run_id"), _uri(state, folder, tracking_uri))
-
-
-def _uri(state: checkpoint.State, folder: Path | None, asked: str | None) -> str:
-    from jobs import tracking
-
-    storage = folder.parent if folder else STORAGE.absolute()
-    return tracking.tracking_uri(storage, asked or state["config"]["run"].get("tracking_uri"))
+    return Found(text, state, folder, state.get("mlflow_run_id"), tracking_uri)
 
 
 def _find_tracked(name: str, asked: str | None) -> Found:

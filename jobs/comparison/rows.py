@@ -28,6 +28,8 @@ SEARCHED = (
     "foreground_crops",
     "copy_paste",
 )
+# what else a row may
+BY_CATEGORY = (*SEARCHED, "enlarge")
 # all that makes two trainings of two networks alike
 TRAINING = ("loss", "optimizer", *SEARCHED, "deep_supervision", "enlarge", "test_flips", "threshold", "by_category")
 
@@ -166,10 +168,10 @@ def faults_of(grid: Grid) -> list[str]:
             faults.append(f"networks.{name}.network is {row.network!r}; it must be {OURS}, {', '.join(RIVALS)}")
         elif row.network != OURS and row.deep_supervision:
             faults.append(f"networks.{name}: deep_supervision is for network {OURS} only")
-        if not 1 <= row.enlarge <= LARGEST_ENLARGE:
-            faults.append(f"networks.{name}.enlarge is {row.enlarge}; it must be 1 to {LARGEST_ENLARGE}")
         if row.network == "mask_rcnn" and row.enlarge > 1:
-            faults.append(f"networks.{name}: enlarge is for networks that give logits while they train")
+            faults.append(
+                f"networks.{name}: enlarge is for networks that give logits while they train, and mask_rcnn does not"
+            )
         if row.network == "mask_rcnn" and row.optimizer == "muon":
             faults.append(f"networks.{name}: muon is for networks of one head, and mask_rcnn has several")
         if row.network == "mask_rcnn" and row.head == "prior":
@@ -177,12 +179,14 @@ def faults_of(grid: Grid) -> list[str]:
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
         for where, one in forms(name, row):
+            if one.enlarge not in range(1, LARGEST_ENLARGE + 1):
+                faults.append(f"{where}.enlarge is {one.enlarge}; it must be 1 to {LARGEST_ENLARGE}, a whole number")
             for key in ("alpha", "momentum", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
                 if (value := getattr(one, key)) is not None and not 0 <= value <= 1:
                     faults.append(f"{where}.{key} is {value}; it must be 0 to 1")
         for category, values in row.by_category.items():
-            for key in values.keys() - set(SEARCHED):
-                faults.append(f"networks.{name}.by_category.{category} has {key}; it may have {', '.join(SEARCHED)}")
+            for key in values.keys() - set(BY_CATEGORY):
+                faults.append(f"networks.{name}.by_category.{category} has {key}; it may have {', '.join(BY_CATEGORY)}")
     return faults
 
 
@@ -190,7 +194,7 @@ def forms(name: str, row: Row) -> Iterator[tuple[str, Row]]:
     """Gives a row and, with the name of its place, what it is in each category that it states values for."""
     yield f"networks.{name}", row
     for category, values in row.by_category.items():
-        known = {key: value for key, value in values.items() if key in SEARCHED}
+        known = {key: value for key, value in values.items() if key in BY_CATEGORY}
         yield f"networks.{name}.by_category.{category}", with_values(row, known)
 
 

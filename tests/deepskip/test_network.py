@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,34 @@ def test_padding_repeats_the_edge() -> None:
         torch.testing.assert_close(network(x), padded[..., :13, :18])
 
 
-def test_exported_program_takes_any_size() -> None:
-    network = DeepSkipUNet(3, 2, base_channels=4, levels=3).eval()
+def enlarging(side: int, times: int) -> np.ndarray:
+    """The matrix (times * side, side) that enlarges a row bilinearly, from what its pixels' centres are apart."""
+    matrix = np.zeros((times * side, side))
+    for i in range(times * side):
+        centre = min(max((i + 0.5) / times - 0.5, 0), side - 1)
+        for j in range(side):
+            matrix[i, j] = max(0, 1 - abs(centre - j))
+    return matrix
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_enlarge_is_a_larger_image_and_the_mean_of_its_logits(times: int) -> None:
+    network = DeepSkipUNet(2, 3, base_channels=2, levels=3, enlarge=times).double().eval()
+    plain = DeepSkipUNet(2, 3, base_channels=2, levels=3).double().eval()
+    network.head.weight.data.normal_()
+    plain.load_state_dict(network.state_dict())
+    H, W = 11, 9
+    x = torch.randn(2, 2, H, W, dtype=torch.float64)
+    rows, columns = enlarging(H, times), enlarging(W, times)
+    larger = np.einsum("ah,nchw,bw->ncab", rows, x.numpy(), columns)
+    with torch.inference_mode():
+        logits = plain(torch.from_numpy(larger)).reshape(2, 3, H, times, W, times).mean((3, 5))
+        torch.testing.assert_close(network(x), logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("enlarge", [1, 2])
+def test_exported_program_takes_any_size(enlarge: int) -> None:
+    network = DeepSkipUNet(3, 2, base_channels=4, levels=3, enlarge=enlarge).eval()
     auto = torch.export.Dim.AUTO
     program = torch.export.export(
         network, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: auto, 2: auto, 3: auto},)
@@ -79,6 +106,7 @@ def test_exported_program_takes_any_size() -> None:
         ({"in_channels": 3, "num_classes": 1, "encoder": "vgg"}, "encoder is 'vgg'"),
         ({"in_channels": 3, "num_classes": 1, "upsample": "cubic"}, "upsample is 'cubic'"),
         ({"in_channels": 3, "num_classes": 1, "norm": "layer"}, "norm is 'layer'"),
+        ({"in_channels": 3, "num_classes": 1, "enlarge": 5}, "enlarge is 5; it must be 1 to 4"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

@@ -62,7 +62,14 @@ def test_a_tile_that_is_nothing_but_overlap_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"levels": 3}, {"levels": 4, "upsample": "nearest"}, {"levels": 3, "encoder": "resnet34"}, {"levels": 5}],
+    [
+        {"levels": 3},
+        {"levels": 4, "upsample": "nearest"},
+        {"levels": 3, "encoder": "resnet34"},
+        {"levels": 5},
+        {"levels": 4, "enlarge": 2},
+        {"levels": 3, "enlarge": 3},
+    ],
 )
 def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -> None:
     network = network_of(1, 1, base_channels=1, **settings).double()
@@ -88,10 +95,14 @@ def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("flips", [False, True])
-@pytest.mark.parametrize(("encoder", "upsample"), [("vgg16", "bilinear"), ("resnet34", "nearest")])
-def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str, flips: bool) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "upsample", "enlarge"), [("vgg16", "bilinear", 1), ("resnet34", "nearest", 1), ("vgg16", "bilinear", 3)]
+)
+def test_tiles_equal_the_whole_image(
+    monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str, enlarge: int, flips: bool
+) -> None:
     # fp64: what differs is no rounding
-    plain = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample).double()
+    plain = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample, enlarge=enlarge).double()
     network = Flipped(plain) if flips else plain
     assert overlap_of(network) == overlap_of(plain)
     image = torch.randn(2, 2, 331, 407, dtype=torch.float64)
@@ -99,7 +110,7 @@ def test_tiles_equal_the_whole_image(monkeypatch: pytest.MonkeyPatch, encoder: s
     with torch.inference_mode():
         whole = network(image)
         monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
-        tiled = inference.predict_logits(network, image, tile)
+        tiled = inference.predict_logits(network, image, enlarge * tile)
     assert len(spans(407, tile, overlap_of(network))) > 3
     # the sum of the tiles is fp32
     torch.testing.assert_close(tiled, whole.float(), atol=1e-5, rtol=0)

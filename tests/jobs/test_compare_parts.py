@@ -285,6 +285,19 @@ def test_a_rivals_head_starts_at_the_prior_and_nothing_else_changes(network: str
     assert moved.mean().item() == pytest.approx(-2.197, abs=0.5)
 
 
+def test_enlarged_rivals_are_as_ours_are() -> None:
+    ours = Row("", "ours", widths={"deep_skips": False}, enlarge=2)
+    rival = Row("", "rival", network="plain_unet", size="paper", enlarge=2)
+    image = torch.randn(2, 3, 33, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        first, second, plain = (
+            build(row, 3, 0).eval()(image) for row in (ours, rival, dataclasses.replace(rival, enlarge=1))
+        )
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    assert first.shape == plain.shape == (2, 1, 33, 48)
+    assert not torch.allclose(first, plain, atol=1e-4)
+
+
 def test_deepskips_heads_start_at_the_prior_with_the_optimizers_weights() -> None:
     ours = Row("", "ours")
     for head, low, high in (("drawn", 0, 0.02), ("prior", 0.1, 0.3)):

@@ -19,8 +19,9 @@ from tests.deepskip.test_model import state_of
 ODD = ((1, 37, 53), (2, 101, 33), (3, 45, 71))
 
 
-def save(folder: Path, bands: int, classes: int, normalize: str, norm: str) -> None:
+def save(folder: Path, bands: int, classes: int, normalize: str, norm: str, enlarge: int) -> None:
     state = state_of(bands, classes, norm, longest_side=512)
+    state["config"]["model"]["enlarge"] = enlarge
     rng = np.random.default_rng(0)
     state["config"]["data"]["normalize"] = normalize
     state["data"]["mean"], state["data"]["std"] = (rng.uniform(50, 200, bands).tolist() for _ in range(2))
@@ -31,12 +32,12 @@ def save(folder: Path, bands: int, classes: int, normalize: str, norm: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("bands", "classes", "normalize", "norm", "formats", "tolerance"),
+    ("bands", "classes", "normalize", "norm", "enlarge", "formats", "tolerance"),
     [
-        (3, 1, "image", "batch", ["onnx", "pt2"], 1e-4),
-        (7, 4, "dataset", "batch", ["onnx"], 1e-4),
+        (3, 1, "image", "batch", 1, ["onnx", "pt2"], 1e-4),
+        (7, 4, "dataset", "batch", 2, ["onnx"], 1e-4),
         # the dark image has little for instance norm to go by, which takes it up: torch's own fp32 is 1e-4 from fp64
-        (7, 4, "dataset", "instance-batch", ["onnx"], 2e-4),
+        (7, 4, "dataset", "instance-batch", 1, ["onnx"], 2e-4),
     ],
 )
 def test_the_files_are_the_model_at_any_size_and_batch(
@@ -46,11 +47,12 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     classes: int,
     normalize: str,
     norm: str,
+    enlarge: int,
     formats: list[str],
     tolerance: float,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save(tmp_path, bands, classes, normalize, norm)
+    save(tmp_path, bands, classes, normalize, norm, enlarge)
     export.main(["--model", "runs/some", "--formats", json.dumps(formats)])
     folder = tmp_path / "exports" / "some"
     assert {path.name for path in folder.iterdir()} == {
@@ -90,7 +92,9 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     assert "| IoU | 0.5000 |" in text
     assert "| object recall | undefined |" in text
     # the stage's multiply-adds by hand: a 3x3 convolution is 2 * 9 * C * K operations a pixel
-    assert card["sizes"]["gigaflops"]["256 x 256"] == pytest.approx(flops_by_hand(bands, classes, 4, 3) / 1e9, rel=1e-6)
+    assert card["sizes"]["gigaflops"]["256 x 256"] == pytest.approx(
+        enlarge**2 * flops_by_hand(bands, classes, 4, 3) / 1e9, rel=1e-6
+    )
 
 
 def check_program(folder: Path, images: list[np.ndarray], model: deepskip.Model) -> None:
@@ -124,7 +128,7 @@ def test_a_graph_that_is_not_the_model_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save(tmp_path, 3, 1, "image", "batch")
+    save(tmp_path, 3, 1, "image", "batch", 1)
     runner = export.program_runner
     monkeypatch.setattr(export, "program_runner", lambda data: lambda image: runner(data)(image) + 2e-4)
     with pytest.raises(SystemExit) as stopped:

@@ -49,7 +49,7 @@ def test_a_named_run_of_other_settings_is_an_error(tmp_path: Path) -> None:
 def test_a_run_of_an_earlier_version_goes_on_with_settings_that_it_did_not_know(tmp_path: Path) -> None:
     trained(tmp_path, "mine", config(), finish=False)
     optim = config()["optim"]
-    same = {"data": {"copy_paste": 0.0}, "optim": optim | {"momentum": 0.95}}
+    same = {"data": {"copy_paste": 0.0}, "model": {"enlarge": 1}, "optim": optim | {"momentum": 0.95}}
     run = runs.claim(tmp_path, "mine", "x", config() | same)
     run.lock.close()
     # of others it is not known what they were

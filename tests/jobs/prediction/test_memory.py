@@ -38,6 +38,9 @@ def test_tiles_fit_the_budget() -> None:
     # 4,138 bytes a pixel were measured with flips
     assert 352 < flipped.tile < once.tile
     assert flipped.tile**2 * 4138 <= 0.75e9
+    enlarged = deepskip.DeepSkipUNet(8, 1, enlarge=2)
+    assert bytes_per_pixel(enlarged, 4) > 4 * bytes_per_pixel(network, 4)
+    assert plan(enlarged, Options(memory_gb=1), torch.device("cpu")).tile <= found.tile
     assert plan(network, Options(tile=512, batch=3), torch.device("cpu")).tile == 512
 
 
@@ -102,6 +105,7 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
         "0.15",
     ]
     used = peak(*command) - idle
-    # the image as fp32 alone has 108 MB, and the network's maps of the whole ten times as much
-    assert used < 0.2e9, used
+    # beside the budget the file is there, 54 MB, and what malloc keeps, which differs from machine to machine; the image as fp32
+    # has 108 MB, and the network's maps of the whole ten times as much
+    assert used < 0.35e9, used
     assert np.load(tmp_path / "out" / "masks" / "x.npy", mmap_mode="r").shape == (side, side)
