@@ -82,7 +82,7 @@ class Row:
     """of probability; null takes the best on validation"""
     seeds: int | None = None
     """only the first so many seeds; null takes all"""
-    by_category: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_category: dict[str, dict[str, int | float]] = field(default_factory=dict)
     """values that differ in a category, as python -m jobs.comparison.search prints them"""
     turn: int = 0
     """rows of a later turn come after all cells of the earlier ones"""
