@@ -10,6 +10,7 @@ from scipy.stats import t as student_t
 
 from jobs.comparison.results import (
     BEST,
+    ENLARGED,
     OURS,
     Mean,
     Results,
@@ -49,6 +50,7 @@ ABLATION_PAIRS = (
     ("BCE + Dice alone helps", "ablation-loss", "ablation-none"),
     ("both together help", "ablation-both", "ablation-none"),
     ("deep skips help in the tuned form", BEST, "ablation-best"),
+    ("larger images help the tuned form", ENLARGED, BEST),
     ("a search by category helps the tuned form", "deepskip-searched", BEST),
     ("deep skips help beside BCE + Dice", "ablation-both", "ablation-loss"),
     ("BCE + Dice helps beside deep skips", "ablation-both", "ablation-skips"),
@@ -328,7 +330,7 @@ def reach_text(results: Results, one: str, metric: str, words: str) -> str:
 
 
 def tuning_rows(results: Results) -> list[list[str]]:
-    """Makes the rows of ours, each change to it, and its tuned form; the best on validation is marked."""
+    """Makes the rows of ours, each change to it, and its tuned forms; the best on validation is marked."""
     chosen = chosen_form(results)
     rows = []
     for name in small_forms(results):
@@ -357,19 +359,19 @@ def chosen_form(results: Results) -> str:
 
 def small_forms(results: Results) -> list[str]:
     """Lists ours, with each change, and tuned."""
-    return [OURS, *results.group("tuning"), *tuned_form(results)]
+    return [OURS, *results.group("tuning"), *tuned_forms(results)]
 
 
-def tuned_form(results: Results) -> list[str]:
-    """Gives ours with what was chosen on validation, where it has every category."""
-    found = over_categories(results, BEST, "iou") if BEST in results.networks else Mean(math.nan)
-    return [] if math.isnan(found.value) or found.partial else [BEST]
+def tuned_forms(results: Results) -> list[str]:
+    """Lists ours with what was chosen on validation, and on larger images, where they have every category."""
+    found = {name: over_categories(results, name, "iou") for name in (BEST, ENLARGED) if name in results.networks}
+    return [name for name, mean in found.items() if not math.isnan(mean.value) and not mean.partial]
 
 
 def differences_csv(results: Results) -> str:
     """Writes every difference as CSV, in fractions: ours, as it is and tuned, against all, the ablation's rows in pairs."""
     pairs = [(OURS, other) for other in results.networks if other != OURS]
-    pairs += [(name, other) for name in tuned_form(results) for other in results.networks if other != name]
+    pairs += [(name, other) for name in tuned_forms(results) for other in results.networks if other != name]
     pairs += [(one, other) for _, one, other in ABLATION_PAIRS if {one, other} <= results.networks.keys()]
     pairs += [("ablation-both", other) for other in results.group("rival") if "ablation-both" in results.networks]
     heading = [

@@ -218,7 +218,10 @@ def way_text(results: Results, network: str) -> str:
     if values.get("copy_paste"):
         words.append("copy-paste")
     if (times := values.get("enlarge", USUAL.enlarge)) != USUAL.enlarge:
-        words.append(f"images enlarged {times} times")
+        others = [
+            shown(c) for c, own in (values.get("by_category") or {}).items() if own.get("enlarge", times) != times
+        ]
+        words.append(f"images enlarged {times} times{f' except {listed(others)}' if others else ''}")
     if values.get("test_flips"):
         words.append("flips at test")
     if head_as_drawn(results, network):

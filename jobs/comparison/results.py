@@ -14,6 +14,8 @@ from typing import Any
 OURS = "deepskip"
 # ours with what was chosen on validation
 BEST = "deepskip-best"
+# the tuned form on larger images
+ENLARGED = "deepskip-enlarged"
 Key = tuple[str, str, int]
 # from where to where thresholds were tried before cells said so
 FIRST_ENDS = (0.05, 0.95)
@@ -194,8 +196,8 @@ def whole_gap(results: Results, network: str) -> list[str]:
 
 
 def family(network: str) -> str:
-    """Gives a rival's name without its width and training: unet of unet-paper, unet-loss, unet-ours and unet-best."""
-    return re.sub("-(paper|loss|ours|best)$", "", network)
+    """Gives a rival's name without its width and training: unet of unet-paper, unet-loss, unet-ours, unet-best ..."""
+    return re.sub("-(paper|loss|ours|best|enlarged)$", "", network)
 
 
 def head_as_drawn(results: Results, network: str) -> bool:

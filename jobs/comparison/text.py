@@ -23,7 +23,7 @@ from jobs.comparison.claims import (
     spread,
     tally,
     the_five,
-    tuned_form,
+    tuned_forms,
     tuning_rows,
     verdict_of,
     widths_text,
@@ -43,6 +43,7 @@ from jobs.comparison.conditions import (
 )
 from jobs.comparison.results import (
     BEST,
+    ENLARGED,
     OURS,
     Results,
     family,
@@ -74,7 +75,7 @@ def short_text(results: Results, other: Results | None = None) -> str:
         f"* {worth(results, OURS)}, over {counted_as(len(results.categories), 'category', 'categories')}; seeds "
         f"{listed(results.seeds)}."
     )
-    lines += [f"* {worth(results, name)}. {chosen_text(results)}" for name in tuned_form(results)]
+    lines += [f"* {worth(results, name)}. {chosen_text(results, name)}" for name in tuned_forms(results)]
     for name, words in ((rival, "MIoU"), (objects, "object recall")):
         if name:
             lines.append(f"* The rival with the highest {words}: {worth(results, name)}.")
@@ -93,8 +94,14 @@ def short_text(results: Results, other: Results | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chosen_text(results: Results) -> str:
-    """Says how the tuned form was found."""
+def chosen_text(results: Results, form: str) -> str:
+    """Says how a tuned form was found."""
+    if form == ENLARGED:
+        times = results.networks[form].get("enlarge", USUAL.enlarge)
+        return (
+            f"Images are enlarged in categories whose mean validation IoU gains by it, at {times}² times the operations; that "
+            "this is chosen by category is because of test results with all enlarged."
+        )
     values = results.networks[BEST]
     what = ["norm", "rate", "augmentation"]
     if values.get("momentum", USUAL.momentum) != USUAL.momentum:
@@ -180,8 +187,8 @@ def claimants(results: Results) -> list[str]:
 
 
 def forms_of_ours(results: Results) -> list[str]:
-    """Lists ours as the config has it and, where it is whole, the tuned form."""
-    return [OURS, *tuned_form(results)]
+    """Lists ours as the config has it and, where they are whole, the tuned forms."""
+    return [OURS, *tuned_forms(results)]
 
 
 def claims_text(results: Results) -> str:
@@ -198,7 +205,7 @@ def claims_text(results: Results) -> str:
         loss = results.networks[name].get("loss")
         words = f" (loss: {LOSSES.get(loss, loss)})" if loss else ""
         parts.append(f"### Does it beat the rivals? {named(results, name)}{words}")
-        parts += [chosen_text(results)] if name == BEST else []
+        parts += [chosen_text(results, name)] if name in (BEST, ENLARGED) else []
         parts.append(grid(RIVAL_HEADINGS, rivals_rows(results, name), words=2))
         found = tally(results, name, rivals(results))
         parts.append(" ".join(f"{TALLIES[verdict]} {', '.join(of)}." for verdict, of in found.items() if of))
@@ -250,7 +257,7 @@ def tuned_text(results: Results) -> str:
     return "".join(
         f" {results.label(name)} has several changes, chosen on the validation splits of this very grid, which makes its "
         "validation MIoU a little too high."
-        for name in tuned_form(results)
+        for name in tuned_forms(results)
     )
 
 
@@ -288,7 +295,7 @@ def winning_text(results: Results, other: Results | None = None) -> str:
 
 def bar_texts(results: Results) -> list[str]:
     """Says of each form of ours whether it reaches the best rival."""
-    forms = dict.fromkeys([OURS, chosen_form(results), *tuned_form(results)]) if rivals(results) else ()
+    forms = dict.fromkeys([OURS, chosen_form(results), *tuned_forms(results)]) if rivals(results) else ()
     metrics = (("iou", "Mean IoU"), ("object_recall", "Mean object recall"))
     return [reach_text(results, form, metric, words) for form in forms for metric, words in metrics]
 
@@ -320,11 +327,12 @@ def readme_table(results: Results, other: Results | None = None) -> str:
         if name in kept
     ]
     steps = listed(values_of(results, "steps"))
+    chosen = "".join(f" {chosen_text(results, name)}" for name in ours[1:])
     caption = (
         f"{counted_as(len(results.categories), 'category', 'categories')}, "
         f"{steps} steps a cell, {machines_text(results)}; mean ± standard deviation over seeds. MIoU: the mean "
         "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest MIoU, at "
-        f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{f' {chosen_text(results)}' if ours[1:] else ''}"
+        f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{chosen}"
     )
     headings = ["network", "trained and tested with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
     lines = "\n".join(f"* {text}" for text in [*alike_texts(results), *apart_texts(other, alike_texts)])

@@ -148,6 +148,11 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     assert "flips at test" in conditions.way_text(results, "unet")
     results.networks["unet"] |= {"optimizer": "muon", "momentum": 0.9}
     assert "Muon at 0.004, momentum 0.9, flips" in conditions.way_text(results, "unet")
+    enlarged = {"enlarge": 2, "by_category": {"small_targets": {"enlarge": 1}, "coins": {"alpha": 0.7}}}
+    results.networks["fcn"] |= enlarged
+    assert conditions.way_text(results, "fcn").startswith(
+        "BCE + Dice, AdamW at 0.004, images enlarged 2 times except small targets"
+    )
     said = conditions.apart_link(results, other := read(grid), "there.md")
     assert "Its UNET is of BCE + Dice; here of BCE + Dice, Muon at 0.004, momentum 0.9, flips at test" in said
     assert "Its DEEPSKIP is of" not in conditions.apart_link(other, read(grid), "there.md")
@@ -282,6 +287,23 @@ def test_the_tuned_form_stands_beside_ours_where_it_is_whole(tmp_path: Path) -> 
     assert "| OURS, ALL | <64 |" in text.claims_text(results)
     # with its two lines of heading
     assert sum(line.startswith("|") for line in text.readme_table(results).splitlines()) <= 10
+    enlarged = {"label": "OURS, LARGER", "enlarge": 2, "by_category": {"coins": {"enlarge": 1}}}
+    networks["deepskip-enlarged"] = networks["deepskip-best"] | enlarged
+    (folder / "networks.json").write_text(json.dumps(networks))
+    for category in ("coins", "small_targets"):
+        for seed, iou in zip(SEEDS, (0.77, 0.81, 0.88), strict=True):
+            write_cell(folder / f"cells/{category}/deepskip-enlarged/{seed}.json", iou, category, seed)
+    results = read(folder)
+    row = rows_of(text.readme_table(results))["**OURS, LARGER**"]
+    assert (row["MIoU, %"], row["trained and tested with"]) == (
+        "82.0 ± 5.6", "BCE + Dice, Muon at 0.008, images enlarged 2 times except coins",
+    )  # fmt: skip
+    assert "at 2² times the operations" in text.readme_table(results)
+    # it is not trained as the rival is
+    assert not any("OURS, LARGER against" in line for line in text.alike_texts(results))
+    lead = next(line for line in text.claims_text(results).splitlines() if "larger images help" in line)
+    # differences of 0.02, 0.01 and 0.03 in both categories: 2.776 (t of 4 degrees) * sqrt(2 * 0.0001 / 3) / 2 around 0.02
+    assert "| **held** | +2.0 (+0.9 to +3.1) |" in lead
     # other copy-paste is another training
     networks["unet-best"]["copy_paste"] = 0.5
     (folder / "networks.json").write_text(json.dumps(networks))
