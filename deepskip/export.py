@@ -1,7 +1,7 @@
 """A trained model as a graph of plain operators, for ONNX runtimes and for torch without this package.
 
-The graph takes raw images: normalisation, padding to a multiple of 2^(levels - 1) and cropping are in it. The deep-skip stage
-is in its reference form: upsampling, convolution, concatenation.
+The graph takes raw images: normalisation, enlargement, padding to a multiple of 2^(levels - 1) and cropping are in it. The
+deep-skip stage is in its reference form: upsampling, convolution, concatenation.
 """
 
 import io

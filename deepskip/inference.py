@@ -48,7 +48,8 @@ def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> 
     H, W = image_NCHW.shape[-2:]
     if most_pixels(network) >= H * W:
         return network(image_NCHW)
-    tile = max(tile // enlarged_by(network), overlap_of(network).smallest_tile)
+    if (times := enlarged_by(network)) > 1:
+        tile = max(tile // times, overlap_of(network).smallest_tile)
     return logits_in_tiles(network, image_NCHW, tile)
 
 

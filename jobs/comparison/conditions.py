@@ -208,7 +208,7 @@ def way_of(results: Results, network: str) -> tuple[Any, ...]:
 
 
 def way_text(results: Results, network: str) -> str:
-    """Says how a network was trained and tested: loss, optimizer with its rate, copy-paste, flips, and a head as drawn."""
+    """Says how a network was trained and tested: loss, optimizer with its rate, augmentation, images' size, flips, head."""
     values = results.networks[network]
     words = [LOSSES.get(values.get("loss", "")), OPTIMIZERS.get(values.get("optimizer", ""))]
     if words[1] and values.get("learning_rate"):
@@ -217,11 +217,13 @@ def way_text(results: Results, network: str) -> str:
         words.append(f"momentum {values['momentum']:g}")
     if values.get("copy_paste"):
         words.append("copy-paste")
-    if (times := values.get("enlarge", USUAL.enlarge)) != USUAL.enlarge:
-        others = [
-            shown(c) for c, own in (values.get("by_category") or {}).items() if own.get("enlarge", times) != times
-        ]
-        words.append(f"images enlarged {times} times{f' except {listed(others)}' if others else ''}")
+    times = values.get("enlarge", USUAL.enlarge)
+    own = {
+        shown(c): v["enlarge"] for c, v in (values.get("by_category") or {}).items() if v.get("enlarge", times) != times
+    }
+    if own or times != USUAL.enlarge:
+        exceptions = ", ".join(f"{category} {number}" for category, number in own.items())
+        words.append(f"images enlarged {times} times{f' ({exceptions})' if own else ''}")
     if values.get("test_flips"):
         words.append("flips at test")
     if head_as_drawn(results, network):

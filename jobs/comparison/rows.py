@@ -168,10 +168,6 @@ def faults_of(grid: Grid) -> list[str]:
             faults.append(f"networks.{name}.network is {row.network!r}; it must be {OURS}, {', '.join(RIVALS)}")
         elif row.network != OURS and row.deep_supervision:
             faults.append(f"networks.{name}: deep_supervision is for network {OURS} only")
-        if row.network == "mask_rcnn" and row.enlarge > 1:
-            faults.append(
-                f"networks.{name}: enlarge is for networks that give logits while they train, and mask_rcnn does not"
-            )
         if row.network == "mask_rcnn" and row.optimizer == "muon":
             faults.append(f"networks.{name}: muon is for networks of one head, and mask_rcnn has several")
         if row.network == "mask_rcnn" and row.head == "prior":
@@ -179,8 +175,10 @@ def faults_of(grid: Grid) -> list[str]:
         if (row.loss == "own") != (row.network == "mask_rcnn"):
             faults.append(f"networks.{name}.loss is {row.loss}; mask_rcnn has its own, and no other has one")
         for where, one in forms(name, row):
-            if one.enlarge not in range(1, LARGEST_ENLARGE + 1):
+            if not isinstance(one.enlarge, int) or not 1 <= one.enlarge <= LARGEST_ENLARGE:
                 faults.append(f"{where}.enlarge is {one.enlarge}; it must be 1 to {LARGEST_ENLARGE}, a whole number")
+            elif row.network == "mask_rcnn" and one.enlarge > 1:
+                faults.append(f"{where}.enlarge is for networks that give logits while they train; mask_rcnn does not")
             for key in ("alpha", "momentum", "foreground_crops", "copy_paste", "ema_decay", "threshold"):
                 if (value := getattr(one, key)) is not None and not 0 <= value <= 1:
                     faults.append(f"{where}.{key} is {value}; it must be 0 to 1")

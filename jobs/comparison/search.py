@@ -176,8 +176,10 @@ def main(argv: list[str] | None = None) -> None:
             files.write(folder.with_suffix(".json"), json.dumps(record, indent=1).encode())
         best, before = record["best"], record["before"]
         first = f"{before['iou']:.3f}" if before else "none, as the row's own values failed,"
-        chosen[category] = {key: float(f"{value:.3g}") for key, value in best["values"].items()}
-        print(f"{category}: validation IoU {first} -> {best['iou']:.3f} with {chosen[category]}", flush=True)
+        found = {key: float(f"{value:.3g}") for key, value in best["values"].items()}
+        # what the row states there already stays
+        chosen[category] = search.networks[search.network].by_category.get(category, {}) | found
+        print(f"{category}: validation IoU {first} -> {best['iou']:.3f} with {found}", flush=True)
     print(yaml.safe_dump({"by_category": chosen}, default_flow_style=None, sort_keys=False), end="")
 
 

@@ -106,9 +106,9 @@ def plan(network: DeepSkipUNet, options: Options, device: torch.device, processe
     pixels = int(most * 2 / 3) // bytes_per_pixel(network, element, options.flips)
     overlap = overlap_of(network)
     smallest = overlap.smallest_tile
-    tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind]))
+    tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind] // network.enlarge))
     tile = tile // overlap.multiple * overlap.multiple
-    pixels = min(pixels, BATCH_PIXELS[kind])
+    pixels = min(pixels, BATCH_PIXELS[kind] // network.enlarge**2)
     # stripes are the machine's, also where the network is on a GPU
     stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
     return Plan(tile, pixels, options.batch or BATCH[kind], overlap, int(stripes))

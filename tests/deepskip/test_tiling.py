@@ -109,8 +109,12 @@ def test_tiles_equal_the_whole_image(
     tile = overlap_of(network).smallest_tile + 32
     with torch.inference_mode():
         whole = network(image)
-        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 0)
+        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 331 * 407 * enlarge**2 - 1)
+        sides: list[int] = []
+        plain.encoder[0].register_forward_hook(lambda module, inputs, output: sides.extend(output.shape[-2:]))
         tiled = inference.predict_logits(network, image, enlarge * tile)
+    # what the first level sees is as large as was asked for, and no larger
+    assert max(sides) <= enlarge * tile
     assert len(spans(407, tile, overlap_of(network))) > 3
     # the sum of the tiles is fp32
     torch.testing.assert_close(tiled, whole.float(), atol=1e-5, rtol=0)

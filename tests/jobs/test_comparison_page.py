@@ -151,7 +151,7 @@ def test_says_on_what_and_how_cells_were_trained(grid: Path) -> None:
     enlarged = {"enlarge": 2, "by_category": {"small_targets": {"enlarge": 1}, "coins": {"alpha": 0.7}}}
     results.networks["fcn"] |= enlarged
     assert conditions.way_text(results, "fcn").startswith(
-        "BCE + Dice, AdamW at 0.004, images enlarged 2 times except small targets"
+        "BCE + Dice, AdamW at 0.004, images enlarged 2 times (small targets 1)"
     )
     said = conditions.apart_link(results, other := read(grid), "there.md")
     assert "Its UNET is of BCE + Dice; here of BCE + Dice, Muon at 0.004, momentum 0.9, flips at test" in said
@@ -296,7 +296,7 @@ def test_the_tuned_form_stands_beside_ours_where_it_is_whole(tmp_path: Path) -> 
     results = read(folder)
     row = rows_of(text.readme_table(results))["**OURS, LARGER**"]
     assert (row["MIoU, %"], row["trained and tested with"]) == (
-        "82.0 ± 5.6", "BCE + Dice, Muon at 0.008, images enlarged 2 times except coins",
+        "82.0 ± 5.6", "BCE + Dice, Muon at 0.008, images enlarged 2 times (coins 1)",
     )  # fmt: skip
     assert "at 2² times the operations" in text.readme_table(results)
     # it is not trained as the rival is

@@ -94,9 +94,9 @@ def test_values_of_a_category_are_its_own(folder: Path) -> None:
     assert in_category(row, "coins") == row
     grid = Grid({"deepskip": row}, ["squares"], str(folder))
     assert faults_of(grid) == []
-    wrong = replace(row, by_category={"squares": {"alpha": 1.5, "enlarge": 2.5, "threshold": 0.5}})
+    wrong = replace(row, by_category={"squares": {"alpha": 1.5, "enlarge": 2.0, "threshold": 0.5}})
     assert faults_of(replace(grid, networks={"deepskip": wrong})) == [
-        "networks.deepskip.by_category.squares.enlarge is 2.5; it must be 1 to 4, a whole number",
+        "networks.deepskip.by_category.squares.enlarge is 2.0; it must be 1 to 4, a whole number",
         "networks.deepskip.by_category.squares.alpha is 1.5; it must be 0 to 1",
         "networks.deepskip.by_category.squares has threshold; it may have alpha, beta, learning_rate, momentum, "
         "weight_decay, ema_decay, foreground_crops, copy_paste, enlarge",

@@ -63,6 +63,10 @@ def test_large_images_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # the last has no fellow and waits all that time; on a busy machine another's fellow may take some of it
     model = Model(state(1, 1), "cpu", 10_000, 16, 3.0, 2)
     assert [answer.batch for answer in ask(model, images)] == [2, 2, 2, 2, 1]
+    # enlarged each has as many pixels as four
+    larger = state(1, 1)
+    larger["config"]["model"]["enlarge"] = 2
+    assert [answer.batch for answer in ask(Model(larger, "cpu", 10_000, 16, 3.0, 2), images[:2])] == [1, 1]
 
 
 def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
