@@ -105,10 +105,10 @@ def half_width(by_category: Iterable[Sequence[float]]) -> float:
 Values = Mapping[str, Mapping[int, float]]
 
 
-def compare(results: Results, one: str, other: str, metric: str) -> Difference:
-    """Compares two networks by a test metric, paired by category and seed."""
+def compare(results: Results, one: str, other: str, metric: str, split: str = "test") -> Difference:
+    """Compares two networks by a metric, paired by category and seed."""
     first, second = (
-        {category: by_seed(results, category, network, metric) for category in results.categories}
+        {category: by_seed(results, category, network, metric, split) for category in results.categories}
         for network in (one, other)
     )
     found = difference(first, second)
@@ -163,10 +163,23 @@ def lead(found: Difference) -> str:
 
 
 def best(results: Results, networks: list[str], metric: str, split: str = "test") -> str | None:
-    """Finds the network with the highest mean over all categories; None where none has all of them."""
+    """Finds the network with the highest mean over all categories; None where none has all of them.
+
+    Of two the one that is ahead on the seeds that both have: a seed can be worth more than what networks differ by.
+    """
     means = {network: over_categories(results, network, metric, split) for network in networks}
-    whole = [network for network, mean in means.items() if not mean.partial and not math.isnan(mean.value)]
-    return max(whole, key=lambda network: means[network].value, default=None)
+    found: str | None = None
+    for network, mean in means.items():
+        if mean.partial or math.isnan(mean.value):
+            continue
+        if found is None:
+            found = network
+            continue
+        ahead = compare(results, network, found, metric, split)
+        # without a seed that both have
+        lead = ahead.value if ahead.whole else mean.value - means[found].value
+        found = network if lead > 0 else found
+    return found
 
 
 def points(value: float) -> str:

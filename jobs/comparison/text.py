@@ -1,6 +1,5 @@
 """The words of the comparison's page on what came out and what became of the claims; Markdown."""
 
-import math
 from collections.abc import Callable
 
 from jobs.comparison.claims import (
@@ -301,16 +300,13 @@ def bar_texts(results: Results) -> list[str]:
 
 
 def readme_table(results: Results, other: Results | None = None) -> str:
-    """Makes the README's short form: at most 8 rows, ours and each rival in the form with the highest MIoU, by MIoU."""
-    better: dict[str, str] = {}
+    """Makes the README's short form: at most 8 rows, ours and each rival in its best form, by MIoU."""
+    families: dict[str, list[str]] = {}
     for name in results.group("rival"):
-        value = over_categories(results, name, "iou")
-        if not math.isnan(value.value) and not value.partial:
-            known = better.get(family(name))
-            if known is None or value.value > over_categories(results, known, "iou").value:
-                better[family(name)] = name
+        families.setdefault(family(name), []).append(name)
+    better = [form for forms in families.values() if (form := best(results, forms, "iou"))]
     ours = forms_of_ours(results)
-    names = sorted([*ours, *better.values()], key=lambda name: -over_categories(results, name, "iou").value)
+    names = sorted([*ours, *better], key=lambda name: -over_categories(results, name, "iou").value)
     # ours stay, whatever they reached
     kept = [*ours, *[name for name in names if name not in ours][: 8 - len(ours)]]
     rows = [
@@ -331,7 +327,8 @@ def readme_table(results: Results, other: Results | None = None) -> str:
     caption = (
         f"{counted_as(len(results.categories), 'category', 'categories')}, "
         f"{steps} steps a cell, {machines_text(results)}; mean ± standard deviation over seeds. MIoU: the mean "
-        "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest MIoU, at "
+        "over categories of the foreground's IoU; P: precision of pixels. Each rival in the form with the highest MIoU on the "
+        "seeds that its forms share, at "
         f"most {8 - len(ours)}: [docs/comparison](docs/comparison/README.md).{chosen}"
     )
     headings = ["network", "trained and tested with", "parameters", "MIoU, %", "object recall, %", "P, %", "seeds"]
