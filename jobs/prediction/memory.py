@@ -70,7 +70,7 @@ def bytes_per_pixel(network: DeepSkipUNet, element: int, flips: bool = False) ->
     if network.enlarge > 1:
         # all that, and the enlarged image, for each pixel that becomes of one
         once = images + network.enlarge**2 * once
-    return once + flips * 4 * (2 * network.in_channels + 3 * network.num_classes)
+    return once + flips * images
 
 
 def budget(options: Options, device: torch.device, processes: int) -> int:

@@ -107,7 +107,6 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
         "0.15",
     ]
     used = peak(*command) - idle
-    # beside the budget the file is there, 54 MB, and what malloc keeps, which differs from machine to machine; the network's
-    # maps of the whole have 1.3 GB
-    assert used < 0.35e9, used
+    # the image as fp32 alone has 108 MB, and the network's maps of the whole ten times as much
+    assert used < 0.2e9, used
     assert np.load(tmp_path / "out" / "masks" / "x.npy", mmap_mode="r").shape == (side, side)
