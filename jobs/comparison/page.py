@@ -115,7 +115,8 @@ def page_text(
             "Over a whole test split: PA, the share of pixels that are right; P, R and F1, precision and recall of foreground "
             "pixels and their harmonic mean; IoU with background, the mean of the two classes' IoUs. An object is found when "
             "more than half of its pixels are; a predicted component that touches no object is a false alarm. Object recall "
-            f"alone is highest for a network that marks everything: read it beside P.\n\n{table('table-3')}",
+            "alone is highest for a network that marks everything: read it beside P, and beside the mean IoU of an object "
+            f"with the predicted component that overlaps it most, 0 for one that is not touched.\n\n{table('table-3')}",
         ),
         (
             "Cost",

@@ -83,6 +83,7 @@ def read(folder: Path) -> Results:
         elif "test" not in cell:
             raise ValueError(f"{path} has neither an error nor test metrics; remove it and run the comparison again")
         else:
+            cell["test"]["object_iou"] = object_iou(cell)
             cells[key] = cell
     if not cells:
         raise ValueError(f"{folder / 'cells'} holds no whole cell; run python -m jobs.compare first")
@@ -108,6 +109,13 @@ def thresholds_of(cell: Mapping[str, Any]) -> tuple[float, float]:
     """Gives the lowest and the highest threshold that a cell chose among; the first cells do not state them."""
     low, high = cell.get("thresholds", FIRST_ENDS)
     return low, high
+
+
+def object_iou(cell: Mapping[str, Any]) -> float | None:
+    """Averages over a cell's objects the IoU of each with the component that overlaps it most; None where there is none."""
+    rows = [row for row in cell.get("by_size", []) if row["objects"]]
+    objects = sum(row["objects"] for row in rows)
+    return sum(row["objects"] * row["iou"] for row in rows) / objects if objects else None
 
 
 def number(value: Any) -> float:

@@ -35,9 +35,11 @@ SCORES = (
     ("F1", "f1", "percent", max),
     ("IoU with background", "miou", "percent", max),
     ("object recall", "object_recall", "percent", max),
+    ("IoU of an object", "object_iou", "percent", max),
     ("false alarms an image", "false_alarms_per_image", "alarms", min),
 )
-METRICS = ("iou", *(metric for _, metric, _, _ in SCORES))
+# what a cell measures on a split; an object's IoU is worked out from its objects by size, which are of the test split
+METRICS = ("iou", *(metric for _, metric, _, _ in SCORES if metric != "object_iou"))
 CELL_KEYS = (
     "steps",
     "batch_size",
@@ -260,6 +262,7 @@ def csv_text(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def cells_csv(results: Results) -> str:
     """Writes every cell of the grid: whole, failed and missing ones, fractions as they were measured."""
     splits = [(split, metric) for split in ("validation", "test") for metric in METRICS]
+    splits.append(("test", "object_iou"))
     heading = ["category", "network", "seed", "state", *CELL_KEYS, *(f"{split} {metric}" for split, metric in splits)]
     rows = []
     for category in results.categories:

@@ -114,14 +114,15 @@ def chosen_text(results: Results, form: str) -> str:
 
 
 def worth(results: Results, network: str) -> str:
-    """Says what a network reaches; object recall beside what it costs in pixels and objects that are none."""
-    iou, recall, precision, alarms = (
+    """Says what a network reaches; object recall beside an object's IoU, and what it costs in pixels and false alarms."""
+    iou, recall, objects, precision, alarms = (
         over_categories(results, network, key)
-        for key in ("iou", "object_recall", "precision", "false_alarms_per_image")
+        for key in ("iou", "object_recall", "object_iou", "precision", "false_alarms_per_image")
     )
     return (
         f"{results.label(network)} ({million(results.networks[network].get('parameters'))}): MIoU {spread(iou)} %, object "
-        f"recall {spread(recall)} %, precision of pixels {spread(precision)} %, {alarms.value:.1f} false alarms an image"
+        f"recall {spread(recall)} %, IoU of an object {spread(objects)} %, precision of pixels {spread(precision)} %, "
+        f"{alarms.value:.1f} false alarms an image"
     )
 
 

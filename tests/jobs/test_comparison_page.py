@@ -16,7 +16,7 @@ from PIL import Image
 
 from jobs.comparison import claims, conditions, page, tables, text
 from jobs.comparison.panels import window
-from jobs.comparison.results import by_size, over_categories, read
+from jobs.comparison.results import over_categories, read
 from tests.jobs.made_grid import IOU, SEEDS, rows_of, table, write_cell, write_grid
 
 
@@ -335,21 +335,6 @@ def test_the_bar_is_not_told_where_ours_lacks_a_category(grid: Path) -> None:
     assert said.startswith(
         "Mean IoU: **not reached on average, but it cannot be told (it lacks a category)**. DEEPSKIP 40.0"
     )
-
-
-def test_object_sizes_by_hand(grid: Path) -> None:
-    results = read(grid)
-    (objects, recall, iou), (none, *_) = by_size(results, "deepskip", results.categories)
-    assert (objects, none) == (40, 0)
-    # 5 of 10 and 9 of 30
-    assert recall.value == pytest.approx(14 / 40)
-    assert iou.value == pytest.approx((10 * 0.5 + 30 * 0.3) / 40)
-    # 35 % of every network that has both categories, in every seed
-    assert [row[1:5] for row in claims.sizes_rows(results, "deepskip")] == [
-        ["**cannot be told**", "40", "+0.0", "35.0 ± 0.0"]
-    ]
-    # it lacks a category, and the objects of the others are other objects
-    assert by_size(results, "fcn", results.categories)[0][0] == 0
 
 
 def test_panels_enlarge_what_is_small() -> None:
