@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_shards.sample import band_statistics, resample_bands, resize_longest_side
+from deepskip.allocator import give_back_freed_memory
 from deepskip.flips import Flipped
 from deepskip.inference import build_segmenter, normalize, to_probabilities
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
@@ -75,6 +76,9 @@ class Predictor:
 
     def __init__(self, state: dict[str, Any], options: Options, out: Path, made_by: str, processes: int = 1) -> None:
         self.device = memory.device_of(options)
+        # who says how much memory there is has no more; all others have the time
+        if options.memory_gb is not None and self.device.type == "cpu":
+            give_back_freed_memory()
         self.segmenter = build_segmenter(state).to(self.device)
         self.network, self.preparation = self.segmenter.network, state["data"]["preparation"]
         self.answering = Flipped(self.network) if options.flips else self.network

@@ -1,9 +1,9 @@
-"""Memory that is freed stays with the process."""
+"""Memory that is freed stays with the process, or leaves it."""
 
 import subprocess
 import sys
 
-PROGRAM = """
+FAULTS = """
 import resource, sys
 import torch
 from deepskip.allocator import keep_freed_memory
@@ -20,12 +20,36 @@ for _ in range(12):
 print(faults[-1])
 """
 
+HELD = """
+import os, sys
+import psutil, torch
+from deepskip.allocator import give_back_freed_memory
 
-def faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+if sys.argv[1] == "give back":
+    assert give_back_freed_memory()
+# once 16 MiB were freed, glibc takes blocks of that size from its heap
+torch.ones(2**22)
+before = psutil.Process().memory_info().rss
+blocks, above = [], []
+for _ in range(8):
+    blocks.append(torch.ones(2**21))
+    # what is held above them keeps them there
+    above.append(torch.ones(2**14))
+blocks.clear()
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def printed(program: str, how: str) -> int:
+    done = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def test_pages_are_not_fetched_again() -> None:
     # 64 MB are 16,384 pages
-    assert faults("keep") < 500
+    assert printed(FAULTS, "keep") < 500
+
+
+def test_freed_blocks_leave_the_process() -> None:
+    # 64 MiB were freed; what is above them has 0.5
+    assert printed(HELD, "give back") < 2**21 < 2**25 < printed(HELD, "leave")
