@@ -148,7 +148,8 @@ def by_size(sizes: Sequence[dict[str, Any]]) -> Figure:
     for shift, key, label, colour in ((-0.2, "recall", "found", FOUND), (0.2, "iou", "mean IoU", CLASS_COLOURS[1])):
         left.bar(places + shift, [np.nan_to_num(size[key]) for size in sizes], 0.4, color=colour, label=label)
     left.set(ylim=(0, 1), ylabel="share")
-    left.legend(fontsize=8)
+    if sizes:
+        left.legend(fontsize=8)
     right.bar(places, [np.nan_to_num(size["false_alarms_per_image"]) for size in sizes], 0.5, color=FALSE_ALARM)
     right.set(ylabel="false alarms an image")
     counts = [f"{name}\n{size['objects']} objects" for name, size in zip(names, sizes, strict=True)]
