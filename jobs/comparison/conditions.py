@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deepskip.flips import MIRRORINGS
-from jobs.comparison.results import Results, head_as_drawn, shortened, shown, thresholds_of
+from jobs.comparison.results import Results, head_as_drawn, machine_of, shortened, shown, thresholds_of
 from jobs.comparison.rows import TRAINING, Row
 from jobs.comparison.tables import grid
 
@@ -18,10 +18,8 @@ USUAL = Row("", "rival")
 
 def cost_text(results: Results) -> str:
     """Says what the numbers of the table of costs are of."""
-    sides, machines = (
-        listed(dict.fromkeys(v[key] for v in results.networks.values() if v.get(key)))
-        for key in ("image_size", "hardware")
-    )
+    sides = listed(dict.fromkeys(v["image_size"] for v in results.networks.values() if v.get("image_size")))
+    machines = "; ".join(dict.fromkeys(filter(None, map(machine_of, results.networks.values()))))
     size = f" and {sides} pixels a side" if sides else ""
     flipped = [
         results.label(name)
@@ -67,11 +65,6 @@ def mixed_text(results: Results) -> str:
     others = sorted(found, key=lambda name: -found[name].total())[1:]
     lines = [f"{name}: {', '.join(f'{label} {cells}' for label, cells in found[name].items())}." for name in others]
     return f"Cells elsewhere than most: {' '.join(lines)}\n\n" if lines else ""
-
-
-def machine_of(cell: dict[str, Any]) -> str:
-    """Names the machine and precision of a cell."""
-    return ", ".join(cell[key] for key in ("hardware", "precision") if cell.get(key))
 
 
 def run_text(results: Results) -> str:

@@ -118,6 +118,11 @@ def object_iou(cell: Mapping[str, Any]) -> float | None:
     return sum(row["objects"] * row["iou"] for row in rows) / objects if objects else None
 
 
+def machine_of(values: Mapping[str, Any]) -> str:
+    """Names the machine and precision of a cell, or of a network's costs; nothing where they are not known."""
+    return ", ".join(values[key] for key in ("hardware", "precision") if values.get(key))
+
+
 def number(value: Any) -> float:
     """Gives a JSON number as a float; null is nan, a ratio of nothing to nothing."""
     return math.nan if value is None else float(value)

@@ -12,6 +12,7 @@ from jobs.comparison.results import (
     Mean,
     Results,
     by_size,
+    machine_of,
     number,
     of_category,
     over_categories,
@@ -121,11 +122,11 @@ def cost_table(results: Results) -> Table:
     keys = ("parameters", "paper_parameters", "gflops", "seconds_per_image", "peak_memory_bytes")
     rows = []
     networks = [*results.group("ours"), *results.group("ablation"), *results.group("rival")]
-    machines = Counter(machine for name in networks if (machine := results.networks[name].get("hardware")))
+    machines = Counter(machine for name in networks if (machine := machine_of(results.networks[name])))
     usual = machines.most_common(1)[0][0] if machines else None
     for network in networks:
         count, paper, gflops, *times = (known(results, network, key) for key in keys)
-        if (machine := results.networks[network].get("hardware")) not in (None, usual):
+        if (machine := machine_of(results.networks[network])) not in ("", usual):
             # no time or memory to be compared with the others'
             times = [replace(mean, notes=(f"on {machine}",)) for mean in times]
         rest = [gflops, *times]

@@ -189,8 +189,10 @@ def test_times_of_another_machine_are_marked(grid: Path) -> None:
     results.networks["unet"] |= {"hardware": "a CPU, 1 thread", "seconds_per_image": 0.1}
     # one that could not be measured is on no other machine
     results.networks["pspnet"]["hardware"] = None
+    results.networks["fcn-paper"]["precision"] = "bf16"
     (cost,) = [each for each in tables.all_tables(results) if each.name == "table-4-cost"]
     assert "<sup>a</sup> on a CPU, 1 thread" in tables.to_markdown(cost)
+    assert "</sup> on a GPU, bf16 " in tables.to_markdown(cost)
     rows = rows_of(tables.to_markdown(cost))
     assert (rows["UNET"]["ms an image"], rows["FCN"]["ms an image"]) == ("100.0<sup>a</sup>", "3.2")
     assert "on None" not in tables.to_markdown(cost)
