@@ -28,8 +28,8 @@ def cost_text(results: Results) -> str:
     ]
     passes = f"{', '.join(flipped)} took {len(MIRRORINGS)} in test, of the image's mirrorings"
     return (
-        f"GFLOPs and time of one image of 3 bands{size}, by itself; memory of a training step of the grid's batch"
-        f"{f'; on {machines}' if machines else ''}. They are measured once and briefly, memory beside other work: "
+        f"GFLOPs and time of one image of 3 bands{size}, by itself; memory of a training step of the grid's batch, where "
+        f"it is a GPU's{f'; on {machines}' if machines else ''}. They are measured once and briefly, memory beside other work: "
         f"small differences say nothing.{f' Operations and time are of one pass; {passes}.' if flipped else ''}"
     )
 
