@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -
     """Says how to look at the run, train it further, and use it."""
     python = shlex.quote(shown(Path(sys.executable)))
     folder = shlex.quote(shown(run.folder))
-    again = shlex.join([*argv, "--run.name", run.name, "--optim.steps", str(2 * config.optim.steps)])
+    more = {"--run.name": run.name, "--optim.steps": str(2 * config.optim.steps)}
+    again = shlex.join(with_options(argv, more))
     if uri.startswith("sqlite:"):
         print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
     else:
@@ -70,6 +72,17 @@ def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -
         f"resume:       the same command goes on where a training was cut off; further: {python} -m jobs.submit train {again}"
     )
     print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
+
+
+def with_options(argv: Sequence[str], options: Mapping[str, str]) -> list[str]:
+    """Gives a command's arguments with options of other values, which come last: `--name value` or `--name=value` before."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word in options:
+            next(words, None)
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return [*kept, *(word for pair in options.items() for word in pair)]
 
 
 def shown(path: Path) -> str:
