@@ -303,7 +303,7 @@ def bar_texts(results: Results) -> list[str]:
 
 
 def readme_table(results: Results, other: Results | None = None) -> str:
-    """Makes the README's short form: ours and each rival in its best form, so many rivals at most, by MIoU."""
+    """Makes the README's short form: ours, and the SHORT_RIVALS best rivals each in its best form, by MIoU."""
     families: dict[str, list[str]] = {}
     for name in results.group("rival"):
         families.setdefault(family(name), []).append(name)

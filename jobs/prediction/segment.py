@@ -76,7 +76,7 @@ class Predictor:
 
     def __init__(self, state: dict[str, Any], options: Options, out: Path, made_by: str, processes: int = 1) -> None:
         self.device = memory.device_of(options)
-        # who says how much memory there is has no more; all others have the time
+        # others would pay its time for memory that they have
         if options.memory_gb is not None and self.device.type == "cpu":
             give_back_freed_memory()
         self.segmenter = build_segmenter(state).to(self.device)

@@ -21,7 +21,7 @@ print(faults[-1])
 """
 
 HELD = """
-import os, sys
+import sys
 import psutil, torch
 from deepskip.allocator import give_back_freed_memory
 
