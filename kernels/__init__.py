@@ -47,6 +47,7 @@ def loss_of_sums(
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1); see `reference.deep_skip`."""
+    reference.check_maps(inputs, weights, mode)
     found = backend.implementation(inputs[0])
     if found == "triton":
         from kernels import deep_skip_gpu

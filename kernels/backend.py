@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -52,6 +52,11 @@ def implementation(x: Tensor) -> str:
         return "triton"
     # a compiler does better with the plain form than with one in blocks
     return "cpu" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's GPU the current one while the block runs: Triton launches on the current device, whatever it is given."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def folds_norms(x: Tensor) -> bool:

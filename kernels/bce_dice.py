@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import check_target
+from kernels import backend
+from kernels.reference import check_target, ignored_label
 
 # pixels, or pixels times classes, that a program holds at a time; programs at most: rows of partial sums stay under 1 MB
 SIGMOID_BLOCK = 1024
@@ -27,7 +28,6 @@ MAX_PROGRAMS = 2048
 WARPS = 4
 # rows that are added up at a time
 ROWS = 256
-NO_IGNORE = -(2**31)
 # the kernels below are Python then, and run anywhere
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -54,10 +54,19 @@ def _log1p(x):
 
 
 @triton.jit
+def _weight(label, inside, weight, ignore, HAS_IGNORE: tl.constexpr):
+    # labels are compared in their own type: cut to 32 bits, some of 64 would be taken for the ignored one
+    counts = inside
+    if HAS_IGNORE:
+        counts = counts & (label != ignore)
+    return tl.where(counts, weight, 0.0)
+
+
+@triton.jit
 def _sigmoid_sums(
     z_ptr, t_ptr, w_ptr, out_ptr, programs, pixels, V, alpha, ignore,
     z_n, z_v, z_p, t_n, t_v, t_p, out_row,
-    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # every sample has as many programs; each takes every programs-th block of its pixels, for class v
     n = (tl.program_id(0) // programs).to(tl.int64)
@@ -76,8 +85,8 @@ def _sigmoid_sums(
     while start < pixels:
         p = start + tl.arange(0, BLOCK)
         inside = p < pixels
-        label = tl.load(t_ptr + p * t_p, mask=inside, other=0).to(tl.int32)
-        w = tl.where(inside & (label != ignore), weight, 0.0)
+        label = tl.load(t_ptr + p * t_p, mask=inside, other=0)
+        w = _weight(label, inside, weight, ignore, HAS_IGNORE)
         z = tl.load(z_ptr + p * z_p, mask=inside, other=0.0).to(tl.float32)
         # what does not count may hold anything: 0 * inf would be nan
         z = tl.where(w != 0.0, z, 0.0)
@@ -120,7 +129,7 @@ def _add_rows(rows_ptr, out_ptr, rows, row_step, WIDTH: tl.constexpr, ROWS: tl.c
 def _sigmoid_gradient(
     z_ptr, t_ptr, w_ptr, g_ptr, dz_ptr, programs, pixels, V, alpha, ignore,
     z_n, z_v, z_p, t_n, t_v, t_p,
-    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // programs).to(tl.int64)
     v = tl.program_id(1).to(tl.int64)
@@ -129,11 +138,11 @@ def _sigmoid_gradient(
     g_bce = tl.load(g_ptr)
     g_to = tl.load(g_ptr + 2 + v)
     g_oo = tl.load(g_ptr + 2 + V + v)
-    label = tl.load(t_ptr + n * t_n + v * t_v + p * t_p, mask=inside, other=0).to(tl.int32)
+    label = tl.load(t_ptr + n * t_n + v * t_v + p * t_p, mask=inside, other=0)
     weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(w_ptr + n).to(tl.float32)
-    w = tl.where(inside & (label != ignore), weight, 0.0)
+    w = _weight(label, inside, weight, ignore, HAS_IGNORE)
     z = tl.load(z_ptr + n * z_n + v * z_v + p * z_p, mask=inside, other=0.0).to(tl.float32)
     z = tl.where(w != 0.0, z, 0.0)
     t = tl.where(w != 0.0, label, 0).to(tl.float32)
@@ -146,13 +155,13 @@ def _sigmoid_gradient(
 
 @triton.jit
 def _softmax_tile(z_ptr, t_ptr, w_ptr, n, p, pixels, V, ignore, z_n, z_v, z_p, t_n, t_p,
-                  HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr):  # fmt: skip
+                  HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, CLASSES: tl.constexpr):  # fmt: skip
     inside = p < pixels
-    label = tl.load(t_ptr + n * t_n + p * t_p, mask=inside, other=0).to(tl.int32)
+    label = tl.load(t_ptr + n * t_n + p * t_p, mask=inside, other=0)
     weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(w_ptr + n).to(tl.float32)
-    w = tl.where(inside & (label != ignore), weight, 0.0)
+    w = _weight(label, inside, weight, ignore, HAS_IGNORE)
     label = tl.where(w != 0.0, label, 0)
     v = tl.arange(0, CLASSES)
     place = n * z_n + (p * z_p)[None, :] + (v.to(tl.int64) * z_v)[:, None]
@@ -172,7 +181,7 @@ def _softmax_tile(z_ptr, t_ptr, w_ptr, n, p, pixels, V, ignore, z_n, z_v, z_p, t
 def _softmax_sums(
     z_ptr, t_ptr, w_ptr, out_ptr, programs, pixels, V, alpha, ignore,
     z_n, z_v, z_p, t_n, t_p, out_row,
-    HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     bce = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
@@ -184,7 +193,7 @@ def _softmax_sums(
     while start < pixels:
         z, o, t, norm, w, label, _, _ = _softmax_tile(
             z_ptr, t_ptr, w_ptr, n, start + tl.arange(0, BLOCK), pixels, V, ignore, z_n, z_v, z_p, t_n, t_p,
-            HAS_WEIGHT, CLASSES,
+            HAS_WEIGHT, HAS_IGNORE, CLASSES,
         )  # fmt: skip
         log_o = tl.sum(tl.where(t, z, 0.0), axis=0) - tl.log(norm)
         bce += w * tl.where(label != 0, alpha, 1.0 - alpha) * -log_o
@@ -207,12 +216,12 @@ def _softmax_sums(
 def _softmax_gradient(
     z_ptr, t_ptr, w_ptr, g_ptr, dz_ptr, programs, pixels, V, alpha, ignore,
     z_n, z_v, z_p, t_n, t_p,
-    HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // programs).to(tl.int64)
     p = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, o, t, _, w, label, place, there = _softmax_tile(
-        z_ptr, t_ptr, w_ptr, n, p, pixels, V, ignore, z_n, z_v, z_p, t_n, t_p, HAS_WEIGHT, CLASSES
+        z_ptr, t_ptr, w_ptr, n, p, pixels, V, ignore, z_n, z_v, z_p, t_n, t_p, HAS_WEIGHT, HAS_IGNORE, CLASSES
     )
     v = tl.arange(0, CLASSES)
     g_to = tl.load(g_ptr + 2 + v, mask=v < V, other=0.0)
@@ -264,7 +273,8 @@ def programs_of_a_sample(at: Layout, block: int) -> int:
 
 def _added_up(rows: Tensor, V: int, width: int) -> Tensor:
     sums = torch.empty(2 + 3 * V, dtype=torch.float32, device=rows.device)
-    _add_rows[(len(sums),)](rows, sums, len(rows), rows.stride(0), WIDTH=width, ROWS=ROWS, num_warps=WARPS)
+    with backend.device_of(rows):
+        _add_rows[(len(sums),)](rows, sums, len(rows), rows.stride(0), WIDTH=width, ROWS=ROWS, num_warps=WARPS)
     return sums
 
 
@@ -276,7 +286,7 @@ def _sums(
     if not z.numel():
         return torch.zeros(2 + 3 * z.shape[1], device=z.device)
     at = _layout(z, t)
-    ignore = NO_IGNORE if ignore_index is None else ignore_index
+    ignore = ignored_label(target.dtype, ignore_index)
     # where there are no weights, a pointer that is not read
     weight = z if w is None else w
     strides = (at.z_n, at.z_v, at.z_p, at.t_n)
@@ -284,18 +294,20 @@ def _sums(
         sizes = softmax_sizes(at.V)
         programs = programs_of_a_sample(at, sizes["BLOCK"])
         rows = torch.empty(at.N * programs, 2 + 3 * at.V, dtype=torch.float32, device=z.device)
-        _softmax_sums[(len(rows),)](
-            z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_p, rows.stride(0),
-            HAS_WEIGHT=w is not None, **sizes, num_warps=WARPS,
-        )  # fmt: skip
+        with backend.device_of(z):
+            _softmax_sums[(len(rows),)](
+                z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore or 0, *strides, at.t_p, rows.stride(0),
+                HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, **sizes, num_warps=WARPS,
+            )  # fmt: skip
         return _added_up(rows, at.V, 1)
     block = SIGMOID_BLOCK
     programs = programs_of_a_sample(at, block)
     rows = torch.empty(at.N * programs, 5 * at.V, dtype=torch.float32, device=z.device)
-    _sigmoid_sums[(len(rows), at.V)](
-        z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_v, at.t_p, rows.stride(0),
-        HAS_WEIGHT=w is not None, BLOCK=block, num_warps=WARPS,
-    )  # fmt: skip
+    with backend.device_of(z):
+        _sigmoid_sums[(len(rows), at.V)](
+            z, t, weight, rows, programs, at.pixels, at.V, alpha, ignore or 0, *strides, at.t_v, at.t_p, rows.stride(0),
+            HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, BLOCK=block, num_warps=WARPS,
+        )  # fmt: skip
     return _added_up(rows, at.V, at.V)
 
 
@@ -310,7 +322,7 @@ def _gradient(
 ) -> Tensor:
     z, t, w = _prepare(logits, target, sample_weight)
     at = _layout(z, t)
-    ignore = NO_IGNORE if ignore_index is None else ignore_index
+    ignore = ignored_label(target.dtype, ignore_index)
     weight = z if w is None else w
     strides = (at.z_n, at.z_v, at.z_p, at.t_n)
     dz = torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device)
@@ -320,17 +332,19 @@ def _gradient(
     if _is_softmax(logits, target):
         sizes = softmax_sizes(at.V)
         programs = triton.cdiv(at.pixels, sizes["BLOCK"])
-        _softmax_gradient[(at.N * programs,)](
-            z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_p,
-            HAS_WEIGHT=w is not None, **sizes, num_warps=WARPS,
-        )  # fmt: skip
+        with backend.device_of(z):
+            _softmax_gradient[(at.N * programs,)](
+                z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore or 0, *strides, at.t_p,
+                HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, **sizes, num_warps=WARPS,
+            )  # fmt: skip
     else:
         block = SIGMOID_BLOCK
         programs = triton.cdiv(at.pixels, block)
-        _sigmoid_gradient[(at.N * programs, at.V)](
-            z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore, *strides, at.t_v, at.t_p,
-            HAS_WEIGHT=w is not None, BLOCK=block, num_warps=WARPS,
-        )  # fmt: skip
+        with backend.device_of(z):
+            _sigmoid_gradient[(at.N * programs, at.V)](
+                z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore or 0, *strides, at.t_v, at.t_p,
+                HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, BLOCK=block, num_warps=WARPS,
+            )  # fmt: skip
     return dz
 
 

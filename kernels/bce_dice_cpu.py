@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import check_target
+from kernels.reference import check_target, ignored_label
 
 # elements of logits in a block: measured; smaller ones spend their time in calls, larger ones leave the cache
 BLOCK = 2**18
@@ -40,7 +40,7 @@ def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[t
 
 def _counted(labels: Tensor, ignore_index: int | None) -> Tensor | None:
     """Gives which labels count, as bool; None where all do, for sure, which saves work."""
-    if ignore_index is None or labels.dtype == torch.bool:
+    if ignore_index is None:
         return None
     # the extremes of bytes are found thirty times as fast as whether any of them is the one
     if int(labels.amax()) < ignore_index or int(labels.amin()) > ignore_index:
@@ -177,7 +177,7 @@ def bce_dice_sums(
     Shapes as there; logits fp32, fp16 or bf16. Has no second derivative. Raises ValueError for shapes that do not fit.
     """
     check_target(logits, target)
-    return _Sums.apply(logits, target, sample_weight, alpha, ignore_index)
+    return _Sums.apply(logits, target, sample_weight, alpha, ignored_label(target.dtype, ignore_index))
 
 
 class _Loss(torch.autograd.Function):

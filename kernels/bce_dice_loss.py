@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import backend
 from kernels.bce_dice import must_run, no_second_backward
 
 # the least fp32 that is not subnormal: a batch without a counted pixel has loss 0, not nan
@@ -65,10 +66,11 @@ def _loss_of_sums_gradient(
 def _loss(sums: Tensor, class_weights: Tensor | None, beta: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     V = (len(sums) - 2) // 3
     out = [torch.empty((), dtype=torch.float32, device=sums.device) for _ in range(3)]
-    _loss_of_sums[(1,)](
-        sums.contiguous(), sums if class_weights is None else class_weights, *out, V, beta, eps,
-        HAS_Q=class_weights is not None, CLASSES=triton.next_power_of_2(V), num_warps=1,
-    )  # fmt: skip
+    with backend.device_of(sums):
+        _loss_of_sums[(1,)](
+            sums.contiguous(), sums if class_weights is None else class_weights, *out, V, beta, eps,
+            HAS_Q=class_weights is not None, CLASSES=triton.next_power_of_2(V), num_warps=1,
+        )  # fmt: skip
     return out[0], out[1], out[2]
 
 
@@ -85,11 +87,12 @@ def _loss_gradient(
     V = (len(sums) - 2) // 3
     out = torch.empty(2 + 3 * V, dtype=torch.float32, device=sums.device)
     grads = [sums if g is None else g for g in (g_loss, g_bce, g_dice)]
-    _loss_of_sums_gradient[(1,)](
-        *grads, sums.contiguous(), sums if class_weights is None else class_weights, out, V, beta, eps,
-        HAS_LOSS=g_loss is not None, HAS_BCE=g_bce is not None, HAS_DICE=g_dice is not None,
-        HAS_Q=class_weights is not None, CLASSES=triton.next_power_of_2(V), num_warps=1,
-    )  # fmt: skip
+    with backend.device_of(sums):
+        _loss_of_sums_gradient[(1,)](
+            *grads, sums.contiguous(), sums if class_weights is None else class_weights, out, V, beta, eps,
+            HAS_LOSS=g_loss is not None, HAS_BCE=g_bce is not None, HAS_DICE=g_dice is not None,
+            HAS_Q=class_weights is not None, CLASSES=triton.next_power_of_2(V), num_warps=1,
+        )  # fmt: skip
     return out
 
 

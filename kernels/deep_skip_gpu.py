@@ -14,6 +14,7 @@ other program writes. The level's own map is convolved by cuDNN and put beside t
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
+from kernels import backend, reference
 from kernels.bce_dice import INTERPRETED, must_run, no_second_backward
 
 # columns of the output that a program copies of the level's own map
@@ -264,12 +265,13 @@ def _launch(wide: Tensor, own: Tensor, maps: Sequence[Tensor], last: bool, mode:
     cut = plan(W, factors, K, own.dtype, backward)
     # bf16 is wrong in the interpreter's arithmetic; three products of tf32 are as good as one of fp32
     operand = getattr(tl, "float32" if INTERPRETED else str(own.dtype).removeprefix("torch."))
-    _branches[(N * H // cut.stripe * sum(cut.blocks), triton.cdiv(K, cut.channels))](
-        wide, own, tuple(maps), cut.blocks, sum(cut.blocks), H, W, K,
-        FACTORS=factors, WINDOW=cut.window, STRIPE=cut.stripe, COLUMNS=OWN_COLUMNS, CHANNELS=cut.channels,
-        LAST=last, BILINEAR=mode == "bilinear", BACKWARD=backward, OPERAND=operand, PRECISION="tf32x3",
-        num_warps=cut.warps,
-    )  # fmt: skip
+    with backend.device_of(own):
+        _branches[(N * H // cut.stripe * sum(cut.blocks), triton.cdiv(K, cut.channels))](
+            wide, own, tuple(maps), cut.blocks, sum(cut.blocks), H, W, K,
+            FACTORS=factors, WINDOW=cut.window, STRIPE=cut.stripe, COLUMNS=OWN_COLUMNS, CHANNELS=cut.channels,
+            LAST=last, BILINEAR=mode == "bilinear", BACKWARD=backward, OPERAND=operand, PRECISION="tf32x3",
+            num_warps=cut.warps,
+        )  # fmt: skip
 
 
 def _is_last(x: Tensor) -> bool:
@@ -296,10 +298,15 @@ def _(own: Tensor, taps: Sequence[Tensor], mode: str) -> Tensor:
     return _like(own, (N, K * (len(taps) + 1), H, W), _is_last(own))
 
 
+def _taps_type(dtype: torch.dtype) -> torch.dtype:
+    # a tap's gradient is the sum of s^2 gradients: 256 of them pass fp16's 65,504 where each is 256
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _gradients(grad: Tensor, factors: Sequence[int]) -> list[Tensor]:
     N, channels, H, W = grad.shape
     K = channels // (len(factors) + 1)
-    maps = [grad.new_empty(N, H // s, W // s, 9 * K) for s in factors]
+    maps = [grad.new_empty(N, H // s, W // s, 9 * K, dtype=_taps_type(grad.dtype)) for s in factors]
     return [_like(grad, (N, K, H, W), _is_last(grad)), *maps]
 
 
@@ -342,8 +349,16 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
         x.shape[3] * (H // x.shape[2]) != W for x in inputs[1:]
     ):
         return reference.deep_skip(inputs, weights, mode)
+    own = reference.conv3(inputs[0], weights[0])
+    if len(inputs) == 1:
+        return own
     taps = []
-    for x, weight in zip(inputs[1:], weights[1:], strict=True):
-        mixed = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
-        taps.append(F.linear(x.permute(0, 2, 3, 1), mixed))
-    return _spread(reference.conv3(inputs[0], weights[0]), taps, mode)
+    # autocast would make fp16 of the taps again
+    with torch.autocast(own.device.type, enabled=False) if own.dtype == torch.float16 else nullcontext():
+        for x, weight in zip(inputs[1:], weights[1:], strict=True):
+            mixed = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+            x_NHWC = x.permute(0, 2, 3, 1)
+            if own.dtype == torch.float16:
+                x_NHWC, mixed = x_NHWC.float(), mixed.float()
+            taps.append(F.linear(x_NHWC, mixed))
+    return _spread(own, taps, mode)

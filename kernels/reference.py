@@ -19,6 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_maps(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -> None:
+    """Check the arguments of `deep_skip`.
+
+    Raises:
+        ValueError: no map, another number of weights than maps, maps of unequal batches, weights that are not
+            (K, C_i, 3, 3) of one K, or an unknown mode.
+    """
+    if not inputs or len(inputs) != len(weights):
+        raise ValueError(f"deep_skip takes one weight a map, and one map or more; got {len(inputs)} and {len(weights)}")
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f'mode is {mode!r}; it must be "bilinear" or "nearest"')
+    N, K = len(inputs[0]), len(weights[0])
+    for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+        if x.ndim != 4 or len(x) != N or tuple(weight.shape) != (K, x.shape[1], 3, 3):
+            raise ValueError(
+                f"map {i} is {tuple(x.shape)} and its weight {tuple(weight.shape)}; "
+                f"they must be ({N}, C, H, W) and ({K}, C, 3, 3)"
+            )
+
+
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (the paper's eq. 1).
 
@@ -58,10 +78,28 @@ def upsample(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:
-    """Raises ValueError unless the target is (N, H, W) or (N, V, H, W) for logits (N, V, H, W)."""
+    """Check a target of integers, (N, H, W) or (N, V, H, W), against logits (N, V, H, W).
+
+    Raises:
+        ValueError: another shape, or labels that are not integers or bool.
+    """
     N, V, H, W = logits.shape
+    if target.is_floating_point() or target.is_complex():
+        raise ValueError(f"target holds {target.dtype}; labels must be integers or bool: target.to(torch.uint8)")
     if tuple(target.shape) not in ((N, V, H, W), (N, H, W)):
         raise ValueError(f"target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}")
+
+
+def ignored_label(dtype: torch.dtype, ignore_index: int | None) -> int | None:
+    """Return the ignored label, or None where labels of this type cannot be it.
+
+    torch wraps a number that a tensor's type cannot hold: `uint8_labels != 256` is false where the label is 0.
+    A bool mask has foreground and background only.
+    """
+    if ignore_index is None or dtype == torch.bool:
+        return None
+    limits = torch.iinfo(dtype)
+    return ignore_index if limits.min <= ignore_index <= limits.max else None
 
 
 def bce_dice_sums(
@@ -86,7 +124,8 @@ def bce_dice_sums(
     check_target(logits, target)
     labels = target if target.ndim == 4 or not independent else target[:, None]
 
-    counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    ignore = ignored_label(labels.dtype, ignore_index)
+    counts = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
     weight = counts.to(z_NVHW.dtype)
     if sample_weight is not None:
         weight = weight * sample_weight.to(z_NVHW.dtype).view(-1, *[1] * (labels.ndim - 1))

@@ -165,6 +165,50 @@ def test_compiled_whole_and_no_second_derivative(triton_form: ModuleType) -> Non
         first.sum().backward()
 
 
+# what a label's type holds, and what it does not: torch compares a uint8 with 256 as with 0
+@pytest.mark.parametrize(
+    ("labels", "ignore", "ignored"),
+    [
+        (torch.int64, 2**32 + 1, 2**32 + 1),
+        (torch.int64, -(2**31), -(2**31)),
+        (torch.int64, 1, 1),
+        (torch.int32, 2**32 + 1, None),
+        (torch.int32, -(2**31), -(2**31)),
+        (torch.int16, 2**16 + 1, None),
+        (torch.uint8, 256, None),
+        (torch.uint8, -1, None),
+        (torch.bool, 1, None),
+    ],
+)
+@pytest.mark.parametrize("V", [1, 3])
+@pytest.mark.parametrize("form", ["triton", "cpu", "reference"])
+def test_the_ignored_label_is_compared_in_the_labels_own_type(
+    triton_form: ModuleType, form: str, V: int, labels: torch.dtype, ignore: int, ignored: int | None
+) -> None:
+    implementation = {"triton": triton_form, "cpu": bce_dice_cpu, "reference": reference}[form]
+    device = "cpu" if form == "cpu" else DEVICE
+    logits, target = case(V, False, torch.float32, torch.uint8, device=device)
+    target = (target != 0 if labels == torch.bool else target).to(labels)
+    if ignored is not None:
+        target[:, 2:5] = ignored
+    # by hand, what is ignored is 7
+    plain = torch.where(target == ignored, 7, target.long()) if ignored is not None else target.long()
+    g = np.random.default_rng(0).normal(size=2 + 3 * V)
+    expected, gradient = by_hand(logits, plain, 0.3, 7, None, g)
+    leaf = logits.clone().requires_grad_()
+    sums = implementation.bce_dice_sums(leaf, target, alpha=0.3, ignore_index=ignore)
+    np.testing.assert_allclose(sums.detach().cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
+    sums.backward(torch.from_numpy(g).float().to(device))
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad.cpu().numpy(), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_that_are_not_integers_are_refused(triton_form: ModuleType) -> None:
+    for implementation in (triton_form, bce_dice_cpu, reference):
+        with pytest.raises(ValueError, match=r"target holds torch\.float32; labels must be integers or bool"):
+            implementation.bce_dice_sums(torch.zeros(1, 1, 4, 4, device=DEVICE), torch.rand(1, 4, 4, device=DEVICE))
+
+
 def test_a_confident_and_right_network_has_a_loss_of_almost_nothing() -> None:
     # 20 - softplus(20) would be rounded to anything
     logits, target = torch.full((1, 1, 8, 8), 20.0), torch.ones(1, 8, 8, dtype=torch.uint8)
@@ -209,19 +253,19 @@ def test_elements_beyond_two_to_the_31(triton_form: ModuleType, monkeypatch: pyt
         rows = torch.empty(N * 2, 5 * V)
         strides = (z_n, z_v, z_p)
         triton_form._sigmoid_sums[(N * 2, V)](
-            z, labels, z, rows, 2, pixels, V, 0.3, 255, *strides, *strides, 5 * V, HAS_WEIGHT=False, BLOCK=16
+            z, labels, z, rows, 2, pixels, V, 0.3, 255, *strides, *strides, 5 * V, HAS_WEIGHT=False, HAS_IGNORE=True, BLOCK=16
         )
         np.testing.assert_allclose(triton_form._added_up(rows, V, V).numpy(), expected, rtol=2e-6)
         triton_form._sigmoid_gradient[(N * 5, V)](
             z, labels, z, torch.from_numpy(g).float(), dz, 5, pixels, V, 0.3, 255, *strides, *strides,
-            HAS_WEIGHT=False, BLOCK=16,
+            HAS_WEIGHT=False, HAS_IGNORE=True, BLOCK=16,
         )  # fmt: skip
         np.testing.assert_allclose(dz[places].double().numpy(), gradient[:, :, 0], rtol=1e-3, atol=1e-4)
 
         labels[places[:, 0]] = small_exclusive[:, 0]
         expected, gradient = by_hand(small, small_exclusive, 0.3, 255, None, g)
         rows = torch.empty(N * 2, 2 + 3 * V)
-        sizes = {"HAS_WEIGHT": False, "CLASSES": 2, "BLOCK": 16}
+        sizes = {"HAS_WEIGHT": False, "HAS_IGNORE": True, "CLASSES": 2, "BLOCK": 16}
         triton_form._softmax_sums[(N * 2,)](
             z, labels, z, rows, 2, pixels, V, 0.3, 255, *strides, z_n, z_p, 2 + 3 * V, **sizes
         )

@@ -116,6 +116,47 @@ def test_other_sizes_get_the_plain_form(triton_deep_skip: ModuleType) -> None:
     )
 
 
+@pytest.mark.parametrize("form", ["triton", "auto", "reference"])
+def test_one_map_is_its_own_convolution(
+    triton_deep_skip: ModuleType, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(kernels.backend, "_chosen", form)
+    inputs, weights = case(8, (), 4, 6, torch.float32)
+    torch.testing.assert_close(kernels.deep_skip(inputs, weights), F.conv2d(inputs[0], weights[0], padding=1))
+
+
+@pytest.mark.parametrize("form", ["triton", "auto", "reference"])
+def test_arguments_that_do_not_fit_are_refused(
+    triton_deep_skip: ModuleType, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(kernels.backend, "_chosen", form)
+    inputs, weights = case(8, (2,), 4, 4, torch.float32)
+    for maps, kernel_weights, mode, message in (
+        ([], [], "bilinear", "one map or more; got 0 and 0"),
+        (inputs, weights[:1], "bilinear", "got 2 and 1"),
+        (inputs, weights, "bicubic", "mode is 'bicubic'"),
+        # fewer channels of output than the level's own: the launch would read beyond the taps
+        (inputs, [weights[0], weights[1][:4]], "bilinear", r"map 1 is \(2, 16, 2, 2\) and its weight \(4, 16, 3, 3\)"),
+        ([inputs[0], inputs[1][:1]], weights, "bilinear", r"map 1 is \(1, 16, 2, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.deep_skip(maps, kernel_weights, mode)
+
+
+def test_sums_of_fp16_gradients_do_not_overflow(triton_deep_skip: ModuleType) -> None:
+    # a tap of the map at s = 8 is in 8 x 8 outputs: sums of 64 gradients of 2,000 pass 65,504
+    inputs, weights = case(4, (8,), 16, 16, torch.float16)
+    weights[1] = weights[1] / 256
+    leaves = [x.requires_grad_() for x in (*inputs, *weights)]
+    out = triton_deep_skip.deep_skip(leaves[:2], leaves[2:])
+    grad = torch.full_like(out, 2000)
+    (d_x,) = torch.autograd.grad(out, leaves[1], grad)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    (expected,) = torch.autograd.grad(reference.deep_skip(exact[:2], exact[2:]), exact[1], grad.double())
+    assert d_x.dtype == torch.float16
+    assert (d_x - expected).norm() <= 1e-3 * expected.norm()
+
+
 def test_a_second_derivative_is_refused(triton_deep_skip: ModuleType) -> None:
     inputs, weights = case(8, (2,), 4, 4, torch.float32)
     out = triton_deep_skip.deep_skip([x.requires_grad_() for x in inputs], weights)
@@ -150,10 +191,11 @@ def test_the_whole_network_and_its_loss_compile_into_one_graph(
         assert (found[name][1] - found["plain"][1]).norm() <= 1e-4 * found["plain"][1].norm()
 
 
-def test_autocast_gives_the_branches_in_its_type(triton_deep_skip: ModuleType) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_branches_in_its_type(triton_deep_skip: ModuleType, dtype: torch.dtype) -> None:
     inputs, weights = case(8, (2, 4), 8, 8, torch.float32)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE, dtype):
         out = triton_deep_skip.deep_skip(inputs, weights)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     expected = reference.deep_skip([x.double() for x in inputs], [w.double() for w in weights])
     assert (out - expected).norm() <= 1e-2 * expected.norm()
