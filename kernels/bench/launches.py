@@ -1,0 +1,152 @@
+"""What a call starts on a GPU, found without one: Triton's launches, built as they would be there, and all other operators.
+
+The call runs on tensors of torch's meta device. Its Triton kernels are built by their own launchers, with the types and the
+specialisations (a constant for 1, divisible by 16) that a real launch gets, and not started.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+from kernels import backend
+from kernels.bench.traffic import Moved, Traffic, as_on_gpu
+
+# kernel parameters stand there in the constant bank
+_PARAMETERS = {80: 0x160, 90: 0x210}
+_BANK_WORDS = 4096
+
+
+class TritonLaunch(NamedTuple):
+    """A kernel as it would be launched: the build, its grid, and its arguments (type, value) without constants."""
+
+    build: Any
+    grid: tuple[int, int, int]
+    arguments: list[tuple[str, Any]]
+    named: dict[str, Any]
+
+    def constants(self, architecture: int) -> np.ndarray:
+        """Return its constant bank as 32-bit words: tensors get addresses far from each other."""
+        bank = np.zeros(4 * _BANK_WORDS, np.uint8)
+        header = [32 * self.build.metadata.num_warps, 1, 1, *self.grid]
+        bank[:24] = np.array(header, np.uint32).view(np.uint8)
+        at, bases = _PARAMETERS[architecture], {}
+        for kind, value in self.arguments:
+            if kind.startswith("*"):
+                base = bases.setdefault(value.untyped_storage()._cdata, len(bases) + 1 << 40)
+                raw = np.array([base + value.storage_offset() * value.element_size()], np.uint64)
+            else:
+                raw = np.array([value], {"i32": np.int32, "i64": np.int64, "fp32": np.float32}[kind])
+            at += -at % raw.itemsize
+            bank[at : at + raw.itemsize] = raw.view(np.uint8)
+            at += raw.itemsize
+        return bank.view(np.uint32)
+
+
+class Started(NamedTuple):
+    """One launch of a call: what it moves, and the Triton launch where it is one of ours."""
+
+    moved: Moved
+    launch: TritonLaunch | None
+    arguments: tuple[Any, ...]
+
+
+class _Driver:
+    """Stands in for CUDA's driver in front of Triton's launchers."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(kind, tuple):
+        for one, other in zip(kind, value, strict=True):
+            yield from _flat(one, other)
+    elif kind != "constexpr":
+        yield kind, value
+
+
+class Launches(Traffic):
+    """Collects a call's launches while it is on; use `started`, and meta tensors.
+
+    Attributes:
+        started: a row for each launch, in order.
+    """
+
+    def __init__(self, architecture: int) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.started: list[Started] = []
+        self._building: list[TritonLaunch] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mine = OPDEFS.get(func._schema.name) if func.namespace == "deepskip" else None
+        before = len(self.moved)
+        if mine is None:
+            result = as_on_gpu(func, args, func(*args, **kwargs))
+            self.note(func, args, kwargs, result)
+            self.started += [Started(row, None, args) for row in self.moved[before:]]
+            return result
+        self._building = []
+        # with the operators inside: a copy that makes an input contiguous is a launch of its own
+        with self:
+            result = mine._init_fn(*args, **kwargs)
+        self.note(func, args, kwargs, result)
+        whole = self.moved[-1]
+        self.started += [
+            # what the operator moves is told once
+            Started(whole if i == 0 else whole._replace(read=0, written=0), launch, args)
+            for i, launch in enumerate(self._building)
+        ]
+        return result
+
+    def build(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        """Build a kernel in the place of launching it."""
+        made = _run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        names = kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
+        # a float argument is a float, however it is written
+        found = [pair for name in names for pair in _flat(made.src.signature[name], values[name])]
+        self._building.append(TritonLaunch(made, (*grid, 1, 1)[:3], found, values))
+        return made
+
+    @contextmanager
+    def watching(self) -> Iterator["Launches"]:
+        """Collect while the block runs; raises RuntimeError where Triton's interpreter is on."""
+        if triton.knobs.runtime.interpret:
+            raise RuntimeError("TRITON_INTERPRET is set: there is nothing to build")
+        active = triton.runtime.driver._active
+        triton.runtime.driver.set_active(_Driver(self.architecture))  # type: ignore[arg-type]
+        JITFunction.run = lambda kernel, *args, **kwargs: self.build(kernel, *args, **kwargs)  # type: ignore[method-assign]
+        try:
+            with backend.chosen("triton"), self:
+                yield self
+        finally:
+            JITFunction.run = _run  # type: ignore[method-assign]
+            triton.runtime.driver._active = active
+
+
+_run = JITFunction.run
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = True) -> Tensor:
+    """Make a tensor without memory, channels last where it has four dimensions."""
+    layout = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
