@@ -353,12 +353,10 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     if len(inputs) == 1:
         return own
     taps = []
-    # autocast would make fp16 of the taps again
-    with torch.autocast(own.device.type, enabled=False) if own.dtype == torch.float16 else nullcontext():
+    half = own.dtype == torch.float16
+    # autocast, which the meta device does not have, would make fp16 of the taps again
+    with torch.autocast(own.device.type, enabled=False) if half and not own.is_meta else nullcontext():
         for x, weight in zip(inputs[1:], weights[1:], strict=True):
-            mixed = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
-            x_NHWC = x.permute(0, 2, 3, 1)
-            if own.dtype == torch.float16:
-                x_NHWC, mixed = x_NHWC.float(), mixed.float()
-            taps.append(F.linear(x_NHWC, mixed))
+            x_NHWC, mixed = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+            taps.append(F.linear(x_NHWC.float(), mixed.float()) if half else F.linear(x_NHWC, mixed))
     return _spread(own, taps, mode)

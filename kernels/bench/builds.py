@@ -1,7 +1,7 @@
 """Builds every kernel for GPUs that need not be here, and tells what each takes: python -m kernels.bench.builds.
 
 Without arguments a line for each variant and architecture: architecture, variant, registers a thread, bytes spilled a thread,
-bytes of shared memory a program. With --json FILE the rows of `counts`: instructions, bytes and floors of the benchmark's launches.
+bytes of shared memory a program. With --json FILE the rows of `counts`: instructions, bytes and floors of the benchmark.
 """
 
 import argparse

@@ -232,7 +232,7 @@ def rows(architecture: int, part: Any) -> Iterator[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> str:
     """Make a Markdown table of the rows, the launches of one name added up."""
     lines = [
-        "| launch | code | warp instructions a pixel | of them counted | bytes a pixel | card | issue floor, ms | memory floor, ms |",
+        "| launch | code | warp instructions a pixel | ours alone | bytes a pixel | card | issue, ms | memory, ms |",
         "|---|---|---:|---:|---:|---|---:|---:|",
     ]
     for name, arch in dict.fromkeys((one["launch"], one["arch"]) for one in found):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kernels.bench.machine_code import Instruction
-from kernels.bench.warp_state import LANES, Access, Lanes, Unresolved, WarpState, is_predicate
+from kernels.bench.warp_state import LANES, Access, Lanes, Unresolved, WarpState, is_predicate, next_register
 
 
 def _signed(x: np.ndarray) -> np.ndarray:
@@ -382,6 +382,23 @@ def _global_memory(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     return False
 
 
+def _local_memory(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
+    # registers that are spilled, each at a place of its own
+    stores = i.name == "STL"
+    place, name = i.operands if stores else i.operands[::-1]
+    base, _, offset = place.strip("[]").partition("+")
+    at = warp.value(base)
+    if at is None:
+        raise Unresolved(f"{i}: an unknown place")
+    first = int(at[0]) + int(offset or "0", 0)
+    for k in range(next((w // 32 for w in (128, 64) if f".{w}" in i.opcode), 1)):
+        slot = f"local {first + 4 * k}"
+        source, to = (name, slot) if stores else (slot, name)
+        warp.put(to, warp.value(source), mask)
+        name = next_register(name)
+    return True
+
+
 def _always(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     # a barrier that is waited for is there in the end
     if is_predicate(i.operands[0]):
@@ -398,5 +415,5 @@ HANDLERS: dict[str, Callable[[WarpState, Instruction, Lanes], bool]] = {
     "UIMNMX": _least, "VIMNMX": _least, "VIADDMNMX": _least, "PRMT": _permute, "UPRMT": _permute, "SGXT": _extend_sign,
     "USGXT": _extend_sign, "IABS": _absolute, "I2F": _float_of, "MUFU": _reciprocal, "F2I": _whole_of,
     "P2R": _pack_predicates, "R2P": _unpack_predicates, "LDG": _global_memory, "STG": _global_memory,
-    "LDGSTS": _global_memory, "RED": _global_memory, "SYNCS": _always,
+    "LDGSTS": _global_memory, "RED": _global_memory, "LDL": _local_memory, "STL": _local_memory, "SYNCS": _always,
 }  # fmt: skip

@@ -65,6 +65,8 @@ class WarpState:
             return np.zeros(LANES, np.uint32)
         if name[0] in "RU" and name.lstrip("UR").isdigit():
             return self._known(self.registers, name)
+        if name.startswith("local "):
+            return self._known(self.registers, name)
         if match := re.fullmatch(r"c\[0x0\]\[0x([0-9a-f]+)\]", name):
             return np.full(LANES, self.constants[int(match[1], 16) // 4], np.uint32)
         if name in self.special:

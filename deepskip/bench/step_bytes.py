@@ -1,0 +1,113 @@
+"""Bytes that a training step moves, launch by launch, counted without a GPU: python -m deepskip.bench.step_bytes.
+
+The network's forward pass, its loss and its backward pass run on torch's meta device in bf16 autocast, channels last, as a GPU
+runs them; each launch counts what it reads and writes (`kernels.bench.traffic`). A level's bytes are those of its encoder and
+decoder block, pooling counts to the level it reads. The optimizer, the moving average and augmentation are not in it.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from deepskip import BCEDiceLoss, DeepSkipUNet
+from kernels.bench.counts import CARDS
+from kernels.bench.launches import meta
+from kernels.bench.traffic import Autocast, Moved, Traffic
+
+SIZE = (32, 3, 512, 512)
+
+
+def level_modules(network: DeepSkipUNet) -> dict[str, nn.Module]:
+    """Name the modules of each level; the head is level 1's."""
+    found: dict[str, nn.Module] = {"level 1, head": network.head}
+    for kind, levels in (("encoder", network.encoder), ("decoder", network.decoder)):
+        found |= {f"level {u}, {kind}": level for u, level in enumerate(levels, 1)}
+    return found
+
+
+def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...], backend: str) -> list[Moved]:
+    """Count one step.
+
+    Args:
+        network: on the meta device.
+        modules: what is to be told apart, by name.
+        size: of the image, (N, bands, H, W).
+        backend: "triton" or "reference".
+
+    Returns:
+        A row for each launch; what is in none of the modules has an empty place.
+    """
+    network.train()
+    image = meta(*size, dtype=torch.float32)
+    mask = torch.empty(size[0], *size[2:], dtype=torch.uint8, device="meta")
+    traffic = Traffic()
+    with kernels.backend.chosen(backend), traffic, traffic.following(modules):
+        with Autocast(torch.bfloat16):
+            logits: Tensor = network(image)
+        BCEDiceLoss()(logits, mask).backward()
+    return traffic.moved
+
+
+def level_of(row: Moved) -> str:
+    """Return the level of a launch: its module's, or, outside them, "between" for pooling and "loss" for the rest."""
+    if row.place:
+        return row.place.split(",")[0]
+    return "pooling" if "max_pool" in row.operator else "loss and others"
+
+
+def rows(backend: str, size: tuple[int, ...] = SIZE, **options: Any) -> list[dict[str, Any]]:
+    """Make the rows of a network: launch by launch, with its level and bytes a pixel of the image."""
+    with torch.device("meta"):
+        network = DeepSkipUNet(size[1], 1, **options).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pixels = size[0] * size[2] * size[3]
+    return [
+        {
+            "form": backend, "operator": f"{one.operator} {one.part}".strip(), "place": one.place, "level": level_of(one),
+            "read": one.read, "written": one.written, "bytes_per_pixel": (one.read + one.written) / pixels,
+        }
+        for one in step(network, level_modules(network), size, backend)
+    ]  # fmt: skip
+
+
+def table(forms: dict[str, list[dict[str, Any]]], size: tuple[int, ...]) -> str:
+    """Make Markdown tables: bytes a pixel of the image by level and by operator, a column a form."""
+    lines = []
+    for key in ("level", "operator"):
+        sums: dict[str, dict[str, float]] = defaultdict(dict)
+        for form, found in forms.items():
+            for row in found:
+                sums[row[key]][form] = sums[row[key]].get(form, 0.0) + row["bytes_per_pixel"]
+        order = sorted(sums) if key == "level" else sorted(sums, key=lambda name: -sum(sums[name].values()))
+        lines += [f"| {key} | " + " | ".join(forms) + " |", "|---|" + "---:|" * len(forms)]
+        lines += [
+            f"| {name} | " + " | ".join(f"{sums[name].get(form, 0.0):,.0f}" for form in forms) + " |" for name in order
+        ]
+        lines.append("")
+    whole = {form: sum(row["read"] + row["written"] for row in found) for form, found in forms.items()}
+    lines += ["| whole step | " + " | ".join(forms) + " |", "|---|" + "---:|" * len(forms)]
+    lines.append("| GB | " + " | ".join(f"{n / 1e9:.1f}" for n in whole.values()) + " |")
+    for card in ("H100", "H200"):
+        times = " | ".join(f"{1e3 * n / CARDS[card].bandwidth:.1f}" for n in whole.values())
+        lines.append(f"| ms at {card}'s copy speed | {times} |")
+    return f"bf16, {' x '.join(map(str, size))}, b = 8, bytes a pixel of the image\n\n" + "\n".join(lines)
+
+
+def main() -> None:
+    """Print the tables of today's form and the plain one, and write all rows."""
+    parser = argparse.ArgumentParser(prog="python -m deepskip.bench.step_bytes", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    arguments = parser.parse_args()
+    forms = {"deepskip": rows("triton"), "plain": rows("reference")}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(forms, indent=1) + "\n")
+    print(table(forms, SIZE))
+
+
+if __name__ == "__main__":
+    main()
