@@ -79,11 +79,12 @@ def test_checkpoint(benchmark: Any, tmp_path: Path) -> None:
     }
     with CheckpointWriter(tmp_path, config.run.keep_checkpoints) as writer:
         times: dict[str, list[float]] = {name: [] for name in calls}
+        timers = {name: measure.timer(call, DEVICE) for name, call in calls.items()}
         names = list(calls)
         for turn in range(ROUNDS + 3):
             # each goes first, second and last as often: what a slow spell of the machine takes, it takes from all
             for name in names[turn % 3 :] + names[: turn % 3]:
-                times[name].append(measure.seconds(calls[name], DEVICE))
+                times[name].append(timers[name]())
         seconds = {name: values[3:] for name, values in times.items()}
         alone = statistics.median(seconds["no checkpoint"])
         added = {

@@ -1,7 +1,7 @@
 """BCE + Dice, forward and backward, beside other implementations; `make bench` runs it and writes the page."""
 
-import itertools
 import statistics
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.bench import measure, opponents
+from kernels.bench import cases, measure, opponents
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -20,25 +20,6 @@ SIZES = (
 )
 ROUNDS = 50 if DEVICE.type == "cuda" else 30
 NAMES = ("deepskip", "eager", "torch.compile", "MONAI DiceCELoss", "smp Dice + BCE")
-
-
-def inputs(size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Makes logits that need a gradient, and a uint8 target of a tenth foreground."""
-    N, V, H, W = size
-    logits = torch.randn(size, device=DEVICE).to(DTYPE).requires_grad_()
-    target = (
-        torch.rand(N, H, W, device=DEVICE)
-        .mul_(10 if V == 1 else V)
-        .sub_(8.999 if V == 1 else 0)
-        .clamp_(0, max(1, V - 1))
-    )
-    return logits, target.to(torch.uint8)
-
-
-def counted_bytes(size: tuple[int, ...]) -> int:
-    """Gives the bytes that no implementation can do without: logits read twice, gradient written, target read twice."""
-    N, V, H, W = size
-    return N * H * W * (3 * V * torch.empty(0, dtype=DTYPE).element_size() + 2)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +34,10 @@ def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, 
     if name not in losses:
         pytest.skip(f"{name} is not installed (kernels/bench/requirements.txt)")
     loss = losses[name]
-    sets = measure.copies(lambda: inputs(size), DEVICE)
+    inputs = cases.loss_inputs(size, DTYPE, DEVICE)
     if name in ("deepskip", "eager", "torch.compile"):
         # nothing is timed that is not right
-        logits, target = sets[0]
+        logits, target = inputs
         exact = reference.loss_of_sums(reference.bce_dice_sums(logits.detach().double(), target))[0]
         torch.testing.assert_close(loss(logits, target).detach().double(), exact, rtol=1e-5, atol=1e-6)
 
@@ -64,26 +45,20 @@ def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, 
         logits.grad = None
         which(logits, target).backward()
 
-    turns = itertools.cycle(sets)
-
-    def seconds(which: opponents.Loss) -> float:
-        chosen = next(turns)
-        return measure.seconds(lambda: step(which, *chosen), DEVICE)
-
-    for _ in range(3):
-        seconds(loss)
-        seconds(opponents.fused)
+    forms = {"": loss, "ours": opponents.fused}
+    calls = {name: measure.rotated(partial(step, form), *inputs, device=DEVICE) for name, form in forms.items()}
     # in turns, so that a slow spell of the machine hits both
-    pairs = [(seconds(loss), seconds(opponents.fused)) for _ in range(ROUNDS)]
-    theirs, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
-    quantiles = statistics.quantiles([pair[0] for pair in pairs], n=10)
+    times = measure.turns(calls, ROUNDS, DEVICE)
+    theirs, ours = (statistics.median(values) for values in times.values())
+    quantiles = statistics.quantiles(times[""], n=10)
+    moved = cases.loss_bytes(size, DTYPE)
     row = {
         "size": "x".join(map(str, size)), "implementation": name, "dtype": str(DTYPE).removeprefix("torch."),
         "seconds": theirs, "seconds_10": quantiles[0], "seconds_90": quantiles[-1], "deepskip_is": theirs / ours,
-        "bytes_per_second": counted_bytes(size) / theirs, "of_a_copy": counted_bytes(size) / theirs / bandwidth,
-        "copy_bandwidth": bandwidth, "peak_bytes": measure.peak_bytes(lambda: step(loss, *sets[0]), DEVICE),
-        "launches": measure.launches(lambda: step(loss, *sets[0]), DEVICE),
-        "saved_bytes": measure.saved_bytes(lambda: loss(*sets[0]), sets[0]),
+        "bytes_per_second": moved / theirs, "of_a_copy": moved / theirs / bandwidth,
+        "copy_bandwidth": bandwidth, "peak_bytes": measure.peak_bytes(lambda: step(loss, *inputs), DEVICE),
+        "launches": measure.launches(lambda: step(loss, *inputs), DEVICE),
+        "saved_bytes": measure.saved_bytes(lambda: loss(*inputs), inputs),
     }  # fmt: skip
     benchmark.extra_info |= {"suite": "bce_dice", "rows": [row]}
-    benchmark.pedantic(lambda: step(loss, *next(turns)), rounds=10, warmup_rounds=1)
+    benchmark.pedantic(calls[""], rounds=10, warmup_rounds=1)

@@ -1,6 +1,5 @@
 """The deep-skip stage of every decoder level, beside the plain form; `make bench` runs it and writes the page."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,33 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
 from kernels import deep_skip_cpu, reference
-from kernels.bench import measure
+from kernels.bench import cases, measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SIZES = ((16, 512, 512), (8, 1024, 1024)) if DEVICE.type == "cuda" else ((8, 128, 128),)
 ROUNDS = 50 if DEVICE.type == "cuda" else 15
-BASE, LEVELS = 8, 5
 # the forms that keep what they upsample
 PLAIN = ("plain, channels last", "plain, contiguous", "torch.compile, channels last")
-Stage = Callable[[list[Tensor], list[Tensor]], Tensor]
-
-
-def level_inputs(u: int, N: int, H: int, W: int, layout: torch.memory_format) -> tuple[list[Tensor], list[Tensor]]:
-    """Makes the maps and weights of decoder level u, 1 first: E_u .. E_{B-1} and D_{u+1}; H and W are the level's own."""
-    generator = torch.Generator(DEVICE).manual_seed(u)
-    channels = BASE * 2 ** (u - 1)
-    inputs, weights = [], []
-    for s in (*(2**j for j in range(LEVELS - u)), 2):
-        x = torch.randn(N, channels * s, H // s, W // s, generator=generator, device=DEVICE)
-        weight = (
-            torch.randn(channels, channels * s, 3, 3, generator=generator, device=DEVICE) / (9 * channels * s) ** 0.5
-        )
-        inputs.append(x.to(DTYPE).contiguous(memory_format=layout).requires_grad_())
-        weights.append(weight.to(DTYPE).contiguous(memory_format=layout).requires_grad_())
-    return inputs, weights
 
 
 def ours_is_low(tensors: tuple[list[Tensor], list[Tensor]]) -> bool:
@@ -46,19 +27,16 @@ def ours_is_low(tensors: tuple[list[Tensor], list[Tensor]]) -> bool:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-@pytest.mark.parametrize("u", range(1, LEVELS))
+@pytest.mark.parametrize("u", range(1, cases.LEVELS))
 def test_deep_skip(benchmark: Any, u: int, size: tuple[int, int, int]) -> None:
     N, H, W = size[0], size[1] // 2 ** (u - 1), size[2] // 2 ** (u - 1)
     torch.backends.cudnn.benchmark = True
-    last = level_inputs(u, N, H, W, torch.channels_last)
-    first = level_inputs(u, N, H, W, torch.contiguous_format)
-    compiled = torch.compile(reference.deep_skip, fullgraph=True)
-    stages: dict[str, tuple[Stage, tuple[list[Tensor], list[Tensor]]]] = {
-        "deepskip": (kernels.deep_skip, last),
-        "plain, channels last": (reference.deep_skip, last),
-        "plain, contiguous": (reference.deep_skip, first),
-        "torch.compile, channels last": (compiled, last),
+    made = {
+        layout: cases.level_inputs(u, N, H, W, DTYPE, layout, DEVICE)
+        for layout in (torch.channels_last, torch.contiguous_format)
     }
+    last = made[torch.channels_last]
+    stages = {name: (stage, made[layout]) for name, (stage, layout) in cases.stages().items()}
     # nothing is timed that is not right
     exact = reference.deep_skip([x.detach().double() for x in last[0]], [w.detach().double() for w in last[1]])
     grad = torch.randn_like(exact).to(DTYPE)

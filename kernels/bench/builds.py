@@ -37,23 +37,25 @@ class Build(NamedTuple):
 def loss_calls() -> dict[str, Callable[[], Tensor]]:
     """Return calls of BCE + Dice for the types and shapes that make other kernels, by name."""
 
-    def call(dtype: torch.dtype, labels: torch.dtype, V: int, N: int = 2, **options: Any) -> Callable[[], Tensor]:
+    def call(
+        dtype: torch.dtype, labels: torch.dtype, V: int, N: int = 2, ignore: int | None = 255, weighted: bool = False
+    ) -> Callable[[], Tensor]:
         def run() -> Tensor:
             logits = meta(N, V, 512, 512, dtype=dtype, last=False).requires_grad_()
-            weights = {"class_weights": meta(V, dtype=torch.float32)} if options.pop("weighted", False) else {}
-            sums = kernels.bce_dice_sums(logits, meta(N, 512, 512, dtype=labels), **options)
-            return kernels.loss_of_sums(sums, **weights)[0]
+            samples, classes = (meta(n, dtype=torch.float32) if weighted else None for n in (N, V))
+            target = meta(N, 512, 512, dtype=labels)
+            sums = kernels.bce_dice_sums(logits, target, ignore_index=ignore, sample_weight=samples)
+            return kernels.loss_of_sums(sums, classes)[0]
 
         return run
 
-    weight = {"sample_weight": meta(2, dtype=torch.float32)}
     found = {}
     for dtype in LOGITS:
         for V in (1, 4, 32):
             name = f"{str(dtype).removeprefix('torch.')}, {V} classes"
             found[f"{name}, uint8"] = call(dtype, torch.uint8, V)
-            found[f"{name}, int64, sample and class weights"] = call(dtype, torch.int64, V, **weight, weighted=True)
-    found["bfloat16, 19 classes, uint8, all labels count"] = call(torch.bfloat16, torch.uint8, 19, ignore_index=None)
+            found[f"{name}, int64, sample and class weights"] = call(dtype, torch.int64, V, weighted=True)
+    found["bfloat16, 19 classes, uint8, all labels count"] = call(torch.bfloat16, torch.uint8, 19, ignore=None)
     # the loss of a crop: one program a sample, which Triton makes a constant of
     found["bfloat16, 1 classes, bool, many samples"] = call(torch.bfloat16, torch.bool, 1, N=4096)
     return found

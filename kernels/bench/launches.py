@@ -37,7 +37,8 @@ class TritonLaunch(NamedTuple):
         bank = np.zeros(4 * _BANK_WORDS, np.uint8)
         header = [32 * self.build.metadata.num_warps, 1, 1, *self.grid]
         bank[:24] = np.array(header, np.uint32).view(np.uint8)
-        at, bases = _PARAMETERS[architecture], {}
+        at = _PARAMETERS[architecture]
+        bases: dict[int, int] = {}
         for kind, value in self.arguments:
             if kind.startswith("*"):
                 base = bases.setdefault(value.untyped_storage()._cdata, len(bases) + 1 << 40)
@@ -133,13 +134,13 @@ class Launches(Traffic):
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: there is nothing to build")
         active = triton.runtime.driver._active
-        triton.runtime.driver.set_active(_Driver(self.architecture))  # type: ignore[arg-type]
-        JITFunction.run = lambda kernel, *args, **kwargs: self.build(kernel, *args, **kwargs)  # type: ignore[method-assign]
+        triton.runtime.driver.set_active(_Driver(self.architecture))
+        JITFunction.run = lambda kernel, *args, **kwargs: self.build(kernel, *args, **kwargs)
         try:
             with backend.chosen("triton"), self:
                 yield self
         finally:
-            JITFunction.run = _run  # type: ignore[method-assign]
+            JITFunction.run = _run
             triton.runtime.driver._active = active
 
 

@@ -1,5 +1,6 @@
 """How the benchmarks measure: bytes that a call allocates and keeps, the machine's copy bandwidth, what the machine is."""
 
+import itertools
 import json
 import os
 import platform
@@ -8,26 +9,35 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 # more than any last-level cache, so that rotated buffers come from memory
 ROTATED = 2**29
-# clock cycles, some 20 ms, for which a GPU waits while the host starts what is to be timed
-AHEAD = 40_000_000
+# what a GPU waits for the host beyond the host's own time, in seconds and as a share of it
+AHEAD, AHEAD_SHARE = 2e-4, 0.5
 
 
-def copies(make: Callable[[], tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Makes as many sets of inputs as are needed to pass the caches on a GPU; on a CPU two."""
-    first = make()
-    size = sum(x.numel() * x.element_size() for x in first)
-    count = max(2, min(64, ROTATED // max(size, 1))) if device.type == "cuda" else 2
-    return [first, *(make() for _ in range(count - 1))]
+def rotated(function: Callable[..., Any], *arguments: Any, device: torch.device) -> Callable[[], Any]:
+    """Return what calls a function with its arguments or copies of them, in turns, as many as pass a GPU's caches.
+
+    A call that finds its inputs where the last one left them times the cache. On a CPU two sets do.
+    """
+    size = sum(x.numel() * x.element_size() for x in tree_leaves(arguments) if isinstance(x, Tensor))
+    count = max(1, min(64, -(-ROTATED // max(size, 1)))) if device.type == "cuda" else 2
+
+    def copy(x: Any) -> Any:
+        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    chosen = itertools.cycle([arguments, *(tree_map(copy, arguments) for _ in range(count - 1))])
+    return lambda: function(*next(chosen))
 
 
 def wait(device: torch.device) -> None:
@@ -36,30 +46,87 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Times a call, on a GPU by events: the card's own time, as in a training whose host runs ahead of it."""
-    if device.type == "cuda":
-        torch.cuda._sleep(AHEAD)
+@cache
+def cycles_per_second(device: torch.device) -> float:
+    """Measure how many of its clock cycles a GPU sleeps in a second."""
+    cycles = 20_000_000
+    times = []
+    for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return cycles / min(times)
+
+
+def timer(call: Callable[[], Any], device: torch.device, warm: int = 3) -> Callable[[], float]:
+    """Return what times a call, in seconds; on a GPU by events, the card's own time, as in a training whose host runs ahead.
+
+    The call runs `warm` times before, for what is built and cached on the first. On a GPU the host's time of the last is
+    measured, and before each timing the card sleeps for longer than that: all its work lies ready when the clock starts.
+    """
+    if device.type != "cuda":
+
+        def on_host() -> float:
+            started = time.perf_counter()
+            call()
+            return time.perf_counter() - started
+
+        for _ in range(warm):
+            call()
+        return on_host
+
+    for _ in range(max(1, warm)):
+        wait(device)
+        started = time.perf_counter()
+        call()
+        host = time.perf_counter() - started
+    wait(device)
+    cycles = int(cycles_per_second(device) * (AHEAD + (1 + AHEAD_SHARE) * host))
+
+    def on_card() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
         start.record()
         call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+
+    return on_card
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Gives every call's median seconds; in turns, so that a slow spell of the machine hits all."""
+def turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 3
+) -> dict[str, list[float]]:
+    """Return every call's seconds, `rounds` of each; in turns, so that a slow spell of the machine hits all."""
+    timers = {name: timer(call, device, warm) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 3):
-        for name, call in calls.items():
-            took = seconds(call, device)
-            if turn >= 3:
-                times[name].append(took)
-    return {name: statistics.median(values) for name, values in times.items()}
+    for _ in range(rounds):
+        for name, timed in timers.items():
+            times[name].append(timed())
+    return times
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Return every call's median seconds, measured in turns."""
+    return {name: statistics.median(times) for name, times in turns(calls, rounds, device).items()}
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], None]:
+    """Capture a call on a GPU as a CUDA graph and return what replays it."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
@@ -114,26 +181,30 @@ def launches(call: Callable[[], Any], device: torch.device) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())
 
 
+def bandwidth_seconds(kind: str, size: int, device: torch.device, rounds: int = 20) -> list[float]:
+    """Time moving `size` bytes: "copy" (read and written bytes together are `size`), "read" or "write".
+
+    Reading adds up 32-bit integers, in one pass and with nothing to write.
+    """
+    x = torch.zeros(size // (8 if kind == "copy" else 4), dtype=torch.int32, device=device)
+    y = torch.empty_like(x) if kind == "copy" else x
+    calls: dict[str, Callable[[], Any]] = {
+        "copy": lambda: y.copy_(x), "read": lambda: x.sum(dtype=torch.int32), "write": x.zero_,
+    }  # fmt: skip
+    return turns({kind: calls[kind]}, rounds, device)[kind]
+
+
 def copy_bandwidth(device: torch.device) -> float:
-    """Measures bytes/s of copying a large tensor: read and written bytes over the median of 20 times."""
-    x = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    times = []
-    for _ in range(25):
-        wait(device)
-        started = time.perf_counter()
-        y.copy_(x)
-        wait(device)
-        times.append(time.perf_counter() - started)
-    return 2 * x.numel() / statistics.median(times[5:])
+    """Measure bytes/s of a large copy, read and written bytes over the median time; 2 GiB on a GPU, past its cache."""
+    size = 2**31 if device.type == "cuda" else 2**27
+    return size / statistics.median(bandwidth_seconds("copy", size, device))
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures operations/s of a large matrix product, the median of 10 times."""
+    """Measure operations/s of a large matrix product, the median of 10 times."""
     n = 8192 if device.type == "cuda" else 2048
     x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = sorted(seconds(lambda: torch.mm(x, y), device) for _ in range(13))
-    return 2 * n**3 / times[len(times) // 2]
+    return 2 * n**3 / in_turns({"": lambda: torch.mm(x, y)}, 10, device)[""]
 
 
 class _OperatorTimes(TorchDispatchMode):
@@ -189,6 +260,26 @@ def trace(call: Callable[[], Any], device: torch.device, path: Path) -> None:
     profile.export_chrome_trace(str(path))
 
 
+def card_state() -> dict[str, str]:
+    """Return what nvidia-smi tells of the card now: driver, clocks and power; nothing where it is not there."""
+    keys = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.max.sm",
+        "clocks.mem",
+        "power.draw",
+        "power.limit",
+        "temperature.gpu",
+    )
+    try:
+        query = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.strip().splitlines()[:1]
+    return dict(zip(keys, values[0].split(", "), strict=False)) if done.returncode == 0 and values else {}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Says what the numbers were taken on."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -203,8 +294,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         import triton
 
         found |= {"name": torch.cuda.get_device_name(device), "triton": triton.__version__, "cuda": torch.version.cuda}
-        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(driver, capture_output=True, text=True, check=False).stdout.strip()
+        found |= card_state()
     else:
         found |= {
             "name": cpu_name(),

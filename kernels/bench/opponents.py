@@ -1,12 +1,14 @@
 """Losses that the fused one is compared with; each takes logits and target and gives a scalar."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
 from kernels import reference, torchvision_ops
+from kernels.bench import cases
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,13 +45,14 @@ def smp_dice_bce(classes: int) -> Loss:
     return lambda logits, target: dice(logits, target.long()) + entropy(logits, target.long())
 
 
-def all_of(classes: int) -> dict[str, Loss]:
-    """Gives every loss by its name; those whose package is not installed are left out."""
-    compiled = torch.compile(eager, fullgraph=True, mode="max-autotune-no-cudagraphs")
+def all_of(classes: int, **options: Any) -> dict[str, Loss]:
+    """Return every loss by its name, options for torch.compile; those whose package is not installed are left out."""
+    compiled = cases.compiled(eager, **(options or {"mode": "max-autotune-no-cudagraphs"}))
     found: dict[str, Loss] = {"deepskip": fused, "eager": eager, "torch.compile": compiled}
     for name, make in (("MONAI DiceCELoss", monai_dice_ce), ("smp Dice + BCE", smp_dice_bce)):
         try:
             found[name] = make(classes)
-        except ImportError:
+        except (ImportError, RuntimeError):
+            # a torchvision of another build than torch's raises the latter
             continue
     return found

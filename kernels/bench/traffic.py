@@ -107,7 +107,7 @@ class Traffic(TorchDispatchMode):
             self.moved.append(Moved(name, part, _bytes(reads), _bytes(writes), self._where()))
 
     def _where(self) -> str:
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         if node is None:
             return self.place
         number = node._sequence_nr()
@@ -120,13 +120,13 @@ class Traffic(TorchDispatchMode):
 
         def enter(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                self.place, starts[name] = name, torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+                self.place, starts[name] = name, torch._C._autograd._get_sequence_nr()
 
             return hook
 
         def leave(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                self.places.append((starts[name], torch._C._autograd._get_sequence_nr(), name))  # type: ignore[attr-defined]
+                self.places.append((starts[name], torch._C._autograd._get_sequence_nr(), name))
                 self.place = ""
 
             return hook

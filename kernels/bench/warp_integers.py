@@ -1,5 +1,6 @@
 """What each opcode does to integers, addresses and predicates; all others give what is unknown."""
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -195,18 +196,19 @@ def _logic(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 
 def _logic_of_predicates(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     first, second, *rest = i.operands
-    a, b, c = (warp.truth(x) for x in rest[:3])
+    terms = [warp.truth(x) for x in rest[:3]]
+    # an unknown that makes no difference is left out: false and anything is false
+    choices = [(0, 0xFFFFFFFF) if x is None else (None,) for x in terms]
     for name, table in ((first, rest[3]), (second, rest[4])):
-        result: Lanes = None
-        # an unknown that makes no difference is left out: false and anything is false
-        for choice in (0, 0xFFFFFFFF):
-            filled = [np.full(LANES, choice, np.uint32) if x is None else -x.astype(np.uint32) for x in (a, b, c)]
-            found = _lookup(int(table, 0), *filled) != 0
-            if choice and (result != found).any():
-                result = None
-                break
-            result = found
-        warp.put_truth(name, result, mask)
+        found = []
+        for choice in itertools.product(*choices):
+            words = [
+                np.full(LANES, filled, np.uint32) if x is None else np.where(x, 0xFFFFFFFF, 0).astype(np.uint32)
+                for x, filled in zip(terms, choice, strict=True)
+            ]
+            found.append(_lookup(int(table, 0), *words) != 0)
+        same = all((one == found[0]).all() for one in found)
+        warp.put_truth(name, found[0] if same else None, mask)
     return True
 
 
@@ -225,11 +227,10 @@ def _set_predicate(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
             low = warp.truth(extended[0])
             result = None if low is None else np.where(a == b, low, _compare(how, x, y))
     for name, found in ((first, result), (second, None if result is None else ~result)):
-        if join == "AND" and other is not None and not other.any():
-            found, known = other, other
-        else:
-            known = other
-        warp.put_truth(name, None if found is None or known is None else _JOIN[join](found, known), mask)
+        # false and anything is false
+        never = join == "AND" and other is not None and not other.any()
+        known = other if never else None if found is None or other is None else _JOIN[join](found, other)
+        warp.put_truth(name, known, mask)
     return True
 
 

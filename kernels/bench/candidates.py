@@ -1,0 +1,153 @@
+"""Shapes that a launch could have: how they are named, put in the place of the product's, built beforehand and called."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+import kernels
+from kernels import bce_dice, deep_skip_gpu
+from kernels.bench import cases, machine_code, measure
+from kernels.bench.launches import Launches, meta
+
+
+class Candidate(NamedTuple):
+    """A shape of one launch.
+
+    operator: the launch, as the product's operator is called. case: the size. level: of the decoder, 0 for the loss.
+    shape: (N, H, W) of the level, or (N, V, H, W) of the logits. settings: what takes the place of the product's.
+    taken: whether it is the product's own.
+    """
+
+    operator: str
+    case: str
+    level: int
+    shape: tuple[int, ...]
+    settings: tuple[tuple[str, int], ...]
+    taken: bool
+
+    @property
+    def name(self) -> str:
+        """The settings in words."""
+        return ", ".join(f"{key} {value}" for key, value in self.settings)
+
+
+WINDOWS, CHANNELS, WARPS = (4, 8, 16), (8, 16, 32), (1, 2, 4, 8)
+BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
+
+
+def _stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
+    N, H, W = size
+    for u in levels:
+        K = cases.BASE << (u - 1)
+        stripe = max(2, 1 << (cases.LEVELS - u - 1))
+        shape = N, H >> (u - 1), W >> (u - 1)
+        for operator, backward in (("spread_taps", False), ("gather_taps", True)):
+            taken = deep_skip_gpu.HALF[stripe][backward]
+            for window in WINDOWS:
+                for channels in (c for c in CHANNELS if c <= max(K, 8)):
+                    for warps in WARPS:
+                        settings = (("window", window), ("channels", channels), ("warps", warps))
+                        mine = taken._replace(channels=min(taken.channels, max(K, 8))) == (window, channels, warps)
+                        name = f"level {u}, {N}x{shape[1]}x{shape[2]}"
+                        yield Candidate(operator, name, u, shape, settings, mine)
+
+
+def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]:
+    for size in sizes:
+        name, key = "loss, " + "x".join(map(str, size)), "SIGMOID_BLOCK" if size[1] == 1 else "SOFTMAX_TILE"
+        for operator in ("bce_dice_sums", "bce_dice_gradient"):
+            for block in BLOCKS if size[1] == 1 else TILES:
+                for warps in WARPS:
+                    # how many programs there are is the sums' own question
+                    for programs in PROGRAMS if operator == "bce_dice_sums" else (bce_dice.MAX_PROGRAMS,):
+                        settings = ((key, block), ("WARPS", warps), ("MAX_PROGRAMS", programs))
+                        mine = all(getattr(bce_dice, setting) == value for setting, value in settings)
+                        yield Candidate(operator, name, 0, size, settings, mine)
+
+
+def all_of(
+    stage: tuple[int, int, int], levels: tuple[int, ...], losses: tuple[tuple[int, int, int, int], ...], toy: bool
+) -> list[Candidate]:
+    """Return every candidate, the product's own first of each launch; at toy size that one and another."""
+    found: dict[tuple[str, str], list[Candidate]] = {}
+    for candidate in (*_stages(stage, levels), *_losses(losses)):
+        found.setdefault((candidate.operator, candidate.case), []).append(candidate)
+    ordered = [sorted(some, key=lambda one: not one.taken) for some in found.values()]
+    return [one for some in ordered for one in (some[:2] if toy else some)]
+
+
+@contextmanager
+def patched(candidate: Candidate) -> Iterator[None]:
+    """Have the product launch the candidate's shape while the block runs."""
+    settings = dict(candidate.settings)
+    with ExitStack() as stack:
+        if candidate.level:
+            shape = deep_skip_gpu.Shape(settings["window"], settings["channels"], settings["warps"])
+            for table in (deep_skip_gpu.HALF, deep_skip_gpu.SINGLE):
+                stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, (shape, shape))))
+        else:
+            for key, value in settings.items():
+                stack.enter_context(mock.patch.object(bce_dice, key, value))
+        yield
+
+
+def _operator_call(
+    candidate: Candidate, make: Callable[[], tuple[Any, ...]], device: torch.device
+) -> Callable[[], Any]:
+    operator = getattr(torch.ops.deepskip, candidate.operator).default
+    return measure.rotated(operator, *make(), device=device)
+
+
+def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
+    """Return what runs the candidate's operator by itself, with inputs of its size."""
+    if candidate.level:
+        N, H, W = candidate.shape
+        inputs, _ = cases.level_inputs(candidate.level, N, H, W, dtype, torch.channels_last, device)
+        K = cases.BASE << (candidate.level - 1)
+        factors = [H // x.shape[2] for x in inputs[1:]]
+
+        def stage() -> tuple[Any, ...]:
+            if candidate.operator == "spread_taps":
+                own = torch.randn(N, K, H, W, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+                taps = [torch.randn(N, H // s, W // s, 9 * K, device=device).to(dtype) for s in factors]
+                return own, taps, "bilinear"
+            wide = torch.randn(N, K * len(inputs), H, W, device=device).to(dtype)
+            return wide.contiguous(memory_format=torch.channels_last), factors, "bilinear"
+
+        return _operator_call(candidate, stage, device)
+    logits, target = (x.detach() for x in cases.loss_inputs(candidate.shape, dtype, device))
+
+    def loss() -> tuple[Any, ...]:
+        if candidate.operator == "bce_dice_sums":
+            return logits, target, None, 0.5, 255
+        return torch.randn(2 + 3 * logits.shape[1], device=device), logits, target, None, 0.5, 255
+
+    return _operator_call(candidate, loss, device)
+
+
+def spilled(candidate: Candidate, architecture: int) -> int | str:
+    """Build a candidate without a GPU, in bf16, and return the bytes that its launches spill a thread, or what went wrong."""
+    seen = Launches(architecture)
+    try:
+        with patched(candidate), seen.watching():
+            if candidate.level:
+                N, H, W = candidate.shape
+                K = cases.BASE << (candidate.level - 1)
+                factors = [1, *(2**j for j in range(1, cases.LEVELS - candidate.level)), 2]
+                maps = [meta(N, K * s, H // s, W // s).requires_grad_() for s in factors]
+                out = kernels.deep_skip(maps, [meta(K, K * s, 3, 3).requires_grad_() for s in factors])
+            else:
+                N, V, H, W = candidate.shape
+                target = meta(N, H, W, dtype=torch.uint8)
+                out = kernels.bce_dice_sums(meta(N, V, H, W, last=False).requires_grad_(), target)
+            out.backward(torch.empty_like(out))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    return sum(
+        machine_code.resources(one.launch.build.asm["cubin"])["spills"]
+        for one in seen.started
+        if one.launch is not None and one.moved.operator == candidate.operator
+    )

@@ -1,0 +1,69 @@
+"""What the benchmarks run: inputs of the decoder levels and of the loss, and the forms that are compared."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+
+BASE, LEVELS = 8, 5
+Stage = Callable[[list[Tensor], list[Tensor]], Tensor]
+
+
+def level_inputs(
+    u: int, N: int, H: int, W: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Make the maps and weights of decoder level u, 1 first: E_u .. E_{B-1} and D_{u+1}; H and W are the level's own."""
+    generator = torch.Generator(device).manual_seed(u)
+    channels = BASE * 2 ** (u - 1)
+    inputs, weights = [], []
+    for s in (*(2**j for j in range(LEVELS - u)), 2):
+        x = torch.randn(N, channels * s, H // s, W // s, generator=generator, device=device)
+        weight = (
+            torch.randn(channels, channels * s, 3, 3, generator=generator, device=device) / (9 * channels * s) ** 0.5
+        )
+        inputs.append(x.to(dtype).contiguous(memory_format=layout).requires_grad_())
+        weights.append(weight.to(dtype).contiguous(memory_format=layout).requires_grad_())
+    return inputs, weights
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function for the shapes it will be called with, forgetting what was compiled before.
+
+    torch.compile gives up after eight recompilations of one function, and levels, sizes and gradient modes are more than that.
+    """
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+
+def stages(**options: Any) -> dict[str, tuple[Stage, torch.memory_format]]:
+    """Return the forms of the deep-skip stage and the layout that each runs in; options go to torch.compile."""
+    last, first = torch.channels_last, torch.contiguous_format
+    return {
+        "deepskip": (kernels.deep_skip, last),
+        "plain, channels last": (reference.deep_skip, last),
+        "plain, contiguous": (reference.deep_skip, first),
+        "torch.compile, channels last": (compiled(reference.deep_skip, **options), last),
+    }
+
+
+def loss_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make logits (N, V, H, W) that need a gradient, and a uint8 target of a tenth foreground."""
+    N, V, H, W = size
+    logits = torch.randn(size, device=device).to(dtype).requires_grad_()
+    target = torch.rand(N, H, W, device=device).mul_(10 if V == 1 else V).sub_(8.999 if V == 1 else 0)
+    return logits, target.clamp_(0, max(1, V - 1)).to(torch.uint8)
+
+
+def loss_bytes(size: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Count the bytes that no form of the loss can do without: logits read twice, gradient written, target read twice."""
+    N, V, H, W = size
+    return N * H * W * (3 * V * dtype.itemsize + 2)
+
+
+def gradients(out: Tensor, grad: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of leaves, as a backward pass makes them."""
+    return list(torch.autograd.grad(out, leaves, grad))

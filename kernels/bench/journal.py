@@ -1,0 +1,54 @@
+"""Rows of measurements in a file that is whole whenever its writer dies: a JSON object a line, each written at once."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row in one write, and have it on the disk before returning.
+
+    Raises:
+        OSError: the file cannot be written, a full disk among the reasons.
+        ValueError: a value that JSON has no form for, NaN and infinities among them.
+    """
+    line = json.dumps({**row, "at": round(time.time(), 3)}, allow_nan=False) + "\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # a line that a killed writer left without its end must not take this one with it
+        if _cut_off(path):
+            os.write(file, b"\n")
+        data = line.encode()
+        if os.write(file, data) != len(data):
+            raise OSError(f"{path}: a row was not written whole; is the disk full?")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _cut_off(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def read(path: Path) -> tuple[list[Row], int]:
+    """Read the rows, and count lines that are not whole."""
+    rows, broken = [], 0
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            broken += bool(line.strip())
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken += 1
+    return rows, broken
