@@ -17,7 +17,7 @@ from deepskip import BCEDiceLoss, DeepSkipUNet
 from kernels import backend
 from kernels.bench import measure
 
-SIZE, TOY = (32, 3, 512, 512), (1, 3, 16, 16)
+SIZE, TOY = (32, 3, 512, 512), (2, 3, 8, 8)
 SMALL = {"base_channels": 4, "levels": 3}
 
 

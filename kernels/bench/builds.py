@@ -51,7 +51,8 @@ def loss_calls() -> dict[str, Callable[[], Tensor]]:
 
     found = {}
     for dtype in LOGITS:
-        for V in (1, 4, 32):
+        # many classes are the same kernels with larger constants: once
+        for V in (1, 4, 32) if dtype == torch.bfloat16 else (1, 4):
             name = f"{str(dtype).removeprefix('torch.')}, {V} classes"
             found[f"{name}, uint8"] = call(dtype, torch.uint8, V)
             found[f"{name}, int64, sample and class weights"] = call(dtype, torch.int64, V, weighted=True)

@@ -34,7 +34,8 @@ class Candidate(NamedTuple):
         return ", ".join(f"{key} {value}" for key, value in self.settings)
 
 
-WINDOWS, CHANNELS, WARPS = (4, 8, 16), (8, 16, 32), (1, 2, 4, 8)
+# a matrix product of bf16 takes 16 terms or more, two windows of taps
+WINDOWS, CHANNELS, WARPS = (8, 16), (8, 16, 32), (1, 2, 4, 8)
 BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
 
 

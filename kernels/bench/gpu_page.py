@@ -159,10 +159,11 @@ def candidate_lines(rows: list[Row]) -> Iterator[str]:
             (
                 f"{key[1]}: {key[0]}", "" if taken is None else f"{1e3 * median(taken):.3f}",
                 "" if best is None else f"{1e3 * median(best):.3f}", "" if best is None else best["implementation"],
-                str(len(timed)), str(sum(bool(row["spills"]) for row in mine)),
+                str(len(timed)), str(sum("spills" in row for row in mine)),
+                str(sum("unbuilt" in row for row in mine)),
             )
         )  # fmt: skip
-    yield from table(("", "the product's, ms", "fastest, ms", "its shape", "timed", "spill"), cells)
+    yield from table(("", "the product's, ms", "fastest, ms", "its shape", "timed", "spill", "do not build"), cells)
 
 
 def page(rows: list[Row], broken: int, counts: list[Row]) -> str:

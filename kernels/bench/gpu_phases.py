@@ -1,6 +1,7 @@
 """The phases of a GPU run that need the kernels alone; `gpu` starts python -m kernels.bench.gpu_phases PHASE ... --out DIR."""
 
 import argparse
+import multiprocessing
 import os
 import time
 import traceback
@@ -46,7 +47,7 @@ REAL = Sizes(
     ((16, 1, 1024, 1024), (8, 19, 512, 512), (4, 1, 128, 128), (32, 1, 512, 512)),
     (2**30, 2**31, 2**32), 3, 30, torch.bfloat16, tuple(TOLERANCES),
 )  # fmt: skip
-TOY = Sizes(((1, 16, 16),), (2, 4), ((2, 1, 8, 8), (1, 3, 8, 8)), (2**20,), 0, 1, torch.float32, (torch.float16,))
+TOY = Sizes(((1, 16, 16),), (3,), ((2, 1, 8, 8), (1, 3, 8, 8)), (2**20,), 0, 1, torch.float32, (torch.float16,))
 
 
 class Run(NamedTuple):
@@ -199,17 +200,17 @@ def candidate_shapes(run: Run) -> Iterator[Row]:
     spills: dict[candidates.Candidate, Any] = dict.fromkeys(found)
     if not toy:
         # built beforehand, on all cores: the cache on the disk has them when they are timed
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             capability = torch.cuda.get_device_capability()
             built = pool.map(partial(candidates.spilled, architecture=10 * capability[0] + capability[1]), found)
             spills = dict(zip(found, built, strict=True))
     for candidate in found:
         row = {
             "suite": "candidates", "size": candidate.case, "operator": candidate.operator,
-            "implementation": candidate.name, "taken": candidate.taken, "spills": spills[candidate],
+            "implementation": candidate.name, "taken": candidate.taken,
         }  # fmt: skip
         if spills[candidate]:
-            yield row
+            yield row | {"unbuilt" if isinstance(spills[candidate], str) else "spills": spills[candidate]}
             continue
         call = candidates.call(candidate, run.sizes.dtype, run.device)
         with candidates.patched(candidate):

@@ -32,17 +32,21 @@ class TritonLaunch(NamedTuple):
     arguments: list[tuple[str, Any]]
     named: dict[str, Any]
 
+    def address(self, x: Tensor) -> int:
+        """Return where a tensor argument lies: each storage far from the others, and none at 0."""
+        storages = list(dict.fromkeys(y.untyped_storage()._cdata for kind, y in self.arguments if kind.startswith("*")))
+        place = storages.index(x.untyped_storage()._cdata)
+        return (place + 1 << 40) + int(x.storage_offset()) * x.element_size()
+
     def constants(self, architecture: int) -> np.ndarray:
-        """Return its constant bank as 32-bit words: tensors get addresses far from each other."""
+        """Return its constant bank as 32-bit words."""
         bank = np.zeros(4 * _BANK_WORDS, np.uint8)
         header = [32 * self.build.metadata.num_warps, 1, 1, *self.grid]
         bank[:24] = np.array(header, np.uint32).view(np.uint8)
         at = _PARAMETERS[architecture]
-        bases: dict[int, int] = {}
         for kind, value in self.arguments:
             if kind.startswith("*"):
-                base = bases.setdefault(value.untyped_storage()._cdata, len(bases) + 1 << 40)
-                raw = np.array([base + value.storage_offset() * value.element_size()], np.uint64)
+                raw = np.array([self.address(value)], np.uint64)
             else:
                 raw = np.array([value], {"i32": np.int32, "i64": np.int64, "fp32": np.float32}[kind])
             at += -at % raw.itemsize
@@ -123,10 +127,14 @@ class Launches(Traffic):
         made = _run(kernel, *args, grid=grid, warmup=True, **kwargs)
         names = kernel.arg_names
         values = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
-        # a float argument is a float, however it is written
         found = [pair for name in names for pair in _flat(made.src.signature[name], values[name])]
         self._building.append(TritonLaunch(made, (*grid, 1, 1)[:3], found, values))
         return made
+
+    def build_launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> TritonLaunch:
+        """Build one kernel as a launch of it would be."""
+        self.build(kernel, *args, grid=grid, warmup=True, **kwargs)
+        return self._building.pop()
 
     @contextmanager
     def watching(self) -> Iterator["Launches"]:

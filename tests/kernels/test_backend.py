@@ -4,11 +4,14 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import backend
 
@@ -26,6 +29,58 @@ def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.implementation(x)
     with pytest.raises(ValueError, match="backend is 'fast'"):
         backend.choose("fast")
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(
+    triton_form: ModuleType, triton_loss: ModuleType, triton_deep_skip: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a machine of two GPUs, by mocks: tensors that say they are on the second, and the current device, which is the first
+    current = [0]
+    launched: list[str] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            def launch(*args: object, **kwargs: object) -> None:
+                flat = [x for a in args for x in (a if isinstance(a, tuple) else (a,)) if isinstance(x, torch.Tensor)]
+                assert {x.device.index for x in flat} == {1}
+                assert current[-1] == 1, f"{self.name} on cuda:{current[-1]}"
+                launched.append(self.name)
+
+            return launch
+
+    for module, names in (
+        (triton_form, ("_sigmoid_sums", "_sigmoid_gradient", "_softmax_sums", "_softmax_gradient", "_add_rows")),
+        (triton_loss, ("_loss_of_sums", "_loss_of_sums_gradient")),
+        (triton_deep_skip, ("_branches",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Kernel(name))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        there = {"device": torch.device("cuda", 1)}
+        for V in (1, 3):
+            logits, target = torch.empty(2, V, 8, 8, **there), torch.empty(2, 8, 8, dtype=torch.uint8, **there)
+            triton_form._sums._init_fn(logits, target, None, 0.5, 255)
+            triton_form._gradient._init_fn(torch.empty(2 + 3 * V, **there), logits, target, None, 0.5, 255)
+        sums, grad = torch.empty(5, **there), torch.empty((), **there)
+        triton_loss._loss._init_fn(sums, None, 1.0, 1.0)
+        triton_loss._loss_gradient._init_fn(grad, None, None, sums, None, 1.0, 1.0)
+        own, taps = torch.empty(2, 8, 8, 8, **there), [torch.empty(2, 4, 4, 72, **there)]
+        triton_deep_skip._spread._init_fn(own, taps, "bilinear")
+        triton_deep_skip._gather._init_fn(torch.empty(2, 16, 8, 8, **there), [2], "bilinear")
+    assert launched == [
+        "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
+        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches",
+    ]  # fmt: skip
 
 
 def test_an_old_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,21 @@ def test_elements_beyond_two_to_the_31(triton_form: ModuleType, monkeypatch: pyt
         rows = torch.empty(N * 2, 5 * V)
         strides = (z_n, z_v, z_p)
         triton_form._sigmoid_sums[(N * 2, V)](
-            z, labels, z, rows, 2, pixels, V, 0.3, 255, *strides, *strides, 5 * V, HAS_WEIGHT=False, HAS_IGNORE=True, BLOCK=16
+            z,
+            labels,
+            z,
+            rows,
+            2,
+            pixels,
+            V,
+            0.3,
+            255,
+            *strides,
+            *strides,
+            5 * V,
+            HAS_WEIGHT=False,
+            HAS_IGNORE=True,
+            BLOCK=16,
         )
         np.testing.assert_allclose(triton_form._added_up(rows, V, V).numpy(), expected, rtol=2e-6)
         triton_form._sigmoid_gradient[(N * 5, V)](

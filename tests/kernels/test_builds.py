@@ -1,28 +1,83 @@
-"""Every kernel is built for GPUs that are not here, and none keeps registers in memory."""
+"""Every kernel is built for GPUs that are not here, spills little, and issues as many instructions as were counted by hand."""
 
+import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 
-@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 82), ("deep_skip", 28)])
-def test_every_variant_builds_without_a_gpu_and_spills_nothing(suite: str, count: int) -> None:
+def run(*arguments: str) -> str:
+    """Run Python without the interpreter that the tests ask Triton for."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.bench.builds", suite],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=environment,
-        check=False,
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=280, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 80), ("deep_skip", 32)])
+def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
+    rows = [line.split() for line in run("kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
     # architecture, variant, registers, spilled bytes, shared bytes
     assert {row[0] for row in rows} == {"sm_80", "sm_90"}
     assert len({(row[0], row[1]) for row in rows}) == 2 * count
-    assert all(int(row[-2]) == 0 for row in rows), done.stdout
+    # sums of four classes keep two registers in memory on an A100
+    spilling = {row[1].split("[")[0] for row in rows if int(row[-2])}
+    assert spilling <= {"_softmax_sums"}
+    assert all(int(row[-2]) <= 8 and (row[0] == "sm_80" or int(row[-2]) == 0) for row in rows), spilling
     assert all(0 < int(row[-3]) <= 255 for row in rows)
     assert all(int(row[-1]) <= 227 * 1024 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("counts") / "counts.json"
+    run("tests.kernels.counting", str(path))
+    return json.loads(path.read_text())
+
+
+def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str, Any]) -> None:
+    # from machine code and trips, by hand, on Triton 3.7.1: 84.9 and 113.6 (docs/kernels.md); other versions differ a little
+    sums: dict[str, float] = {}
+    for row in counted["rows"]:
+        if row["counted"] == "machine code":
+            sums[row["launch"]] = sums.get(row["launch"], 0.0) + row["warp_instructions_per_pixel"]
+            assert row["arch"] == "sm_90"
+            assert row["spills"] == 0
+            assert 0 < row["registers"] <= 255
+    assert sums["level 1 stage forward"] == pytest.approx(84.9, rel=0.03)
+    assert sums["level 1 stage backward"] == pytest.approx(113.6, rel=0.03)
+    assert sums["loss sums"] == pytest.approx(2.2, rel=0.05)
+    assert sums["loss gradient"] == pytest.approx(1.55, rel=0.05)
+    (level,) = [row for row in counted["rows"] if row["kernel"] == "_branches" and "forward" in row["launch"]]
+    # 40 channels of two bytes are stored, each once
+    assert level["stored_bytes_per_pixel"] == 80
+    # the issue floor of an H100: 132 SMs of 4 schedulers at 1.755 GHz; the memory floor at 3.0 TB/s
+    pixels = 16 * 512 * 512
+    instructions = level["warp_instructions_per_pixel"] * pixels
+    assert level["issue_floor_ms"] == pytest.approx(1e3 * instructions / (132 * 4 * 1.755e9))
+    # own map and taps are read (16 + 72 + 18 + 4.5 + 72 / 2), the output is written
+    moved = 2 * (8 + 72 / 4 + 72 / 16 + 72 / 64 + 72 / 4) + 80
+    assert level["bytes_per_pixel"] == pytest.approx(moved)
+    assert level["memory_floor_ms"] == pytest.approx(1e3 * moved * pixels / 3.0e12)
+
+
+def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:
+    # a turn more of the same loop costs the same, whichever turn; and nothing else changes
+    first, *others = counted["trips"]
+    steps = {later - earlier for earlier, later in zip([first, *others], others, strict=False)}
+    assert len(steps) == 1
+    assert steps.pop() > 0
+
+
+@pytest.mark.parametrize("what", ["forward", "backward", "gradient of the loss"])
+def test_every_byte_of_the_output_is_stored_once(counted: dict[str, Any], what: str) -> None:
+    # by all programs of a small launch: integers, masks and addresses are computed as the machine does
+    found = counted["stores"][what]
+    assert found["stored"] == found["bytes"]
+    assert found["distinct"] == found["bytes"]
+    assert found["outside"] == 0

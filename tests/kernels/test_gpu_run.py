@@ -1,0 +1,140 @@
+"""The GPU run at toy size: whole rows whenever it is killed, and a page of them; its journal."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.bench import gpu, gpu_page, journal
+
+PHASES = {"machine", "bandwidth", "gate", "launches", "candidates", "contenders", "network", "autotune"}
+
+
+def start(folder: Path, seconds: int) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.bench.gpu", "--out", str(folder), "--seconds", str(seconds)]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def whole_rows(folder: Path) -> list[dict[str, Any]]:
+    rows, broken = journal.read(folder / "rows.jsonl")
+    assert broken == 0
+    return rows
+
+
+def test_killed_at_a_random_moment_it_leaves_whole_rows_and_the_page_is_made_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(tmp_path, 280)
+    file = tmp_path / "rows.jsonl"
+    # at a row of some phase or other, or within it
+    wanted, pause = random.randint(4, 40), random.random()
+    while process.poll() is None and (not file.exists() or len(file.read_bytes().splitlines()) < wanted):
+        time.sleep(0.05)
+    time.sleep(pause)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    rows = whole_rows(tmp_path)
+    assert len(rows) >= wanted
+    assert rows[0]["suite"] == "environment"
+    monkeypatch.setattr(sys, "argv", ["gpu_page", str(tmp_path)])
+    gpu_page.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "A rehearsal at toy size on a CPU" in page
+    assert "| copy" in page
+    # and nothing of it goes on
+    time.sleep(1.5)
+    assert whole_rows(tmp_path) == rows
+
+
+def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start(tmp_path, 1000)
+    output, _ = process.communicate(timeout=290)
+    assert process.returncode == 0, output
+    rows = whole_rows(tmp_path)
+    assert not [row for row in rows if "failed" in row or "skipped" in row], output
+    assert {row["phase"] for row in rows} == PHASES
+    gate = [row for row in rows if row["suite"] == "gate"]
+    assert gate
+    assert all(row["right"] for row in gate)
+    timed = [row for row in rows if "seconds" in row]
+    # all timings are kept, not their median
+    assert all(isinstance(row["seconds"], list) and min(row["seconds"]) > 0 for row in timed)
+    assert {row["suite"] for row in timed} == {
+        "bandwidth", "launches", "candidates", "stage contenders", "loss contenders", "network",
+    }  # fmt: skip
+    counts = tmp_path / "counts.json"
+    counts.write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["gpu_page", str(tmp_path), "--counts", str(counts)])
+    gpu_page.main()
+    page = (tmp_path / "page.md").read_text()
+    for heading in (
+        "Bandwidth",
+        "Correctness",
+        "Our operators",
+        "BCE + Dice, beside",
+        "The whole network",
+        "Shapes of the",
+    ):
+        assert f"## {heading}" in page
+    assert (tmp_path / "network-training-step.svg").stat().st_size > 1000
+
+
+def test_parts_without_time_say_so_and_a_crash_takes_no_other_with_it(tmp_path: Path) -> None:
+    gpu.run_part(gpu.PARTS[0], tmp_path, time.time())
+    crash = gpu.Part("kernels.bench.no_such_module", ("crash",), 1.0)
+    gpu.run_part(crash, tmp_path, time.time() + 60)
+    first, second = whole_rows(tmp_path)
+    assert first["skipped"] == "no time was left"
+    assert "ended with status 1" in second["failed"]
+    assert "no_such_module" in (tmp_path / "output.txt").read_text()
+
+
+def test_what_is_wrong_beside_float64_is_not_timed(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    journal.append(file, {"suite": "gate", "operator": "loss", "dtype": "torch.float32", "right": False})
+    part = gpu.Part("kernels.bench.gpu_phases", ("launches", "autotune"), 1.0)
+    gpu.run_part(part, tmp_path, time.time() + 120)
+    _, *rows = whole_rows(tmp_path)
+    skipped = [row["skipped"] for row in rows if "skipped" in row]
+    assert skipped == ["wrong beside float64: loss, torch.float32"] * 2
+
+
+def test_a_row_is_whole_or_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    journal.append(file, {"a": 1})
+    # what a writer leaves that dies within a write: the next row is not lost with it
+    with file.open("a") as half:
+        half.write('{"a": 2, "b"')
+    assert [row["a"] for row in journal.read(file)[0]] == [1]
+    journal.append(file, {"a": 3})
+    rows, broken = journal.read(file)
+    assert [row["a"] for row in rows] == [1, 3]
+    assert broken == 1
+    with pytest.raises(ValueError, match="JSON compliant"):
+        journal.append(file, {"a": float("nan")})
+    assert all(json.loads(line) for line in file.read_text().splitlines() if '"b"' not in line)
+
+
+def test_the_page_compares_within_one_run_and_marks_what_is_lost() -> None:
+    row = {"suite": "stage contenders", "size": "level 1", "operator": "forward", "phase": "contenders"}
+    faster = row | {
+        "implementation": "eager",
+        "seconds": [0.004, 0.002, 0.003],
+        "deepskip_seconds": [0.001, 0.001, 0.5],
+    }
+    slower = row | {"implementation": "other", "seconds": [0.0005], "deepskip_seconds": [0.001]}
+    page = gpu_page.page([faster, slower], 1, [])
+    # medians: 3 ms beside 1 ms, and 0.5 beside 1
+    assert "| level 1: eager, forward | 3.000 (2.000 to 4.000) | 1.000 | 3.00 x |" in page
+    assert "| level 1: other, forward | 0.500 (0.500 to 0.500) | 1.000 | **0.50 x** |" in page
+    assert "1 rows were cut off" in page
