@@ -26,8 +26,8 @@ SIGMOID_BLOCK = 1024
 SOFTMAX_TILE = 2048
 MAX_PROGRAMS = 2048
 WARPS = 4
-# rows that are added up at a time
-ROWS = 256
+# rows that are added up at a time, and by how many warps
+ROWS, ROW_WARPS = 256, 4
 # the kernels below are Python then, and run anywhere
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -274,7 +274,7 @@ def programs_of_a_sample(at: Layout, block: int) -> int:
 def _added_up(rows: Tensor, V: int, width: int) -> Tensor:
     sums = torch.empty(2 + 3 * V, dtype=torch.float32, device=rows.device)
     with backend.device_of(rows):
-        _add_rows[(len(sums),)](rows, sums, len(rows), rows.stride(0), WIDTH=width, ROWS=ROWS, num_warps=WARPS)
+        _add_rows[(len(sums),)](rows, sums, len(rows), rows.stride(0), WIDTH=width, ROWS=ROWS, num_warps=ROW_WARPS)
     return sums
 
 

@@ -81,11 +81,11 @@ def test_checkpoint(benchmark: Any, tmp_path: Path) -> None:
         times: dict[str, list[float]] = {name: [] for name in calls}
         timers = {name: measure.timer(call, DEVICE) for name, call in calls.items()}
         names = list(calls)
-        for turn in range(ROUNDS + 3):
+        for turn in range(ROUNDS):
             # each goes first, second and last as often: what a slow spell of the machine takes, it takes from all
             for name in names[turn % 3 :] + names[: turn % 3]:
                 times[name].append(timers[name]())
-        seconds = {name: values[3:] for name, values in times.items()}
+        seconds = times
         alone = statistics.median(seconds["no checkpoint"])
         added = {
             name: statistics.median(a - b for a, b in zip(values, seconds["no checkpoint"], strict=True))

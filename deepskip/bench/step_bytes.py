@@ -2,7 +2,8 @@
 
 The network's forward pass, its loss and its backward pass run on torch's meta device in bf16 autocast, channels last, as a GPU
 runs them; each launch counts what it reads and writes (`kernels.bench.traffic`). A level's bytes are those of its encoder and
-decoder block, pooling counts to the level it reads. The optimizer, the moving average and augmentation are not in it.
+decoder block; pooling, and the loss with its sums of gradients, stand by themselves. The optimizer, the moving average and
+augmentation are not in it.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...
 
 
 def level_of(row: Moved) -> str:
-    """Return the level of a launch: its module's, or, outside them, "between" for pooling and "loss" for the rest."""
+    """Return the level of a launch: its module's, or, outside them, "pooling" or "loss and others"."""
     if row.place:
         return row.place.split(",")[0]
     return "pooling" if "max_pool" in row.operator else "loss and others"

@@ -1,6 +1,10 @@
 """Shapes that a launch could have: how they are named, put in the place of the product's, built beforehand and called."""
 
+import itertools
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -9,7 +13,7 @@ import torch
 
 import kernels
 from kernels import bce_dice, deep_skip_gpu
-from kernels.bench import cases, machine_code, measure
+from kernels.bench import cases, gpu_part, machine_code, measure
 from kernels.bench.launches import Launches, meta
 
 
@@ -34,8 +38,10 @@ class Candidate(NamedTuple):
         return ", ".join(f"{key} {value}" for key, value in self.settings)
 
 
-# a matrix product of bf16 takes 16 terms or more, two windows of taps
+# backward, the matrix product sums over factor x window columns, and takes 16 or more of bf16
 WINDOWS, CHANNELS, WARPS = (8, 16), (8, 16, 32), (1, 2, 4, 8)
+# processes that build, each with a torch of its own in memory
+MOST_BUILDERS = 16
 BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
 
 
@@ -70,14 +76,44 @@ def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]
 
 
 def all_of(
-    stage: tuple[int, int, int], levels: tuple[int, ...], losses: tuple[tuple[int, int, int, int], ...], toy: bool
+    stage: tuple[int, int, int], levels: tuple[int, ...], losses: tuple[tuple[int, int, int, int], ...]
 ) -> list[Candidate]:
-    """Return every candidate, the product's own first of each launch; at toy size that one and another."""
+    """Return every candidate: the product's own of each launch first, then the others, a launch after the other in turns."""
     found: dict[tuple[str, str], list[Candidate]] = {}
     for candidate in (*_stages(stage, levels), *_losses(losses)):
         found.setdefault((candidate.operator, candidate.case), []).append(candidate)
     ordered = [sorted(some, key=lambda one: not one.taken) for some in found.values()]
-    return [one for some in ordered for one in (some[:2] if toy else some)]
+    return [one for turn in itertools.zip_longest(*ordered) for one in turn if one is not None]
+
+
+def built(
+    sizes: gpu_part.Sizes, device: torch.device, left: Callable[[], float]
+) -> Iterator[tuple[Candidate, int | None]]:
+    """Yield candidates, on a GPU as their builds end, and the bytes that each spills a thread; None where that is not known.
+
+    The builds run beforehand, in processes of their own on all cores, and Triton's cache on the disk has them when they are
+    timed. Candidates that differ in their operator alone are one build.
+    """
+    found = all_of(sizes.stages[0], sizes.levels, sizes.losses[:2])
+    if device.type != "cuda":
+        launches = {(one.operator, one.case) for one in found}
+        yield from ((one, None) for one in found[: 2 * len(launches)])
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    together: dict[tuple[Any, ...], list[Candidate]] = {}
+    for one in found:
+        together.setdefault((one.case, one.settings), []).append(one)
+    pool = ProcessPoolExecutor(
+        min(MOST_BUILDERS, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn"),
+        initializer=gpu_part.die_with_parent,
+    )  # fmt: skip
+    try:
+        jobs = {pool.submit(spilled, some[0], 10 * major + minor): some for some in together.values()}
+        for job in as_completed(jobs, timeout=max(1.0, left())):
+            by_operator = job.result()
+            yield from ((one, by_operator.get(one.operator)) for one in jobs[job])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
@@ -106,16 +142,15 @@ def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Call
     """Return what runs the candidate's operator by itself, with inputs of its size."""
     if candidate.level:
         N, H, W = candidate.shape
-        inputs, _ = cases.level_inputs(candidate.level, N, H, W, dtype, torch.channels_last, device)
         K = cases.BASE << (candidate.level - 1)
-        factors = [H // x.shape[2] for x in inputs[1:]]
+        factors = [*(2**j for j in range(1, cases.LEVELS - candidate.level)), 2]
 
         def stage() -> tuple[Any, ...]:
             if candidate.operator == "spread_taps":
                 own = torch.randn(N, K, H, W, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
                 taps = [torch.randn(N, H // s, W // s, 9 * K, device=device).to(dtype) for s in factors]
                 return own, taps, "bilinear"
-            wide = torch.randn(N, K * len(inputs), H, W, device=device).to(dtype)
+            wide = torch.randn(N, K * (len(factors) + 1), H, W, device=device).to(dtype)
             return wide.contiguous(memory_format=torch.channels_last), factors, "bilinear"
 
         return _operator_call(candidate, stage, device)
@@ -129,8 +164,12 @@ def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Call
     return _operator_call(candidate, loss, device)
 
 
-def spilled(candidate: Candidate, architecture: int) -> int | str:
-    """Build a candidate without a GPU, in bf16, and return the bytes that its launches spill a thread, or what went wrong."""
+def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
+    """Build what a candidate's call launches, in bf16 and without a GPU.
+
+    Returns:
+        The bytes spilled a thread by operator; nothing where the build fails.
+    """
     seen = Launches(architecture)
     try:
         with patched(candidate), seen.watching():
@@ -145,10 +184,13 @@ def spilled(candidate: Candidate, architecture: int) -> int | str:
                 target = meta(N, H, W, dtype=torch.uint8)
                 out = kernels.bce_dice_sums(meta(N, V, H, W, last=False).requires_grad_(), target)
             out.backward(torch.empty_like(out))
+    # whatever it is, timing the shape on the card tells it again
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
-    return sum(
-        machine_code.resources(one.launch.build.asm["cubin"])["spills"]
-        for one in seen.started
-        if one.launch is not None and one.moved.operator == candidate.operator
-    )
+        print(f"{candidate.case}, {candidate.name} is not built: {' '.join(str(error).split())[:300]}", flush=True)
+        return {}
+    found: dict[str, int] = {}
+    for one in seen.started:
+        if one.launch is not None:
+            spills = machine_code.resources(one.launch.build.asm["cubin"])["spills"]
+            found[one.moved.operator] = found.get(one.moved.operator, 0) + spills
+    return found

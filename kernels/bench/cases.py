@@ -39,31 +39,26 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, dynamic=False, **options)
 
 
-def stages(**options: Any) -> dict[str, tuple[Stage, torch.memory_format]]:
-    """Return the forms of the deep-skip stage and the layout that each runs in; options go to torch.compile."""
-    last, first = torch.channels_last, torch.contiguous_format
-    return {
-        "deepskip": (kernels.deep_skip, last),
-        "plain, channels last": (reference.deep_skip, last),
-        "plain, contiguous": (reference.deep_skip, first),
-        "torch.compile, channels last": (compiled(reference.deep_skip, **options), last),
-    }
+STAGES = ("deepskip", "plain, channels last", "plain, contiguous", "torch.compile, channels last")
+
+
+def stage(name: str, **options: Any) -> tuple[Stage, torch.memory_format]:
+    """Return a form of the deep-skip stage, of STAGES, and the layout that it runs in; options go to torch.compile."""
+    if name == "deepskip":
+        return kernels.deep_skip, torch.channels_last
+    form = compiled(reference.deep_skip, **options) if name.startswith("torch.compile") else reference.deep_skip
+    return form, torch.contiguous_format if name.endswith("contiguous") else torch.channels_last
 
 
 def loss_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Make logits (N, V, H, W) that need a gradient, and a uint8 target of a tenth foreground."""
+    """Make logits (N, V, H, W) that need a gradient, and a uint8 target: a tenth foreground, or classes alike."""
     N, V, H, W = size
     logits = torch.randn(size, device=device).to(dtype).requires_grad_()
-    target = torch.rand(N, H, W, device=device).mul_(10 if V == 1 else V).sub_(8.999 if V == 1 else 0)
-    return logits, target.clamp_(0, max(1, V - 1)).to(torch.uint8)
+    drawn = torch.rand(N, H, W, device=device)
+    return logits, (drawn < 0.1 if V == 1 else (drawn * V).floor()).to(torch.uint8)
 
 
 def loss_bytes(size: tuple[int, ...], dtype: torch.dtype) -> int:
     """Count the bytes that no form of the loss can do without: logits read twice, gradient written, target read twice."""
     N, V, H, W = size
     return N * H * W * (3 * V * dtype.itemsize + 2)
-
-
-def gradients(out: Tensor, grad: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Return the gradients of leaves, as a backward pass makes them."""
-    return list(torch.autograd.grad(out, leaves, grad))

@@ -27,7 +27,8 @@ class Card(NamedTuple):
     bandwidth: float
 
 
-# H100 and H200: copies measured; clock and SMs are the H100's own. A100 (80 GB): its data sheet
+# bandwidths: H100, what the fastest kernel of the stored step's trace reaches; H200, a copy timed once; A100 (80 GB), its data
+# sheet. clocks: an H100's under load, taken for the H200 too; the A100's boost. kernels.bench.gpu measures them anew
 CARDS = {
     "A100": Card(108, 1.41e9, 2.04e12),
     "H100": Card(132, 1.755e9, 3.0e12),
@@ -133,7 +134,8 @@ def count(launch: TritonLaunch, architecture: int) -> Count:
 
 
 def library_instructions(started: Started) -> float:
-    """Count the fewest warp instructions that a library's launch can do with: products and accesses of the widest kind."""
+    """Estimate the warp instructions of a library's launch: products by mma.sync, as cuDNN's of this network are on an H100,
+    and accesses of 16 bytes a lane; what it spends on addresses is not in it."""
     products = 0
     arguments = [x for x in started.arguments if isinstance(x, Tensor)]
     if started.moved.operator == "mm":
@@ -190,7 +192,7 @@ def collected(architecture: int, part: Any) -> Iterator[tuple[str, str, int, lis
 
 
 def row(name: str, shape: str, pixels: int, started: Started, architecture: int) -> dict[str, Any]:
-    """Make the row of one launch; `counted` says whether it is machine code or a library's least."""
+    """Make the row of one launch; `counted` says whether it is of machine code, or a library's estimate."""
     moved = started.moved
     found: dict[str, Any] = {
         "launch": name, "kernel": f"{moved.operator} {moved.part}".strip(), "arch": f"sm_{architecture}", "shape": shape,
@@ -198,7 +200,7 @@ def row(name: str, shape: str, pixels: int, started: Started, architecture: int)
     }  # fmt: skip
     if started.launch is None:
         instructions = library_instructions(started)
-        found |= {"counted": "least", "registers": None, "spills": None, "shared": None}
+        found |= {"counted": "estimate", "registers": None, "spills": None, "shared": None}
     else:
         counted = count(started.launch, architecture)
         instructions = counted.instructions

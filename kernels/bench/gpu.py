@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+import torch
+
 from kernels.bench import journal
 
 
@@ -29,10 +31,11 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("kernels.bench.gpu_phases", ("machine", "bandwidth", "gate", "launches"), 0.25),
-    Part("kernels.bench.gpu_phases", ("candidates",), 0.5),
-    Part("kernels.bench.gpu_phases", ("contenders",), 0.72),
-    Part("deepskip.bench.gpu_network", ("network",), 0.9),
+    Part("kernels.bench.gpu_phases", ("machine", "bandwidth", "gate", "launches"), 0.2),
+    Part("kernels.bench.gpu_phases", ("candidates",), 0.42),
+    Part("kernels.bench.gpu_phases", ("contenders",), 0.68),
+    Part("deepskip.bench.gpu_network", ("network",), 0.86),
+    Part("kernels.bench.gpu_phases", ("other types",), 0.9),
     Part("kernels.bench.gpu_phases", ("autotune",), 1.0),
 )
 # what a part may take beyond its time before it is killed, while the last part still ends in time
@@ -40,7 +43,7 @@ GRACE = 3.0
 
 
 def run_part(part: Part, out: Path, ends: float) -> None:
-    """Run a part until it ends or its time does, and write a row on how it went."""
+    """Run a part until it ends or its time does, and write a row that says which."""
     rows = out / "rows.jsonl"
     left = ends - time.time() - GRACE
     row = {"phase": part.phases[0], "suite": "run", "part": " ".join(part.phases)}
@@ -48,9 +51,11 @@ def run_part(part: Part, out: Path, ends: float) -> None:
         journal.append(rows, row | {"skipped": "no time was left"})
         return
     command = [sys.executable, "-m", part.module, *part.phases, "--out", str(out), "--until", str(ends - GRACE)]
+    # before a part first imports Triton: its kernels are made for the interpreter, or not, as they are read
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     started = time.time()
     with (out / "output.txt").open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         # this process's end is that of its part too
         stop = _stop_with(process)
         try:
@@ -80,13 +85,13 @@ def _stop_with(process: subprocess.Popen[bytes]) -> signal.Handlers:
 def main() -> None:
     """Run all parts."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results; rows are added to those there")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, a new one")
     parser.add_argument("--seconds", type=float, default=540, help="the whole run's time; 540 by default")
     arguments = parser.parse_args()
     started = time.time()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # Triton needs to find its cache again, in the next part too
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    if (arguments.out / "rows.jsonl").exists():
+        parser.error(f"{arguments.out} has the rows of another run; name a new folder")
     for part in PARTS:
         run_part(part, arguments.out, started + part.share * arguments.seconds)
         print(f"{time.time() - started:6.1f} s  {' '.join(part.phases)}", flush=True)

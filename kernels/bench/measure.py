@@ -31,7 +31,7 @@ def rotated(function: Callable[..., Any], *arguments: Any, device: torch.device)
     A call that finds its inputs where the last one left them times the cache. On a CPU two sets do.
     """
     size = sum(x.numel() * x.element_size() for x in tree_leaves(arguments) if isinstance(x, Tensor))
-    count = max(1, min(64, -(-ROTATED // max(size, 1)))) if device.type == "cuda" else 2
+    count = max(1, min(4096, -(-ROTATED // max(size, 1)))) if device.type == "cuda" else 2
 
     def copy(x: Any) -> Any:
         return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
@@ -282,12 +282,17 @@ def card_state() -> dict[str, str]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Says what the numbers were taken on."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError:
+        git = "unknown"
     found: dict[str, Any] = {
         "device": device.type,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip(),
+        "commit": git,
         "date": time.strftime("%Y-%m-%d"),
     }
     if device.type == "cuda":

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 import kernels
-from kernels.bench import counts
+from kernels.bench import candidates, counts
 from kernels.bench.launches import Launches, TritonLaunch, meta
 
 ARCHITECTURE = 90
@@ -90,10 +90,12 @@ def loss_stores() -> dict[str, int]:
 
 def main() -> None:
     """Write everything as JSON."""
+    shapes = candidates.all_of((2, 32, 32), (3,), ((2, 1, 64, 64),))
     parts = [counts.PARTS[0], counts.PARTS[counts.LEVELS - 1]]
     found = {
         "rows": [row for part in parts for row in counts.rows(ARCHITECTURE, part)],
         "trips": trips(),
+        "spills": candidates.spilled(shapes[0], ARCHITECTURE) | candidates.spilled(shapes[-1], ARCHITECTURE),
         "stores": stage_stores() | {"gradient of the loss": loss_stores()},
     }
     Path(sys.argv[1]).write_text(json.dumps(found))

@@ -66,6 +66,10 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
     assert level["memory_floor_ms"] == pytest.approx(1e3 * moved * pixels / 3.0e12)
 
 
+def test_shapes_that_a_launch_could_have_are_built_beforehand(counted: dict[str, Any]) -> None:
+    assert counted["spills"] == dict.fromkeys(("spread_taps", "gather_taps", "bce_dice_sums", "bce_dice_gradient"), 0)
+
+
 def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:
     # a turn more of the same loop costs the same, whichever turn; and nothing else changes
     first, *others = counted["trips"]

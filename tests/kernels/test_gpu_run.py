@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kernels.bench import gpu, gpu_page, journal
+from kernels.bench import gpu, gpu_page, gpu_part, gpu_phases, journal
 
-PHASES = {"machine", "bandwidth", "gate", "launches", "candidates", "contenders", "network", "autotune"}
+PHASES = {"machine", "bandwidth", "gate", "launches", "candidates", "contenders", "network", "autotune", "other types"}
 
 
 def start(folder: Path, seconds: int) -> subprocess.Popen[str]:
@@ -65,7 +66,8 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {row["phase"] for row in rows} == PHASES
     gate = [row for row in rows if row["suite"] == "gate"]
     assert gate
-    assert all(row["right"] for row in gate)
+    assert all(row["right"] for row in gate if "right" in row)
+    assert {row["dtype"] for row in gate if row.get("complete")} == {"torch.float32", "torch.float16"}
     timed = [row for row in rows if "seconds" in row]
     # all timings are kept, not their median
     assert all(isinstance(row["seconds"], list) and min(row["seconds"]) > 0 for row in timed)
@@ -101,12 +103,47 @@ def test_parts_without_time_say_so_and_a_crash_takes_no_other_with_it(tmp_path: 
 
 def test_what_is_wrong_beside_float64_is_not_timed(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    journal.append(file, {"suite": "gate", "operator": "loss", "dtype": "torch.float32", "right": False})
-    part = gpu.Part("kernels.bench.gpu_phases", ("launches", "autotune"), 1.0)
+    part = gpu.Part("kernels.bench.gpu_phases", ("launches",), 1.0)
     gpu.run_part(part, tmp_path, time.time() + 120)
-    _, *rows = whole_rows(tmp_path)
-    skipped = [row["skipped"] for row in rows if "skipped" in row]
-    assert skipped == ["wrong beside float64: loss, torch.float32"] * 2
+    assert whole_rows(tmp_path)[0]["skipped"] == "the comparison with float64 did not end"
+    about = {"suite": "gate", "dtype": "torch.float32"}
+    journal.append(file, about | {"operator": "level 3 stage", "right": False, "error": None, "plain_error": 0.0})
+    journal.append(file, about | {"operator": "loss", "right": True})
+    journal.append(file, about | {"operator": "all", "complete": True})
+    gpu.run_part(part, tmp_path, time.time() + 120)
+    timed = [row for row in whole_rows(tmp_path) if "seconds" in row]
+    assert timed
+    assert all(row["size"].startswith("loss") for row in timed)
+    assert "* wrong: level 3 stage, torch.float32: an error of None, of its norm" in gpu_page.page(
+        whole_rows(tmp_path), 0, []
+    )
+
+
+def test_an_error_that_is_no_number_is_wrong() -> None:
+    exact = [torch.ones(3, dtype=torch.float64)]
+    bad = [torch.tensor([1.0, float("nan"), 1.0])]
+    row = gpu_phases.judged(torch.float32, bad, [torch.ones(3)], exact)
+    assert (row["right"], row["error"]) == (False, None)
+    assert gpu_phases.judged(torch.float32, [torch.ones(3)], [torch.ones(3)], exact)["right"]
+
+
+def test_a_job_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise ValueError("no such shape")
+
+    file = tmp_path / "rows.jsonl"
+    gpu_part.run_job(({"size": "one"}, fail), {"phase": "candidates"}, file)
+    gpu_part.run_job(({"size": "two"}, lambda: [{"seconds": [1.0]}, {"seconds": [2.0]}]), {"phase": "candidates"}, file)
+    first, *others = whole_rows(tmp_path)
+    assert first["failed"] == "ValueError: no such shape"
+    assert [row["seconds"] for row in others] == [[1.0], [2.0]]
+
+    def break_card() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        gpu_part.run_job(({"size": "three"}, break_card), {"phase": "candidates"}, file)
+    assert "illegal" in whole_rows(tmp_path)[-1]["failed"]
 
 
 def test_a_row_is_whole_or_not_there(tmp_path: Path) -> None:
