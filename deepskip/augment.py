@@ -7,7 +7,6 @@ Geometry and resampling are kornia's.
 import math
 from dataclasses import dataclass
 
-import kornia
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,6 +71,9 @@ def augment(
         centre = torch.tensor([(W - 1) / 2, (H - 1) / 2], device=device)
         shift = centre - matrix @ centre
         affine = torch.cat([matrix, shift[..., None]], dim=2)
+        # not on every machine that trains: without turns and zooms it is not asked for
+        import kornia
+
         warp = kornia.geometry.transform.warp_affine
         image_NCHW = warp(image_NCHW, affine, (H, W), mode="bilinear", padding_mode="border", align_corners=True)
         # labels shifted by one, so that the zeros from outside can be told from label 0

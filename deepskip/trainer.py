@@ -3,43 +3,24 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kernels
-from deepskip import augment, checkpoint, files
+from deepskip import files
 from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import conv_weights
-from deepskip.config import Config
+from deepskip.config import Config, RunConfig
 from deepskip.evaluation import evaluate
 from deepskip.files import Location
-from deepskip.inference import normalize, to_labels
-from deepskip.loss import BCEDiceLoss
-from deepskip.network import DeepSkipUNet
-from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
+from deepskip.optimizer import learning_rate
 from deepskip.ranks import StopVote, agreed_start, share_buffers
-
-# image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
-Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What the network must know of its data; stored in every checkpoint."""
-
-    in_channels: int
-    num_classes: int
-    ignore_index: int
-    mean: list[float]
-    std: list[float]
-    preparation: dict[str, Any]
+from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
 
 class NonFiniteLoss(RuntimeError):
@@ -55,6 +36,69 @@ class Preempted(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Preempted, (self.step,)
+
+
+@dataclass
+class Record:
+    """What the loop knows beyond its steps, and a checkpoint holds: the best validation and the time spent before."""
+
+    best: dict[str, Any] | None = None
+    validations_since_best: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def take(self, metrics: dict[str, Any], step: int) -> bool:
+        """Take a validation's metrics; returns whether they are the best so far."""
+        # not (a > b): nan beats nothing, and anything beats nan
+        better = self.best is None or not metrics["iou"] <= self.best["iou"]
+        self.best = metrics | {"step": step} if better else self.best
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        return better
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Tell whether the training ends here; a patience of 0 never runs out."""
+        return 0 < patience <= self.validations_since_best
+
+    def total_seconds(self) -> float:
+        """Return the time of all parts of the training."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it."""
+        return {"best": self.best, "stale": self.validations_since_best, "seconds": self.total_seconds()}
+
+
+@dataclass
+class Window:
+    """The steps since the last look at the device, and the rates of all windows."""
+
+    steps: list[StepResult] = field(default_factory=list)
+    keys: list[list[str]] = field(default_factory=list)
+    clock: float = field(default_factory=time.perf_counter)
+    images: int = 0
+    seconds: float = 0.0
+
+    def rate(self) -> float:
+        """Return images/s over all windows."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def close(self, training: TrainingStep, writer: CheckpointWriter) -> dict[str, float]:
+        """Wait for the device, once a window, and return its means; raises NonFiniteLoss on every rank."""
+        losses = torch.stack([torch.stack(one[:3]) for one in self.steps]).double().cpu()
+        counts = torch.stack(
+            [*torch.stack([one.overlap for one in self.steps]).sum(0), broken_weights(training.network)]
+        )
+        if training.world_size > 1:
+            dist.all_reduce(counts)
+        tp, fp, fn, broken = counts.tolist()
+        # before anything is written
+        stop_if_not_finite(losses[:, 0], broken > 0, training.step, self.keys, training.world_size, writer)
+        images, took = len(self.steps) * training.config.optim.global_batch_size, time.perf_counter() - self.clock
+        self.images, self.seconds = self.images + images, self.seconds + took
+        self.steps, self.keys = [], []
+        loss, bce, dice_loss = losses.mean(0).tolist()
+        iou = tp / max(tp + fp + fn, 1)
+        return {"loss": loss, "bce": bce, "dice": 1 - dice_loss, "iou": iou, "images_per_second": images / took}
 
 
 def train(
@@ -81,176 +125,93 @@ def train(
     Raises NonFiniteLoss, Preempted, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, OSError.
     """
     device, run = torch.device(device), files.locate(run)
-    optim = config.optim
-    started = time.perf_counter()
-    kernels.backend.choose(config.run.kernels)
+    optim, settings = config.optim, config.run
+    record = Record()
+    kernels.backend.choose(settings.kernels)
     if device.type == "cpu":
         keep_freed_memory()
 
-    # every rank draws the same weights
-    torch.manual_seed(config.run.seed)
-    settings = asdict(config.model) | {"in_channels": data.in_channels, "num_classes": data.num_classes}
-    network = DeepSkipUNet(**settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(optim, network)
-    ema = (
-        AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay), use_buffers=True)
-        if optim.ema_decay
-        else None
-    )
-    loss_of = BCEDiceLoss(
-        config.loss.alpha, config.loss.beta, config.loss.class_weights, data.ignore_index, config.loss.eps
-    )
-
-    # stale: validations since the best one
-    step, best, stale, trained_seconds = 0, None, 0, 0.0
+    training = TrainingStep(config, data, device, world_size)
     state = agreed_start(run, rank, world_size, device, lambda text: observe("warning", 0, {"text": text}))
     if state is not None:
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.module.load_state_dict(state["ema"])
-            ema.n_averaged.fill_(state["step"])
-        step, best, stale, trained_seconds = (state[name] for name in ("step", "best", "stale", "seconds"))
-        torch.set_rng_state(state["rng"]["cpu"])
-        if device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-    if config.run.compile != "none":
-        # in place: the state keeps its names, and the moving average stays as it is
-        network.compile(mode=config.run.compile)
-    writer = CheckpointWriter(run, config.run.keep_checkpoints, step if state else None)
+        training.load_state_dict(state)
+        record = Record(state["best"], state["stale"], state["seconds"], record.started)
+    training.distribute()
+    writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
     stop_vote = StopVote(stop_requested, world_size, device)
-    model: nn.Module = network
-    if world_size > 1:
-        model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-
-    def snapshot() -> checkpoint.State:
-        # bfloat16 needs no gradient scaler, the learning rate and the augmentation are functions of the step
-        return {
-            "config": asdict(config),
-            "data": asdict(data),
-            "model": network.state_dict(),
-            "ema": ema.module.state_dict() if ema is not None else None,
-            "optimizer": optimizer.state_dict(),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            },
-            "step": step,
-            "best": best,
-            "stale": stale,
-            "seconds": trained_seconds + time.perf_counter() - started,
-            "mlflow_run_id": mlflow_run_id,
-        }
-
-    def validate() -> dict[str, Any]:
-        evaluated = ema.module if ema is not None else network
-        if world_size > 1:
-            share_buffers(evaluated)
-        metrics, panel = evaluate(
-            evaluated, loss_of, data.num_classes, data.ignore_index, validation_images(), device, config.run.panels
-        )
-        if rank == 0:
-            observe("validation", step, metrics)
-            observe("panel", step, {"images": panel})
-        return metrics
-
-    def out_of_patience() -> bool:
-        return 0 < config.run.patience <= stale
-
-    window: list[tuple[Tensor, ...]] = []
-    keys: list[list[str]] = []
-    images, busy, clock = 0, 0.0, time.perf_counter()
-    total_images, total_busy = 0, 0.0
-    batches = on_device(train_batches(step), device)
-    model.train()
+    window = Window()
+    batches = on_device(train_batches(training.step), device)
+    training.network.train()
     with writer:
-        while step < optim.steps and not out_of_patience():
+        while training.step < optim.steps and not record.out_of_patience(settings.patience):
             batch = next(batches)
-            image = normalize(batch["image"], batch["mean"], batch["std"])
-            mask, weight = batch["mask"].long(), batch["weight"]
-            draws = augment.draw(config.augment, config.run.seed, batch["epoch"], batch["sample"], data.in_channels)
-            image, mask = augment.augment(config.augment, draws, image, mask, data.ignore_index)
-            set_learning_rate(optimizer, learning_rate(optim, step))
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(image.contiguous(memory_format=torch.channels_last))
-            parts = loss_of.parts(logits, mask, weight)
-            # the loss is of the global batch, so gradients must be summed over ranks where ddp averages them
-            (parts.loss * world_size).backward()
-            if optim.clip_norm:
-                nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if ema is not None:
-                ema.update_parameters(network)
-            step += 1
-            images += optim.global_batch_size
-            window.append((*(part.detach() for part in parts), overlap_counts(logits.detach(), mask, weight, data)))
-            keys.append(batch["key"])
+            window.steps.append(training(batch))
+            window.keys.append(batch["key"])
             writer.check()
-
-            stopping = stop_vote() and step < optim.steps
-            log, validation, save = (
-                step % every == 0 or step == optim.steps
-                for every in (config.run.log_every, config.run.validate_every, config.run.checkpoint_every)
-            )
+            stopping = stop_vote() and training.step < optim.steps
+            log, validation, save = due(settings, training.step, optim.steps)
             if not (log or validation or save or stopping):
                 continue
-            # one wait for the device a window
-            losses = torch.stack([torch.stack(entry[:3]) for entry in window]).double().cpu()
-            counts = torch.stack([*torch.stack([entry[3] for entry in window]).sum(0), broken_weights(network)])
-            if world_size > 1:
-                dist.all_reduce(counts)
-            tp, fp, fn, broken = counts.tolist()
-            # before anything is written
-            stop_if_not_finite(losses[:, 0], broken > 0, step, keys, world_size, writer)
-            busy += time.perf_counter() - clock
-            loss, bce, dice_loss = losses.mean(0).tolist()
-            total_images, total_busy = total_images + images, total_busy + busy
+            means = window.close(training, writer)
             if rank == 0:
-                values = {
-                    "loss": loss,
-                    "bce": bce,
-                    "dice": 1 - dice_loss,
-                    "iou": tp / max(tp + fp + fn, 1),
-                    "learning_rate": learning_rate(optim, step - 1),
-                    "images_per_second": images / busy,
-                    "seconds_left": (optim.steps - step) * optim.global_batch_size * total_busy / total_images,
-                }
-                observe("train", step, values)
-            window, keys, images, busy = [], [], 0, 0.0
+                left = (optim.steps - training.step) * optim.global_batch_size / window.rate()
+                means |= {"learning_rate": learning_rate(optim, training.step - 1), "seconds_left": left}
+                observe("train", training.step, means)
             better = False
             if validation:
-                metrics = validate()
-                better = best is None or not metrics["iou"] <= best["iou"]
-                best, stale = (metrics | {"step": step}, 0) if better else (best, stale + 1)
-                model.train()
-            save = save or stopping or out_of_patience()
+                metrics = validate(training, validation_images(), rank, observe)
+                better = record.take(metrics, training.step)
+                training.network.train()
+            save = save or stopping or record.out_of_patience(settings.patience)
             if rank == 0 and (save or better):
-                writer.save(snapshot(), step=save, best=better)
+                snapshot = training.state_dict() | record.state_dict() | {"mlflow_run_id": mlflow_run_id}
+                writer.save(snapshot, step=save, best=better)
             if stopping:
                 writer.wait()
                 stop_vote.close()
                 if world_size > 1:
                     # a rank that ends is the end of the others: not before rank 0 has written
                     dist.barrier()
-                raise Preempted(step)
-            clock = time.perf_counter()
+                raise Preempted(training.step)
+            window.clock = time.perf_counter()
 
     stop_vote.close()
-    if best is None:
-        best = validate() | {"step": step}
+    if record.best is None:
+        record.take(validate(training, validation_images(), rank, observe), training.step)
+    model = config.model
     return {
-        "val": best,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "val": record.best,
+        "parameters": sum(p.numel() for p in training.network.parameters()),
         "conv_weights": conv_weights(
-            data.in_channels, data.num_classes, config.model.base_channels, config.model.levels, config.model.encoder
+            data.in_channels, data.num_classes, model.base_channels, model.levels, model.encoder
         ),
-        "steps": step,
-        "stopped_early": step < optim.steps,
-        "images_per_second": total_images / total_busy if total_busy else 0.0,
-        "seconds": trained_seconds + time.perf_counter() - started,
+        "steps": training.step,
+        "stopped_early": training.step < optim.steps,
+        "images_per_second": window.rate(),
+        "seconds": record.total_seconds(),
     }
+
+
+def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:
+    """Tell whether a step is logged, validated and saved; the last one is all three."""
+    every = (settings.log_every, settings.validate_every, settings.checkpoint_every)
+    return tuple(step % one == 0 or step == last for one in every)
+
+
+def validate(
+    training: TrainingStep, images: Iterable[Batch], rank: int, observe: Callable[[str, int, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Measure the moving average on the validation split and observe it; every rank calls with its share."""
+    if training.world_size > 1:
+        share_buffers(training.averaged)
+    data, panels = training.data, training.config.run.panels
+    metrics, panel = evaluate(
+        training.averaged, training.criterion, data.num_classes, data.ignore_index, images, training.device, panels
+    )
+    if rank == 0:
+        observe("validation", training.step, metrics)
+        observe("panel", training.step, {"images": panel})
+    return metrics
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -268,14 +229,6 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
                     # its memory is not given to the next copy while this stream still reads it
                     value.record_stream(now)
         yield moved
-
-
-def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, data: DataInfo) -> Tensor:
-    """Counts true positive, false positive and false negative foreground pixels, without waiting for the device."""
-    labels = to_labels(logits)
-    counted = (mask != data.ignore_index) & (weight != 0)[:, None, None]
-    right, guessed, true = labels == mask, labels != 0, mask != 0
-    return torch.stack([(a & b & counted).sum() for a, b in ((right, true), (~right, guessed), (~right, true))])
 
 
 def broken_weights(network: nn.Module) -> Tensor:

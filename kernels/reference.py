@@ -30,9 +30,10 @@ def check_maps(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -
         raise ValueError(f"deep_skip takes one weight a map, and one map or more; got {len(inputs)} and {len(weights)}")
     if mode not in ("bilinear", "nearest"):
         raise ValueError(f'mode is {mode!r}; it must be "bilinear" or "nearest"')
-    N, K = len(inputs[0]), len(weights[0])
+    # not len(), which makes a number of a size that an exported program leaves open
+    N, K = inputs[0].shape[0], weights[0].shape[0]
     for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-        if x.ndim != 4 or len(x) != N or tuple(weight.shape) != (K, x.shape[1], 3, 3):
+        if x.ndim != 4 or x.shape[0] != N or tuple(weight.shape) != (K, x.shape[1], 3, 3):
             raise ValueError(
                 f"map {i} is {tuple(x.shape)} and its weight {tuple(weight.shape)}; "
                 f"they must be ({N}, C, H, W) and ({K}, C, 3, 3)"

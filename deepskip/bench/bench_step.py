@@ -6,23 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from deepskip import BCEDiceLoss, DeepSkipUNet
 from deepskip.allocator import keep_freed_memory
-from deepskip.config import AugmentConfig, OptimConfig
-from deepskip.inference import normalize
-from deepskip.optimizer import build_optimizer
+from deepskip.config import Config
+from deepskip.training_step import DataInfo, TrainingStep
 from kernels.bench import measure
-
-try:
-    from deepskip import augment
-except ImportError:
-    # kornia is not on every machine with a gpu
-    augment = None  # type: ignore[assignment]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)
@@ -30,63 +20,47 @@ ROUNDS = 30
 
 
 class Step:
-    """A training step of the trainer in parts, each a function to be timed; the batch lies in pinned memory for a GPU."""
+    """The trainer's step in parts, each a function to be timed; the batch lies in pinned memory for a GPU."""
 
     def __init__(self) -> None:
         N, bands, *_ = SIZE
-        self.network = DeepSkipUNet(bands, 1).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(OptimConfig(), self.network)
-        self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
-        self.loss_of = BCEDiceLoss()
-        image = torch.randint(0, 255, SIZE, dtype=torch.uint8)
+        data = DataInfo(bands, 1, 255, [127.0] * bands, [70.0] * bands, {})
+        self.training = TrainingStep(Config(), data, DEVICE)
+        self.training.distribute()
+        image = torch.randint(0, 255, SIZE, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
         mask = (torch.rand(N, *SIZE[2:]) < 0.1).to(torch.uint8)
-        self.host = [x.pin_memory() if DEVICE.type == "cuda" else x for x in (image, mask)]
-        self.mean, self.std = (torch.full((N, bands), value, device=DEVICE) for value in (127.0, 70.0))
+        mean, std = (torch.full((N, bands), value) for value in (127.0, 70.0))
+        tensors = {"image": image, "mask": mask, "mean": mean, "std": std, "weight": torch.ones(N)}
+        self.host = {name: x.pin_memory() if DEVICE.type == "cuda" else x for name, x in tensors.items()}
+        self.numbers = {"epoch": [0] * N, "sample": list(range(N))}
 
     def copy(self) -> None:
-        """Brings the batch to the device."""
-        self.image, self.mask = (x.to(DEVICE, non_blocking=True) for x in self.host)
+        """Bring the batch to the device."""
+        tensors = {name: x.to(DEVICE, non_blocking=True) for name, x in self.host.items()}
+        self.weight, self.batch = tensors["weight"], tensors | self.numbers
 
     def prepare(self) -> None:
-        """Normalises it, and augments it where kornia is installed."""
-        image, self.labels = normalize(self.image, self.mean, self.std), self.mask.long()
-        if augment is not None:
-            draws = augment.draw(AugmentConfig(), 0, [0] * SIZE[0], list(range(SIZE[0])), SIZE[1])
-            image, self.labels = augment.augment(AugmentConfig(), draws, image, self.labels, 255)
-        self.x = image.contiguous(memory_format=torch.channels_last)
+        """Normalise and augment it."""
+        self.image, self.mask = self.training.prepare(self.batch)
 
     def forward(self) -> None:
-        """Runs the network."""
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            self.logits = self.network(self.x)
+        """Run the network."""
+        self.logits = self.training.forward(self.image)
 
     def loss(self) -> None:
-        """Makes the loss."""
-        self.value = self.loss_of(self.logits, self.labels)
+        """Compute the loss."""
+        self.losses = self.training.criterion.parts(self.logits, self.mask, self.weight)
 
     def backward(self) -> None:
-        """Gives every gradient."""
-        self.value.backward()
-
-    def clip(self) -> None:
-        """Bounds the gradient's norm."""
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-
-    def optimize(self) -> None:
-        """Moves the weights."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def average(self) -> None:
-        """Moves their average."""
-        self.ema.update_parameters(self.network)
+        """Compute every gradient."""
+        self.training.backward(self.losses)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        """Gives the parts in order."""
+        """Return the parts in order."""
         return {
             "copy to the device": self.copy, "normalise and augment": self.prepare, "forward": self.forward,
-            "loss": self.loss, "backward": self.backward, "clip": self.clip, "optimizer (Muon)": self.optimize,
-            "moving average": self.average,
+            "loss": self.loss, "backward": self.backward, "clip": self.training.clip,
+            "optimizer (Muon)": self.training.update, "moving average": self.training.average,
         }  # fmt: skip
 
 

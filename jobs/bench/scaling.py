@@ -18,14 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 from deepskip import checkpoint
 from deepskip.allocator import keep_freed_memory
-from deepskip.config import OptimConfig
-from deepskip.loss import BCEDiceLoss
-from deepskip.network import DeepSkipUNet
-from deepskip.optimizer import build_optimizer
+from deepskip.config import Config
+from deepskip.training_step import DataInfo, TrainingStep
 from kernels.bench.measure import cpu_name
 
 CROP = 128
@@ -65,21 +62,17 @@ def time_steps(rank: int, world_size: int, store: str, out: str, images: int, to
     """
     join(rank, world_size, store)
     keep_freed_memory()
-    torch.manual_seed(0)
-    network = DeepSkipUNet(in_channels=3, num_classes=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(OptimConfig(), network)
-    loss_of = BCEDiceLoss()
-    model = DistributedDataParallel(network) if together else network
-    image = torch.randn(images, 3, CROP, CROP).contiguous(memory_format=torch.channels_last)
-    mask = (torch.rand(images, CROP, CROP) < 0.1).long()
+    training = TrainingStep(Config(), DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}), torch.device("cpu"), world_size)
+    if together:
+        training.distribute()
+    else:
+        criterion = training.criterion
+        # what the loss is of a rank by itself
+        training.criterion.parts = lambda *inputs: criterion.from_sums(criterion.sums(*inputs))  # type: ignore[method-assign]
+    batch = batch_of(images)
 
     def step() -> None:
-        logits = model(image)
-        loss = loss_of.parts(logits, mask).loss if together else loss_of.from_sums(loss_of.sums(logits, mask)).loss
-        (loss * world_size).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        training(batch)
 
     ranks: list[list[float]] = [[] for _ in range(world_size)]
     dist.all_gather_object(ranks, seconds_of(step, STEPS, WARM_UP))
@@ -89,6 +82,16 @@ def time_steps(rank: int, world_size: int, store: str, out: str, images: int, to
         slowest = statistics.mean(max(step) for step in zip(*ranks, strict=True))
         Path(out).write_text(json.dumps({"mean": mean, "deviation": deviation, "slowest": slowest}))
     dist.destroy_process_group()
+
+
+def batch_of(images: int) -> dict[str, Any]:
+    """Make a batch of random crops, of mean 0 and deviation 1."""
+    return {
+        "image": torch.randn(images, 3, CROP, CROP).contiguous(memory_format=torch.channels_last),
+        "mask": (torch.rand(images, CROP, CROP) < 0.1).to(torch.uint8),
+        "mean": torch.zeros(images, 3), "std": torch.ones(images, 3), "weight": torch.ones(images),
+        "epoch": [0] * images, "sample": list(range(images)),
+    }  # fmt: skip
 
 
 def join(rank: int, world_size: int, store: str) -> None:
@@ -108,13 +111,9 @@ def on_processes(worker: Callable[..., None], world_size: int, *arguments: Any) 
 
 def time_checkpoint() -> tuple[float, int]:
     """Gives the seconds and the bytes of a whole checkpoint: weights, their moving average, the optimizer's state."""
-    network = DeepSkipUNet(in_channels=3, num_classes=1)
-    optimizer = build_optimizer(OptimConfig(), network)
-    for parameter in network.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    weights = network.state_dict()
-    state = {"model": weights, "ema": {k: v.clone() for k, v in weights.items()}, "optimizer": optimizer.state_dict()}
+    training = TrainingStep(Config(), DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}), torch.device("cpu"))
+    training(batch_of(1))
+    state = training.state_dict()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.pt"
         return statistics.median(seconds_of(lambda: checkpoint.save(state, path), 9, 2)), path.stat().st_size

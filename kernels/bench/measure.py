@@ -61,52 +61,45 @@ def cycles_per_second(device: torch.device) -> float:
     return cycles / min(times)
 
 
-def timer(call: Callable[[], Any], device: torch.device, warm: int = 3) -> Callable[[], float]:
-    """Return what times a call, in seconds; on a GPU by events, the card's own time, as in a training whose host runs ahead.
+def host_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Time what the host needs for a call, with nothing queued on the device before it."""
+    wait(device)
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
-    The call runs `warm` times before, for what is built and cached on the first. On a GPU the host's time of the last is
-    measured, and before each timing the card sleeps for longer than that: all its work lies ready when the clock starts.
+
+def seconds(call: Callable[[], Any], device: torch.device, host: float) -> float:
+    """Time a call; on a GPU by events, the card's own time, as in a training whose host runs ahead.
+
+    host: what the host needs for it, in seconds. The card sleeps for longer than that first, so that all of the call's work
+    lies ready when its clock starts. On a CPU it is of no interest.
     """
     if device.type != "cuda":
-
-        def on_host() -> float:
-            started = time.perf_counter()
-            call()
-            return time.perf_counter() - started
-
-        for _ in range(warm):
-            call()
-        return on_host
-
-    for _ in range(max(1, warm)):
-        wait(device)
-        started = time.perf_counter()
-        call()
-        host = time.perf_counter() - started
-    wait(device)
-    cycles = int(cycles_per_second(device) * (AHEAD + (1 + AHEAD_SHARE) * host))
-
-    def on_card() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(cycles)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    return on_card
+        return host_seconds(call, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(cycles_per_second(device) * (AHEAD + (1 + AHEAD_SHARE) * host)))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def turns(
     calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 3
 ) -> dict[str, list[float]]:
-    """Return every call's seconds, `rounds` of each; in turns, so that a slow spell of the machine hits all."""
-    timers = {name: timer(call, device, warm) for name, call in calls.items()}
+    """Return every call's seconds, `rounds` of each, in turns, so that a slow spell of the machine hits all.
+
+    `warm` rounds come before, for what is built and cached at first, and to time the host; on a GPU one at least.
+    """
+    host = dict.fromkeys(calls, 0.0)
+    for _ in range(max(1, warm) if device.type == "cuda" else warm):
+        host = {name: host_seconds(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, timed in timers.items():
-            times[name].append(timed())
+        for name, call in calls.items():
+            times[name].append(seconds(call, device, host[name]))
     return times
 
 

@@ -1,0 +1,162 @@
+"""One training step: augment, forward, loss, backward, clip, optimizer, moving average; and the state that a checkpoint holds.
+
+Everything that trains runs this one: the trainer, the benchmarks, every comparison.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from deepskip import augment
+from deepskip.config import Config
+from deepskip.inference import normalize, to_labels
+from deepskip.loss import BCEDiceLoss, LossParts
+from deepskip.network import DeepSkipUNet
+from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
+
+# image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What the network must know of its data; stored in every checkpoint."""
+
+    in_channels: int
+    num_classes: int
+    ignore_index: int
+    mean: list[float]
+    std: list[float]
+    preparation: dict[str, Any]
+
+
+class StepResult(NamedTuple):
+    """What a step leaves beside its weights, all on the device: loss, BCE and Dice loss (scalars), and overlap (3,)."""
+
+    loss: Tensor
+    bce: Tensor
+    dice: Tensor
+    overlap: Tensor
+
+
+class TrainingStep:
+    """A network, its loss, optimizer and moving average, on their way through a training.
+
+    The weights are drawn from config.run.seed, so every rank has the same. Call `distribute` before the first step.
+
+    Attributes:
+        network: in channels-last memory, on the device.
+        averaged: its moving average, or the network itself where config.optim.ema_decay is 0.
+        criterion: the loss.
+        step: steps done.
+    """
+
+    def __init__(self, config: Config, data: DataInfo, device: torch.device, world_size: int = 1) -> None:
+        self.config, self.data, self.device, self.world_size = config, data, device, world_size
+        torch.manual_seed(config.run.seed)
+        settings = asdict(config.model) | {"in_channels": data.in_channels, "num_classes": data.num_classes}
+        self.network = DeepSkipUNet(**settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(config.optim, self.network)
+        self.ema: AveragedModel | None = None
+        if decay := config.optim.ema_decay:
+            self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        loss = config.loss
+        self.criterion = BCEDiceLoss(loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps)
+        self.step = 0
+        self._model: nn.Module = self.network
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network that is validated and kept."""
+        return self.network if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs, apart from what the loop around the steps knows.
+
+        bfloat16 needs no gradient scaler; the learning rate and the augmentation are functions of the step.
+        """
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "config": asdict(self.config), "data": asdict(self.data), "model": self.network.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "step": self.step,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(self.step)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def distribute(self) -> None:
+        """Compile the network where the config asks for it, and join the process group where there are several ranks."""
+        if self.config.run.compile != "none":
+            # in place: the state keeps its names, and the moving average stays as it is
+            self.network.compile(mode=self.config.run.compile)
+        if self.world_size > 1:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            self._model = DistributedDataParallel(self.network, device_ids=devices)
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normalise and augment a batch on the device: image (N, bands, H, W), channels last, and labels (N, H, W) int64."""
+        image, mask = normalize(batch["image"], batch["mean"], batch["std"]), batch["mask"].long()
+        settings = self.config.augment
+        draws = augment.draw(settings, self.config.run.seed, batch["epoch"], batch["sample"], self.data.in_channels)
+        image, mask = augment.augment(settings, draws, image, mask, self.data.ignore_index)
+        return image.contiguous(memory_format=torch.channels_last), mask
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Run the network, in bf16 autocast on a GPU; logits (N, V, H, W)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self._model(image)
+
+    def backward(self, parts: LossParts) -> None:
+        """Leave the gradient of the global batch in the weights: the loss is its sum over ranks, where DDP averages."""
+        (parts.loss * self.world_size).backward()
+
+    def clip(self) -> None:
+        """Bound the gradient's norm."""
+        if self.config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
+
+    def update(self) -> None:
+        """Move the weights by the learning rate of this step."""
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def average(self) -> None:
+        """Move the average of the weights."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Train on a batch that lies on the device; in a process group every rank calls with its share."""
+        image, mask = self.prepare(batch)
+        logits = self.forward(image)
+        parts = self.criterion.parts(logits, mask, batch["weight"])
+        self.backward(parts)
+        self.clip()
+        self.update()
+        self.average()
+        self.step += 1
+        overlap = overlap_counts(logits.detach(), mask, batch["weight"], self.data.ignore_index)
+        return StepResult(parts.loss.detach(), parts.bce.detach(), parts.dice.detach(), overlap)
+
+
+def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
+    """Count true positive, false positive and false negative foreground pixels (3,), without waiting for the device."""
+    labels = to_labels(logits)
+    counted = (mask != ignore_index) & (weight != 0)[:, None, None]
+    right, guessed, true = labels == mask, labels != 0, mask != 0
+    return torch.stack([(a & b & counted).sum() for a, b in ((right, true), (~right, guessed), (~right, true))])
