@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 import time
 import warnings
 from collections import deque
@@ -35,6 +36,8 @@ DATABASE = "mlflow.db"
 # what a run's model is called in it
 MODEL = "model"
 ARTIFACTS = "mlartifacts"
+# between looks at what waits, and after a request that failed
+SEND_SECONDS = 0.5
 RETRY_SECONDS = 5.0
 LAST_FLUSH_SECONDS = 20.0
 # MLflow takes no more in one request
@@ -120,6 +123,8 @@ def system_metrics(run_id: str) -> Iterator[None]:
 class Tracker:
     """Sends events to the run in order; what a server does not take is kept and sent again.
 
+    `start` has a thread send them, so that whoever takes an event never waits for a server. One thread at a time sends: that
+    one, and after it has ended `finish`. Whoever does not start it calls `send`.
     It begins with the journal of earlier parts of the training: what one part could not send the next one does. A metric that
     arrives twice has the same time stamp, by which MLflow knows it.
     history: (step, value) pairs of every metric of the run.
@@ -131,6 +136,10 @@ class Tracker:
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.last_step: dict[str, int] = {}
         self.next_try = 0.0
+        # around the line of events, and never around a request
+        self.lock = threading.Lock()
+        self.ending = threading.Event()
+        self.sender: threading.Thread | None = None
         for kind, step, values, stamp in read_journal(journal):
             self.take(kind, step, values, stamp)
 
@@ -142,35 +151,52 @@ class Tracker:
         self.last_step[kind] = step
         if kind == "panel":
             if values["images"]:
-                self.waiting.append((kind, step, figures.panel(values["images"], self.ignore_index)))
+                self._append(kind, step, figures.panel(values["images"], self.ignore_index))
             return
         prefix = "val" if kind == "validation" else kind
         metrics = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
         for name, value in metrics.items():
             self.history.setdefault(name, []).append((step, value))
-        self.waiting.append(("metrics", step, [Metric(name, value, stamp, step) for name, value in metrics.items()]))
+        self._append("metrics", step, [Metric(name, value, stamp, step) for name, value in metrics.items()])
+
+    def _append(self, kind: str, step: int, value: Any) -> None:
+        with self.lock:
+            self.waiting.append((kind, step, value))
+
+    def start(self) -> None:
+        """Send from a thread of its own until `finish`."""
+        self.sender = threading.Thread(target=self._send_until_the_end, name="tracker", daemon=True)
+        self.sender.start()
+
+    def _send_until_the_end(self) -> None:
+        while not self.ending.wait(SEND_SECONDS):
+            self.send()
 
     def send(self) -> str | None:
         """Sends what waits, unless the server was away a moment ago; gives what went wrong, or None."""
         if time.monotonic() < self.next_try:
             return None
         while self.waiting:
-            kind, step, value = self.waiting[0]
-            count = 1
+            if self.ending.is_set() and threading.current_thread() is self.sender:
+                # the rest is for `finish`, or for the next part of the training
+                return None
+            with self.lock:
+                kind, step, value = self.waiting[0]
+                metrics, count = self._next_metrics() if kind == "metrics" else ([], 1)
             try:
                 if kind == "panel":
                     self.client.log_figure(self.run_id, value, f"panels/step-{step:08d}.png")
                 elif kind == "file":
                     self.client.log_artifact(self.run_id, str(value))
                 else:
-                    metrics, count = self._next_metrics()
                     self.client.log_batch(self.run_id, metrics)
             # whatever it is, the training goes on and the event stays first in the line
             except Exception as error:
                 self.next_try = time.monotonic() + RETRY_SECONDS
                 return in_short(error)
-            for _ in range(count):
-                self.waiting.popleft()
+            with self.lock:
+                for _ in range(count):
+                    self.waiting.popleft()
         return None
 
     def _next_metrics(self) -> tuple[list[Metric], int]:
@@ -185,7 +211,7 @@ class Tracker:
 
     def take_file(self, path: Path) -> None:
         """Takes a file to keep beside the metrics."""
-        self.waiting.append(("file", 0, path))
+        self._append("file", 0, path)
 
     def finish(self, status: str) -> str | None:
         """Sends the rest within LAST_FLUSH_SECONDS and closes the run; gives what went wrong, or None."""
@@ -194,6 +220,12 @@ class Tracker:
             with contextlib.suppress(Exception):
                 self.client.set_terminated(self.run_id, status)
         deadline = time.monotonic() + LAST_FLUSH_SECONDS
+        if self.sender is not None:
+            self.ending.set()
+            self.sender.join(LAST_FLUSH_SECONDS)
+            if self.sender.is_alive():
+                # it may still arrive; nobody else sends, so nothing is taken from the line twice
+                return f"a request to the tracking server takes more than {LAST_FLUSH_SECONDS:g} s"
         while True:
             fault = self.send()
             if fault is None and not self.waiting:

@@ -121,6 +121,7 @@ def run_job(argv: list[str]) -> None:
     runs.record(run, settings, run_id)
     validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
     tracker = tracking.Tracker(uri, run_id, validation.ignore_index, run.folder / runs.JOURNAL)
+    tracker.start()
     status = "FAILED"
     try:
         with tracking.system_metrics(run_id):
@@ -222,7 +223,7 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
     done, stopped = threading.Event(), threading.Event()
 
     def deliver() -> None:
-        for kind, step, values, stamp in ray.get(mailbox.drain.remote()):
+        for kind, step, values, stamp in ray.get(mailbox.drain.remote(), timeout=asked.collective_timeout):
             if kind in ("summary", "fatal"):
                 result[kind] = values
             elif kind in ("warning", "stopped"):
@@ -246,10 +247,8 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
                     watch.came_to(step)
                     print(report.progress_line(step, config.optim.steps, values), flush=True)
                 tracker.take(kind, step, values, stamp)
-        tracker.send()
 
     def follow() -> None:
-        # once in POLL_SECONDS, or slower where the tracking server is
         while not done.wait(POLL_SECONDS):
             try:
                 deliver()
@@ -285,8 +284,10 @@ def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, A
             # ray makes 1 of whatever status a program ends with inside of its calls
             sys.exit(STOPPED)
     finally:
+        # until it has ended: what it drained and has not passed on is in nobody else's hands. It waits for no server, and for
+        # the mailbox no longer than the collective timeout
         done.set()
-        follower.join(timeout=5)
+        follower.join()
     if "fatal" in result:
         stop(result["fatal"]["text"])
     deliver()

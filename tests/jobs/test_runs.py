@@ -67,3 +67,12 @@ def test_a_named_run_may_grow(tmp_path: Path) -> None:
     assert run.mlflow_run_id == "mlflow-id"
     runs.record(run, config(steps=20), "mlflow-id")
     assert not (run.folder / runs.SUMMARY).exists()
+
+
+def test_how_often_a_run_looks_up_may_change(tmp_path: Path) -> None:
+    pace = {"log_every": 10, "validate_every": 100, "checkpoint_every": 100, "patience": 0, "seed": 0}
+    trained(tmp_path, "mine", config() | {"run": {"name": None, **pace}}, finish=False)
+    other = {"log_every": 1, "validate_every": 7, "checkpoint_every": 3, "patience": 4, "seed": 0}
+    runs.claim(tmp_path, "mine", "x", config() | {"run": {"name": None, **other}}).lock.close()
+    with pytest.raises(runs.RunError, match=r"has other settings \(run\.seed\)"):
+        runs.claim(tmp_path, "mine", "x", config() | {"run": {"name": None, **other, "seed": 1}})

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -152,6 +153,53 @@ def test_a_later_part_of_the_training_sends_what_an_earlier_one_could_not(server
         [client.get_experiment_by_name("deepskip").experiment_id], "attributes.run_name = 'parts'"
     )
     assert [run.info.status for run in runs] == ["FAILED"]
+
+
+def test_a_slow_server_holds_up_nobody_and_gets_everything_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, journal = tracker_of(server, "slow", tmp_path), tmp_path / JOURNAL
+    take, requests = tracker.client.log_batch, []
+
+    def slow(run_id: str, metrics: list[Any]) -> None:
+        requests.append(threading.current_thread().name)
+        time.sleep(4)
+        take(run_id, metrics)
+
+    monkeypatch.setattr(tracking, "SEND_SECONDS", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.client, "log_batch", slow)
+        tracker.start()
+        started = time.monotonic()
+        train(tracker, journal, range(1, 3))
+        while not requests:
+            time.sleep(0.01)
+        # a request is on its way: events are taken all the same, and the end does not wait for it for ever
+        train(tracker, journal, range(3, 50))
+        assert time.monotonic() - started < 3.5
+        assert tracker.finish("FINISHED") == "a request to the tracking server takes more than 1 s"
+        assert tracker.sender is not None
+        tracker.sender.join()
+    # the thread sent what it was at, and nobody else sent beside it
+    assert requests == ["tracker"]
+    assert 1 <= len(losses(server, tracker.run_id)) <= 2
+    later = tracker_of(server, "slow", tmp_path, tracker.run_id)
+    later.start()
+    assert later.finish("FINISHED") is None
+    assert losses(server, tracker.run_id) == [(step, 1 / step) for step in range(1, 50)]
+    assert mlflow.MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_events_that_are_taken_while_others_are_sent_arrive_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SEND_SECONDS", 0.0)
+    monkeypatch.setattr(tracking, "LAST_FLUSH_SECONDS", 60.0)
+    tracker, journal = tracker_of(server, "both", tmp_path), tmp_path / JOURNAL
+    tracker.start()
+    train(tracker, journal, range(1, 1500))
+    assert tracker.finish("FINISHED") is None
+    assert losses(server, tracker.run_id) == [(step, 1 / step) for step in range(1, 1500)]
 
 
 def test_a_run_that_the_server_no_longer_knows_is_made_anew(server: Server, tmp_path: Path) -> None:
