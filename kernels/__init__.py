@@ -24,9 +24,9 @@ def bce_dice_sums(
     found = backend.implementation(logits)
     if found == "triton":
         # triton is not there on every system
-        from kernels import bce_dice
+        from kernels import bce_dice_triton
 
-        sums = bce_dice.bce_dice_sums
+        sums = bce_dice_triton.bce_dice_sums
     else:
         sums = bce_dice_cpu.bce_dice_sums if found == "cpu" else reference.bce_dice_sums
     return sums(logits, target, alpha=alpha, ignore_index=ignore_index, sample_weight=sample_weight)
@@ -38,9 +38,9 @@ def loss_of_sums(
     """Returns loss, BCE and Dice (eqs. 5 to 7), scalars, of those sums; see `reference.loss_of_sums`."""
     found = backend.implementation(sums)
     if found == "triton":
-        from kernels import bce_dice_loss
+        from kernels import bce_dice_loss_triton
 
-        return bce_dice_loss.loss_of_sums(sums, class_weights, beta, eps)
+        return bce_dice_loss_triton.loss_of_sums(sums, class_weights, beta, eps)
     form = bce_dice_cpu if found == "cpu" else reference
     return form.loss_of_sums(sums, class_weights, beta, eps)
 
@@ -50,9 +50,9 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     reference.check_maps(inputs, weights, mode)
     found = backend.implementation(inputs[0])
     if found == "triton":
-        from kernels import deep_skip_gpu
+        from kernels import deep_skip_triton
 
-        return deep_skip_gpu.deep_skip(inputs, weights, mode)
+        return deep_skip_triton.deep_skip(inputs, weights, mode)
     form = deep_skip_cpu if found == "cpu" else reference
     return form.deep_skip(inputs, weights, mode)
 

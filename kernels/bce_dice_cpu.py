@@ -1,7 +1,7 @@
 """Weighted BCE + Dice for CPUs: plain PyTorch, a block of pixels at a time, with the gradient written out (eqs. 5 to 8).
 
 A block stays in the cache through all its operators, nothing but the inputs is kept for backward, and there is no one-hot. The
-formulas are those of `bce_dice`. Blocks are added up in fp64, in their order: the same input gives the same sums.
+formulas are those of `bce_dice_triton`. Blocks are added up in fp64, in their order: the same input gives the same sums.
 """
 
 from collections.abc import Iterator

@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
     # gluon is imported when a kernel first runs
 
     # ours too, before any test's module imports them
-    import kernels.bce_dice
-    import kernels.bce_dice_loss
-    import kernels.deep_skip_gpu  # noqa: F401
+    import kernels.bce_dice_loss_triton
+    import kernels.bce_dice_triton
+    import kernels.deep_skip_triton  # noqa: F401
 
     # what the tests start must not see it
     del os.environ["TRITON_INTERPRET"]

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 import kernels
-from kernels import bce_dice, deep_skip_gpu
+from kernels import bce_dice_triton, deep_skip_triton
 from kernels.bench import cases, gpu_part, machine_code, measure
 from kernels.bench.launches import Launches, meta
 
@@ -52,7 +52,7 @@ def _stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Can
         stripe = max(2, 1 << (cases.LEVELS - u - 1))
         shape = N, H >> (u - 1), W >> (u - 1)
         for operator, backward in (("spread_taps", False), ("gather_taps", True)):
-            taken = deep_skip_gpu.HALF[stripe][backward]
+            taken = deep_skip_triton.HALF[stripe][backward]
             for window in WINDOWS:
                 for channels in (c for c in CHANNELS if c <= max(K, 8)):
                     for warps in WARPS:
@@ -69,9 +69,9 @@ def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]
             for block in BLOCKS if size[1] == 1 else TILES:
                 for warps in WARPS:
                     # how many programs there are is the sums' own question
-                    for programs in PROGRAMS if operator == "bce_dice_sums" else (bce_dice.MAX_PROGRAMS,):
+                    for programs in PROGRAMS if operator == "bce_dice_sums" else (bce_dice_triton.MAX_PROGRAMS,):
                         settings = ((key, block), ("WARPS", warps), ("MAX_PROGRAMS", programs))
-                        mine = all(getattr(bce_dice, setting) == value for setting, value in settings)
+                        mine = all(getattr(bce_dice_triton, setting) == value for setting, value in settings)
                         yield Candidate(operator, name, 0, size, settings, mine)
 
 
@@ -122,12 +122,12 @@ def patched(candidate: Candidate) -> Iterator[None]:
     settings = dict(candidate.settings)
     with ExitStack() as stack:
         if candidate.level:
-            shape = deep_skip_gpu.Shape(settings["window"], settings["channels"], settings["warps"])
-            for table in (deep_skip_gpu.HALF, deep_skip_gpu.SINGLE):
+            shape = deep_skip_triton.Shape(settings["window"], settings["channels"], settings["warps"])
+            for table in (deep_skip_triton.HALF, deep_skip_triton.SINGLE):
                 stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, (shape, shape))))
         else:
             for key, value in settings.items():
-                stack.enter_context(mock.patch.object(bce_dice, key, value))
+                stack.enter_context(mock.patch.object(bce_dice_triton, key, value))
         yield
 
 
