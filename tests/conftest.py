@@ -1,5 +1,6 @@
 """Triton for the interpreter, before any test imports it, and an S3 for the tests that need one."""
 
+import importlib
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -11,12 +12,11 @@ import torch
 # triton's own functions are made for its interpreter when it is first imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    # gluon is imported when a kernel first runs
-
-    # ours too, before any test's module imports them
-    import kernels.bce_dice_loss_triton
-    import kernels.bce_dice_triton
-    import kernels.deep_skip_triton  # noqa: F401
+    # gluon, which is imported when a kernel first runs; and ours, before any test's module imports them
+    for name in ("triton.experimental.gluon", "triton.language"):
+        importlib.import_module(name)
+    for name in ("bce_dice_triton", "bce_dice_loss_triton", "deep_skip_triton"):
+        importlib.import_module(f"kernels.{name}")
 
     # what the tests start must not see it
     del os.environ["TRITON_INTERPRET"]
