@@ -1,5 +1,6 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
+# make newcomer   a fresh clone with an empty home: make train, make test; the log goes to build/newcomer.  BUSY=2: beside two busy processes
 # make test-faults   every fault by itself over real Ray nodes
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
@@ -13,11 +14,12 @@
 PYTHON ?= python3
 CONFIG ?= jobs/configs/coins.yaml
 ARGS ?=
+BUSY ?= 0
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test newcomer test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -45,6 +47,9 @@ ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults fau
 test: setup lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
 	@$(VENV)/bin/python -m pytest $(ALONE)
+
+newcomer:
+	@tests/newcomer.sh build/newcomer $(BUSY)
 
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster

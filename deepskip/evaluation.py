@@ -15,7 +15,7 @@ from deepskip.metrics import SegmentationMetrics
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
-    loss_of: BCEDiceLoss,
+    criterion: BCEDiceLoss,
     num_classes: int,
     ignore_index: int,
     images: Iterable[dict[str, Any]],
@@ -37,7 +37,7 @@ def evaluate(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
         labels = to_labels(logits)
-        sums += loss_of.sums(logits, mask).double()
+        sums += criterion.sums(logits, mask).double()
         metrics.update(labels[0], mask[0])
         count += 1
         if len(panel) < panels:
@@ -48,6 +48,6 @@ def evaluate(
         dist.all_reduce(count)
     if count == 0:
         raise ValueError("the validation split is empty")
-    parts = loss_of.from_sums(sums)
+    parts = criterion.from_sums(sums)
     result = metrics.compute()
     return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": int(count)}, panel

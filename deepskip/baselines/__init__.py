@@ -166,14 +166,14 @@ def is_positive(value: Any) -> bool:
 
 def training_loss(
     network: nn.Module,
-    loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    criterion: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     image: Tensor,
     target: Tensor,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Computes a batch's loss: the network's own where it has one (Mask R-CNN), else loss_of(logits, target, weight).
+    """Computes a batch's loss: the network's own where it has one (Mask R-CNN), else criterion(logits, target, weight).
 
     image: (N, bands, H, W). target: (N, H, W) labels. sample_weight: (N,); a sample of weight 0 takes no part.
     """
     own = getattr(network, "training_loss", None)
-    return loss_of(network(image), target, sample_weight) if own is None else own(image, target, sample_weight)
+    return criterion(network(image), target, sample_weight) if own is None else own(image, target, sample_weight)

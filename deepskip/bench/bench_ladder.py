@@ -28,7 +28,7 @@ class Rung:
         self.network = DeepSkipUNet(3, 1).to(memory_format=layout)  # type: ignore[call-overload]
         self.image = torch.randn(SIZE).contiguous(memory_format=layout)
         self.mask = (torch.rand(SIZE[0], *SIZE[2:]) < 0.1).to(torch.uint8)
-        self.forms, self.bf16, self.loss_of = forms, bf16, BCEDiceLoss()
+        self.forms, self.bf16, self.criterion = forms, bf16, BCEDiceLoss()
 
     def run(self, training: bool) -> None:
         """Runs a step without the optimizer, or inference."""
@@ -44,7 +44,7 @@ class Rung:
                 logits = self.network(self.image)
             if training:
                 self.network.zero_grad()
-                self.loss_of(logits, self.mask).backward()
+                self.criterion(logits, self.mask).backward()
 
 
 def rows_of(rungs: dict[str, Rung], first: dict[str, float] | None) -> list[dict[str, Any]]:

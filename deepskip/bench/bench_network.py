@@ -53,7 +53,7 @@ def test_network(benchmark: Any) -> None:
     torch.manual_seed(0)
     image = torch.randn(SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
     mask = (torch.rand(SIZE[0], *SIZE[2:], device=DEVICE) < 0.1).to(torch.uint8)
-    loss_of = BCEDiceLoss()
+    criterion = BCEDiceLoss()
     made = networks()
     for network, _, form in made.values():
         network.to(DEVICE, memory_format=form)  # type: ignore[call-overload]
@@ -71,7 +71,7 @@ def test_network(benchmark: Any) -> None:
         kernels.backend.choose("auto")
         if training:
             network.zero_grad()
-            loss_of(logits, mask).backward()
+            criterion(logits, mask).backward()
         return logits
 
     def call(name: str, training: bool) -> Callable[[], Tensor]:

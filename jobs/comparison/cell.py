@@ -90,14 +90,14 @@ class Objective:
 
     def __init__(self, row: Row, network: nn.Module, device: torch.device, bf16: bool) -> None:
         self.row, self.network, self.device, self.bf16 = row, network, device, bf16
-        self.loss_of = BCEDiceLoss(row.alpha, row.beta, ignore_index=IGNORE_INDEX)
+        self.criterion = BCEDiceLoss(row.alpha, row.beta, ignore_index=IGNORE_INDEX)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Gives the loss, and (5,): loss, soft Dice, true positives, false positives, false negatives; nothing waits."""
         # a cache of cast weights would outlive a graph's recording
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             if self.row.loss == "own":
-                loss = training_loss(self.network, self.loss_of, image, mask.long())
+                loss = training_loss(self.network, self.criterion, image, mask.long())
                 return loss, torch.cat([loss.detach()[None], loss.new_full((4,), math.nan)])
             logits = self.network(image)
         logits = logits.float()
@@ -112,7 +112,7 @@ class Objective:
 
     def loss(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Gives the loss of logits (N, 1, S, S), and the soft Dice."""
-        parts = self.loss_of.parts(logits.contiguous(), mask)
+        parts = self.criterion.parts(logits.contiguous(), mask)
         # at alpha 0.5 both sides of the cross-entropy are halved
         return (2 * parts.bce if self.row.loss == "cross_entropy" else parts.loss), 1 - parts.dice
 

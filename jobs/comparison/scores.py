@@ -30,7 +30,7 @@ def probabilities(
     network.eval()
     device = split.images.device
     found = []
-    loss_of = BCEDiceLoss(ignore_index=IGNORE_INDEX)
+    criterion = BCEDiceLoss(ignore_index=IGNORE_INDEX)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for start in range(0, len(split), batch_size):
         image = split.images[start : start + batch_size].contiguous(memory_format=torch.channels_last)
@@ -42,7 +42,7 @@ def probabilities(
             if axes:
                 logits = logits.flip(axes)
             else:
-                sums += loss_of.sums(logits, split.masks[start : start + batch_size]).double()
+                sums += criterion.sums(logits, split.masks[start : start + batch_size]).double()
             total += to_probabilities(logits)[:, 0]
         found.append(total / len(mirrorings))
     return torch.cat(found), sums

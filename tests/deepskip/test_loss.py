@@ -64,9 +64,9 @@ def test_equals_equations_5_to_8(kind: str, form: str, dtype: torch.dtype) -> No
     target = masks(kind, (N, V, H, W), 1, rng) if form == "independent" else masks(kind, (N, H, W), V, rng)
     weight = np.array([1.0, 0.0, 1.0])
     class_weights = rng.random(V) + 0.1
-    loss_of = BCEDiceLoss(alpha=0.7, beta=1.3, class_weights=class_weights.tolist(), ignore_index=IGNORE, eps=0.5)
+    criterion = BCEDiceLoss(alpha=0.7, beta=1.3, class_weights=class_weights.tolist(), ignore_index=IGNORE, eps=0.5)
     logits = torch.tensor(z, dtype=dtype, requires_grad=True)
-    loss = loss_of(logits, torch.from_numpy(target), torch.from_numpy(weight))
+    loss = criterion(logits, torch.from_numpy(target), torch.from_numpy(weight))
     loss.backward()
     expected, gradient = by_hand(z, target, weight, 0.7, 1.3, class_weights / class_weights.sum(), 0.5)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12

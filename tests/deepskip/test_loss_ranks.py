@@ -24,7 +24,7 @@ def batch(V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, target, torch.tensor([1.0, 1, 0, 1, 1, 1, 1])
 
 
-def loss_of(V: int) -> BCEDiceLoss:
+def criterion(V: int) -> BCEDiceLoss:
     return BCEDiceLoss(alpha=0.7, beta=1.3, class_weights=[v + 1.0 for v in range(V)])
 
 
@@ -41,7 +41,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
         for V in (1, 3):
             logits, target, weight = (x[mine] for x in batch(V))
             logits.requires_grad_()
-            loss = loss_of(V)(logits, target, weight)
+            loss = criterion(V)(logits, target, weight)
             loss.backward()
             found[form, V] = (loss.detach(), logits.grad)
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -61,7 +61,7 @@ def test_uneven_shares(world_size: int, tmp_path: Path, monkeypatch: pytest.Monk
     for V in (1, 3):
         logits, target, weight = batch(V)
         exact = logits.double().requires_grad_()
-        expected = loss_of(V)(exact, target, weight)
+        expected = criterion(V)(exact, target, weight)
         expected.backward()
         for form in FORMS:
             assert all(rank[form, V][0].item() == pytest.approx(expected.item(), rel=1e-6) for rank in ranks)

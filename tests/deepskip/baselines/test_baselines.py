@@ -46,13 +46,13 @@ def test_logits_of_any_bands_and_size(name: str, bands: int, classes: int, heigh
 def test_every_parameter_learns_and_steps_lower_the_loss(name: str) -> None:
     network = small(name, 3, 1).train()
     image, mask = batch()
-    loss_of = BCEDiceLoss()
+    criterion = BCEDiceLoss()
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     losses = []
     for step in range(3):
         # Mask R-CNN samples anchors and proposals, dropout samples channels
         torch.manual_seed(1)
-        loss = training_loss(network, loss_of, image, mask)
+        loss = training_loss(network, criterion, image, mask)
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
