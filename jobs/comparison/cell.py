@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from deepskip.baselines import training_loss
 from deepskip.config import OptimConfig
 from deepskip.loss import BCEDiceLoss
 from deepskip.network import HEAD_STD, PRIOR_LOGIT, DeepSkipUNet
+from deepskip.networks import training_loss
 from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
 from jobs.comparison import scores
 from jobs.comparison.rows import Row, build, in_category

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from deepskip import DeepSkipUNet
-from deepskip.baselines import RIVALS
-from deepskip.baselines import build as build_rival
-from deepskip.baselines.enlarged import Enlarged
 from deepskip.network import LARGEST_ENLARGE, PRIOR_LOGIT
+from deepskip.networks import RIVALS
+from deepskip.networks import build as build_rival
+from deepskip.networks.enlarged import Enlarged
 from jobs.settings import parse_settings, stop
 
 OURS = "deepskip"
@@ -43,7 +43,7 @@ class Row:
     group: Literal["ours", "ablation", "rival", "tuning"]
     """where it stands on the page"""
     network: str = OURS
-    """"deepskip", or a name in deepskip.baselines.RIVALS"""
+    """"deepskip", or a name in deepskip.networks.RIVALS"""
     size: Literal["default", "paper"] = "default"
     """a rival's widths: its authors' or library's, or those of the paper's parameter count"""
     paper_parameters: float | None = None

@@ -20,7 +20,7 @@ from jobs.comparison.grid import cells, is_done, trained_otherwise, write, write
 from jobs.comparison.rows import Grid, Row, described, read_grid, trained_as
 from jobs.comparison.run import Clock, run
 from jobs.comparison.work import Outcome, Task
-from tests.deepskip.baselines.small import SMALL
+from tests.deepskip.networks.small import SMALL
 from tests.jobs.squares import write_squares
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from jobs.comparison.cell import Cell, Supervised, run_cell
 from jobs.comparison.data import Rule, encode, pack
 from jobs.comparison.rows import Row, build
 from jobs.comparison.samples import IGNORE_INDEX, ZOOM, Category, Split, batch, draw_plan, load, maps, view
-from tests.deepskip.baselines.small import SMALL
+from tests.deepskip.networks.small import SMALL
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from deepskip import BCEDiceLoss, DeepSkipUNet
-from deepskip.baselines import RIVALS, build, training_loss
-from deepskip.baselines.h_dense_unet import HDenseUNet
-from deepskip.baselines.mask_rcnn import instances_of
-from tests.deepskip.baselines.small import SMALL
+from deepskip.networks import RIVALS, build, training_loss
+from deepskip.networks.h_dense_unet import HDenseUNet
+from deepskip.networks.mask_rcnn import instances_of
+from tests.deepskip.networks.small import SMALL
 
 
 def small(name: str, in_channels: int, num_classes: int) -> nn.Module:

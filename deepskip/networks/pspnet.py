@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from deepskip.baselines.padded import Padded
+from deepskip.networks.padded import Padded
 from kernels import torchvision_ops
 
 

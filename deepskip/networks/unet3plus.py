@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepskip.baselines.padded import Padded
 from deepskip.encoders import ConvNormReLU
+from deepskip.networks.padded import Padded
 
 LEVELS = 5
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from deepskip.baselines.fcn import build_fcn
-from deepskip.baselines.h_dense_unet import build_h_dense_unet
-from deepskip.baselines.mask_rcnn import build_mask_rcnn
-from deepskip.baselines.nnunet import build_nnunet
-from deepskip.baselines.pspnet import build_pspnet
-from deepskip.baselines.unet import build_plain_unet, build_unet
-from deepskip.baselines.unet3plus import build_unet3plus
+from deepskip.networks.fcn import build_fcn
+from deepskip.networks.h_dense_unet import build_h_dense_unet
+from deepskip.networks.mask_rcnn import build_mask_rcnn
+from deepskip.networks.nnunet import build_nnunet
+from deepskip.networks.pspnet import build_pspnet
+from deepskip.networks.unet import build_plain_unet, build_unet
+from deepskip.networks.unet3plus import build_unet3plus
 
 Size = Literal["default", "paper"]
 

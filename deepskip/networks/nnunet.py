@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from deepskip.baselines.padded import Padded
+from deepskip.networks.padded import Padded
 from kernels import torchvision_ops
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from deepskip.baselines.padded import Padded
 from deepskip.network import DeepSkipUNet
+from deepskip.networks.padded import Padded
 
 
 def build_unet(in_channels: int, num_classes: int, *, features: Sequence[int]) -> nn.Module:
