@@ -138,21 +138,21 @@ def disk_full(error: BaseException | None) -> str | None:
     return None
 
 
-class PenLost(RuntimeError):
+class LeaseLost(RuntimeError):
     """Other workers have taken up the training, while these were cut off from Ray."""
 
 
-def take_pen(folder: Path) -> str:
-    """Takes the right to write a run's checkpoints away from workers that may still live elsewhere; gives its token."""
-    pen = uuid.uuid4().hex
-    write_json(folder / PEN, {"pen": pen})
-    return pen
+def acquire_writer_lease(folder: Path) -> str:
+    """Take the right to write a run's checkpoints from workers that may still live elsewhere; returns its token."""
+    lease = uuid.uuid4().hex
+    write_json(folder / PEN, {"pen": lease})
+    return lease
 
 
-def check_pen(folder: Path, pen: str) -> None:
-    """Raises PenLost where somebody else took the pen."""
-    if read_json(folder / PEN) != {"pen": pen}:
-        raise PenLost(f"other workers have taken up the training in {folder}")
+def check_writer_lease(folder: Path, lease: str) -> None:
+    """Raise LeaseLost where somebody else has acquired the lease."""
+    if read_json(folder / PEN) != {"pen": lease}:
+        raise LeaseLost(f"other workers have taken up the training in {folder}")
 
 
 def write_down(journal: Path, kind: str, step: int, values: dict[str, float]) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,9 +13,12 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from data_shards import storage
 from deepskip.config import Config, check_values
 
 T = TypeVar("T")
+# exit status of a program that SIGTERM has ended
+STOPPED = 128 + signal.SIGTERM
 
 # what the settings are explained by stands under each field of the dataclasses
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -142,3 +146,13 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def flatten(settings: dict[str, Any]) -> dict[str, Any]:
     """Turns {"section": {"key": value}} into {"section.key": value}."""
     return {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
+
+
+def cache_of(config: Config) -> storage.Cache:
+    """Return the cache for remote shards that the config describes."""
+    return storage.Cache(Path(config.data.cache_dir), int(config.data.cache_gb * 1e9))
+
+
+def listen_to_sigterm() -> None:
+    """Convert SIGTERM to SystemExit, so that cleanup runs: a last checkpoint, and an ended MLflow run."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))

@@ -13,7 +13,7 @@ from data_shards.stream import Shards, train_batches
 from deepskip.allocator import keep_freed_memory
 from deepskip.training_step import TrainingStep
 from jobs.settings import parse
-from jobs.train import data_info
+from jobs.training.worker import data_info
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import ray
 
 from jobs.comparison.rows import Grid
 from jobs.comparison.work import Outcome, Task, attempt
-from jobs.scaling import own_ray
+from jobs.training.allocation import own_ray
 
 
 class RayTasks:

@@ -22,8 +22,8 @@ from jobs.comparison.cell import Cell, train
 from jobs.comparison.profile import hardware
 from jobs.comparison.rows import SEARCHED, Grid, bf16, device_of, faults_of, in_category, with_values
 from jobs.comparison.samples import digest_of, load
-from jobs.scaling import own_ray
 from jobs.settings import parse_settings, stop
+from jobs.training.allocation import own_ray
 
 # scales, not shares: twice as much is as far as half as much
 LOGARITHMIC = ("beta", "learning_rate", "weight_decay")

@@ -18,8 +18,8 @@ from data_shards import storage
 from jobs.prediction.inputs import Item
 from jobs.prediction.options import Options
 from jobs.prediction.segment import Outcome, Predictor
-from jobs.scaling import own_ray
 from jobs.settings import stop
+from jobs.training.allocation import own_ray
 
 # small images that an actor gets at once, and the bytes of their files
 GROUP, GROUP_BYTES = 64, 2**24

@@ -49,9 +49,9 @@ def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
     import ray
     from ray import serve as ray_serve
 
-    from jobs import scaling
+    from jobs.training import allocation
 
-    ray.init(log_to_driver=False, logging_level="ERROR", **scaling.own_ray())
+    ray.init(log_to_driver=False, logging_level="ERROR", **allocation.own_ray())
     try:
         yield deploy(config, state)
     finally:

@@ -242,7 +242,7 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    worker, other, stranger = process(f"{title}.poll"), process("ray::Mailbox"), process(f"{title}.poll", "theirs")
+    worker, other, stranger = process(f"{title}.poll"), process("ray::EventQueue"), process(f"{title}.poll", "theirs")
     try:
         for each in (worker, other, stranger):
             assert each.stdout is not None

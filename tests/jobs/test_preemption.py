@@ -32,7 +32,7 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
             output += line
             # what there was is shown where this takes too long
             sys.stdout.write(line)
-            starts += line.startswith("going on after step")
+            starts += line.startswith("resuming at step")
             if found := re.match(r"step (\d+)/", line):
                 done.append(int(found[1]))
                 if len(done) == 3:

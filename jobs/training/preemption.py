@@ -1,7 +1,6 @@
 """What asks a training worker to stop: SIGTERM to its process or to the job, or Ray draining one of the workers' nodes.
 
-Ray runs the training in a thread, and only a main thread can set a signal's handler: the worker's actor is asked to. This is
-a module of its own because what `python -m jobs.train` defines is copied to workers, and a flag must be one and the same.
+Ray runs the training in a thread, and only a main thread can set a signal's handler: the worker's actor is asked to.
 """
 
 import signal
@@ -16,23 +15,23 @@ _asked = threading.Event()
 
 
 def listen() -> None:
-    """Makes the first SIGTERM to this worker ask for a stop; a second one ends the process, as Ray has it."""
+    """Make the first SIGTERM to this worker ask for a stop; a second one ends the process, as Ray has it."""
     import ray
 
     ray.get(ray.get_runtime_context().current_actor.__ray_call__.remote(_set_handler))
 
 
-def follow(mailbox: Any) -> None:
-    """Has this worker ask for a stop, too, when the driver says that the whole job is being stopped."""
-    threading.Thread(target=_poll, args=[mailbox], daemon=True).start()
+def follow(queue: Any) -> None:
+    """Have this worker ask for a stop, too, when the driver says that the whole job is being stopped."""
+    threading.Thread(target=_poll, args=[queue], daemon=True).start()
 
 
-def _poll(mailbox: Any) -> None:
+def _poll(queue: Any) -> None:
     import ray
 
     # a driver that is gone asks for nothing
     with suppress(ray.exceptions.RayError):
-        while not ray.get(mailbox.is_over.remote()):
+        while not ray.get(queue.is_over.remote()):
             time.sleep(POLL_SECONDS)
         _asked.set()
 
@@ -49,7 +48,7 @@ def _set_handler(actor: Any) -> None:
 
 
 def requested() -> bool:
-    """Says whether this worker was asked to stop; cheap enough for every step."""
+    """Tell whether this worker was asked to stop; cheap enough for every step."""
     return _asked.is_set() or _draining()
 
 

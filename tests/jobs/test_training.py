@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from deepskip.config import ClusterConfig, Config, check_values
-from jobs import runs, scaling
+from jobs import runs
 from jobs.settings import parse
+from jobs.training import allocation, restarts
 
 
 def test_workers_are_a_number_or_a_range() -> None:
@@ -24,7 +25,7 @@ def test_workers_that_cannot_be_are_named(workers: int | tuple[int, int]) -> Non
 
 
 def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
-    watch = scaling.Watch(ClusterConfig(max_failures=2), checkpoint_every=10)
+    watch = restarts.RestartPolicy(ClusterConfig(max_failures=2), checkpoint_every=10)
     watch.started(0)
     for _ in range(2):
         watch.failed("rank 1 died")
@@ -47,7 +48,7 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
 
 def test_no_failure_is_forgiven_or_every_one() -> None:
     for allowed, given_up in ((0, True), (-1, False)):
-        watch = scaling.Watch(ClusterConfig(max_failures=allowed), checkpoint_every=10)
+        watch = restarts.RestartPolicy(ClusterConfig(max_failures=allowed), checkpoint_every=10)
         watch.started(0)
         assert watch.reason_to_give_up() is None
         watch.failed("rank 0 died")
@@ -56,14 +57,14 @@ def test_no_failure_is_forgiven_or_every_one() -> None:
 
 def test_waiting_for_machines_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(scaling.time, "monotonic", lambda: now)
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: now)
     node = {"Alive": True, "Resources": {"CPU": 3.0}}
-    monkeypatch.setattr(scaling.ray, "nodes", lambda: [node, node | {"Alive": False}])
+    monkeypatch.setattr(allocation.ray, "nodes", lambda: [node, node | {"Alive": False}])
     asked = ClusterConfig(workers=(4, 8), recovery_seconds=60)
-    found = scaling.room(asked)
+    found = allocation.allocation(asked)
     assert (found.fewest, found.most, found.fitting, found.gpu) == (4, 8, 3, False)
     assert str(replace(found, most=4)) == "4 CPU workers"
-    watch = scaling.Watch(asked, checkpoint_every=10)
+    watch = restarts.RestartPolicy(asked, checkpoint_every=10)
     watch.started(0)
     now = 1000.0
     assert watch.reason_to_give_up() is None
@@ -78,12 +79,12 @@ def test_waiting_for_machines_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whoever_took_the_pen_last_has_it(tmp_path: Path) -> None:
-    first = runs.take_pen(tmp_path)
-    runs.check_pen(tmp_path, first)
-    second = runs.take_pen(tmp_path)
-    runs.check_pen(tmp_path, second)
-    with pytest.raises(runs.PenLost):
-        runs.check_pen(tmp_path, first)
+    first = runs.acquire_writer_lease(tmp_path)
+    runs.check_writer_lease(tmp_path, first)
+    second = runs.acquire_writer_lease(tmp_path)
+    runs.check_writer_lease(tmp_path, second)
+    with pytest.raises(runs.LeaseLost):
+        runs.check_writer_lease(tmp_path, first)
 
 
 def test_a_full_disk_is_known_behind_other_errors() -> None:
@@ -102,11 +103,11 @@ def test_a_full_disk_is_known_behind_other_errors() -> None:
 def test_a_run_gives_back_the_machines_of_its_last_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[str] = []
     cancel = SimpleNamespace(remote=cancelled.append)
-    monkeypatch.setattr(scaling, "coordinator", lambda: SimpleNamespace(cancel_request=cancel))
-    monkeypatch.setattr(scaling.ray, "get", lambda reference, timeout: reference)
+    monkeypatch.setattr(allocation, "coordinator", lambda: SimpleNamespace(cancel_request=cancel))
+    monkeypatch.setattr(allocation.ray, "get", lambda reference, timeout: reference)
     for run_id in ("one", "two", "three"):
         trainer = SimpleNamespace(train_run_context=SimpleNamespace(run_id=run_id))
-        scaling.claim_machines(trainer, tmp_path / runs.MACHINES)
+        allocation.claim_machines(trainer, tmp_path / runs.MACHINES)
     assert cancelled == ["train-one", "train-two"]
 
 

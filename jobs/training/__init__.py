@@ -1,0 +1,1 @@
+"""What a training on Ray consists of: driver, workers, and the events between them."""
