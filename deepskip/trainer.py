@@ -232,7 +232,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def broken_weights(network: nn.Module) -> Tensor:
-    """Gives 1 where a weight or a running statistic is nan or infinite, else 0, without waiting for the device."""
+    """Return 1 where a weight or a running statistic is nan or infinite, else 0, without waiting for the device."""
     tensors = [x for x in network.state_dict().values() if x.is_floating_point()]
     return (~torch.isfinite(nn.utils.get_total_norm(tensors, math.inf))).long()
 

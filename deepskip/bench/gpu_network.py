@@ -20,7 +20,7 @@ SIZE, TOY = (32, 3, 512, 512), (2, 3, 8, 8)
 SMALL = {"base_channels": 4, "levels": 3}
 
 
-def plain_unet(**options: Any) -> nn.Module:
+def monai_unet(**options: Any) -> nn.Module:
     """Make MONAI's U-Net, which not every machine has."""
     from monai.networks.nets import BasicUNet
 
@@ -41,7 +41,7 @@ def networks(compile_options: dict[str, Any]) -> dict[str, tuple[Callable[..., n
         "deepskip": (partial(DeepSkipUNet, 3, 1), "triton"),
         "plain": (partial(DeepSkipUNet, 3, 1), "reference"),
         "without deep skips": (partial(DeepSkipUNet, 3, 1, deep_skips=False), "triton"),
-        "MONAI BasicUNet": (plain_unet, "triton"),
+        "MONAI BasicUNet": (monai_unet, "triton"),
         "plain, torch.compile": (partial(compiled, compile_options), "reference"),
     }
 

@@ -110,7 +110,7 @@ def on_processes(worker: Callable[..., None], world_size: int, *arguments: Any) 
 
 
 def time_checkpoint() -> tuple[float, int]:
-    """Gives the seconds and the bytes of a whole checkpoint: weights, their moving average, the optimizer's state."""
+    """Return the seconds and the bytes of a whole checkpoint: weights, their moving average, the optimizer's state."""
     training = TrainingStep(Config(), DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}), torch.device("cpu"))
     training(batch_of(1))
     state = training.state_dict()

@@ -102,7 +102,7 @@ class WarpState:
         none = np.zeros(LANES, bool)
         old, known = store.get(name, (none, none))
         if mask is None:
-            # written or not: nobody knows
+            # whether it was written is unknown
             store[name] = old, none
         elif x is None:
             store[name] = old, known & ~mask
