@@ -6,7 +6,7 @@
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
-# make compare-smoke   the comparison's whole grid at toy size
+# make compare-smoke   two networks beside one another, two seeds, at toy size
 # make bench   the kernels and the network beside others, in an environment of its own (.venv-bench-kernels)
 # make bench-data   the stream beside other readers, in an environment of its own (.venv-bench)
 # make bench-jobs   Ray Train and the trainer beside a bare loop
@@ -42,7 +42,7 @@ train: setup
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
-	$(addprefix jobs/test_,compare end_to_end preemption search) $(addprefix jobs/prediction/test_,memory resuming)))
+	$(addprefix jobs/test_,compare end_to_end local preemption) $(addprefix jobs/prediction/test_,memory resuming)))
 
 test: setup lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
@@ -61,10 +61,11 @@ chaos: setup
 	@$(VENV)/bin/python -m tests.cluster.chaos $(ARGS)
 
 compare-smoke: setup
-	@rm -rf build/compare-smoke/cells
-	@$(VENV)/bin/python -m jobs.comparison.data --to build/compare-smoke/data --size 64 --most 8
-	@$(VENV)/bin/python -m jobs.compare --config jobs/configs/compare.yaml --data build/compare-smoke/data --categories '[coins]' \
-	  --out build/compare-smoke/cells --seeds '[0]' --steps 2 --validations 1 --device cpu --ray false --workers 2 $(ARGS)
+	@rm -rf build/compare-smoke
+	@$(VENV)/bin/python -m data_shards pack coins --out build/compare-smoke/coins --train 16 --val 4 --test 4
+	@$(VENV)/bin/python -m jobs.compare --config jobs/configs/compare.yaml --categories '{coins: jobs/configs/coins.yaml}' \
+	  --out build/compare-smoke/out --seeds '[0, 1]' --only '[deepskip, unet]' --workers 2 --settings \
+	  '{data: {path: build/compare-smoke/coins}, optim: {steps: 2}, run: {tracking_uri: none}, cluster: {gpu: false}}' $(ARGS)
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

@@ -26,7 +26,7 @@ from data_shards.stream import ON_BAD_SAMPLE
 from data_shards.writer import write_shards
 
 CACHE_GB = 50
-COINS_DEFAULT = {"train": 400, "val": 100}
+COINS_DEFAULT = {"train": 400, "val": 100, "test": 100}
 COINS_SEED = 2023
 
 
@@ -95,11 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     arrays.set_defaults(run=run_pack_arrays)
 
     built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
-    built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train and OUT/val")
+    built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
     for split, count in COINS_DEFAULT.items():
         built_in.add_argument(f"--{split}", type=int, default=count, help=f"images for {split} ({count})")
     built_in.add_argument("--seed", type=int, default=COINS_SEED, help=f"seed ({COINS_SEED})")
-    built_in.set_defaults(run=lambda a: pack_coins(a.out, {"train": a.train, "val": a.val}, a.seed))
+    built_in.set_defaults(
+        run=lambda a: pack_coins(a.out, {split: getattr(a, split) for split in COINS_DEFAULT}, a.seed)
+    )
 
     index = commands.add_parser("index", help="make the index of .tar shards that others wrote")
     index.add_argument("path", help="folder or URL (s3://, gs://, http://) of the shards")
@@ -186,7 +188,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
 
 
 def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = COINS_SEED) -> None:
-    """Packs the built-in coins into out/train and out/val."""
+    """Packs the built-in coins into out/train, out/val and out/test."""
     for split, count in counts.items():
         samples = (Sample(key, image, mask) for key, image, mask in coins(split, count, seed))
         write_shards(

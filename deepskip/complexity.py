@@ -1,4 +1,6 @@
-"""Convolution weights by the paper's equations 2 to 4, without building the network."""
+"""Convolution weights: by the paper's equations 2 to 4, without building the network, and of any network that is built."""
+
+from torch import nn
 
 from deepskip.encoders import ENCODERS, RESNET34_BLOCKS
 
@@ -32,3 +34,9 @@ def conv_weights(
         blocks = RESNET34_BLOCKS
         rest = sum(c[u - 1] * c[u] + (c[u - 1] * c[u] + (2 * blocks[u - 1] - 1) * c[u] ** 2) * KERNEL**2 for u in below)
     return first + rest + decoder + head
+
+
+def convolution_weights(network: nn.Module) -> int:
+    """Count a network's convolution weights, no biases and no normalisation."""
+    kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    return sum(module.weight.numel() for module in network.modules() if isinstance(module, kinds))

@@ -1,13 +1,18 @@
 """Every setting of a training, with its unit and default; jsonargparse reads them from YAML and the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
 class ModelConfig:
-    """The network (the paper's eq. 1)."""
+    """The network: DeepSkip (the paper's eq. 1), or any other."""
 
+    network: str = "deepskip"
+    """deepskip, plain_unet (the same without deep skips), unet, fcn, pspnet, h_dense_unet, unet3plus, nnunet, mask_rcnn,
+    smp:ARCH:ENCODER (segmentation_models_pytorch), or one that an installed package adds (docs/networks.md)"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """what a network other than DeepSkip is told: {size: paper}, or widths of its own; DeepSkip has what follows"""
     base_channels: int = 8
     """channels of the first level, b; level u has b * 2^(u-1)"""
     levels: int = 5
@@ -147,7 +152,7 @@ class RunConfig:
     experiment: str = "deepskip"
     """MLflow experiment"""
     tracking_uri: str | None = None
-    """MLflow tracking server; null takes MLFLOW_TRACKING_URI, else sqlite in `storage`"""
+    """MLflow tracking server; null takes MLFLOW_TRACKING_URI, else sqlite in `storage`; none does not track"""
 
 
 @dataclass
@@ -157,8 +162,8 @@ class ClusterConfig:
     workers: int | tuple[int, int] | None = None
     """training processes, or [fewest, most]: goes on with fewer where machines are lost and takes new ones; null takes one
     a GPU, or 2 where there is no GPU (1 on a single core)"""
-    cpus_per_worker: float = 1.0
-    """CPU cores of each worker"""
+    cpus_per_worker: float | None = None
+    """CPU cores of each worker; null takes 1, and with --local all of this machine's, shared among its ranks"""
     gpu: bool | None = None
     """one GPU a worker; null uses GPUs where the cluster has any"""
     wait_seconds: float = 20.0

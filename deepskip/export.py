@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from deepskip.inference import Segmenter
+from deepskip.network import multiple_of
 from kernels import backend
 
 INPUT, OUTPUT = "image", "probabilities"
@@ -30,14 +31,24 @@ class ExportFailed(RuntimeError):
 
 
 def to_program(segmenter: Segmenter) -> ExportedProgram:
-    """Exports raw images (N, bands, H, W) fp32 -> probabilities (N, V, H, W) fp32, of any N, H and W, as ATen operators."""
+    """Exports raw images (N, bands, H, W) fp32 -> probabilities (N, V, H, W) fp32, of any N, H and W, as ATen operators.
+
+    Raises ExportFailed where the network has no such graph, as Mask R-CNN has none.
+    """
+    if reason := getattr(segmenter.network, "not_exported", None):
+        raise ExportFailed(reason)
     segmenter = segmenter.eval()
     side = 4 * smallest_side(segmenter)
     # a batch of 2 and two sides: equal or single numbers would be taken for fixed ones
-    example = torch.zeros(2, segmenter.network.in_channels, side, side + 16, device=segmenter.mean.device)
+    example = torch.zeros(2, segmenter.bands, side, side + 16, device=segmenter.mean.device)
     sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-    with plain_operators():
-        return torch.export.export(segmenter, (example,), dynamic_shapes=sizes)
+    try:
+        with plain_operators():
+            return torch.export.export(segmenter, (example,), dynamic_shapes=sizes)
+    # whatever the network of a stranger does that torch.export cannot follow
+    except Exception as error:
+        network = type(segmenter.network).__name__
+        raise ExportFailed(f"torch.export cannot follow {network}: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager
@@ -49,7 +60,7 @@ def plain_operators() -> Iterator[None]:
 
 def smallest_side(segmenter: Segmenter) -> int:
     """Gives the smallest height and width of images that a program of `to_program` takes; ONNX takes any."""
-    return 2 ** (segmenter.network.levels - 1) + 1
+    return multiple_of(segmenter.network) + 1
 
 
 def program_bytes(program: ExportedProgram) -> bytes:
@@ -109,7 +120,7 @@ def compare(
     rng = np.random.default_rng(0)
     found = {}
     for N, H, W in sizes:
-        noise = rng.normal(size=(N, segmenter.network.in_channels, H, W)).astype(np.float32)
+        noise = rng.normal(size=(N, segmenter.bands, H, W)).astype(np.float32)
         # as the training data lie
         image = noise * segmenter.std.numpy()[..., None, None] + segmenter.mean.numpy()[..., None, None]
         with torch.inference_mode():

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepskip.network import DeepSkipUNet, crop, pad_by_edge
+from deepskip.network import crop, multiple_of, pad_by_edge
 
 # the axes that each mirroring turns round
 MIRRORINGS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
@@ -18,23 +18,15 @@ class Flipped(nn.Module):
     result is that of the whole image here too (deepskip.tiling).
     """
 
-    def __init__(self, network: DeepSkipUNet) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-
-    @property
-    def num_classes(self) -> int:
-        """The network's."""
-        return self.network.num_classes
-
-    @property
-    def enlarge(self) -> int:
-        """The network's."""
-        return self.network.enlarge
+        # what whoever cuts images into tiles asks of a network
+        self.enlarge, self.num_classes = getattr(network, "enlarge", 1), getattr(network, "num_classes", None)
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
         H, W = image_NCHW.shape[-2:]
-        multiple = 2 ** (self.network.levels - 1)
+        multiple = multiple_of(self.network)
         return crop(mean_logits(self.network, pad_by_edge(image_NCHW, -H % multiple, -W % multiple)), H, W)
 
 

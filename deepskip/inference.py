@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from deepskip.network import DeepSkipUNet
+from deepskip import networks
 from deepskip.tiling import logits_in_tiles, overlap_of
 
 # an image of more pixels than this is cut into overlapping tiles
@@ -68,14 +69,16 @@ class Segmenter(nn.Module):
     """A trained network that takes raw images.
 
     forward: raw image (N, bands, H, W) in the training data's own units -> probabilities (N, V, H, W).
+    bands, num_classes: of the network.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: DeepSkipUNet, how: str, mean: list[float], std: list[float]) -> None:
+    def __init__(self, network: nn.Module, num_classes: int, how: str, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.network, self.how = network, how
+        self.bands, self.num_classes = len(mean), num_classes
         self.register_buffer("mean", torch.tensor([mean]))
         self.register_buffer("std", torch.tensor([std]))
 
@@ -96,9 +99,9 @@ class Segmenter(nn.Module):
 
         Raises ValueError when the bands are not those that the network was trained on.
         """
-        if image_HWC.ndim != 3 or image_HWC.shape[2] != self.network.in_channels:
+        if image_HWC.ndim != 3 or image_HWC.shape[2] != self.bands:
             raise ValueError(
-                f"the image has shape {image_HWC.shape}; the model takes (height, width, {self.network.in_channels} bands)"
+                f"the image has shape {image_HWC.shape}; the model takes (height, width, {self.bands} bands)"
             )
         image = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1), dtype=np.float32))[None]
         image = self.normalized(image.to(self.mean.device))
@@ -115,7 +118,7 @@ class Segmenter(nn.Module):
 def build_segmenter(state: dict[str, Any]) -> Segmenter:
     """Builds the network that a checkpoint's state describes, ready for inference."""
     settings, data = state["config"]["model"], state["data"]
-    network = DeepSkipUNet(**settings | {"in_channels": data["in_channels"], "num_classes": data["num_classes"]})
+    network = networks.build(settings, data["in_channels"], data["num_classes"])
     network.load_state_dict(state["ema"] or state["model"])
-    segmenter = Segmenter(network, state["config"]["data"]["normalize"], data["mean"], data["std"])
-    return segmenter.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    segmenter = Segmenter(network, data["num_classes"], state["config"]["data"]["normalize"], data["mean"], data["std"])
+    return convert_conv2d_weight_memory_format(segmenter.eval(), torch.channels_last)

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepskip import checkpoint, inference
 from deepskip.flips import Flipped
 from deepskip.inference import build_segmenter, predict_logits, to_probabilities
-from deepskip.network import DeepSkipUNet
 
 Image = np.ndarray | Tensor
 
@@ -38,7 +37,7 @@ class Model:
         self.preparation: dict[str, int | None] = data.get("preparation") or {}
 
     @property
-    def network(self) -> DeepSkipUNet:
+    def network(self) -> nn.Module:
         """The network itself, from normalised images to logits."""
         return self.segmenter.network
 

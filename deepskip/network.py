@@ -15,6 +15,8 @@ PRIOR_LOGIT = math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR))
 HEAD_STD = 0.01
 # 4 is 16 times the memory
 LARGEST_ENLARGE = 4
+# pixels that a pixel of the lowest map stands for in most networks
+OTHER_MULTIPLE = 32
 
 
 class DecoderLevel(nn.Module):
@@ -129,6 +131,11 @@ class DeepSkipUNet(nn.Module):
         for u in reversed(range(self.levels - 1)):
             x = self.decoder[u]([*encoded[self.taken(u)], x])
         return averaged(crop(self.head(x), height, width), self.enlarge)
+
+
+def multiple_of(network: nn.Module) -> int:
+    """Give the pixels of a side to whose multiples a network brings its input; of one that is not ours, what most take."""
+    return 2 ** (network.levels - 1) if isinstance(network, DeepSkipUNet) else OTHER_MULTIPLE
 
 
 def enlarged(x: Tensor, times: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepskip.flips import Flipped
 from deepskip.instance_batch_norm import InstanceBatchNorm
-from deepskip.network import DeepSkipUNet
+from deepskip.network import DeepSkipUNet, multiple_of
 
 RAMP = 32
 # where tiles differ a little even far from their borders
@@ -65,8 +65,8 @@ def overlap_of(network: nn.Module) -> Overlap:
     if isinstance(network, Flipped):
         return overlap_of(network.network)
     if not isinstance(network, DeepSkipUNet):
-        return Overlap(OTHER_MARGIN, BROAD_RAMP, 32)
-    multiple = 2 ** (network.levels - 1)
+        return Overlap(OTHER_MARGIN, BROAD_RAMP, multiple_of(network))
+    multiple = multiple_of(network)
     margin = -(-receptive_radius(network) // multiple) * multiple
     apart = any(isinstance(module, nn.GroupNorm | InstanceBatchNorm) for module in network.modules())
     return Overlap(margin, BROAD_RAMP if apart else RAMP, multiple)

@@ -14,7 +14,7 @@ import kernels
 from deepskip import files
 from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
-from deepskip.complexity import conv_weights
+from deepskip.complexity import convolution_weights
 from deepskip.config import Config, RunConfig
 from deepskip.evaluation import evaluate
 from deepskip.files import Location
@@ -97,6 +97,8 @@ class Window:
         self.images, self.seconds = self.images + images, self.seconds + took
         self.steps, self.keys = [], []
         loss, bce, dice_loss = losses.mean(0).tolist()
+        if training.own_loss:
+            return {"loss": loss, "images_per_second": images / took}
         iou = tp / max(tp + fp + fn, 1)
         return {"loss": loss, "bce": bce, "dice": 1 - dice_loss, "iou": iou, "images_per_second": images / took}
 
@@ -178,13 +180,10 @@ def train(
     stop_vote.close()
     if record.best is None:
         record.take(validate(training, validation_images(), rank, observe), training.step)
-    model = config.model
     return {
         "val": record.best,
         "parameters": sum(p.numel() for p in training.network.parameters()),
-        "conv_weights": conv_weights(
-            data.in_channels, data.num_classes, model.base_channels, model.levels, model.encoder
-        ),
+        "conv_weights": convolution_weights(training.network),
         "steps": training.step,
         "stopped_early": training.step < optim.steps,
         "images_per_second": window.rate(),

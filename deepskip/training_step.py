@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from deepskip import augment
+from deepskip import augment, networks
 from deepskip.config import Config
 from deepskip.inference import normalize, to_labels
 from deepskip.loss import BCEDiceLoss, LossParts
@@ -35,12 +37,26 @@ class DataInfo:
 
 
 class StepResult(NamedTuple):
-    """What a step leaves beside its weights, all on the device: loss, BCE and Dice loss (scalars), and overlap (3,)."""
+    """What a step leaves beside its weights, all on the device: loss, BCE and Dice loss (scalars), and overlap (3,).
+
+    Of a network that brings its own loss there are no logits while it trains: all but the loss is 0.
+    """
 
     loss: Tensor
     bce: Tensor
     dice: Tensor
     overlap: Tensor
+
+
+class OwnLoss(nn.Module):
+    """A network that brings its own loss, as what a process group wraps: forward gives the loss of this rank's samples."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        return self.network.training_loss(image, mask, weight)  # type: ignore[operator]
 
 
 class TrainingStep:
@@ -58,8 +74,10 @@ class TrainingStep:
     def __init__(self, config: Config, data: DataInfo, device: torch.device, world_size: int = 1) -> None:
         self.config, self.data, self.device, self.world_size = config, data, device, world_size
         torch.manual_seed(config.run.seed)
-        settings = asdict(config.model) | {"in_channels": data.in_channels, "num_classes": data.num_classes}
-        self.network = DeepSkipUNet(**settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = networks.build(asdict(config.model), data.in_channels, data.num_classes)
+        # 2-D ones alone: others have no such format
+        self.network: nn.Module = convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
+        self.own_loss = networks.brings_loss(network)
         self.optimizer = build_optimizer(config.optim, self.network)
         self.ema: AveragedModel | None = None
         if decay := config.optim.ema_decay:
@@ -67,7 +85,7 @@ class TrainingStep:
         loss = config.loss
         self.criterion = BCEDiceLoss(loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps)
         self.step = 0
-        self._model: nn.Module = self.network
+        self._model: nn.Module = OwnLoss(self.network) if self.own_loss else self.network
 
     @property
     def averaged(self) -> nn.Module:
@@ -105,7 +123,9 @@ class TrainingStep:
             self.network.compile(mode=self.config.run.compile)
         if self.world_size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            self._model = DistributedDataParallel(self.network, device_ids=devices)
+            # other networks may have weights that a batch does not reach
+            reached = isinstance(self.network, DeepSkipUNet)
+            self._model = DistributedDataParallel(self._model, device_ids=devices, find_unused_parameters=not reached)
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalise and augment a batch on the device: image (N, bands, H, W), channels last, and labels (N, H, W) int64."""
@@ -143,15 +163,33 @@ class TrainingStep:
     def __call__(self, batch: Batch) -> StepResult:
         """Train on a batch that lies on the device; in a process group every rank calls with its share."""
         image, mask = self.prepare(batch)
-        logits = self.forward(image)
-        parts = self.criterion.parts(logits, mask, batch["weight"])
-        self.backward(parts)
+        if not isinstance(self.network, DeepSkipUNet):
+            # what a network draws (dropout, samples of boxes) is a function of the step, as all else is: resumed it is the same
+            torch.manual_seed(self.config.run.seed + self.step)
+        result = self.gradients_of_own_loss(image, mask, batch["weight"]) if self.own_loss else None
+        if result is None:
+            logits = self.forward(image)
+            parts = self.criterion.parts(logits, mask, batch["weight"])
+            self.backward(parts)
+            overlap = overlap_counts(logits.detach(), mask, batch["weight"], self.data.ignore_index)
+            result = StepResult(parts.loss.detach(), parts.bce.detach(), parts.dice.detach(), overlap)
         self.clip()
         self.update()
         self.average()
         self.step += 1
-        overlap = overlap_counts(logits.detach(), mask, batch["weight"], self.data.ignore_index)
-        return StepResult(parts.loss.detach(), parts.bce.detach(), parts.dice.detach(), overlap)
+        return result
+
+    def gradients_of_own_loss(self, image: Tensor, mask: Tensor, weight: Tensor) -> StepResult:
+        """Leave the gradient of the network's own loss in the weights; over several ranks it is the mean of theirs."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self._model(image, mask, weight)
+        loss.backward()
+        mean = loss.detach().float()
+        if self.world_size > 1:
+            mean = mean / self.world_size
+            dist.all_reduce(mean)
+        zero = torch.zeros_like(mean)
+        return StepResult(mean, zero, zero, torch.zeros(3, dtype=torch.long, device=self.device))
 
 
 def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, ignore_index: int) -> Tensor:

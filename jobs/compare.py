@@ -1,44 +1,138 @@
-"""The comparison: python -m jobs.compare --config jobs/configs/compare.yaml runs the grid of networks, categories and seeds."""
+"""The comparison: a grid of ordinary trainings, of networks on categories of data with seeds, each tested once.
 
-import importlib.util
-import shlex
+Every cell is a training as `jobs.train --local` runs it, then `jobs.evaluate` on the test split; the same command goes on
+where it stopped. What comes of it are OUT/cells.csv, table.md and figure.svg.
+"""
+
+import os
+import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
-from jobs.comparison.grid import trained_otherwise
-from jobs.comparison.processes import Processes
-from jobs.comparison.rows import read_grid
-from jobs.comparison.run import run
+from cluster.local import end_with_parent
+from jobs import evaluate, runs
+from jobs.comparison import table
+from jobs.comparison.grid import Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
+from jobs.runs import NOT_TRACKED
 from jobs.settings import stop
+
+LOG = "cell.log"
+DESCRIPTION = "Trains and tests every network on every category with every seed; see docs/compare.md."
+
+
+def check(argv: list[str]) -> None:
+    """Ends the program with `error:` lines where the grid cannot be."""
+    read_grid(argv, DESCRIPTION)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the grid, or what is left of it; exit status 1 where cells failed or are left."""
-    arguments = sys.argv[1:] if argv is None else argv
-    command = f"python -m jobs.compare {shlex.join(arguments)}"
-    grid = read_grid(arguments)
-    # workers on other machines have other working folders
-    grid = replace(grid, out=str(Path(grid.out).absolute()), data=str(Path(grid.data).absolute()))
-    if fault := trained_otherwise(grid):
-        stop(fault)
-    with_ray = importlib.util.find_spec("ray") is not None if grid.ray is None else grid.ray
-    if with_ray:
-        # heavy, and not there on every machine with a GPU
-        from jobs import tracking
-        from jobs.comparison.mlflow_runs import Runs
-        from jobs.comparison.ray_tasks import RayTasks
+    """Runs the grid, or what is left of it; exit status 1 where cells failed."""
+    grid = read_grid(sys.argv[1:] if argv is None else argv, DESCRIPTION)
+    every = list(cells(grid))
+    if faults := [fault for cell in every if (fault := done_otherwise(cell, grid))]:
+        stop("\n".join([*faults[:20], "name another --out, or remove what should be done again"]))
+    left = [cell for cell in every if not is_done(cell, grid) and (grid.only is None or cell.network in grid.only)]
+    print(f"{len(every)} cells, {len(every) - len(left)} done or left out", flush=True)
+    failed = 0
+    for number, (cell, fault) in enumerate(outcomes(left, grid), 1):
+        failed += fault is not None
+        print(f"{number}/{len(left)} {cell}: {fault or 'done'}", flush=True)
+    results = table.collect(grid)
+    if results:
+        paths = table.write(grid, results)
+        print(f"\n{table.markdown(grid, results)}\n{', '.join(map(str, paths))}")
+    print(f"{grid.out}: {len(results)} cells done, {failed} failed, {len(every) - len(results) - failed} left")
+    raise SystemExit(1 if failed else 0)
 
+
+def is_done(cell: Cell, grid: Grid) -> bool:
+    """Tells whether a cell is trained and tested."""
+    return (cell.folder / grid.test / evaluate.REPORT).is_file()
+
+
+def done_otherwise(cell: Cell, grid: Grid) -> str | None:
+    """Says in what a cell that is there differs from the grid's; None where in nothing."""
+    reason = runs.reason_against(
+        cell.folder, runs.read_json(cell.folder / runs.RECORD), asdict(cell.config), grow=False
+    )
+    if reason not in (None, runs.FINISHED):
+        return f"{cell} {reason} than the grid"
+    before, now = read_cell(cell.folder), content_of(cell, grid)
+    changed = [key for key in now if key != "config" and before and before[key] != now[key]]
+    return (
+        f"{cell} was tested with {changed[0]} {before[changed[0]]}, the grid has {now[changed[0]]}" if changed else None
+    )
+
+
+def outcomes(left: list[Cell], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
+    """Runs cells, on Ray or as processes of this machine, and yields each with what went wrong, or None, as it ends."""
+    if not left:
+        return
+    make_experiments(left, grid)
+    files = [write_cell(cell, grid) for cell in left]
+    if grid.ray:
+        yield from over_ray(left, files, grid)
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // grid.workers)
+    with ThreadPoolExecutor(grid.workers) as pool:
+        started = {pool.submit(run_cell, file, threads): cell for file, cell in zip(files, left, strict=True)}
+        for future in as_completed(started):
+            yield started[future], future.result()
+
+
+def make_experiments(left: list[Cell], grid: Grid) -> None:
+    """Makes the MLflow database and experiments of cells, which several processes cannot make at once."""
+    if find_spec("mlflow") is None:
+        return
+    from jobs import tracking
+
+    for uri, experiment in {(cell.config.run.tracking_uri, cell.config.run.experiment) for cell in left}:
+        if uri and uri != NOT_TRACKED:
+            try:
+                tracking.experiment_id(uri, grid.out, experiment)
+            except tracking.TrackingUnreachable as error:
+                stop(str(error))
+
+
+def run_cell(file: Path, threads: int) -> str | None:
+    """Runs one cell in a process of its own, whose output goes beside its run; returns what went wrong, or None."""
+    log = file.with_name(LOG)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("a") as output:
+        ended = subprocess.run(
+            [sys.executable, "-u", "-m", "jobs.comparison.cell", str(file)],
+            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, check=False,
+            # a grid that ends, however, leaves no training behind
+            preexec_fn=end_with_parent(),
+        )  # fmt: skip
+    if ended.returncode == 0:
+        return None
+    said = [line for line in log.read_text().splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("error:")] or said
+    return f"exit status {ended.returncode}, {errors[-1] if errors else 'nothing said'} ({log})"
+
+
+def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
+    """Runs cells as Ray tasks; a task whose machine is lost is started again, and its training goes on."""
+    import ray
+    import ray.exceptions
+
+    from jobs.training.allocation import own_ray
+
+    ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
+    remote = ray.remote(num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=3)(run_cell)
+    running = {remote.remote(file, max(1, int(grid.cpus))): cell for file, cell in zip(files, left, strict=True)}
+    while running:
+        (ended, *_), _ = ray.wait(list(running))
+        cell = running.pop(ended)
         try:
-            runs = Runs(grid)
-        except tracking.TrackingUnreachable as error:
-            stop(str(error))
-        counts = run(grid, RayTasks(grid, command), runs.take)
-        runs.finish(not counts["left"])
-    else:
-        counts = run(grid, Processes(grid, command))
-    print(f"{grid.out}: {counts['done']} cells done, {counts['failed']} failed, {counts['left']} left")
-    raise SystemExit(1 if counts["failed"] or counts["left"] else 0)
+            yield cell, ray.get(ended)
+        except ray.exceptions.RayError as error:
+            yield cell, " ".join(str(error).split())[:300]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     model = Model(found.state)
     segmenter = model.segmenter
     print(f"exporting {found.title} (step {model.state['step']})", flush=True)
-    program = export.to_program(segmenter)
+    try:
+        program = export.to_program(segmenter)
+    except export.ExportFailed as error:
+        stop(f"{found.title} cannot be exported: {error}")
     made: dict[str, bytes] = {}
     checks: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(config.formats):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepskip import export
-from deepskip.complexity import conv_weights
+from deepskip.complexity import convolution_weights
 from deepskip.inference import Segmenter
 from deepskip.model import Model
 from jobs.models import Found
@@ -83,9 +83,7 @@ def make(
         },
         "sizes": {
             "parameters": sum(p.numel() for p in network.parameters()),
-            "conv_weights": conv_weights(
-                model.bands, model.num_classes, settings["base_channels"], settings["levels"], settings["encoder"]
-            ),
+            "conv_weights": convolution_weights(network),
             "gigaflops": {f"{FLOPS_SIDE} x {FLOPS_SIDE}": flops(model.segmenter) / 1e9},
             "file_bytes": file_bytes,
         },
@@ -104,7 +102,7 @@ def without_curves(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def flops(segmenter: Segmenter) -> int:
     """Counts the floating-point operations of an image of FLOPS_SIDE pixels a side, two a multiply-add, in the plain form."""
-    image = torch.zeros(1, segmenter.network.in_channels, FLOPS_SIDE, FLOPS_SIDE)
+    image = torch.zeros(1, segmenter.bands, FLOPS_SIDE, FLOPS_SIDE)
     with FlopCounterMode(display=False) as counter, export.plain_operators():
         segmenter(image)
     return counter.get_total_flops()

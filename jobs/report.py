@@ -30,9 +30,10 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     minutes, seconds = divmod(round(values["seconds_left"]), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    # a network with a loss of its own has no Dice while it trains
+    dice = f"Dice {values['dice']:.3f}  " if "dice" in values else ""
     return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  Dice {values['dice']:.3f}  "
-        f"{values['images_per_second']:.1f} images/s  {left} left"
+        f"step {step}/{steps}  loss {values['loss']:.4f}  {dice}{values['images_per_second']:.1f} images/s  {left} left"
     )
 
 
@@ -58,19 +59,20 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "undefined" if value is None or math.isnan(value) else format(value, form)
 
 
-def print_next_steps(config: Config, run: runs.Run, uri: str, argv: list[str]) -> None:
+def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[str]) -> None:
     """Says how to look at the run, train it further, and use it."""
     python = shlex.quote(shown(Path(sys.executable)))
     folder = shlex.quote(shown(run.folder))
     more = {"--run.name": run.name, "--optim.steps": str(2 * config.optim.steps)}
     again = shlex.join(with_options(argv, more))
-    if uri.startswith("sqlite:"):
+    job = "jobs.train" if "--local" in argv else "jobs.submit train"
+    if uri is None:
+        print("MLflow page:  none, the run is not tracked")
+    elif uri.startswith("sqlite:"):
         print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
     else:
         print(f"MLflow page:  {uri}")
-    print(
-        f"resume:       the same command goes on where a training was cut off; further: {python} -m jobs.submit train {again}"
-    )
+    print(f"resume:       the same command goes on where a training was cut off; further: {python} -m {job} {again}")
     print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
 
 

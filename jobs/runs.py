@@ -24,8 +24,16 @@ UNSENT = "unsent.json"
 MACHINES = "machines.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
+# what run.tracking_uri says where there shall be no MLflow run
+NOT_TRACKED = "none"
 # what a training did before there was such a setting
-UNKNOWN_BEFORE = {"data.copy_paste": 0.0, "model.enlarge": 1, "optim.momentum": 0.95}
+UNKNOWN_BEFORE = {
+    "data.copy_paste": 0.0,
+    "model.enlarge": 1,
+    "model.network": "deepskip",
+    "model.options": {},
+    "optim.momentum": 0.95,
+}
 # these may change between the parts of one training
 FREE = (
     "cluster.",
@@ -121,7 +129,7 @@ def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any]
     return FINISHED if (folder / SUMMARY).is_file() else None
 
 
-def record(run: Run, config: dict[str, Any], mlflow_run_id: str) -> None:
+def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:
     """Writes what the run is; a summary of an earlier, shorter part no longer holds and is removed."""
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})

@@ -5,8 +5,9 @@ import difflib
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from data_shards import storage
+from deepskip import networks
 from deepskip.config import Config, check_values
 
 T = TypeVar("T")
@@ -34,7 +36,10 @@ def stop(message: str, ending: type[SystemExit] = SystemExit) -> NoReturn:
     """Ends the program for bad input: one `error:` line a fault on stderr, exit status 2."""
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
-    raise ending(2)
+    ended = ending(2)
+    # for who calls from Python
+    ended.add_note(message)
+    raise ended
 
 
 def build_parser(program: str) -> ArgumentParser:
@@ -45,12 +50,34 @@ def build_parser(program: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; see jobs/configs")
+    parser.add_argument(
+        "--local", action="store_true", help="train in this process, without Ray; under torchrun that is so without it"
+    )
     parser.add_class_arguments(Config)
     return parser
 
 
-def parse(program: str, argv: list[str]) -> tuple[Config, str]:
-    """Reads the settings; gives them with the stem of the config file, or `program` where there is none.
+@lru_cache
+def training_parser() -> ArgumentParser:
+    """Builds the parser of `configured`, once: it takes a tenth of a second."""
+    return build_parser("train")
+
+
+def configured(settings: Mapping[str, Any], where: str) -> Config:
+    """Makes a training's settings of a dict of sections, as in its YAML; bad ones end the program, naming `where`."""
+    parser = training_parser()
+    try:
+        made = parser.instantiate_classes(parser.parse_object(dict(settings)))
+        config = Config(**{section.name: getattr(made, section.name) for section in fields(Config)})
+        check_values(config)
+        networks.check(asdict(config.model))
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        stop("\n".join(f"{where}: {line}" for line in explain(str(error)).splitlines()))
+    return config
+
+
+def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
+    """Reads the settings; gives them with the stem of the config file, or `program` where there is none, and --local.
 
     Bad keys and values end the program by `stop`; --help ends it with 0.
     """
@@ -60,12 +87,13 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str]:
         config = parser.instantiate_classes(parsed)
         settings = Config(**{section.name: getattr(config, section.name) for section in fields(Config)})
         check_values(settings)
+        networks.check(asdict(settings.model))
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop(explain(str(error)))
     except yaml.YAMLError as error:
         stop(f"the config is no YAML: {' '.join(str(error).split())}")
     files = [Path(str(path)) for path in parsed.config or []]
-    return settings, files[-1].stem if files else program
+    return settings, files[-1].stem if files else program, parsed.local
 
 
 def parse_settings(program: str, description: str, kind: type[T], argv: list[str]) -> T:

@@ -67,24 +67,39 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
                 print(f"warning: MLflow at {uri} does not answer, the training goes on: {in_short(error)}", flush=True)
                 return run_id
     try:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            # mlflow's default for sqlite is ./mlruns of whatever folder a program runs in
-            location = (storage / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
-            experiment_id = client.create_experiment(experiment, artifact_location=location)
-        else:
-            experiment_id = found.experiment_id
-        run = client.create_run(experiment_id, run_name=name)
+        run = client.create_run(experiment_id(uri, storage, experiment), run_name=name)
         parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
         client.log_batch(run.info.run_id, params=parameters)
         client.log_dict(run.info.run_id, config, "config.yaml")
         return run.info.run_id
     # requests, sqlalchemy and mlflow each have their own errors for this
     except Exception as error:
-        raise TrackingUnreachable(
-            f"MLflow at {uri} cannot be used: {in_short(error)}. Start that server, or set run.tracking_uri or "
-            "MLFLOW_TRACKING_URI to another, or leave both out for sqlite."
-        ) from error
+        raise unreachable(uri, error) from error
+
+
+def experiment_id(uri: str, storage: Path, experiment: str) -> str:
+    """Gives the id of an experiment, which is made where there is none; raises TrackingUnreachable."""
+    use(uri)
+    client = mlflow.MlflowClient(uri)
+    try:
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return found.experiment_id
+        # mlflow's default for sqlite is ./mlruns of whatever folder a program runs in
+        location = (storage / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
+        return client.create_experiment(experiment, artifact_location=location)
+    except Exception as error:
+        raise unreachable(uri, error) from error
+
+
+def unreachable(uri: str, error: Exception) -> TrackingUnreachable:
+    """Makes an error that says what to do."""
+    if isinstance(error, TrackingUnreachable):
+        return error
+    return TrackingUnreachable(
+        f"MLflow at {uri} cannot be used: {in_short(error)}. Start that server, or set run.tracking_uri or "
+        "MLFLOW_TRACKING_URI to another, or leave both out for sqlite."
+    )
 
 
 def use(uri: str) -> None:
@@ -247,8 +262,7 @@ def log_model(run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
 
     checkpoint_file: what it was made from; it is kept with the model, for `jobs.models`.
     """
-    network = segmenter.network
-    bands, classes = network.in_channels, network.num_classes
+    bands, classes = segmenter.bands, segmenter.num_classes
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, bands, -1, -1))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, classes, -1, -1))]),

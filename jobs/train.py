@@ -1,15 +1,20 @@
 """The training job: settings in, a run folder with checkpoints and summary.json and an MLflow run out.
 
 Started by `python -m jobs.submit train`, by any `ray job submit -- python -m jobs.train ...`, or by hand, where it starts
-a Ray of its own.
+a Ray of its own; with --local it trains in this process, without Ray, and without MLflow where that is not installed.
 """
 
 import os
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
 from data_shards import storage
@@ -21,7 +26,9 @@ from jobs.settings import NotHere, cache_of, listen_to_sigterm, parse, stop
 
 def check(argv: list[str]) -> None:
     """Reads the settings and looks at the data; ends the program with `error:` lines where they cannot be trained on."""
-    config, _ = parse("train", argv)
+    config, _, local = parse("train", argv)
+    if local:
+        stop("--local trains in the process itself, with no job to submit: python -m jobs.train --local ...")
     check_data(config)
 
 
@@ -70,8 +77,44 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_job(argv: list[str]) -> None:
-    """Trains, with the arguments of the command line."""
-    config, stem = parse("train", argv)
+    """Trains, with the arguments of the command line: on Ray, or with --local in this process."""
+    config, stem, local = parse("train", argv)
+    # torchrun takes --local for an abbreviation of its own options
+    if local or "TORCHELASTIC_RUN_ID" in os.environ:
+        train_here(config, stem, argv)
+    else:
+        launch(config, stem, on_ray, argv)
+
+
+def train_here(config: Config, stem: str, argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains in this process, as one of torchrun's ranks where it started several; gives the summary, on rank 0."""
+    from jobs.training import local as here
+
+    with here.ranks(config) as ranks:
+        if ranks.rank:
+            here.follow(config, ranks)
+            return {}
+        with here.others_told(ranks):
+            return launch(config, stem, partial(here.fit, ranks=ranks), argv)
+
+
+def on_ray(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
+    """Trains on Ray, which is imported only now, and gives the trainer's summary."""
+    prepare_environment(config.cluster.collective_timeout)
+    from jobs.training.driver import fit
+
+    return fit(config, run, run_id, tracker)
+
+
+Fit = Callable[[Config, runs.Run, str | None, Any], dict[str, Any]]
+
+
+def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -> dict[str, Any]:
+    """Claims the run's folder, has `fit` train, keeps what comes of it, tracked by MLflow, and gives the run's summary.
+
+    stem: the run's name where the settings have none. argv: of the command line, for what is said at the end. With `fit` in
+    this process MLflow may be missing. Ends the program, with `error:` lines, where the training cannot be.
+    """
     folder = absolute(config.run.storage, "run.storage")
     config.data.path = config.data.path.removeprefix("file://")
     if not storage.is_remote(config.data.path):
@@ -87,29 +130,29 @@ def run_job(argv: list[str]) -> None:
         run = runs.claim(folder, config.run.name, stem, settings)
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
-        report.print_table(runs.read_json(error.folder / runs.SUMMARY))
+        summary = runs.read_json(error.folder / runs.SUMMARY)
+        report.print_table(summary)
         send_late(error.folder, config)
-        return
+        return summary
     except runs.RunError as error:
         stop(str(error))
     listen_to_sigterm()
-
-    prepare_environment(config.cluster.collective_timeout)
-    from jobs import tracking
-    from jobs.training.driver import fit
-
-    uri = tracking.tracking_uri(folder, config.run.tracking_uri)
-    try:
-        run_id = tracking.start_run(uri, folder, config.run.experiment, run.name, run.mlflow_run_id, settings)
-    except tracking.TrackingUnreachable as error:
-        stop(str(error))
+    untracked = config.run.tracking_uri == runs.NOT_TRACKED or (fit is not on_ray and find_spec("mlflow") is None)
+    tracking = None if untracked else import_module("jobs.tracking")
+    uri, run_id, tracker = None, None, None
+    if tracking:
+        uri = tracking.tracking_uri(folder, config.run.tracking_uri)
+        try:
+            run_id = tracking.start_run(uri, folder, config.run.experiment, run.name, run.mlflow_run_id, settings)
+        except tracking.TrackingUnreachable as error:
+            stop(str(error))
+        ignore_index = load_index(storage.join(config.data.path, "val"), cache_of(config)).ignore_index
+        tracker = tracking.Tracker(uri, run_id, ignore_index, run.folder / runs.JOURNAL)
+        tracker.start()
     runs.record(run, settings, run_id)
-    validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
-    tracker = tracking.Tracker(uri, run_id, validation.ignore_index, run.folder / runs.JOURNAL)
-    tracker.start()
     status = "FAILED"
     try:
-        with tracking.system_metrics(run_id):
+        with tracking.system_metrics(run_id) if tracking else nullcontext():
             summary = fit(config, run, run_id, tracker)
         summary = {"name": run.name, "mlflow_run_id": run_id} | summary
         status = "FINISHED"
@@ -118,14 +161,18 @@ def run_job(argv: list[str]) -> None:
         status = "FAILED" if getattr(error, "code", None) == 2 else "KILLED"
         raise
     finally:
-        if fault := tracker.finish(status):
+        if tracker and (fault := tracker.finish(status)):
             print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
             with suppress(OSError):
                 runs.write_json(run.folder / runs.UNSENT, {"status": status})
-    log_model(run, run_id)
-    runs.write_json(run.folder / runs.SUMMARY, runs.without_nan(summary))
+    if run_id:
+        log_model(run, run_id)
+    summary = runs.without_nan(summary)
+    runs.write_json(run.folder / runs.SUMMARY, summary)
     report.print_table(summary)
-    report.print_next_steps(config, run, uri, argv)
+    if argv is not None:
+        report.print_next_steps(config, run, uri, argv)
+    return summary
 
 
 def send_late(folder: Path, config: Config) -> None:

@@ -17,7 +17,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert "<code>data_shards/order.py</code>" in data
     assert "../data_shards" not in data
     assert 'href="chaos.html"' in (tmp_path / "faults.html").read_text()
-    assert 'href="comparison/index.html"' in (tmp_path / "compare.html").read_text()
+    assert 'href="networks.html"' in (tmp_path / "compare.html").read_text()
     # from docstrings
     assert "Builds the network that a checkpoint&#39;s state describes" in (
         tmp_path / "reference" / "deepskip.html"

@@ -34,6 +34,9 @@ def test_imports_point_down(room: str) -> None:
     assert files
     for path in files:
         names = imported(path)
+        if path == ROOT / "deepskip" / "__init__.py":
+            # deepskip.train, which joins the network with the shards
+            names -= {"jobs"}
         assert not names & (set(ROOMS) - MAY_IMPORT[room]), path
         assert not names & FOREIGN.get(room, set()), path
 

@@ -1,31 +1,49 @@
-"""The networks that DeepSkip is compared with, each behind one interface.
+"""Every network by its name: DeepSkip, what it is compared with, and what installed packages add.
 
 A network takes (N, bands, H, W) float and gives logits (N, classes, H, W) of the input's size, for any bands, classes, H
-and W. It is trained from scratch: no weights are ever downloaded.
+and W. It is trained from scratch: no weights are ever downloaded. One that brings its own loss has a method
+`training_loss(image, target, sample_weight) -> scalar`.
+
+A name out of a config or a checkpoint chooses among what is installed (the registry, segmentation_models_pytorch, the entry
+point group `deepskip.networks`); it is never imported as a path, which would run a stranger's code.
 """
 
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib.metadata import entry_points
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from deepskip.config import ModelConfig
+from deepskip.network import PRIOR_LOGIT, DeepSkipUNet
+from deepskip.networks.enlarged import Enlarged
 from deepskip.networks.fcn import build_fcn
 from deepskip.networks.h_dense_unet import build_h_dense_unet
 from deepskip.networks.mask_rcnn import build_mask_rcnn
 from deepskip.networks.nnunet import build_nnunet
 from deepskip.networks.pspnet import build_pspnet
-from deepskip.networks.unet import build_plain_unet, build_unet
+from deepskip.networks.smp import build_smp
+from deepskip.networks.unet import build_unet
 from deepskip.networks.unet3plus import build_unet3plus
 
-Size = Literal["default", "paper"]
+DEFAULT = "deepskip"
+# DeepSkipUNet and the same without its deep skips, the paper's baseline
+OURS = {DEFAULT: True, "plain_unet": False}
+SMP = "smp"
+ENTRY_POINTS = "deepskip.networks"
+# of the config's model section: what DeepSkipUNet takes, and what any network does
+OWN_SETTINGS = ("base_channels", "levels", "encoder", "norm", "upsample")
+SIZES = ("default", "paper")
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A network that can be built, its widths in two sizes, and what the paper counts.
+class Network:
+    """A network of the registry, its widths in two sizes, and what the paper counts.
 
-    default: the widths that the network's authors or its library use. paper: widths that give the paper's number of
+    default: the widths that the network's authors or their library use. paper: widths that give the paper's number of
     parameters for 3 bands and 1 class, or, where the paper has no such network, DeepSkip's own number.
     paper_parameters: that number.
     """
@@ -39,26 +57,20 @@ class Rival:
 # anchors, in pixels, fit small objects in images that are not enlarged
 ANCHORS = (4, 8, 16, 32, 64)
 
-RIVALS: dict[str, Rival] = {
-    "plain_unet": Rival(
-        build_plain_unet,
-        default={"base_channels": 32, "levels": 5},
-        paper={"base_channels": 8, "levels": 5},
-        paper_parameters=589_793,
-    ),
-    "unet": Rival(
+REGISTRY: dict[str, Network] = {
+    "unet": Network(
         build_unet,
         default={"features": (32, 32, 64, 128, 256, 32)},
         paper={"features": (9, 18, 36, 74, 149, 9)},
         paper_parameters=645_665,
     ),
-    "fcn": Rival(
+    "fcn": Network(
         build_fcn,
         default={"backbone": "resnet50", "channels": (64, 128, 256, 512)},
         paper={"backbone": "resnet50", "channels": (28, 56, 112, 224)},
         paper_parameters=6_320_000,
     ),
-    "mask_rcnn": Rival(
+    "mask_rcnn": Network(
         build_mask_rcnn,
         default={
             "backbone": "resnet50",
@@ -78,7 +90,7 @@ RIVALS: dict[str, Rival] = {
         },
         paper_parameters=3_150_000,
     ),
-    "h_dense_unet": Rival(
+    "h_dense_unet": Network(
         build_h_dense_unet,
         default={
             "stem": 96,
@@ -98,19 +110,19 @@ RIVALS: dict[str, Rival] = {
         },
         paper_parameters=8_260_000,
     ),
-    "pspnet": Rival(
+    "pspnet": Network(
         build_pspnet,
         default={"backbone": "resnet34", "channels": (64, 128, 256, 512), "pyramid_channels": 512},
         paper={"backbone": "resnet34", "channels": (72, 144, 256, 512), "pyramid_channels": 512},
         paper_parameters=1_890_000,
     ),
-    "unet3plus": Rival(
+    "unet3plus": Network(
         build_unet3plus,
         default={"base_channels": 64},
         paper={"base_channels": 10},
         paper_parameters=645_665,
     ),
-    "nnunet": Rival(
+    "nnunet": Network(
         build_nnunet,
         default={"features": (32, 64, 128, 256, 512, 512, 512)},
         paper={"features": (6, 12, 24, 48, 72, 64, 64)},
@@ -119,31 +131,95 @@ RIVALS: dict[str, Rival] = {
 }
 
 
-def build(name: str, in_channels: int, num_classes: int, size: Size = "default", **widths: Any) -> nn.Module:
-    """Builds a network by its name in RIVALS; `widths` replace single ones of the size's.
+def build(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:
+    """Build the network that a config's model section, or a checkpoint's of any age, describes; weights are random.
 
-    Raises ValueError for an unknown name, size or width, or a width out of range; ImportError, which says how to
-    install it, where the network's library is missing.
+    settings: of `deepskip.config.ModelConfig`; what is left out is DeepSkip's default. `options` are what a network other
+    than DeepSkip may be told: {"size": "paper"} or single widths of a network of the registry, what smp's classes or an
+    installed network's function take. The head of each network that the registry or smp builds starts near a foreground
+    probability of 0.1, as DeepSkip's does.
+
+    Raises:
+        ValueError: for an unknown name or option, or one out of range.
+        ImportError: where the network's library is missing; says how to install it.
     """
-    if name not in RIVALS:
-        raise ValueError(f"the network is {name!r}; it must be one of {', '.join(RIVALS)}")
-    if size not in ("default", "paper"):
-        raise ValueError(f'size is {size!r}; it must be "default" or "paper"')
+    check(settings)
     for argument, value in (("in_channels", in_channels), ("num_classes", num_classes)):
         if value < 1:
             raise ValueError(f"{argument} is {value}; it must be 1 or more")
-    rival = RIVALS[name]
-    known: dict[str, Any] = getattr(rival, size)
-    for width, value in widths.items():
-        if width not in known:
-            raise ValueError(f"{name} has no width {width!r}; it has {', '.join(known)}")
-        check_width(f"{name}'s {width}", value, known[width])
+    name, options = settings.get("network", DEFAULT), dict(settings.get("options") or {})
+    enlarge = settings.get("enlarge", 1)
+    if name in OURS:
+        own = {key: settings[key] for key in OWN_SETTINGS if key in settings}
+        return DeepSkipUNet(in_channels, num_classes, deep_skips=OURS[name], enlarge=enlarge, **own)
     try:
-        return rival.make(in_channels, num_classes, **known | widths)
+        if name in REGISTRY:
+            widths = widths_of(name, options)
+            network = REGISTRY[name].make(in_channels, num_classes, **widths)
+        elif name.startswith(f"{SMP}:"):
+            _, arch, encoder = name.split(":")
+            network = build_smp(in_channels, num_classes, arch=arch, encoder=encoder, **options)
+        else:
+            network = installed()[name].load()(in_channels, num_classes, **options)
     except ImportError as error:
         raise ImportError(
-            f"{name} needs a package that is not installed ({error}): pip install .[baselines]"
+            f"model.network {name} needs a package that is not installed ({error}): pip install '.[networks]'"
         ) from error
+    except TypeError as error:
+        raise ValueError(f"model.options is {options}; {name} does not take that: {error}") from error
+    if enlarge > 1 and brings_loss(network):
+        raise ValueError(f"model.enlarge is {enlarge}; {name} gives no logits while it trains, so it must be 1")
+    if name not in installed() and not brings_loss(network):
+        start_at_prior(network, num_classes)
+    return Enlarged(network, enlarge) if enlarge > 1 else network
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where the model section names no network that is known here, or settings that it does not have."""
+    name, options = settings.get("network", DEFAULT), settings.get("options") or {}
+    if name in OURS:
+        if options:
+            raise ValueError(f"model.options is {options}; {name} has model.{', model.'.join(OWN_SETTINGS)} instead")
+        return
+    if name in REGISTRY:
+        widths_of(name, options)
+    elif name.startswith(f"{SMP}:"):
+        if not re.fullmatch(r"smp:\w+:[\w.-]+", name):
+            raise ValueError(f"model.network is {name!r}; it must be smp:ARCH:ENCODER, such as smp:Unet:resnet18")
+    elif name not in installed():
+        known = [*OURS, *REGISTRY, *installed()]
+        close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise ValueError(
+            f"model.network is {name!r}{hint}; it must be one of {', '.join(known)}, or smp:ARCH:ENCODER, or what a package "
+            f"that is installed adds as an entry point of {ENTRY_POINTS}"
+        )
+    changed = [key for key in OWN_SETTINGS if key in settings and settings[key] != getattr(ModelConfig, key)]
+    if changed:
+        named = ", ".join(f"model.{key}" for key in changed)
+        raise ValueError(f"{named} is for DeepSkip, and model.network is {name}: leave it out, and see model.options")
+
+
+def installed() -> dict[str, Any]:
+    """Return the networks that installed packages add, by name; a name of ours stays ours."""
+    found = entry_points(group=ENTRY_POINTS)
+    return {point.name: point for point in found if point.name not in OURS and point.name not in REGISTRY}
+
+
+def widths_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all widths of a network of the registry: those of its size, of which options replace single ones.
+
+    Raises ValueError for an unknown size or width, or a width out of range.
+    """
+    size, widths = options.get("size", "default"), {key: value for key, value in options.items() if key != "size"}
+    if size not in SIZES:
+        raise ValueError(f'model.options.size is {size!r}; it must be "default" or "paper"')
+    known: dict[str, Any] = getattr(REGISTRY[name], size)
+    for width, value in widths.items():
+        if width not in known:
+            raise ValueError(f"model.options has {width!r}; {name} has size, {', '.join(known)}")
+        check_width(f"model.options.{width}", value, known[width])
+    return known | widths
 
 
 def check_width(what: str, value: Any, like: Any) -> None:
@@ -164,16 +240,20 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def training_loss(
-    network: nn.Module,
-    criterion: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    image: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Computes a batch's loss: the network's own where it has one (Mask R-CNN), else criterion(logits, target, weight).
+def brings_loss(network: nn.Module) -> bool:
+    """Tell whether a network is trained by a loss of its own."""
+    return hasattr(network, "training_loss")
 
-    image: (N, bands, H, W). target: (N, H, W) labels. sample_weight: (N,); a sample of weight 0 takes no part.
+
+def start_at_prior(network: nn.Module, num_classes: int) -> None:
+    """Set the bias of a network's last convolution to the logits that DeepSkip's starts at; its weights stay as drawn.
+
+    Libraries draw heads that call half of all pixels foreground, which short trainings by AdamW take long to unlearn.
     """
-    own = getattr(network, "training_loss", None)
-    return criterion(network(image), target, sample_weight) if own is None else own(image, target, sample_weight)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    heads = [m for m in convolutions if m.out_channels == num_classes and m.bias is not None]
+    if heads:
+        bias = heads[-1].bias
+        assert bias is not None
+        nn.init.zeros_(bias)
+        nn.init.constant_(bias[0 if num_classes == 1 else slice(1, None)], PRIOR_LOGIT)

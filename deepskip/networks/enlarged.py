@@ -13,7 +13,7 @@ class Enlarged(nn.Module):
 
     def __init__(self, network: nn.Module, times: int) -> None:
         super().__init__()
-        self.network, self.times = network, times
+        self.network, self.enlarge = network, times
 
     def forward(self, x: Tensor) -> Tensor:
-        return averaged(self.network(enlarged(x, self.times)), self.times)
+        return averaged(self.network(enlarged(x, self.enlarge)), self.enlarge)

@@ -53,6 +53,9 @@ class MaskRCNNSegmenter(nn.Module):
     It detects as in evaluation even in training mode, and no gradient goes through it: `training_loss` is what trains.
     """
 
+    # why it has no graph of plain operators
+    not_exported = "Mask R-CNN computes on as many boxes as it finds, which no graph of fixed operators can"
+
     def __init__(
         self,
         in_channels: int,

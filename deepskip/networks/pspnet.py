@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from deepskip.networks.padded import Padded
+from deepskip.networks.pooling import with_exportable_pooling
 from kernels import torchvision_ops
 
 
@@ -29,4 +30,4 @@ def build_pspnet(
         # as torchvision does; else the first step leaves all but the last norms of a block as they are
         zero_init_last=False,
     )
-    return Padded(network, 8)
+    return Padded(with_exportable_pooling(network), 8)

@@ -13,15 +13,16 @@ from data_shards.stream import Shards, train_batches
 from deepskip.allocator import keep_freed_memory
 from deepskip.training_step import TrainingStep
 from jobs.settings import parse
-from jobs.training.worker import data_info
+from jobs.training.allocation import cpus_of
+from jobs.training.share import data_info
 
 
 def main() -> None:
     """Trains config.optim.steps steps on the CPU."""
-    config, _ = parse("train", sys.argv[1:])
+    config, *_ = parse("train", sys.argv[1:])
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(int(config.cluster.cpus_per_worker))
+    torch.set_num_threads(int(cpus_of(config.cluster)))
     keep_freed_memory()
     crops = Crops(config.data.crop, config.data.foreground_crops, config.run.seed, config.data.copy_paste)
     shards = Shards(f"{config.data.path}/train", config.data.normalize, crops)

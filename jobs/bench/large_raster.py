@@ -21,6 +21,7 @@ import deepskip
 from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.inference import normalize
+from deepskip.network import multiple_of
 from deepskip.tiling import enlarged_rows
 
 STRIPE = 512
@@ -112,7 +113,7 @@ def compare(
     worst = 0.0
     with rasterio.open(raster) as image, rasterio.open(out / "masks" / raster.name) as mask:
         same_place = image.crs == mask.crs and image.transform == mask.transform
-        multiple = 2 ** (network.levels - 1)
+        multiple = multiple_of(network)
         for number in range(windows):
             # the first in a corner of the image, the others anywhere
             top, left = (int(rng.integers(0, image.height - WINDOW)) * (number > 0) for _ in range(2))

@@ -1,108 +1,153 @@
-"""The grid's cells: their order, which are done, and their files, written whole or not at all."""
+"""What a comparison is made of: networks, categories of data and seeds, and the ordinary training that each cell is."""
 
-import io
-import json
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+import yaml
 
-from deepskip import files
-from jobs.comparison.cell import Cell
-from jobs.comparison.rows import Grid, bf16, trained_as
-from jobs.comparison.samples import digest_of, size_of
+from deepskip.config import Config
+from jobs import runs
+from jobs.settings import configured, parse_settings, stop
 
-NETWORKS = "networks.json"
-# how cells that do not say it were trained
-OLDER = {"head": "drawn", "momentum": 0.95, "enlarge": 1}
+CELL = "cell.json"
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A network with the way it is trained: a row of the table."""
+
+    label: str | None = None
+    """its name in the table; null takes the name of the row"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """of its trainings, as in their YAML: {model: {network: unet}, optim: {optimizer: adamw}}"""
+    flips: bool = False
+    """test on the mean over each image and its mirrorings"""
+    seeds: int | None = None
+    """only the first so many seeds; null takes all"""
+
+
+@dataclass(kw_only=True)
+class Grid:
+    """A comparison: each network is trained on each category with each seed, and tested once."""
+
+    networks: dict[str, Row]
+    """rows by name; the others are compared with the first"""
+    categories: dict[str, str]
+    """data by name: YAML files of settings of a training, of which data.path has train, val and a split to test on"""
+    out: Path = Path("runs/comparison")
+    """folder of the cells' runs and of the results"""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """of weights, order and augmentation"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """of every training, over those of its category and below those of its network"""
+    test: str = "test"
+    """the split that is tested on"""
+    threshold: Literal["validation", "half"] = "validation"
+    """of one class: the best on validation, or a probability of 0.5"""
+    only: list[str] | None = None
+    """networks to train now; null trains all"""
+    workers: int = 1
+    """cells at a time on this machine; they share its cores and its GPU"""
+    ray: bool = False
+    """cells as tasks on the Ray cluster at RAY_ADDRESS, which sees `out` and the data"""
+    cpus: float = 1.0
+    """with ray: CPU cores of a cell"""
+    gpus: float = 0.0
+    """with ray: GPUs of a cell, or share of one"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its test: where it stands in the grid, its run's folder, and its settings."""
+
+    category: str
+    network: str
+    seed: int
+    folder: Path
+    config: Config
+    flips: bool
+
+    def __str__(self) -> str:
+        return f"{self.category}, {self.network}, seed {self.seed}"
+
+
+def read_grid(argv: list[str], description: str) -> Grid:
+    """Read the grid from --config and the command line; bad input, of any cell, ends the program."""
+    grid = parse_settings("compare", description, Grid, argv)
+    grid.out = grid.out.absolute()
+    faults = [f"{name} is empty; a comparison needs one or more" for name in ("networks", "categories", "seeds")
+              if not getattr(grid, name)]  # fmt: skip
+    if grid.workers < 1:
+        faults.append(f"workers is {grid.workers}; it must be 1 or more")
+    faults += [f"only has {name!r}; the networks are {', '.join(grid.networks)}"
+               for name in set(grid.only or ()) - set(grid.networks)]  # fmt: skip
+    faults += [f"{kind} has {name!r}; it becomes a folder's name, so it must be one" for kind in ("networks", "categories")
+               for name in getattr(grid, kind) if not name or "/" in name or name.startswith(".")]  # fmt: skip
+    for path in grid.categories.values():
+        if not Path(path).is_file():
+            faults.append(f"categories: there is no file {path}")
+    if faults:
+        stop("\n".join(faults))
+    # each names what is wrong with it
+    list(cells(grid))
+    return grid
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
-    """Gives all cells: turns outermost, then seeds, then categories, so that what is cut off leaves whole tables."""
-    rows = {name: row for name, row in grid.networks.items() if grid.only is None or name in grid.only}
-    for turn in sorted({row.turn for row in rows.values()}):
-        for number, seed in enumerate(grid.seeds):
-            for category in grid.categories:
-                for name, row in rows.items():
-                    if row.turn == turn and (row.seeds is None or number < row.seeds):
-                        yield Cell(category, name, seed, grid.steps, grid.batch_size, grid.validations, bf16(grid))
+    """Yield all cells, seeds outermost, so that what is cut off leaves whole tables; bad settings end the program."""
+    tracked = {"run": {"tracking_uri": f"sqlite:///{grid.out / 'mlflow.db'}", "experiment": "comparison"}}
+    for place, seed in enumerate(grid.seeds):
+        for category, path in grid.categories.items():
+            common = merged(merged(tracked, read_yaml(path)), grid.settings)
+            for name, row in grid.networks.items():
+                if row.seeds is not None and place >= row.seeds:
+                    continue
+                storage = grid.out / category / name
+                run = {"name": f"seed-{seed}", "seed": seed, "storage": str(storage)}
+                settings = merged(merged(common, row.settings), {"run": run})
+                config = configured(settings, f"networks.{name} on {category}")
+                if "://" not in config.data.path:
+                    config.data.path = str(Path(config.data.path).absolute())
+                yield Cell(category, name, seed, storage / f"seed-{seed}", config, row.flips)
 
 
-def path_of(out: Path, cell: Cell) -> Path:
-    """Names a cell's file."""
-    return out / "cells" / cell.category / cell.network / f"{cell.seed}.json"
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay settings, by section, over others."""
+    result = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return result
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file; None where there is none that is whole."""
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a file of settings; ends the program where it is none."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
+        found = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        stop(f"categories: {path} is no YAML: {' '.join(str(error).split())}")
+    if not isinstance(found, dict):
+        stop(f"categories: {path} holds no settings")
+    return found
 
 
-def is_done(out: Path, cell: Cell) -> bool:
-    """Says whether a cell is there, without an error."""
-    return done(out, cell) is not None
+def write_cell(cell: Cell, grid: Grid) -> Path:
+    """Write what a cell's process needs, into its run's folder, and return the file."""
+    path = cell.folder / CELL
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # JSON is YAML
+    runs.write_json(path, content_of(cell, grid))
+    return path
 
 
-def done(out: Path, cell: Cell) -> dict[str, Any] | None:
-    """Reads a cell that is there, without an error; None where there is none."""
-    record = read(path_of(out, cell))
-    return None if record is None or record.get("error") is not None else record
+def content_of(cell: Cell, grid: Grid) -> dict[str, Any]:
+    """Return what the process of a cell is told."""
+    return {"config": asdict(cell.config), "flips": cell.flips, "test": grid.test, "threshold": grid.threshold}
 
 
-def trained_otherwise(grid: Grid) -> str | None:
-    """Names the first cell that is there and is of another budget, other data or another training than the grid's.
-
-    Older cells do not say all of it. So no cell is taken for what it is not, and none is written over.
-    """
-    out = Path(grid.out)
-    for cell in cells(grid):
-        record = done(out, cell) or {}
-        budget = {key: getattr(cell, key) for key in ("steps", "batch_size", "validations")}
-        path = Path(grid.data) / f"{cell.category}.npz"
-        of_data = {"image_size": size_of(path), "data": digest_of(path)} if record else {}
-        trained = trained_as(grid.networks[cell.network], cell.category)
-        row = (OLDER if record else {}) | record.get("row", {})
-        for found, asked in ((record, budget | of_data), (row, trained)):
-            for key, value in asked.items():
-                if found.get(key, value) != value:
-                    return (
-                        f"{path_of(out, cell)} was trained with {key} {found[key]}, and the grid has {value}; "
-                        "name another --out, or remove what should be trained again"
-                    )
-    return None
-
-
-def write(out: Path, cell: Cell, record: dict[str, Any], panel: dict[str, np.ndarray]) -> None:
-    """Writes a cell; its panel first, as the record is what says that the cell is done."""
-    path = path_of(out, cell)
-    if panel:
-        write_panel(path.with_suffix(".npz"), panel)
-    # a curve or metric that is nan is no JSON
-    files.write(path, json.dumps(record, allow_nan=False).encode())
-
-
-def write_panel(path: Path, panel: dict[str, np.ndarray]) -> None:
-    """Writes a panel's arrays."""
-    data = io.BytesIO()
-    np.savez_compressed(data, **panel)  # type: ignore[arg-type]
-    files.write(path, data.getvalue())
-
-
-def write_error(out: Path, cell: Cell, error: str) -> None:
-    """Writes that a cell failed; the next run tries it again."""
-    place = {key: getattr(cell, key) for key in ("category", "network", "seed", "steps", "batch_size")}
-    files.write(path_of(out, cell), json.dumps(place | {"error": error}).encode())
-
-
-def read_networks(out: Path) -> dict[str, Any]:
-    """Reads what networks.json says of each network."""
-    return read(out / NETWORKS) or {}
-
-
-def write_networks(out: Path, networks: dict[str, Any]) -> None:
-    """Writes networks.json."""
-    files.write(out / NETWORKS, json.dumps(networks, indent=1).encode())
+def read_cell(folder: Path) -> dict[str, Any]:
+    """Return what the process of a cell was told last; {} where there was none."""
+    return runs.read_json(folder / CELL)

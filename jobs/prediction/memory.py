@@ -2,10 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from deepskip.inference import Segmenter, enlarged_by
 from deepskip.network import DeepSkipUNet
 from deepskip.tiling import Overlap, overlap_of
 from jobs.prediction.options import Options
@@ -17,6 +23,8 @@ CPU_LIMIT, CPU_SHARE, GPU_SHARE = 3 * GB, 0.5, 0.8
 LARGEST_TILE = {"cpu": 2048, "cuda": 4096}
 # pixels and images in a batch beyond which nothing gets faster
 BATCH_PIXELS, BATCH = {"cpu": 2**18, "cuda": 2**24}, {"cpu": 16, "cuda": 64}
+# side of the image that another network's memory is measured on; and for what cannot be seen, convolutions' work space
+MEASURED_SIDE, UNSEEN = 256, 1.5
 
 
 @dataclass
@@ -55,22 +63,51 @@ def device_of(options: Options) -> torch.device:
     return device
 
 
-def bytes_per_pixel(network: DeepSkipUNet, element: int, flips: bool = False) -> int:
-    """Estimates the memory that a pixel takes in the network at its widest place, the first decoder level.
+def bytes_per_pixel(segmenter: Segmenter, element: int, flips: bool = False) -> int:
+    """Estimates the memory that a pixel takes in the network at its widest place, in DeepSkip the first decoder level.
 
     There the joined branches, what they are made of, and the first convolution's output are all in memory; 704 bytes were
     measured on a CPU where this gives 708, and of images enlarged twice 2,787 where it gives 2,868. element: bytes.
     flips: beside that, the image padded and turned round, and what the mirrorings before gave.
     """
-    branches = len(network.decoder[0].get_submodule("branches"))  # type: ignore[arg-type]
-    channels = network.head.in_channels
+    network = segmenter.network
     # the raw and the normalised image, logits and probabilities are fp32
-    images = 4 * (2 * network.in_channels + 3 * network.num_classes)
-    once = images + element * channels * (2 * branches + 11)
+    images = 4 * (2 * segmenter.bands + 3 * segmenter.num_classes)
+    if not isinstance(network, DeepSkipUNet):
+        return images + measured_bytes_per_pixel(segmenter) + flips * images
+    branches = len(network.decoder[0].get_submodule("branches"))  # type: ignore[arg-type]
+    once = images + element * network.head.in_channels * (2 * branches + 11)
     if network.enlarge > 1:
         # all that, and the enlarged image, for each pixel that becomes of one
         once = images + network.enlarge**2 * once
     return once + flips * images
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all results that are alive at once; peak: the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for each in tree_leaves(results):
+            if isinstance(each, torch.Tensor):
+                self.alive[StorageWeakRef(each.untyped_storage())] = each.untyped_storage().nbytes()
+        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return results
+
+
+@torch.no_grad()
+def measured_bytes_per_pixel(segmenter: Segmenter) -> int:
+    """Measures what another network than ours has alive at once, in fp32, on an image of MEASURED_SIDE pixels a side."""
+    image = torch.zeros(1, segmenter.bands, MEASURED_SIDE, MEASURED_SIDE, device=segmenter.mean.device)
+    with LiveBytes() as counter:
+        segmenter.network(image)
+    return int(counter.peak * UNSEEN / MEASURED_SIDE**2)
 
 
 def budget(options: Options, device: torch.device, processes: int) -> int:
@@ -97,24 +134,24 @@ def free_memory() -> int:
     return max(free, 0)
 
 
-def plan(network: DeepSkipUNet, options: Options, device: torch.device, processes: int = 1) -> Plan:
+def plan(segmenter: Segmenter, options: Options, device: torch.device, processes: int = 1) -> Plan:
     """Finds the sizes that fit."""
     kind = device.type if device.type in LARGEST_TILE else "cpu"
     element = 2 if options.precision == "bfloat16" else 4
     # a third is left for stripes of rows, decoded files and what waits to be written
     most = budget(options, device, processes)
-    pixels = int(most * 2 / 3) // bytes_per_pixel(network, element, options.flips)
-    overlap = overlap_of(network)
+    pixels = int(most * 2 / 3) // bytes_per_pixel(segmenter, element, options.flips)
+    overlap, times = overlap_of(segmenter.network), enlarged_by(segmenter.network)
     smallest = overlap.smallest_tile
-    tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind] // network.enlarge))
+    tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind] // times))
     tile = tile // overlap.multiple * overlap.multiple
-    pixels = min(pixels, BATCH_PIXELS[kind] // network.enlarge**2)
+    pixels = min(pixels, BATCH_PIXELS[kind] // times**2)
     # stripes are the machine's, also where the network is on a GPU
     stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
     return Plan(tile, pixels, options.batch or BATCH[kind], overlap, int(stripes))
 
 
-def check_tile(options: Options, network: DeepSkipUNet) -> None:
+def check_tile(options: Options, network: nn.Module) -> None:
     """Raises ValueError where a tile that was asked for is too small for the network."""
     smallest = overlap_of(network).smallest_tile
     if options.tile is not None and options.tile < smallest:

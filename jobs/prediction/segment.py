@@ -83,12 +83,12 @@ class Predictor:
         self.network, self.preparation = self.segmenter.network, state["data"]["preparation"]
         self.answering = Flipped(self.network) if options.flips else self.network
         self.options, self.out, self.made_by = options, out, made_by
-        self.plan = memory.plan(self.network, options, self.device, processes)
+        self.plan = memory.plan(self.segmenter, options, self.device, processes)
 
     @property
     def num_classes(self) -> int:
         """Number of the network's logits a pixel."""
-        return self.network.num_classes
+        return self.segmenter.num_classes
 
     def run(self, items: Sequence[Item], told: Told = lambda share, pixels: None) -> Iterator[Outcome]:
         """Segments images; an image that cannot be is an outcome with a fault, and the others go on."""
@@ -131,9 +131,9 @@ class Predictor:
         open_files = contextlib.ExitStack()
         try:
             bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
-            raster = open_files.enter_context(opened(item, None if bands else self.network.in_channels))
-            if not bands and raster.bands != self.network.in_channels:
-                raise ValueError(f"has {raster.bands} bands; the model takes {self.network.in_channels}")
+            raster = open_files.enter_context(opened(item, None if bands else self.segmenter.bands))
+            if not bands and raster.bands != self.segmenter.bands:
+                raise ValueError(f"has {raster.bands} bands; the model takes {self.segmenter.bands}")
             ready = raster.whole
             if ready is None and longest_side and max(raster.height, raster.width) > longest_side:
                 ready = shrunk(raster, longest_side)
@@ -275,7 +275,7 @@ class Predictor:
         H, W = image.size
         # a window at a time, in fp64: sums of squares around the mean add up by Chan's rule
         step = W if image.ready is None and image.raster.by_rows else tile
-        count, mean_C, squares_C = 0, np.zeros(self.network.in_channels), np.zeros(self.network.in_channels)
+        count, mean_C, squares_C = 0, np.zeros(self.segmenter.bands), np.zeros(self.segmenter.bands)
         for top in range(0, H, ROWS):
             for left in range(0, W, step):
                 window = self.window(image, slice(top, min(top + ROWS, H)), slice(left, min(left + step, W)))

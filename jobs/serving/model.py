@@ -37,13 +37,13 @@ class Model:
         close_back_door()
         torch.set_num_threads(threads)
         self.segmenter = build_segmenter(state).to(device)
-        self.bands = self.segmenter.network.in_channels
+        self.bands = self.segmenter.bands
         self.preparation = state["data"].get("preparation") or {"bands": None, "longest_side": None}
         self.limits = Limits(max_pixels, max_pixels * max(self.bands, 3) * VALUE_BYTES)
         # apart, since decoding waits for room that encoding makes
         self.decoders, self.encoders = asyncio.Semaphore(threads), asyncio.Semaphore(threads)
         self.room = Room(DECODED_BYTES)
-        most = (inference.TILE // self.segmenter.network.enlarge) ** 2
+        most = (inference.TILE // inference.enlarged_by(self.segmenter.network)) ** 2
         self.batches = Batches(self.forward, batch, most, batch_wait)
         # the first pass through the network takes longest
         self.segmenter.predict(np.zeros((64, 64, self.bands), np.float32))
@@ -103,7 +103,7 @@ class Model:
     async def describe(self) -> dict[str, Any]:
         """Says what the model takes and gives."""
         resampled = self.preparation["bands"] is not None
-        return {"bands": None if resampled else self.bands, "classes": self.segmenter.network.num_classes}
+        return {"bands": None if resampled else self.bands, "classes": self.segmenter.num_classes}
 
 
 class Room:

@@ -44,6 +44,11 @@ def own_ray() -> dict[str, Any]:
     return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
 
 
+def cpus_of(requested: ClusterConfig) -> float:
+    """Return the CPU cores of each worker."""
+    return requested.cpus_per_worker or 1.0
+
+
 def allocation(requested: ClusterConfig) -> WorkerAllocation:
     """Count how many workers, of what kind, fit on the machines that are alive; fewest is 0 where there is no GPU yet."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -51,10 +56,9 @@ def allocation(requested: ClusterConfig) -> WorkerAllocation:
     gpu = requested.gpu if requested.gpu is not None else gpus > 0
     # a worker does not span machines
     fitting = sum(
-        int(min(node.get("CPU", 0) // requested.cpus_per_worker, node.get("GPU", 0) if gpu else math.inf))
-        for node in nodes
+        int(min(node.get("CPU", 0) // cpus_of(requested), node.get("GPU", 0) if gpu else math.inf)) for node in nodes
     )
-    by_default = int(gpus) if gpu else max(1, min(2, int(cpus // requested.cpus_per_worker)))
+    by_default = int(gpus) if gpu else max(1, min(2, int(cpus // cpus_of(requested))))
     fewest, most = workers_range(requested.workers) or (by_default, by_default)
     machines = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} machines, room for {fitting}"
     return WorkerAllocation(fewest, most, gpu, fitting, machines)
@@ -68,7 +72,7 @@ def resources(requested: ClusterConfig) -> WorkerAllocation:
         if found.fewest and found.fitting >= found.fewest:
             return found
         if time.monotonic() > deadline:
-            need = f"{requested.cpus_per_worker:g} CPU{' and 1 GPU' if found.gpu else ''}"
+            need = f"{cpus_of(requested):g} CPU{' and 1 GPU' if found.gpu else ''}"
             stop(
                 f"cluster.workers is {requested.workers or found.most or 'one a GPU'}, each with {need}, but the cluster has "
                 f"{found.description}; waited {requested.wait_seconds:g} s. Ask for fewer, or add machines."
@@ -81,7 +85,7 @@ def scaling_config(requested: ClusterConfig, allocated: WorkerAllocation) -> Sca
     return ScalingConfig(
         num_workers=allocated.most if allocated.fewest == allocated.most else (allocated.fewest, allocated.most),
         use_gpu=allocated.gpu,
-        resources_per_worker={"CPU": requested.cpus_per_worker} | ({"GPU": 1} if allocated.gpu else {}),
+        resources_per_worker={"CPU": cpus_of(requested)} | ({"GPU": 1} if allocated.gpu else {}),
         elastic_resize_monitor_interval_s=requested.resize_seconds,
     )
 

@@ -11,10 +11,11 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
 from deepskip.config import Config
-from jobs import report, runs
+from jobs import runs
 from jobs.settings import STOPPED, listen_to_sigterm, stop
 from jobs.training import allocation, process_group, restarts
 from jobs.training import events as told
+from jobs.training.console import Console
 from jobs.training.worker import train_worker
 
 POLL_SECONDS = 0.5
@@ -31,10 +32,10 @@ class Driver:
     """
 
     def __init__(self, config: Config, run: runs.Run, tracker: Any, queue: Any, elastic: bool) -> None:
-        self.config, self.tracker, self.queue, self.elastic = config, tracker, queue, elastic
+        self.config, self.queue, self.elastic = config, queue, elastic
+        self.console = Console(config, run, tracker)
         self.summary: dict[str, Any] | None = None
         self.fatal: str | None = None
-        self.bad_samples = runs.BadSamples(run.folder)
         self.policy = restarts.RestartPolicy(config.cluster, config.run.checkpoint_every)
         self.done, self.stopped = threading.Event(), threading.Event()
         self.follower = threading.Thread(target=self.follow, daemon=True)
@@ -47,22 +48,12 @@ class Driver:
     def take(self, event: told.Event) -> None:
         """Pass on one event."""
         match event:
-            case told.Measured(kind, step, values, stamp):
-                if kind == "train":
-                    self.policy.came_to(step)
-                    print(report.progress_line(step, self.config.optim.steps, values), flush=True)
-                self.tracker.take(kind, step, values, stamp)
-            case told.Panel(step, images):
-                self.tracker.take("panel", step, {"images": images}, 0)
+            case told.Measured("train", step):
+                self.policy.came_to(step)
             case told.Started(step, workers):
                 self.policy.started(step)
                 if self.policy.starts > 1:
                     print(f"resuming at step {step} with {workers} worker{'s' * (workers > 1)}", flush=True)
-            case told.Warned(text):
-                print(f"warning: {text}", flush=True)
-            case told.SampleSkipped(about):
-                if self.bad_samples.add(about):
-                    print(f"warning: skipped sample {about['key']} in {about['shard']}: {about['reason']}", flush=True)
             case told.WorkersFailed(text):
                 self.policy.failed(text)
                 if self.fatal is None:
@@ -74,6 +65,7 @@ class Driver:
                 self.fatal = text
             case told.Finished(summary):
                 self.summary = summary
+        self.console.take(event)
 
     def follow(self) -> None:
         """Deliver until the training ends; where it cannot go on, have the main thread leave Ray's fit."""
@@ -116,15 +108,11 @@ class Driver:
             self.follower.join()
         if self.fatal is None:
             self.end()
-        if len(self.bad_samples):
-            self.tracker.take_file(self.bad_samples.path)
-            print(
-                f"warning: {len(self.bad_samples)} samples were skipped; {self.bad_samples.path} lists them", flush=True
-            )
+        bad_samples = self.console.finish()
         if self.fatal is not None:
             stop(self.fatal)
         assert self.summary is not None
-        return self.summary | {"bad_samples": len(self.bad_samples)}
+        return self.summary | {"bad_samples": bad_samples}
 
     def end(self) -> None:
         """Deliver what is left, after the follower has ended."""
@@ -133,7 +121,7 @@ class Driver:
         self.deliver()
 
 
-def fit(config: Config, run: runs.Run, run_id: str, tracker: Any) -> dict[str, Any]:
+def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
     """Run the training on Ray and pass on what it tells while it runs; returns the trainer's summary."""
     requested = config.cluster
     ray.init(log_to_driver=False, logging_level="ERROR", **allocation.own_ray())

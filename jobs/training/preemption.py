@@ -18,7 +18,7 @@ def listen() -> None:
     """Make the first SIGTERM to this worker ask for a stop; a second one ends the process, as Ray has it."""
     import ray
 
-    ray.get(ray.get_runtime_context().current_actor.__ray_call__.remote(_set_handler))
+    ray.get(ray.get_runtime_context().current_actor.__ray_call__.remote(_in_actor))
 
 
 def follow(queue: Any) -> None:
@@ -36,7 +36,12 @@ def _poll(queue: Any) -> None:
         _asked.set()
 
 
-def _set_handler(actor: Any) -> None:
+def _in_actor(actor: Any) -> None:
+    set_handler()
+
+
+def set_handler() -> None:
+    """Make the first SIGTERM to this process ask for a stop, and the next one do what it did before."""
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(number: int, frame: object) -> None:
@@ -47,9 +52,14 @@ def _set_handler(actor: Any) -> None:
     signal.signal(signal.SIGTERM, ask)
 
 
+def asked() -> bool:
+    """Tell whether a SIGTERM, or the driver, asked for a stop."""
+    return _asked.is_set()
+
+
 def requested() -> bool:
-    """Tell whether this worker was asked to stop; cheap enough for every step."""
-    return _asked.is_set() or _draining()
+    """Tell whether this worker was asked to stop, by Ray too; cheap enough for every step."""
+    return asked() or _draining()
 
 
 def _draining() -> bool:

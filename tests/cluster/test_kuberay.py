@@ -114,10 +114,10 @@ def test_the_jobs_settings_are_known_and_fit_the_cluster() -> None:
     group = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     assert yaml.safe_load(words[workers + 1]) == [group["minReplicas"], group["maxReplicas"]]
     # a name: without one a second try would be a second run
-    config, _ = parse("train", words[4:workers] + words[workers + 2 :])
+    config, *_ = parse("train", words[4:workers] + words[workers + 2 :])
     assert config.run.name
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert config.cluster.cpus_per_worker <= int(limits["cpu"])
+    assert (config.cluster.cpus_per_worker or 1) <= int(limits["cpu"])
     assert limits["nvidia.com/gpu"] == 1
     mounts = {mount["mountPath"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]}
     assert "/shared" in mounts

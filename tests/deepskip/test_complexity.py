@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from deepskip import DeepSkipUNet
-from deepskip.complexity import conv_weights
+from deepskip.complexity import conv_weights, convolution_weights
 
 
 def built(network: nn.Module) -> int:
@@ -16,7 +16,8 @@ def built(network: nn.Module) -> int:
 def test_equals_the_built_network(encoder: str, levels: int) -> None:
     for in_channels, num_classes, base_channels in itertools.product((1, 3, 207), (1, 12), (4, 8, 12)):
         network = DeepSkipUNet(in_channels, num_classes, base_channels, levels, encoder)
-        assert conv_weights(in_channels, num_classes, base_channels, levels, encoder) == built(network)
+        expected = conv_weights(in_channels, num_classes, base_channels, levels, encoder)
+        assert expected == built(network) == convolution_weights(network)
 
 
 @pytest.mark.parametrize(("encoder", "expected"), [("vgg16", 644_192), ("resnet34", 1_677_472)])

@@ -21,7 +21,7 @@ class Identity(nn.Module):
 @pytest.mark.parametrize("how", ["image", "dataset", "none"])
 def test_normalisation_of_raw_images(how: str) -> None:
     image = np.random.default_rng(0).integers(0, 60000, (40, 30, 3)).astype(np.uint16)
-    segmenter = Segmenter(Identity(), how, [30000.0, 1.0, 1.0], [1000.0, 1.0, 1.0])  # type: ignore[arg-type]
+    segmenter = Segmenter(Identity(), 3, how, [30000.0, 1.0, 1.0], [1000.0, 1.0, 1.0])  # type: ignore[arg-type]
     band = image[..., 0].astype(np.float64)
     mean, std = {"image": (band.mean(), band.std()), "dataset": (30000, 1000), "none": (0, 1)}[how]
     expected = 1 / (1 + np.exp(-np.clip((band - mean) / std, -80, 80)))
@@ -30,7 +30,7 @@ def test_normalisation_of_raw_images(how: str) -> None:
 
 
 def test_other_bands_are_an_error() -> None:
-    segmenter = Segmenter(deepskip.DeepSkipUNet(3, 1, 4, 3), "none", [0.0] * 3, [1.0] * 3)
+    segmenter = Segmenter(deepskip.DeepSkipUNet(3, 1, 4, 3), 1, "none", [0.0] * 3, [1.0] * 3)
     with pytest.raises(ValueError, match=r"\(8, 8, 4\).*3 bands"):
         segmenter.predict(np.zeros((8, 8, 4)))
 

@@ -17,7 +17,7 @@ CONFIGS = sorted(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_that_ships_is_valid(path: Path) -> None:
-    config, stem = parse("train", ["--config", str(path)])
+    config, stem, _ = parse("train", ["--config", str(path)])
     assert stem == path.stem
     for section, values in yaml.safe_load(path.read_text()).items():
         for key, value in values.items():
@@ -27,7 +27,7 @@ def test_every_config_that_ships_is_valid(path: Path) -> None:
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("optim: {steps: 7, learning_rate: 0.1}\n")
-    config, stem = parse("train", ["--config", str(path), "--optim.steps", "9", "--loss.class_weights", "[1, 2.5]"])
+    config, stem, _ = parse("train", ["--config", str(path), "--optim.steps", "9", "--loss.class_weights", "[1, 2.5]"])
     assert (stem, config.optim.steps, config.optim.learning_rate, config.loss.class_weights) == (
         "mine",
         9,

@@ -1,9 +1,8 @@
-"""Widths of the rivals that a test can afford; the architectures stay whole."""
+"""Widths of the networks of the registry that a test can afford; the architectures stay whole."""
 
 from typing import Any
 
 SMALL: dict[str, dict[str, Any]] = {
-    "plain_unet": {"base_channels": 4, "levels": 3},
     "unet": {"features": [4, 4, 8, 8, 16, 4]},
     "fcn": {"backbone": "resnet18", "channels": [8, 8, 16, 16]},
     "mask_rcnn": {

@@ -1,5 +1,7 @@
 import importlib
+import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,15 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from deepskip import BCEDiceLoss, DeepSkipUNet
-from deepskip.networks import RIVALS, build, training_loss
+from deepskip.networks import REGISTRY, brings_loss, build, installed
 from deepskip.networks.h_dense_unet import HDenseUNet
 from deepskip.networks.mask_rcnn import instances_of
+from deepskip.networks.pooling import CellMeans
 from tests.deepskip.networks.small import SMALL
 
+OTHERS = ["smp:Unet:resnet18", "plain_unet"]
 
-def small(name: str, in_channels: int, num_classes: int) -> nn.Module:
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The network at a size that a test can afford, as a config's model section."""
+    if name == "plain_unet":
+        return {"network": name, "base_channels": 4, "levels": 3}
+    if name.startswith("smp:"):
+        return {"network": name, "options": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}}
+    return {"network": name, "options": {"size": "paper"} | SMALL[name]}
+
+
+def small(name: str, in_channels: int, num_classes: int) -> Any:
     torch.manual_seed(0)
-    return build(name, in_channels, num_classes, "paper", **SMALL[name])
+    return build(settings_of(name), in_channels, num_classes)
+
+
+def loss_of(network: Any, image: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The network's own loss, or ours of its logits."""
+    if brings_loss(network):
+        return network.training_loss(image, mask, weight)
+    return BCEDiceLoss()(network(image), mask, weight)
 
 
 def parameters(network: nn.Module) -> int:
@@ -30,7 +51,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return mask[:, None] * 2.0 + 0.3 * noise, mask
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", [*REGISTRY, *OTHERS])
 @pytest.mark.parametrize(
     ("bands", "classes", "height", "width"), [(1, 1, 64, 64), (3, 4, 45, 71), (32, 2, 7, 33), (2, 1, 1, 5)]
 )
@@ -42,17 +63,16 @@ def test_logits_of_any_bands_and_size(name: str, bands: int, classes: int, heigh
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_every_parameter_learns_and_steps_lower_the_loss(name: str) -> None:
     network = small(name, 3, 1).train()
     image, mask = batch()
-    criterion = BCEDiceLoss()
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     losses = []
     for step in range(3):
         # Mask R-CNN samples anchors and proposals, dropout samples channels
         torch.manual_seed(1)
-        loss = training_loss(network, criterion, image, mask)
+        loss = loss_of(network, image, mask)
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -63,26 +83,28 @@ def test_every_parameter_learns_and_steps_lower_the_loss(name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_same_seed_same_output(name: str) -> None:
     one, other = small(name, 3, 1).eval(), small(name, 3, 1).eval()
     image = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(one(image), other(image))
         torch.manual_seed(1)
-        another = build(name, 3, 1, "paper", **SMALL[name]).eval()
+        another = build(settings_of(name), 3, 1).eval()
     assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), another.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_parameters_are_the_papers(name: str) -> None:
     with torch.device("meta"):
-        assert parameters(build(name, 3, 1, "paper")) == pytest.approx(RIVALS[name].paper_parameters, rel=0.03)
+        assert parameters(build({"network": name, "options": {"size": "paper"}}, 3, 1)) == pytest.approx(
+            REGISTRY[name].paper_parameters, rel=0.03
+        )
 
 
 def test_default_widths_have_the_published_parameters() -> None:
     with torch.device("meta"):
-        built = {name: parameters(build(name, 3, 1)) for name in RIVALS}
+        built = {name: parameters(build({"network": name}, 3, 1)) for name in REGISTRY}
         fcn = importlib.import_module("torchvision").models.segmentation.fcn_resnet50(
             weights=None, weights_backbone=None, num_classes=1, aux_loss=False
         )
@@ -93,7 +115,7 @@ def test_default_widths_have_the_published_parameters() -> None:
 
 def test_plain_unet_is_deepskip_without_deep_skips() -> None:
     """At levels 1 to B - 2 there are two branches in place of B - u + 1; nothing else is left out."""
-    full, plain = DeepSkipUNet(3, 1), build("plain_unet", 3, 1, "paper")
+    full, plain = DeepSkipUNet(3, 1), build({"network": "plain_unet"}, 3, 1)
     C, B = [8 * 2**u for u in range(5)], 5
     saved = sum(9 * C[u] * sum(C[j] + C[u] for j in range(u + 1, B - 1)) for u in range(B - 1))
     assert parameters(full) - parameters(plain) == saved
@@ -117,14 +139,14 @@ def test_instances_are_connected_components() -> None:
 def test_mask_rcnn_without_objects_or_samples() -> None:
     network = small("mask_rcnn", 3, 1)
     image, mask = batch()
-    assert torch.isfinite(training_loss(network, BCEDiceLoss(), image, torch.zeros_like(mask)))
-    nothing = training_loss(network, BCEDiceLoss(), image, mask, torch.zeros(2))
+    assert torch.isfinite(loss_of(network, image, torch.zeros_like(mask)))
+    nothing = loss_of(network, image, mask, torch.zeros(2))
     nothing.backward()
     assert nothing.item() == 0
     torch.manual_seed(1)
-    alone = training_loss(network, BCEDiceLoss(), image[1:], mask[1:])
+    alone = loss_of(network, image[1:], mask[1:])
     torch.manual_seed(1)
-    torch.testing.assert_close(training_loss(network, BCEDiceLoss(), image, mask, torch.tensor([0.0, 1.0])), alone)
+    torch.testing.assert_close(loss_of(network, image, mask, torch.tensor([0.0, 1.0])), alone)
 
 
 def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
@@ -136,7 +158,7 @@ def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
     proposals: list[Tensor] = []
     network.detector.rpn.register_forward_hook(lambda module, inputs, output: proposals.extend(output[0]))
     with torch.autocast("cpu", torch.bfloat16):
-        training_loss(network, None, image, target).backward()
+        loss_of(network, image, target).backward()
     assert all(boxes.dtype == torch.float32 for boxes in proposals)
     assert (torch.cat(proposals) != torch.cat(proposals).bfloat16()).any()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
@@ -193,24 +215,93 @@ def test_h_dense_unet_joins_neighbouring_bands() -> None:
     assert not torch.allclose(one, other, rtol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["pspnet", "smp:PSPNet:resnet18"])
+def test_pooling_in_an_exportable_form_is_pytorchs(name: str) -> None:
+    for cells, height, width in ((2, 7, 10), (3, 4, 4), (6, 13, 6), (6, 2, 3)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64)
+        torch.testing.assert_close(CellMeans(cells)(x), nn.functional.adaptive_avg_pool2d(x, cells))
+    network = build({"network": name}, 3, 1)
+    pools = [m for m in network.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
+    assert all(pool.output_size in (1, (1, 1)) for pool in pools)
+    assert [m.cells for m in network.modules() if isinstance(m, CellMeans)] == [2, 3, 6]
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name", [*(name for name in REGISTRY if name != "mask_rcnn"), "smp:Unet:resnet18"])
+def test_heads_start_near_a_rare_foreground(name: str, classes: int) -> None:
+    network = small(name, 2, classes)
+    heads = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m.out_channels == classes]
+    expected = math.log(0.1 / 0.9)
+    assert heads[-1].bias is not None
+    assert heads[-1].bias.tolist() == pytest.approx([expected] if classes == 1 else [0, *[expected] * (classes - 1)])
+
+
+@pytest.mark.parametrize("name", ["unet", "fcn"])
+def test_enlarged_images(name: str) -> None:
+    network = small(name, 3, 2).eval()
+    torch.manual_seed(0)
+    twice = build(settings_of(name) | {"enlarge": 2}, 3, 2).eval()
+    x = torch.randn(1, 3, 24, 40)
+    with torch.inference_mode():
+        large = network(nn.functional.interpolate(x, scale_factor=2, mode="bilinear"))
+        torch.testing.assert_close(twice(x), nn.functional.avg_pool2d(large, 2))
+    assert twice.enlarge == 2
+
+
+def test_a_package_that_is_installed_adds_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_package.py").write_text(
+        "from torch import nn\n"
+        "def build(in_channels, num_classes, *, kernel=1):\n"
+        "    return nn.Conv2d(in_channels, num_classes, kernel, padding=kernel // 2)\n"
+    )
+    info = tmp_path / "some_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some_package\nVersion: 1\n")
+    # a name of ours stays ours
+    points = "[deepskip.networks]\nlinear = some_package:build\nunet = some_package:build\n"
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert set(installed()) == {"linear"}
+    network = build({"network": "linear", "options": {"kernel": 3}}, 4, 2)
+    assert network(torch.zeros(1, 4, 5, 6)).shape == (1, 2, 5, 6)
+    with pytest.raises(ValueError, match="linear does not take that"):
+        build({"network": "linear", "options": {"width": 3}}, 4, 2)
+
+
+def test_a_checkpoint_from_before_there_were_networks_is_deepskips() -> None:
+    old = {"base_channels": 4, "levels": 3, "in_channels": None, "num_classes": None}
+    assert isinstance(build(old, 2, 1), DeepSkipUNet)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("settings", "message"),
     [
-        ({"name": "segnet"}, "the network is 'segnet'; it must be one of plain_unet, unet, fcn"),
-        ({"name": "fcn", "size": "huge"}, "size is 'huge'"),
-        ({"name": "fcn", "in_channels": 0}, "in_channels is 0"),
-        ({"name": "unet3plus", "width": 3}, "unet3plus has no width 'width'; it has base_channels"),
-        ({"name": "unet3plus", "base_channels": 0}, "unet3plus's base_channels is 0; it must be a whole number"),
-        ({"name": "fcn", "channels": (8, 8)}, r"fcn's channels is \(8, 8\); it must be 4 whole numbers"),
-        ({"name": "fcn", "backbone": 18}, "fcn's backbone is 18; it must be a name"),
+        ({"network": "unett"}, r"model.network is 'unett' \(did you mean unet"),
+        # never an import path
+        ({"network": "os.path:join"}, "model.network is 'os.path:join'; it must be one of deepskip, plain_unet, unet"),
+        ({"network": "smp:Unet"}, "must be smp:ARCH:ENCODER"),
+        # timm would fetch these
+        ({"network": "smp:Unet:tu-hf-hub:timm/resnet18"}, "must be smp:ARCH:ENCODER"),
+        ({"network": "smp:Unett:resnet18"}, r"no architecture 'unett' \(did you mean unet"),
+        ({"network": "smp:Unet:resnet19"}, r"no encoder 'resnet19' \(did you mean resnet18"),
+        ({"network": "smp:Unet:resnet18", "options": {"depth": 2}}, "smp:Unet:resnet18 does not take that"),
+        ({"network": "smp:Unet:resnet18", "options": {"encoder_weights": "imagenet"}}, "does not take that"),
+        ({"options": {"size": "paper"}}, "deepskip has model.base_channels, model.levels"),
+        ({"network": "fcn", "base_channels": 16}, "model.base_channels is for DeepSkip"),
+        ({"network": "fcn", "options": {"size": "huge"}}, "model.options.size is 'huge'"),
+        ({"network": "unet3plus", "options": {"width": 3}}, "'width'; unet3plus has size, base_channels"),
+        ({"network": "unet3plus", "options": {"base_channels": 0}}, "base_channels is 0; it must be a whole number"),
+        ({"network": "fcn", "options": {"channels": [8, 8]}}, r"channels is \[8, 8\]; it must be 4 whole numbers"),
+        ({"network": "fcn", "options": {"backbone": 18}}, "backbone is 18; it must be a name"),
+        ({"network": "mask_rcnn", "enlarge": 2}, "model.enlarge is 2; mask_rcnn gives no logits while it trains"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(**{"in_channels": 3, "num_classes": 1} | arguments)
+        build(settings, 3, 1)
 
 
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "monai.networks.nets", None)
-    with pytest.raises(ImportError, match=r"unet needs a package.*pip install \.\[baselines\]"):
-        build("unet", 3, 1)
+    with pytest.raises(ImportError, match=r"unet needs a package.*pip install '\.\[networks\]'"):
+        build({"network": "unet"}, 3, 1)

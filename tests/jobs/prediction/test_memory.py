@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import deepskip
+from deepskip.inference import Segmenter
 from jobs import predict
 from jobs.prediction.memory import bytes_per_pixel, plan
 from jobs.prediction.options import Options
@@ -22,8 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[3]
 
 
+def segmenter_of(bands: int, **settings: Any) -> Segmenter:
+    network = deepskip.DeepSkipUNet(bands, 1, **settings)
+    return Segmenter(network, 1, "image", [0.0] * bands, [1.0] * bands).eval()
+
+
 def test_tiles_fit_the_budget() -> None:
-    network = deepskip.DeepSkipUNet(8, 1)
+    network = segmenter_of(8)
     for memory_gb in (0.5, 1, 2, 4):
         found = plan(network, Options(memory_gb=memory_gb), torch.device("cpu"))
         assert found.tile % 16 == 0
@@ -33,12 +40,12 @@ def test_tiles_fit_the_budget() -> None:
         assert wide == 352 or wide * 200_000 * 40 <= memory_gb * 1e9 / 4
         assert found.tile_of(2000, 40) == found.tile
     assert plan(network, Options(memory_gb=1000), torch.device("cpu")).tile == 2048
-    many = deepskip.DeepSkipUNet(207, 1)
+    many = segmenter_of(207)
     once, flipped = (plan(many, Options(memory_gb=1, flips=flips), torch.device("cpu")) for flips in (False, True))
     # 4,138 bytes a pixel were measured with flips
     assert 352 < flipped.tile < once.tile
     assert flipped.tile**2 * 4138 <= 0.75e9
-    enlarged = deepskip.DeepSkipUNet(8, 1, enlarge=2)
+    enlarged = segmenter_of(8, enlarge=2)
     assert bytes_per_pixel(enlarged, 4) > 4 * bytes_per_pixel(network, 4)
     # 2,787 bytes a pixel of 3 bands were measured
     assert 2787 * plan(enlarged, Options(memory_gb=1), torch.device("cpu")).tile ** 2 <= 0.75e9

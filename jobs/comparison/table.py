@@ -1,0 +1,149 @@
+"""What a comparison comes to: every cell as a row of a CSV, a Markdown table, and a figure."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from deepskip import files
+from deepskip.figures import CLASS_COLOURS
+from jobs import evaluate, runs
+from jobs.comparison.grid import Grid, cells
+
+METRICS = ("iou", "dice", "precision", "recall", "object_recall", "false_alarms_per_image")
+Result = dict[str, Any]
+
+
+def collect(grid: Grid) -> list[Result]:
+    """Read what the cells that are done came to, a flat record each."""
+    results = []
+    for cell in cells(grid):
+        report = runs.read_json(cell.folder / grid.test / evaluate.REPORT)
+        summary = runs.read_json(cell.folder / runs.SUMMARY)
+        if not report or not summary:
+            continue
+        metrics = {name: report["metrics"][name] for name in METRICS}
+        place = {"category": cell.category, "network": cell.network, "seed": cell.seed, "steps": summary["steps"]}
+        model = {"best_step": report["model"]["step"], "parameters": summary["parameters"]}
+        tested = {"validation_iou": summary["val"]["iou"], "threshold": report["threshold"], "flips": report["flips"]}
+        times = {f"training_{name}": summary[name] for name in ("seconds", "images_per_second")}
+        results.append(place | model | tested | {"images": report["data"]["images"]} | metrics | times)
+    return results
+
+
+def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
+    """Write cells.csv, table.md and figure.svg into the grid's folder and return their paths."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(results[0]))
+    writer.writeheader()
+    writer.writerows(results)
+    picture = io.BytesIO()
+    draw(grid, results).savefig(picture, format="svg")
+    content = {"cells.csv": text.getvalue().encode(), "table.md": markdown(grid, results).encode(),
+               "figure.svg": picture.getvalue()}  # fmt: skip
+    for name, data in content.items():
+        files.write(grid.out / name, data)
+    return [grid.out / name for name in content]
+
+
+def markdown(grid: Grid, results: Sequence[Result]) -> str:
+    """Make the table: a network a row, its IoU by category and in the mean, in percent, and what it is against the first.
+
+    The mean is over categories, of the seeds for which all categories are done; ± is the standard deviation over these seeds.
+    "to the first": of the mean IoU, over the seeds that both have, with a 95 % interval (Student's t) where there are two.
+    """
+    first = next(iter(grid.networks))
+    head = ["network", "parameters", *grid.categories, "mean IoU", "object recall", "false alarms an image", "seeds",
+            f"mean IoU to {label(grid, first)}"]  # fmt: skip
+    lines = [" | ".join(["", *head, ""]).strip(), "|".join(["", "---", *["---:"] * (len(head) - 1), ""])]
+    for name in grid.networks:
+        own = [result for result in results if result["network"] == name]
+        if not own:
+            continue
+        columns = [label(grid, name), millions(own)]
+        for category in grid.categories:
+            values = [percent(one["iou"]) for one in own if one["category"] == category]
+            columns.append(spread(values))
+        whole = {
+            metric: by_seed(grid, results, name, metric)
+            for metric in ("iou", "object_recall", "false_alarms_per_image")
+        }
+        iou, recall, alarms = (list(values.values()) for values in whole.values())
+        columns += [spread([100 * value for value in iou]), spread([100 * value for value in recall]), spread(alarms)]
+        against = "" if name == first else difference(by_seed(grid, results, first, "iou"), whole["iou"])
+        columns += [str(len(iou)), against]
+        lines.append(" | ".join(["", *columns, ""]).strip())
+    return "\n".join(lines) + "\n"
+
+
+def by_seed(grid: Grid, results: Sequence[Result], network: str, metric: str) -> dict[int, float]:
+    """Return a metric's mean over categories, for each seed for which all of them are done; one that is undefined counts 0."""
+    found: dict[int, float] = {}
+    for seed in grid.seeds:
+        values = [one[metric] or 0.0 for one in results if (one["network"], one["seed"]) == (network, seed)]
+        if len(values) == len(grid.categories):
+            found[seed] = statistics.fmean(values)
+    return found
+
+
+def difference(first: dict[int, float], other: dict[int, float]) -> str:
+    """Write the difference of means over the seeds that both have, in points of percent."""
+    pairs = [100 * (other[seed] - first[seed]) for seed in first.keys() & other.keys()]
+    if not pairs:
+        return ""
+    mean = statistics.fmean(pairs)
+    if len(pairs) == 1:
+        return f"{mean:+.1f}"
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write a mean, with the standard deviation where there are two."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def percent(ratio: float | None) -> float:
+    """Return a ratio in percent; one that is undefined, as that of nothing to nothing is, counts 0."""
+    return 100 * (ratio or 0.0)
+
+
+def millions(own: Sequence[Result]) -> str:
+    """Write the parameters, which differ with the bands of a category."""
+    counts = sorted({round(one["parameters"] / 1e6, 2) for one in own})
+    return f"{counts[0]} M" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} M"
+
+
+def label(grid: Grid, name: str) -> str:
+    """Return a row's name in the table."""
+    return grid.networks[name].label or name
+
+
+def draw(grid: Grid, results: Sequence[Result]) -> Figure:
+    """Draw the IoU of every cell, a network a line and a category a colour, and each network's mean."""
+    names = [name for name in grid.networks if any(one["network"] == name for one in results)]
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for number, category in enumerate(grid.categories):
+        points = [(percent(one["iou"]), names.index(one["network"])) for one in results if one["category"] == category]
+        places = np.array(points).reshape(-1, 2)
+        shift = 0.5 * ((number + 0.5) / len(grid.categories) - 0.5)
+        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+        axis.plot(places[:, 0], places[:, 1] + shift, "o", color=colour, markersize=4, alpha=0.7, label=category)
+    means = [statistics.fmean(percent(one["iou"]) for one in results if one["network"] == name) for name in names]
+    axis.plot(means, range(len(names)), "|", color="black", markersize=22, markeredgewidth=2, label="mean of all cells")
+    axis.set_yticks(range(len(names)), [label(grid, name) for name in names])
+    axis.invert_yaxis()
+    axis.set(xlabel="test IoU, %", xlim=(0, 100))
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

@@ -1,0 +1,122 @@
+"""One rank's share of a training, over shards, and what it tells while it trains; it knows nothing of Ray."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards import storage
+from data_shards.crops import Crops
+from data_shards.index import BrokenIndex, Index, MissingIndex
+from data_shards.sample import BadSample
+from data_shards.scan import BrokenShard
+from data_shards.stream import Shards, train_batches, whole_images
+from deepskip import checkpoint, trainer
+from deepskip.config import Config
+from deepskip.training_step import DataInfo
+from jobs import runs
+from jobs.settings import cache_of
+from jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
+
+# longest side of the pictures in a panel, pixels
+PANEL_SIDE = 512
+# faults that no restart mends, and whose message says it all
+FATAL = (
+    BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
+    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew,
+)  # fmt: skip
+
+
+def train(
+    config: Config,
+    folder: Path,
+    tell: Callable[[Event], None],
+    stop_requested: Callable[[], bool],
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    threads: int,
+    run_id: str | None,
+) -> dict[str, Any]:
+    """Train one rank's share into a run's folder and return the trainer's summary.
+
+    tell: takes every event; Measured, Panel and Warned on rank 0 alone. threads: of torch, on the CPU. Raises FATAL's errors
+    among others.
+    """
+    torch.set_num_threads(max(1, threads))
+    lease = runs.acquire_writer_lease(folder) if rank == 0 else ""
+    data = config.data
+    crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
+    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config)}
+    train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
+    validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
+    loader_workers = data.loader_workers
+    if loader_workers is None:
+        loader_workers = 4 if device.type == "cuda" else 0
+
+    def observe(kind: str, step: int, values: dict[str, Any]) -> None:
+        runs.check_writer_lease(folder, lease)
+        tell(event_of(kind, step, values))
+
+    def skipped(split: str, report: dict[str, Any]) -> None:
+        tell(SampleSkipped({"split": split} | report))
+
+    def train_stream(step: int) -> Any:
+        if rank == 0:
+            tell(Started(step, world_size))
+        stream = train_batches(
+            train_shards, config.run.seed, config.optim.global_batch_size, step, rank, world_size, loader_workers,
+            data.shuffle_window,
+        )  # fmt: skip
+        for batch in stream:
+            for report in batch.pop("bad"):
+                skipped("train", report)
+            yield batch
+
+    return trainer.train(
+        config,
+        data_info(train_shards.index),
+        run=folder,
+        train_batches=train_stream,
+        validation_images=lambda: whole_images(
+            validation_shards, rank, world_size, lambda report: skipped("val", report)
+        ),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        observe=observe,
+        mlflow_run_id=run_id,
+        stop_requested=stop_requested,
+    )
+
+
+def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
+    """Make an event of what the trainer observed."""
+    if kind == "panel":
+        return Panel(step, [for_panel(item) for item in values["images"]])
+    if kind == "warning":
+        return Warned(values["text"])
+    return Measured("train" if kind == "train" else "validation", step, values)
+
+
+def data_info(index: Index) -> DataInfo:
+    """Return what the trainer must know of the data."""
+    return DataInfo(
+        index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation
+    )
+
+
+def for_panel(item: dict[str, Any]) -> dict[str, Any]:
+    """Make a validation image small enough to send: three bands, at most PANEL_SIDE pixels a side, numpy, (H, W, bands)."""
+    bands, height, width = item["image"].shape
+    step = math.ceil(max(height, width) / PANEL_SIDE)
+    shown = item["image"] if bands <= 3 else item["image"][[0, bands // 2, bands - 1]]
+    return {
+        "image": shown[:, ::step, ::step].permute(1, 2, 0).numpy(),
+        "mask": item["mask"][::step, ::step].numpy(),
+        "labels": item["labels"][::step, ::step].numpy(),
+        "key": item["key"],
+    }

@@ -1,0 +1,136 @@
+"""Trainings in one process, without Ray and MLflow, beside the same trainings on Ray; under torchrun; from Python."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepskip
+from data_shards.__main__ import pack_coins
+from deepskip import checkpoint
+from jobs import runs
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--model.base_channels", "4", "--model.levels", "3", "--data.crop", "64", "--optim.steps", "6", "--run.log_every", "1",
+    "--optim.warmup_steps", "2", "--run.validate_every", "3", "--run.checkpoint_every", "2", "--cluster.cpus_per_worker", "1",
+]  # fmt: skip
+# as on a machine that has neither
+WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from jobs.train import main; main()"
+
+
+@pytest.fixture(scope="module")
+def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    pack_coins(folder / "coins", {"train": 24, "val": 4})
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def losses(folder: Path) -> dict[tuple[str, int], float]:
+    return {(kind, step): values["loss"] for kind, step, values, _ in runs.read_journal(folder / runs.JOURNAL)}
+
+
+def test_without_ray_and_mlflow_the_losses_are_those_on_ray(coins: Path) -> None:
+    settings = ["--data.path", str(coins / "coins"), *SMALL]
+    alone = run(["-c", WITHOUT, "--local", "--run.name", "alone", *settings], coins)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "the run is not tracked" in alone.stdout
+    on_ray = run(["-m", "jobs.train", "--cluster.workers", "1", "--run.name", "on_ray", *settings], coins)
+    assert on_ray.returncode == 0, on_ray.stdout + on_ray.stderr
+    seen = losses(coins / "runs" / "alone")
+    assert {step for kind, step in seen if kind == "train"} == set(range(1, 7))
+    assert seen == losses(coins / "runs" / "on_ray")
+    summary = json.loads((coins / "runs" / "alone" / "summary.json").read_text())
+    assert summary["mlflow_run_id"] is None
+    assert summary["val"] == json.loads((coins / "runs" / "on_ray" / "summary.json").read_text())["val"]
+
+
+def test_torchruns_ranks_train_together(coins: Path) -> None:
+    settings = [
+        "--data.path",
+        str(coins / "coins"),
+        *SMALL,
+        "--model.norm",
+        "group",
+        "--optim.momentum",
+        "0",
+    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jobs.train"]
+    two = run([*torchrun, "--run.name", "two", *settings], coins)
+    assert two.returncode == 0, two.stdout + two.stderr
+    one = run(["-m", "jobs.train", "--local", "--run.name", "one", *settings], coins)
+    assert one.returncode == 0, one.stdout + one.stderr
+    expected = losses(coins / "runs" / "one")
+    # fp32 sums in another order
+    assert losses(coins / "runs" / "two") == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
+    # a finished run is no training: the other rank hears of it
+    again = run([*torchrun, "--run.name", "two", *settings], coins)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "is finished already" in again.stdout
+
+
+def test_stopped_by_sigterm_it_goes_on_where_it_was(coins: Path) -> None:
+    settings = [
+        "--local",
+        "--data.path",
+        str(coins / "coins"),
+        *SMALL,
+        "--optim.steps",
+        "12",
+        "--run.checkpoint_every",
+        "12",
+    ]
+    command = [sys.executable, "-c", WITHOUT, "--run.name", "stopped", *settings]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=coins, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    state, _ = checkpoint.newest(coins / "runs" / "stopped")
+    assert state is not None
+    assert 2 <= state["step"] < 12
+    second = run(["-c", WITHOUT, "--run.name", "stopped", *settings], coins)
+    assert f"resuming at step {state['step']}" in second.stdout
+    whole = run(["-c", WITHOUT, "--run.name", "whole", *settings], coins)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert losses(coins / "runs" / "stopped") == losses(coins / "runs" / "whole")
+    ends = [checkpoint.newest(coins / "runs" / name)[0] for name in ("stopped", "whole")]
+    assert [end and end["step"] for end in ends] == [12, 12]
+    left, right = (end["ema"] for end in ends if end)
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(coins)
+    monkeypatch.setattr("jobs.train.find_spec", lambda name: None)
+    before = signal.getsignal(signal.SIGTERM)
+    config = deepskip.Config()
+    config.data.path, config.data.crop, config.run.name = "coins", 64, "python"
+    config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 2
+    try:
+        summary = deepskip.train(config)
+        assert summary["steps"] == 2
+        assert config.data.path == "coins"
+        assert deepskip.train(config) == summary
+        config.data.path = "nowhere"
+        with pytest.raises(ValueError, match=r"data\.path is .*nowhere"):
+            deepskip.train(config)
+        config.optim.steps = 0
+        with pytest.raises(ValueError, match=r"optim\.steps is 0"):
+            deepskip.train(config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
