@@ -57,51 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    pack = commands.add_parser("pack", help="make shards").add_subparsers(required=True, metavar="SOURCE")
-    folder = pack.add_parser("folder", help="a folder of images and a folder of masks, paired by file stem")
-    folder.add_argument(
-        "--images", type=Path, required=True, help="png, jpg, tif (pages are bands), npy or npz (H, W, bands)"
-    )
-    folder.add_argument("--masks", type=Path, help="labels (H, W), or binary; default: in the .npz files of --images")
-    folder.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
-    add_split(folder)
-    add_labels(folder)
-    add_preparation(folder)
-    folder.add_argument(
-        "--mask_suffix", default="", help="what mask stems end with beyond the image's, as in a_mask.png"
-    )
-    folder.set_defaults(run=run_pack_folder)
-
-    coco = pack.add_parser("coco", help="a folder of images and a COCO file of objects")
-    coco.add_argument("--images", type=Path, required=True, help="folder of the images")
-    coco.add_argument("--annotations", type=Path, required=True, help="the JSON file")
-    coco.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
-    coco.add_argument("--split_name", choices=SPLITS, help="put all into this split: COCO has a file a split")
-    coco.add_argument("--categories", type=lambda text: text.split(","), help="names, as classes 1, 2, ... (all)")
-    coco.add_argument("--binary", action="store_true", help="all categories are one foreground")
-    add_split(coco)
-    add_preparation(coco)
-    coco.set_defaults(run=run_pack_coco)
-
-    arrays = pack.add_parser("arrays", help="one array of images and one of masks")
-    arrays.add_argument("--images", type=Path, required=True, help=".npy (mapped) or .npz of N images")
-    arrays.add_argument("--masks", type=Path, required=True, help=".npy or .npz of (N, height, width)")
-    arrays.add_argument("--layout", choices=LAYOUTS, default="NHWC", help="axes of the images (NHWC)")
-    arrays.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
-    add_split(arrays)
-    add_labels(arrays)
-    arrays.add_argument("--bands", type=int, help="bring every image to so many bands")
-    arrays.add_argument("--samples_per_shard", type=int, default=256, help="samples a shard (256)")
-    arrays.set_defaults(run=run_pack_arrays)
-
-    built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
-    built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
-    for split, count in COINS_DEFAULT.items():
-        built_in.add_argument(f"--{split}", type=int, default=count, help=f"images for {split} ({count})")
-    built_in.add_argument("--seed", type=int, default=COINS_SEED, help=f"seed ({COINS_SEED})")
-    built_in.set_defaults(
-        run=lambda a: pack_coins(a.out, {split: getattr(a, split) for split in COINS_DEFAULT}, a.seed)
-    )
+    add_sources(commands.add_parser("pack", help="make shards").add_subparsers(required=True, metavar="SOURCE"))
 
     index = commands.add_parser("index", help="make the index of .tar shards that others wrote")
     index.add_argument("path", help="folder or URL (s3://, gs://, http://) of the shards")
@@ -155,6 +111,54 @@ def build_parser() -> argparse.ArgumentParser:
         which.add_argument(option, type=int, default=default, help=f"{text} ({default})")
     which.set_defaults(run=run_plan)
     return parser
+
+
+def add_sources(pack: Any) -> None:
+    """Adds what shards are made of: a folder, COCO files, arrays, the built-in coins."""
+    folder = pack.add_parser("folder", help="a folder of images and a folder of masks, paired by file stem")
+    folder.add_argument(
+        "--images", type=Path, required=True, help="png, jpg, tif (pages are bands), npy or npz (H, W, bands)"
+    )
+    folder.add_argument("--masks", type=Path, help="labels (H, W), or binary; default: in the .npz files of --images")
+    folder.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    add_split(folder)
+    add_labels(folder)
+    add_preparation(folder)
+    folder.add_argument(
+        "--mask_suffix", default="", help="what mask stems end with beyond the image's, as in a_mask.png"
+    )
+    folder.set_defaults(run=run_pack_folder)
+
+    coco = pack.add_parser("coco", help="a folder of images and a COCO file of objects")
+    coco.add_argument("--images", type=Path, required=True, help="folder of the images")
+    coco.add_argument("--annotations", type=Path, required=True, help="the JSON file")
+    coco.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    coco.add_argument("--split_name", choices=SPLITS, help="put all into this split: COCO has a file a split")
+    coco.add_argument("--categories", type=lambda text: text.split(","), help="names, as classes 1, 2, ... (all)")
+    coco.add_argument("--binary", action="store_true", help="all categories are one foreground")
+    add_split(coco)
+    add_preparation(coco)
+    coco.set_defaults(run=run_pack_coco)
+
+    arrays = pack.add_parser("arrays", help="one array of images and one of masks")
+    arrays.add_argument("--images", type=Path, required=True, help=".npy (mapped) or .npz of N images")
+    arrays.add_argument("--masks", type=Path, required=True, help=".npy or .npz of (N, height, width)")
+    arrays.add_argument("--layout", choices=LAYOUTS, default="NHWC", help="axes of the images (NHWC)")
+    arrays.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    add_split(arrays)
+    add_labels(arrays)
+    arrays.add_argument("--bands", type=int, help="bring every image to so many bands")
+    arrays.add_argument("--samples_per_shard", type=int, default=256, help="samples a shard (256)")
+    arrays.set_defaults(run=run_pack_arrays)
+
+    built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
+    built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    for split, count in COINS_DEFAULT.items():
+        built_in.add_argument(f"--{split}", type=int, default=count, help=f"images for {split} ({count})")
+    built_in.add_argument("--seed", type=int, default=COINS_SEED, help=f"seed ({COINS_SEED})")
+    built_in.set_defaults(
+        run=lambda a: pack_coins(a.out, {split: getattr(a, split) for split in COINS_DEFAULT}, a.seed)
+    )
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:

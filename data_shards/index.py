@@ -4,6 +4,7 @@ Two files beside the shards: index.json has the split's properties and its shard
 million, are columns of an Arrow file that it names, mapped into memory and not read. index.json is written last.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -251,7 +252,9 @@ def save_index(index: Index, folder: str | Path) -> None:
     storage.write_bytes(storage.join(location, name), data)
     storage.write_bytes(storage.join(location, FILE), json.dumps(raw).encode())
     if older not in (None, name):
-        storage.remove(storage.join(location, str(older)))
+        # one that cannot be removed, where only reading is allowed, is left
+        with contextlib.suppress(OSError, NotImplementedError):
+            storage.remove(storage.join(location, str(older)))
 
 
 def _samples_file(location: str) -> str | None:
@@ -292,11 +295,16 @@ def _check_name(name: str) -> None:
         raise ValueError(f"the name {name!r} is no plain file name")
 
 
+def tars_in(location: str) -> list[str]:
+    """Lists the .tar files of a folder or URL; raises FileNotFoundError for no folder, or what the storage has against it."""
+    return [name for name in storage.names(location) if name.endswith(".tar")]
+
+
 def _what_is_there(location: str) -> str:
     parent = location.rstrip("/").rpartition("/")[0] or "DIR"
     pack = f"Pack some: python -m data_shards pack folder --images DIR --masks DIR --out {parent}"
     try:
-        tars = len(storage.list_files(location, ".tar"))
+        tars = len(tars_in(location))
     # no listing over http, no such folder, no rights
     except Exception:
         return f"it does not exist or cannot be listed. {pack}"

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_shards import storage
-from data_shards.index import SCHEMA, Index, SampleEntry, ShardEntry, sample_table, save_index
+from data_shards.index import SCHEMA, Index, SampleEntry, ShardEntry, sample_table, save_index, tars_in
 from data_shards.labels import IGNORE_INDEX, decide_labels, listed
+from data_shards.preparation import band_statistics, resample_bands
 from data_shards.progress import Progress, no_progress
-from data_shards.sample import band_statistics, decode_image, decode_mask, resample_bands
+from data_shards.sample import decode_image, decode_mask
 from data_shards.scan import BrokenShard, choose_names, member_name, sample_entry, scan_tar
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -136,7 +137,7 @@ def index_shards(
     Raises IndexingError.
     """
     try:
-        found = shards if shards is not None else storage.list_files(location, ".tar")
+        found = shards if shards is not None else tars_in(location)
     except (OSError, NotImplementedError) as error:
         raise IndexingError(
             f"{location} cannot be listed ({error}); name the shards: --shards 'a-{{000..099}}.tar'"

@@ -137,65 +137,6 @@ def encode_mask(mask_HW: np.ndarray) -> tuple[str, bytes]:
     return "png", _png(mask_HW.astype(np.uint8))
 
 
-def band_statistics(image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the mean and the deviation of each band over all pixels: two arrays (bands,) float64."""
-    bands = image_HWC.shape[2]
-    flat = image_HWC.reshape(-1, bands)
-    if image_HWC.dtype != np.uint8:
-        return flat.mean(0, dtype=np.float64), flat.std(0, dtype=np.float64)
-    # exact, and ten times as fast: count how often each value occurs
-    counts = np.stack([np.bincount(flat[:, band], minlength=256) for band in range(bands)]).astype(np.float64)
-    values = np.arange(256.0)
-    mean = counts @ values / len(flat)
-    return mean, np.sqrt(np.maximum(counts @ values**2 / len(flat) - mean**2, 0))
-
-
-def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
-    """Brings an image to a number of bands: one is repeated, more are averaged over equal shares of the spectrum.
-
-    Bands are taken as equally spaced. Fewer than asked for are interpolated linearly between their centres. The dtype stays.
-    """
-    have = image_HWC.shape[2]
-    if have == bands:
-        return image_HWC
-    if have == 1:
-        return np.repeat(image_HWC, bands, axis=2)
-    weights = np.zeros((have, bands))
-    if have > bands:
-        # share of input band i that falls into output band j
-        edges = np.arange(bands + 1) * have / bands
-        for j in range(bands):
-            overlap = np.minimum(np.arange(1, have + 1), edges[j + 1]) - np.maximum(np.arange(have), edges[j])
-            weights[:, j] = np.clip(overlap, 0, None) * bands / have
-    else:
-        centres = np.clip((np.arange(bands) + 0.5) * have / bands - 0.5, 0, have - 1)
-        low = np.minimum(centres.astype(int), have - 2)
-        weights[low, np.arange(bands)] = 1 - (centres - low)
-        weights[low + 1, np.arange(bands)] += centres - low
-    return _as_dtype(image_HWC.astype(np.float64) @ weights, image_HWC.dtype)
-
-
-def resize_longest_side(
-    image_HWC: np.ndarray, mask_HW: np.ndarray | None, longest_side: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Shrinks an image, and its mask, so that the longer side has at most so many pixels; never enlarges.
-
-    The image by an antialiased triangle filter, the mask by nearest neighbour. The dtype stays.
-    """
-    H, W, C = image_HWC.shape
-    share = longest_side / max(H, W)
-    if share >= 1:
-        return image_HWC, mask_HW
-    size = max(1, round(W * share)), max(1, round(H * share))
-    triangle = Image.Resampling.BILINEAR
-    bands = [Image.fromarray(image_HWC[..., c].astype(np.float32)).resize(size, triangle) for c in range(C)]
-    small = _as_dtype(np.stack([np.asarray(band) for band in bands], axis=-1), image_HWC.dtype)
-    if mask_HW is None:
-        return small, None
-    labels = Image.fromarray(mask_HW.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
-    return small, np.asarray(labels).astype(mask_HW.dtype)
-
-
 def _decode(
     extension: str,
     data: Data,
@@ -347,13 +288,6 @@ def _read_npz(data: Data, keys: tuple[str, ...], limits: Limits) -> np.ndarray:
             if len(shape) > 1:
                 limits.check(*shape[:2])
             return _read_npy(start + file.read())
-
-
-def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if dtype.kind == "f":
-        return array.astype(dtype)
-    limits = np.iinfo(dtype)
-    return np.clip(np.rint(array), limits.min, limits.max).astype(dtype)
 
 
 @lru_cache(maxsize=64)

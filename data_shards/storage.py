@@ -1,22 +1,26 @@
-"""Files wherever they lie: local paths, and s3://, gs://, http(s):// through fsspec with retries and a bounded disk cache."""
+"""Files wherever they lie: on a disk, on NFS, behind a URL (s3://, gs://, http://) through fsspec, with retries and a cache."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import random
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 TRIES = 6
-FIRST_WAIT = 0.25
+FIRST_WAIT = 0.5
 PART = ".part"
 DEFAULT_CACHE = "~/.cache/deepskip"
+# a path on this machine, or a URL
+Location = Path | str
 T = TypeVar("T")
+L = TypeVar("L", bound=Path | str)
 
 
 class StorageError(OSError):
@@ -31,77 +35,138 @@ class CacheFull(StorageError):
     """A file does not fit into the cache."""
 
 
-def is_remote(location: str) -> bool:
+def is_remote(location: Location) -> bool:
     """Says whether a location is a URL of another machine's."""
-    return "://" in location and not location.startswith("file://")
+    return isinstance(location, str) and "://" in location and not location.startswith("file://")
 
 
-def join(folder: str, name: str) -> str:
-    """Joins a folder, local or URL, and a name."""
-    return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
+def locate(location: Location) -> Location:
+    """Gives a URL as it is, and anything else, file:// too, as a Path."""
+    return location if is_remote(location) else local(location)
 
 
-def read_bytes(location: str) -> bytes:
-    """Reads a whole small file; raises FileNotFoundError, or StorageError when the tries are used up."""
+def local(location: Location) -> Path:
+    """Gives the path on this machine of a location that is no URL of another's."""
+    return Path(str(location).removeprefix("file://"))
+
+
+def join(folder: L, *names: str) -> L:
+    """Names something in a folder, local or URL, as a path or a string as the folder is one."""
+    if isinstance(folder, Path):
+        return folder.joinpath(*names)
+    url = "://" in folder
+    return "/".join((folder.rstrip("/"), *names)) if url else str(Path(folder, *names))  # type: ignore[return-value]
+
+
+def name(location: Location) -> str:
+    """Gives the last part of a location."""
+    return str(location).rstrip("/").rsplit("/", 1)[-1]
+
+
+def read_bytes(location: Location) -> bytes:
+    """Reads a whole small file; raises FileNotFoundError or another OSError, StorageError when the tries are used up."""
     if not is_remote(location):
-        return Path(location.removeprefix("file://")).read_bytes()
+        return local(location).read_bytes()
     fs, path = filesystem(location)
     return with_retries(location, lambda: fs.cat_file(path))
 
 
-def write_bytes(location: str, data: bytes | memoryview) -> None:
-    """Writes a whole file or nothing: local ones through a rename, remote ones as one object."""
+def write_bytes(location: Location, data: bytes | bytearray | memoryview) -> None:
+    """Writes a file, whole or not at all, and makes the folders above it; raises OSError, and one before it is still there.
+
+    Behind a URL it is uploaded under its own name: object stores show an upload when it is whole, and what another store shows
+    of half an upload has no valid checksum.
+    """
     if is_remote(location):
         fs, remote = filesystem(location)
         with_retries(location, lambda: fs.pipe_file(remote, bytes(data)))
         return
-    path = Path(location.removeprefix("file://"))
+    with written_whole(local(location)) as temporary, temporary.open("wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name for a file, which it has under its own, on the disk, when the block ends well, else is removed.
+
+    The folders above it are made. It is synced, renamed within its folder, and the folder is synced; no lock and no time
+    stamp is relied on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
 
 
-def remove(location: str) -> None:
-    """Removes a file; one that is gone already, or cannot be removed where only reading is allowed, is left."""
-    with contextlib.suppress(OSError, NotImplementedError):
+def sync_folder(folder: Path) -> None:
+    """Syncs a folder, where renames live; some network file systems do not know how, and need not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(location: Location) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
         if is_remote(location):
             fs, path = filesystem(location)
-            fs.rm_file(path)
+            with_retries(location, lambda: fs.rm_file(path))
         else:
-            Path(location.removeprefix("file://")).unlink()
+            local(location).unlink()
 
 
-def exists(location: str) -> bool:
+def rename(location: Location, new: str) -> None:
+    """Gives a file another name in its folder."""
+    if is_remote(location):
+        fs, path = filesystem(location)
+        with_retries(location, lambda: fs.mv(path, f"{path.rsplit('/', 1)[0]}/{new}"))
+    else:
+        local(location).replace(local(location).with_name(new))
+
+
+def remove_leftovers(folder: Location) -> None:
+    """Removes what killed writers left; nobody may be writing there. Half an upload is not seen, so there is none to remove."""
+    if not is_remote(folder):
+        for part in local(folder).glob(f".*{PART}"):
+            part.unlink(missing_ok=True)
+
+
+def exists(location: Location) -> bool:
     """Says whether a file is there."""
     if not is_remote(location):
-        return Path(location.removeprefix("file://")).is_file()
+        return local(location).is_file()
     fs, path = filesystem(location)
     return with_retries(location, lambda: bool(fs.isfile(path)))
 
 
-def list_files(folder: str, extension: str) -> list[str]:
-    """Gives the names of a folder's files that end with an extension, sorted; raises FileNotFoundError for no folder."""
+def names(folder: Location) -> list[str]:
+    """Lists the names in a folder, sorted; raises FileNotFoundError or NotADirectoryError where it is none."""
     if not is_remote(folder):
-        return sorted(p.name for p in Path(folder.removeprefix("file://")).iterdir() if p.name.endswith(extension))
+        return sorted(os.listdir(local(folder)))  # noqa: PTH208
     fs, path = filesystem(folder)
-    found = with_retries(folder, lambda: fs.ls(path, detail=False))
-    return sorted(name for entry in found if (name := entry.rstrip("/").rsplit("/", 1)[-1]).endswith(extension))
+    # others write there too
+    fs.invalidate_cache()
+    return sorted(name(entry) for entry in with_retries(folder, lambda: fs.ls(path, detail=False)))
 
 
-def filesystem(location: str) -> tuple[Any, str]:
+def filesystem(location: Location) -> tuple[Any, str]:
     """Gives fsspec's file system of a URL and the path in it; raises StorageError that says what to install."""
     import fsspec
 
     options: dict[str, Any] = {}
+    location = str(location)
     if location.startswith(("http://", "https://")):
         import aiohttp
 
@@ -114,11 +179,11 @@ def filesystem(location: str) -> tuple[Any, str]:
             f"{location} needs a package that is not installed: {error}. pip install '.[cloud]'"
         ) from error
     except ValueError as error:
-        raise StorageError(f"{location} is no URL that can be read: {error}") from error
+        raise StorageError(f"{location} is no URL that files can be at: {error}") from error
     return fs, path
 
 
-def with_retries(location: str, action: Callable[[], T]) -> T:
+def with_retries(location: Location, action: Callable[[], T]) -> T:
     """Does something remote until it works, waiting twice as long each time; gives its result.
 
     Raises FileNotFoundError and PermissionError at once, StorageError when the tries are used up.
@@ -241,7 +306,7 @@ def remove_abandoned(part: Path) -> bool:
     return True
 
 
-def download(location: str, target: Path, size: int | None = None, sha256: str | None = None) -> None:
+def download(location: Location, target: Path, size: int | None = None, sha256: str | None = None) -> None:
     """Copies a remote file over a local one, in one request where nothing breaks off.
 
     size, sha256: what it must have; None takes what comes. Raises FileNotFoundError, ChangedFile, StorageError.

@@ -16,7 +16,8 @@ from data_shards import storage
 from data_shards.crops import Crops, Item, donor_of, pasted, random_crop
 from data_shards.index import Index, SampleEntry, load_index
 from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
-from data_shards.sample import BadSample, band_statistics, decode_image, decode_mask, npy_header, resample_bands
+from data_shards.preparation import band_statistics, resample_bands
+from data_shards.sample import BadSample, decode_image, decode_mask, npy_header
 from data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")

@@ -19,10 +19,10 @@ torchvision_ops.declare()
 
 from deepskip.config import Config, check_values  # noqa: E402
 from deepskip.loss import BCEDiceLoss  # noqa: E402
-from deepskip.model import Model, load  # noqa: E402
 from deepskip.network import DeepSkipUNet  # noqa: E402
+from deepskip.predictor import Predictor, load  # noqa: E402
 
-__all__ = ["BCEDiceLoss", "Config", "DeepSkipUNet", "Model", "load", "train"]
+__all__ = ["BCEDiceLoss", "Config", "DeepSkipUNet", "Predictor", "load", "train"]
 
 
 def train(config: Config) -> dict[str, Any]:

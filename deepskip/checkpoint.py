@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from deepskip import files
-from deepskip.files import Location
+from data_shards import storage
+from data_shards.storage import Location
 
 FORMAT = "deepskip-checkpoint"
 VERSION = 2
@@ -76,22 +76,30 @@ def unpack(data: bytes, location: Location) -> State:
 
 def save(state: State, location: Location) -> None:
     """Writes a checkpoint, whole or not at all; raises OSError."""
-    files.write(location, pack(state))
+    storage.write_bytes(location, pack(state))
 
 
 def read(location: Location) -> State:
     """Reads one checkpoint onto the CPU; raises CheckpointError when it is broken or something else, or OSError."""
-    return unpack(files.read(location), location)
+    return unpack(storage.read_bytes(location), location)
 
 
 def step_path(run: Location, step: int) -> Any:
     """Names the checkpoint of a step: a Path, or a URL where the run is at one."""
-    return files.join(run, FOLDER, f"step-{step:08d}.pt")
+    return storage.join(storage.locate(run), FOLDER, f"step-{step:08d}.pt")
+
+
+def names_in(run: Location) -> list[str]:
+    """Lists the files in a run's folder of checkpoints; [] where there is none."""
+    try:
+        return storage.names(storage.join(storage.locate(run), FOLDER))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def step_paths(run: Location) -> list[Any]:
     """Lists a run's checkpoints of steps, newest first."""
-    steps = [int(m[1]) for n in files.names(files.join(run, FOLDER)) if (m := re.fullmatch(r"step-(\d{8,})\.pt", n))]
+    steps = [int(m[1]) for n in names_in(run) if (m := re.fullmatch(r"step-(\d{8,})\.pt", n))]
     return [step_path(run, step) for step in sorted(steps, reverse=True)]
 
 
@@ -103,7 +111,7 @@ def find_newest(run: Location) -> tuple[tuple[bytes, State] | None, dict[Locatio
     faults: dict[Location, str] = {}
     for path in step_paths(run):
         try:
-            data = files.read(path)
+            data = storage.read_bytes(path)
             return (data, unpack(data, path)), faults
         except CheckpointTooNew:
             raise
@@ -127,22 +135,22 @@ def newest(run: Location) -> tuple[State | None, list[str]]:
 
 def set_aside(path: Location) -> None:
     """Renames a broken checkpoint, so that it is never again taken for a newest one."""
-    files.rename(path, files.name(path) + BROKEN)
+    storage.rename(path, storage.name(path) + BROKEN)
 
 
 def prune(run: Location, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints of steps."""
     for path in step_paths(run)[keep:]:
-        files.remove(path)
+        storage.remove(path)
 
 
 def load_for_inference(run_or_path: Location) -> State:
     """Reads a checkpoint file, or a run's best checkpoint, or its newest; raises CheckpointError where there is none."""
-    location = files.locate(run_or_path)
-    folder = files.join(location, FOLDER)
-    found = files.names(folder)
+    location = storage.locate(run_or_path)
+    folder = storage.join(location, FOLDER)
+    found = names_in(location)
     if BEST in found:
-        return read(files.join(folder, BEST))
+        return read(storage.join(folder, BEST))
     if not found:
         try:
             return read(location)
@@ -154,6 +162,6 @@ def load_for_inference(run_or_path: Location) -> State:
             pass
     state, faults = newest(location)
     if state is None:
-        detail = "; ".join(faults) or f"looked for {files.join(folder, BEST)} and {folder}/step-*.pt"
+        detail = "; ".join(faults) or f"looked for {storage.join(folder, BEST)} and {folder}/step-*.pt"
         raise CheckpointError(f"{location} holds no checkpoint: {detail}")
     return state

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepskip import checkpoint, files
+from data_shards import storage
+from data_shards.storage import Location
+from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointNotWritten, State
-from deepskip.files import Location
 
 _ADVICE = {
     errno.ENOSPC: "Free space there, or lower run.keep_checkpoints",
@@ -79,7 +80,7 @@ class CheckpointWriter:
             done.synchronize()
         # the best first: a checkpoint of a step tells of a best one that must be there
         if best:
-            self._put(state | {"optimizer": None}, files.join(self.run, checkpoint.FOLDER, checkpoint.BEST))
+            self._put(state | {"optimizer": None}, storage.join(self.run, checkpoint.FOLDER, checkpoint.BEST))
         if step:
             self._put(state, checkpoint.step_path(self.run, state["step"]))
             self.last_step = state["step"]
@@ -91,7 +92,7 @@ class CheckpointWriter:
         try:
             checkpoint.save(state, location)
         except OSError as error:
-            reason = error.strerror or str(error).removeprefix(f"{location}: ")
+            reason = error.strerror or str(error).removeprefix(f"{location} ")
             advice = _ADVICE.get(error.errno or 0, "Look at that storage")
             last = "starts over, for there is no earlier one"
             if self.last_step is not None:

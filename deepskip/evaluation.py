@@ -36,7 +36,7 @@ def evaluate(
         mask = batch["mask"].to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
-        labels = to_labels(logits)
+        labels = to_labels(logits, 0).long()
         sums += criterion.sums(logits, mask).double()
         metrics.update(labels[0], mask[0])
         count += 1

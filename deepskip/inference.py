@@ -1,8 +1,7 @@
-"""A trained network as something that takes raw images: normalisation, tiling, labels."""
+"""What stands around a network that predicts: normalisation, large images in tiles, probabilities and labels."""
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -35,9 +34,12 @@ def to_probabilities(logits: Tensor) -> Tensor:
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
-def to_labels(logits: Tensor) -> Tensor:
-    """Turns logits (N, V, H, W) into labels (N, H, W): probability over 0.5 for V = 1, else the likeliest class."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+def to_labels(scores: Any, threshold: float) -> Any:
+    """Turns scores ([N,] V, H, W), a tensor or an array, into labels ([N,] H, W): over a threshold for V = 1, else the highest.
+
+    threshold: of probabilities, by custom 0.5, or of logits, 0. Labels of V = 1 are bool, else int64.
+    """
+    return scores[..., 0, :, :] > threshold if scores.shape[-3] == 1 else scores.argmax(-3)
 
 
 def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> Tensor:
@@ -92,27 +94,6 @@ class Segmenter(nn.Module):
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
         return to_probabilities(self.network(self.normalized(image_NCHW)))
-
-    @torch.inference_mode()
-    def probabilities(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Computes the probabilities (V, H, W) of one raw image (H, W, bands) of any size.
-
-        Raises ValueError when the bands are not those that the network was trained on.
-        """
-        if image_HWC.ndim != 3 or image_HWC.shape[2] != self.bands:
-            raise ValueError(
-                f"the image has shape {image_HWC.shape}; the model takes (height, width, {self.bands} bands)"
-            )
-        image = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1), dtype=np.float32))[None]
-        image = self.normalized(image.to(self.mean.device))
-        logits = predict_logits(self.network, image.contiguous(memory_format=torch.channels_last))
-        return to_probabilities(logits)[0].float().cpu().numpy()
-
-    def predict(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Segments one raw image (H, W, bands) into labels (H, W) uint8: 0 is background."""
-        p_VHW = self.probabilities(image_HWC)
-        labels = p_VHW[0] > 0.5 if len(p_VHW) == 1 else p_VHW.argmax(0)
-        return labels.astype(np.uint8)
 
 
 def build_segmenter(state: dict[str, Any]) -> Segmenter:

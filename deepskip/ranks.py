@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepskip import checkpoint, files
+from data_shards import storage
+from data_shards.storage import Location
+from deepskip import checkpoint
 from deepskip.checkpoint import State
-from deepskip.files import Location
 
 # steps between a vote and what comes of it: its result is there by then, and nobody waits
 VOTE_STEPS = 2
@@ -25,12 +26,12 @@ def agreed_start(
     """
     data, state = b"", None
     if rank == 0:
-        files.remove_leftovers(files.join(run, checkpoint.FOLDER))
+        storage.remove_leftovers(storage.join(run, checkpoint.FOLDER))
         found, faults = checkpoint.find_newest(run)
         data, state = found or (data, None)
         for path, fault in faults.items():
             checkpoint.set_aside(path)
-            warn(f"passed over a broken checkpoint: {fault}; it is now {files.name(path)}{checkpoint.BROKEN}")
+            warn(f"passed over a broken checkpoint: {fault}; it is now {storage.name(path)}{checkpoint.BROKEN}")
     if world_size > 1:
         data = broadcast_bytes(data, rank, device)
         if rank != 0 and data:

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import kernels
-from deepskip import files
+from data_shards import storage
+from data_shards.storage import Location
 from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
 from deepskip.config import Config, RunConfig
 from deepskip.evaluation import evaluate
-from deepskip.files import Location
 from deepskip.optimizer import learning_rate
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
@@ -126,7 +126,7 @@ def train(
     In a process group every rank must call. Returns a summary: metrics of the best validation, sizes and times.
     Raises NonFiniteLoss, Preempted, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, OSError.
     """
-    device, run = torch.device(device), files.locate(run)
+    device, run = torch.device(device), storage.locate(run)
     optim, settings = config.optim, config.run
     record = Record()
     kernels.backend.choose(settings.kernels)

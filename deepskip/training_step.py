@@ -194,7 +194,7 @@ class TrainingStep:
 
 def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
     """Count true positive, false positive and false negative foreground pixels (3,), without waiting for the device."""
-    labels = to_labels(logits)
+    labels = to_labels(logits, 0).long()
     counted = (mask != ignore_index) & (weight != 0)[:, None, None]
     right, guessed, true = labels == mask, labels != 0, mask != 0
     return torch.stack([(a & b & counted).sum() for a, b in ((right, true), (~right, guessed), (~right, true))])

@@ -3,7 +3,6 @@
 import csv
 import heapq
 import math
-import os
 import re
 import sys
 import time
@@ -24,8 +23,9 @@ from data_shards.sample import BadSample
 from data_shards.scan import BrokenShard
 from data_shards.stream import Shards, whole_images
 from deepskip import figures
+from deepskip.inference import to_labels
 from deepskip.metrics import SegmentationMetrics, confusion_counts
-from deepskip.model import Model
+from deepskip.predictor import Predictor
 from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
 from jobs import models, report, runs
@@ -86,14 +86,14 @@ class Scores:
 def check(argv: list[str]) -> None:
     """Ends the program with `error:` lines where the settings are wrong, or there is no such model or data."""
     config = read_settings(argv)
-    open_data(config, Model(find(config).state))
+    open_data(config, Predictor(find(config).state))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluates; the report is in a folder of its own, whole, when the exit status is 0."""
     config = read_settings(sys.argv[1:] if argv is None else argv)
     found = find(config)
-    model = Model(found.state)
+    model = Predictor(found.state, flips=config.flips)
     try:
         model.to(config.device)
     except (RuntimeError, AssertionError) as error:
@@ -148,7 +148,7 @@ def find(config: EvaluateConfig) -> models.Found:
         stop(f"model: {error}", NotHere)
 
 
-def open_data(config: EvaluateConfig, model: Model) -> Shards:
+def open_data(config: EvaluateConfig, model: Predictor) -> Shards:
     """Opens the shards; ends the program where there are none, or they do not fit the model."""
     path = config.data or storage.join(model.state["config"]["data"]["path"], "val")
     cache = storage.Cache(Path(config.cache_dir), int(config.cache_gb * 1e9))
@@ -174,7 +174,7 @@ def open_data(config: EvaluateConfig, model: Model) -> Shards:
     return shards
 
 
-def evaluate(config: EvaluateConfig, model: Model, shards: Shards, add_row: Any) -> Scores:
+def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: Any) -> Scores:
     """Goes through the shards once, an image at a time; add_row takes each one's scores."""
     index = shards.index
     scores = Scores(
@@ -191,8 +191,8 @@ def evaluate(config: EvaluateConfig, model: Model, shards: Shards, add_row: Any)
 
         for batch in whole_images(shards, 0, 1, left_out):
             image = batch["image"][0]
-            p_VHW = model.predict_proba(image, config.flips).numpy()
-            labels = (p_VHW[0] > config.threshold if len(p_VHW) == 1 else p_VHW.argmax(0)).astype(np.uint8)
+            p_VHW = model.predict_proba(image).numpy()
+            labels = to_labels(p_VHW, config.threshold).astype(np.uint8)
             add_row(add(scores, batch["key"][0], image, batch["mask"][0].numpy(), p_VHW, labels, config.worst))
             bar.update()
     if scores.images == 0:
@@ -251,7 +251,7 @@ def picture(image: torch.Tensor, mask_HW: np.ndarray, labels_HW: np.ndarray) -> 
 
 
 def describe(
-    config: EvaluateConfig, found: models.Found, model: Model, shards: Shards, scores: Scores, seconds: float
+    config: EvaluateConfig, found: models.Found, model: Predictor, shards: Shards, scores: Scores, seconds: float
 ) -> dict[str, Any]:
     """Makes the report."""
     curves = scores.curve.compute()
@@ -326,30 +326,24 @@ def draw(scores: Scores, ignore_index: int) -> dict[str, Figure]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a picture, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with storage.written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 @contextmanager
 def table(path: Path) -> Iterator[Any]:
     """Gives what appends a row to a CSV file, which has its name when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer: Any = None
+    with storage.written_whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer: Any = None
 
-            def add_row(row: dict[str, Any]) -> None:
-                nonlocal writer
-                if writer is None:
-                    writer = csv.DictWriter(file, list(row))
-                    writer.writeheader()
-                writer.writerow(row)
+        def add_row(row: dict[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow(row)
 
-            yield add_row
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield add_row
 
 
 def print_result(result: dict[str, Any]) -> None:

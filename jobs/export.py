@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from deepskip import export, files
-from deepskip.model import Model
+from data_shards import storage
+from deepskip import export
+from deepskip.predictor import Predictor
 from jobs import model_card, models, runs
 from jobs.settings import NotHere, parse_settings, stop
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Exports; what does not equal the model is not written, and the exit status is then 2."""
     config, found, evaluation = prepare(sys.argv[1:] if argv is None else argv)
     folder = config.out or Path("exports") / found.title
-    model = Model(found.state)
+    model = Predictor(found.state)
     segmenter = model.segmenter
     print(f"exporting {found.title} (step {model.state['step']})", flush=True)
     try:
@@ -74,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     card = model_card.make(found, model, evaluation, {name: len(data) for name, data in made.items()}, checks)
     try:
         for name, data in made.items():
-            files.write(folder / name, data)
-        files.write(folder / "README.md", model_card.to_markdown(card).encode())
+            storage.write_bytes(folder / name, data)
+        storage.write_bytes(folder / "README.md", model_card.to_markdown(card).encode())
         # the last: with it the folder is whole
         runs.write_json(folder / CARD, runs.without_nan(card))
     except OSError as error:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepskip import export
 from deepskip.complexity import convolution_weights
 from deepskip.inference import Segmenter
-from deepskip.model import Model
+from deepskip.predictor import Predictor
 from jobs.models import Found
 from jobs.report import METRICS, number
 
@@ -18,14 +18,14 @@ FLOPS_SIDE = 256
 PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")
 
 
-def threshold(model: Model, evaluation: dict[str, Any] | None) -> float | None:
+def threshold(model: Predictor, evaluation: dict[str, Any] | None) -> float | None:
     """Gives the probability above which a pixel is foreground: the evaluation's best, else 0.5; None with classes."""
     if model.num_classes > 1:
         return None
     return evaluation["classes"][0]["best_threshold"] if evaluation else 0.5
 
 
-def properties(found: Found, model: Model, evaluation: dict[str, Any] | None) -> dict[str, str]:
+def properties(found: Found, model: Predictor, evaluation: dict[str, Any] | None) -> dict[str, str]:
     """Gives what an ONNX file says of itself."""
     values = {
         "deepskip_model": found.title,
@@ -40,7 +40,7 @@ def properties(found: Found, model: Model, evaluation: dict[str, Any] | None) ->
 
 def make(
     found: Found,
-    model: Model,
+    model: Predictor,
     evaluation: dict[str, Any] | None,
     file_bytes: dict[str, int],
     checks: dict[str, dict[str, float]],
@@ -108,7 +108,7 @@ def flops(segmenter: Segmenter) -> int:
     return counter.get_total_flops()
 
 
-def limits(model: Model, normalization: str, names: dict[str, int]) -> list[str]:
+def limits(model: Predictor, normalization: str, names: dict[str, int]) -> list[str]:
     """Says what the model is not good for, as far as it is known."""
     bands, longest_side = (model.preparation.get(name) for name in ("bands", "longest_side"))
     found = [

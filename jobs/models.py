@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from deepskip import checkpoint
-from deepskip.model import Model
+from deepskip.predictor import Predictor
 
 # where a logged model keeps the checkpoint that it was made from
 CHECKPOINT = "extra_files/checkpoint.pt"
@@ -52,9 +52,9 @@ class Found:
         return self.state["config"]["run"].get("name") or re.sub(r"\W+", "-", self.name).strip("-")
 
 
-def load(name: str | Path, device: str | torch.device = "cpu", tracking_uri: str | None = None) -> Model:
+def load(name: str | Path, device: str | torch.device = "cpu", tracking_uri: str | None = None) -> Predictor:
     """Loads a model by any of its names, as `deepskip.load` does by its path; raises ModelNotFound."""
-    return Model(find(name, tracking_uri).state, device)
+    return Predictor(find(name, tracking_uri).state, device)
 
 
 def find(name: str | Path, tracking_uri: str | None = None) -> Found:

@@ -172,10 +172,10 @@ def outcomes(
         stop(str(error))
     workers = options.workers
     if workers == 0 or (workers is None and not os.environ.get("RAY_ADDRESS")):
-        from jobs.prediction.segment import Predictor
+        from jobs.prediction.segment import PredictionWorker
 
         try:
-            predictor = Predictor(state, options, out, made_by)
+            predictor = PredictionWorker(state, options, out, made_by)
         except ValueError as error:
             stop(str(error))
         yield from predictor.run(items, progress.part)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from data_shards import storage
 from jobs.settings import differences, flatten
 
 RECORD = "run.json"
@@ -81,7 +82,7 @@ class Run:
         return self.folder.name
 
 
-def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) -> Run:
+def claim(folder_of_runs: Path, name: str | None, stem: str, config: dict[str, Any]) -> Run:
     """Finds the folder of a training, makes it if need be, and locks it for as long as this process lives.
 
     A run of the same settings that is not finished goes on. With a name given, any other run of that name is an error,
@@ -90,7 +91,7 @@ def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) ->
     """
     names = [name] if name else (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
     for candidate in names:
-        folder = storage / candidate
+        folder = folder_of_runs / candidate
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
         try:
@@ -98,7 +99,7 @@ def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) ->
         except OSError:
             lock.close()
             if name:
-                raise RunError(f"run {name} in {storage} is being trained by another process") from None
+                raise RunError(f"run {name} in {folder_of_runs} is being trained by another process") from None
             continue
         earlier = read_json(folder / RECORD)
         refusal = reason_against(folder, earlier, config, grow=name is not None)
@@ -106,7 +107,7 @@ def claim(storage: Path, name: str | None, stem: str, config: dict[str, Any]) ->
             return Run(folder, earlier.get("mlflow_run_id"), lock)
         lock.close()
         if name:
-            message = f"run {name} in {storage} {refusal}; choose another run.name or remove {folder}"
+            message = f"run {name} in {folder_of_runs} {refusal}; choose another run.name or remove {folder}"
             raise RunFinished(message, folder) if refusal == FINISHED else RunError(message)
     raise AssertionError("names do not end")
 
@@ -185,13 +186,7 @@ def read_journal(journal: Path) -> list[tuple[str, int, dict[str, float], int]]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    storage.write_bytes(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def without_nan(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from deepskip import files
+from data_shards import storage
 from deepskip.figures import CLASS_COLOURS
 from jobs import evaluate, runs
 from jobs.comparison.grid import Grid, cells
@@ -47,7 +47,7 @@ def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
     content = {"cells.csv": text.getvalue().encode(), "table.md": markdown(grid, results).encode(),
                "figure.svg": picture.getvalue()}  # fmt: skip
     for name, data in content.items():
-        files.write(grid.out / name, data)
+        storage.write_bytes(grid.out / name, data)
     return [grid.out / name for name in content]
 
 

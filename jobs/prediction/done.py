@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepskip import files
+from data_shards import storage
 from jobs.prediction.features import Features
 from jobs.prediction.inputs import Item
 from jobs.prediction.writers import PART, Sink, remove
@@ -39,7 +39,7 @@ def place(out: Path, item: Item, made_by: str, sinks: Sequence[Sink | Features])
     # size and time of change stay when a file is renamed
     outputs = {sink.path.relative_to(out).as_posix(): stamp(sink.temporary) for sink in sinks}
     note = {"made_by": made_by, "image": item.stamp, "outputs": outputs}
-    files.write(note_path(out, item), json.dumps(note).encode())
+    storage.write_bytes(note_path(out, item), json.dumps(note).encode())
     for sink in sinks:
         sink.place()
 

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.ndimage
 from pycocotools import mask as coco_mask
 
-from deepskip import files
+from data_shards import storage
 from jobs.polygons import outlines
 from jobs.prediction.objects import Object, Objects
 from jobs.prediction.rasters import Raster
@@ -125,9 +125,8 @@ def join_coco(out: Path, names: Iterable[str], num_classes: int) -> None:
     labels = range(1, max(2, num_classes))
     categories = [{"id": label, "name": "foreground" if num_classes == 1 else f"class {label}"} for label in labels]
     images: list[dict[str, Any]] = []
-    temporary = out / f".{COCO_FILE}.{uuid.uuid4().hex[:8]}{PART}"
     number = 0
-    with temporary.open("w") as file:
+    with storage.written_whole(out / COCO_FILE) as temporary, temporary.open("w") as file:
         file.write(f'{{"categories": {json.dumps(categories)}, "annotations": [')
         for name in names:
             path = out / FOLDER / f"{name}{ENDING['coco']}"
@@ -140,5 +139,3 @@ def join_coco(out: Path, names: Iterable[str], num_classes: int) -> None:
                 file.write(",\n" if number > 1 else "\n")
                 file.write(json.dumps({"id": number, "image_id": len(images), **annotation}))
         file.write(f'\n], "images": {json.dumps(images)}}}\n')
-    temporary.replace(out / COCO_FILE)
-    files.sync_folder(out)

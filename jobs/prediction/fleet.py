@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from data_shards import storage
 from jobs.prediction.inputs import Item
 from jobs.prediction.options import Options
-from jobs.prediction.segment import Outcome, Predictor
+from jobs.prediction.segment import Outcome, PredictionWorker
 from jobs.settings import stop
 from jobs.training.allocation import own_ray
 
@@ -34,7 +34,7 @@ class Worker:
         self, state: dict[str, Any], options: Options, out: str, made_by: str, threads: int, processes: int
     ) -> None:
         torch.set_num_threads(threads)
-        self.predictor = Predictor(state, options, Path(out), made_by, processes)
+        self.predictor = PredictionWorker(state, options, Path(out), made_by, processes)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         items = [Item(**item) for group in batch["group"] for item in json.loads(str(group))]

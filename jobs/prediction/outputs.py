@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from deepskip.figures import overlay
+from deepskip.inference import to_labels
 from jobs.prediction import done, features
 from jobs.prediction.features import Features
 from jobs.prediction.inputs import Item
@@ -53,12 +54,9 @@ class Outputs:
 
     def rows(self, top: int, p_VrW: np.ndarray) -> None:
         """Takes the next rows of the probabilities (V, rows, width)."""
-        if self.num_classes == 1:
-            labels = (p_VrW[0] > self.options.threshold).astype(np.uint8)
-            likeliest = p_VrW[0]
-        else:
-            labels = p_VrW.argmax(0).astype(np.uint8)
-            likeliest = p_VrW.max(0) if self.features else labels
+        labels = to_labels(p_VrW, self.options.threshold).astype(np.uint8)
+        # of one class that is its probability itself
+        likeliest = p_VrW.max(0) if self.features else labels
         self.mask.put(labels * np.uint8(self.foreground))
         if self.probabilities:
             self.probabilities.put(p_VrW[0] if self.num_classes == 1 else np.moveaxis(p_VrW, 0, -1))

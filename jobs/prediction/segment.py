@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.sample import band_statistics, resample_bands, resize_longest_side
+from data_shards.preparation import band_statistics, resample_bands, shrunk
 from deepskip.allocator import give_back_freed_memory
-from deepskip.flips import Flipped
-from deepskip.inference import build_segmenter, normalize, to_probabilities
+from deepskip.inference import normalize, to_probabilities
+from deepskip.predictor import Predictor
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
 from jobs.prediction import memory
 from jobs.prediction.done import is_done
@@ -23,7 +23,6 @@ from jobs.prediction.inputs import Item, opened
 from jobs.prediction.options import Options
 from jobs.prediction.outputs import Outputs
 from jobs.prediction.rasters import Raster
-from jobs.prediction.shrinking import shrunk
 
 # small images that are read ahead, with the bytes of their files, and images that wait to be written
 AHEAD, AHEAD_BYTES, WRITING = 16, 2**23, 8
@@ -67,7 +66,7 @@ class Loaded:
         return self.raster.height, self.raster.width
 
 
-class Predictor:
+class PredictionWorker:
     """Segments images with the model of a checkpoint's state.
 
     out: folder of the outputs. made_by: fingerprint of model and settings. processes: how many share the device's memory.
@@ -79,9 +78,9 @@ class Predictor:
         # others would pay its time for memory that they have
         if options.memory_gb is not None and self.device.type == "cpu":
             give_back_freed_memory()
-        self.segmenter = build_segmenter(state).to(self.device)
-        self.network, self.preparation = self.segmenter.network, state["data"]["preparation"]
-        self.answering = Flipped(self.network) if options.flips else self.network
+        precision = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+        self.predictor = Predictor(state, self.device, options.flips, precision)
+        self.segmenter, self.preparation = self.predictor.segmenter, self.predictor.preparation
         self.options, self.out, self.made_by = options, out, made_by
         self.plan = memory.plan(self.segmenter, options, self.device, processes)
 
@@ -136,10 +135,10 @@ class Predictor:
                 raise ValueError(f"has {raster.bands} bands; the model takes {self.segmenter.bands}")
             ready = raster.whole
             if ready is None and longest_side and max(raster.height, raster.width) > longest_side:
-                ready = shrunk(raster, longest_side)
+                shape, columns = (raster.height, raster.width, raster.bands), slice(0, raster.width)
+                ready = shrunk(lambda a, b: raster.read(slice(a, b), columns), shape, raster.dtype, longest_side)
             if ready is not None:
-                ready = resample_bands(ready, bands) if bands else ready
-                ready = resize_longest_side(ready, None, longest_side)[0] if longest_side else ready
+                ready = self.predictor.prepared(ready)
             return Loaded(item, raster, ready, open_files)
         except (ValueError, OSError) as error:
             open_files.close()
@@ -183,10 +182,8 @@ class Predictor:
         return to_probabilities(self.logits(self.segmenter.normalized(images))).cpu().numpy()
 
     def logits(self, normalized_NCHW: Tensor) -> Tensor:
-        """Computes logits in fp32, the network at the precision that was chosen."""
-        lower = self.options.precision == "bfloat16"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
-            return self.answering(normalized_NCHW.contiguous(memory_format=torch.channels_last)).float()
+        """Computes logits in fp32; tiles are as the plan has them."""
+        return self.predictor.logits(normalized_NCHW, in_tiles=False)
 
     def write(self, image: Loaded, p_VHW: np.ndarray) -> Outcome:
         """Writes the outputs of an image from its probabilities, enlarged where the image was shrunk."""

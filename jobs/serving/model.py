@@ -12,8 +12,8 @@ import torch
 
 from data_shards.sample import Limits, TooLarge, decode_image
 from deepskip import inference
-from deepskip.inference import build_segmenter
-from jobs.serving.answers import Answer, encode, prepare
+from deepskip.predictor import Predictor
+from jobs.serving.answers import Answer, encode
 from jobs.serving.batches import Batches
 
 # decoded images held at once, bytes; decoding waits until there is room
@@ -36,17 +36,16 @@ class Model:
     ) -> None:
         close_back_door()
         torch.set_num_threads(threads)
-        self.segmenter = build_segmenter(state).to(device)
-        self.bands = self.segmenter.bands
-        self.preparation = state["data"].get("preparation") or {"bands": None, "longest_side": None}
-        self.limits = Limits(max_pixels, max_pixels * max(self.bands, 3) * VALUE_BYTES)
+        self.predictor = Predictor(state, device)
+        bands = self.predictor.bands
+        self.limits = Limits(max_pixels, max_pixels * max(bands, 3) * VALUE_BYTES)
         # apart, since decoding waits for room that encoding makes
         self.decoders, self.encoders = asyncio.Semaphore(threads), asyncio.Semaphore(threads)
         self.room = Room(DECODED_BYTES)
-        most = (inference.TILE // inference.enlarged_by(self.segmenter.network)) ** 2
+        most = (inference.TILE // inference.enlarged_by(self.predictor.network)) ** 2
         self.batches = Batches(self.forward, batch, most, batch_wait)
         # the first pass through the network takes longest
-        self.segmenter.predict(np.zeros((64, 64, self.bands), np.float32))
+        self.predictor.predict(np.zeros((64, 64, bands), np.float32))
 
     async def segment(self, body: bytes, extension: str, answer: str) -> Answer:
         """Answers one request. extension: what kind of file the body is. answer: one of answers.FORMATS."""
@@ -62,7 +61,7 @@ class Model:
                 return Answer(422, reason=f"the image: {error}")
         with self.room.taken(image.nbytes):
             decoded = time.perf_counter()
-            prepared = await asyncio.to_thread(prepare, image, self.preparation)
+            prepared = await asyncio.to_thread(self.predictor.prepared, image)
             try:
                 p_VHW, number = await self.batches.run(prepared)
             except torch.OutOfMemoryError:
@@ -80,30 +79,27 @@ class Model:
     def read(self, body: bytes, extension: str) -> np.ndarray:
         """Decodes an image and looks whether the model can take it; raises ValueError."""
         image = decode_image(extension, body, self.limits)
-        if self.preparation["bands"] is None and image.shape[2] != self.bands:
-            raise ValueError(f"has {image.shape[2]} bands; the model takes {self.bands}")
+        if self.predictor.preparation["bands"] is None and image.shape[2] != self.predictor.bands:
+            raise ValueError(f"has {image.shape[2]} bands; the model takes {self.predictor.bands}")
         if image.dtype.kind == "f" and np.abs(image).max() > LARGEST_VALUE:
             raise ValueError(f"has values beyond {LARGEST_VALUE:g}")
         return image
 
     def forward(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Computes the probabilities (V, H, W) of images of one size; a single one may be large, and is cut into tiles."""
-        if len(images) == 1:
-            # torch wants arrays that it could write to; those of a .npy are the body itself
-            return [self.segmenter.probabilities(np.require(images[0], requirements="W"))]
         try:
-            with torch.inference_mode():
-                x_NHWC = torch.from_numpy(np.stack(images, dtype=np.float32, casting="unsafe"))
-                x_NCHW = x_NHWC.to(self.segmenter.mean.device).permute(0, 3, 1, 2)
-                return list(self.segmenter(x_NCHW).float().cpu().numpy())
+            x_NHWC = torch.from_numpy(np.stack(images, dtype=np.float32, casting="unsafe"))
+            return list(self.predictor.probabilities(x_NHWC.permute(0, 3, 1, 2)).cpu().numpy())
         except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
             torch.cuda.empty_cache()
-        return [self.segmenter.probabilities(image) for image in images]
+        return [p_VHW for image in images for p_VHW in self.forward([image])]
 
     async def describe(self) -> dict[str, Any]:
         """Says what the model takes and gives."""
-        resampled = self.preparation["bands"] is not None
-        return {"bands": None if resampled else self.bands, "classes": self.segmenter.num_classes}
+        resampled = self.predictor.preparation["bands"] is not None
+        return {"bands": None if resampled else self.predictor.bands, "classes": self.predictor.num_classes}
 
 
 class Room:

@@ -11,6 +11,7 @@ import tifffile
 from PIL import Image
 
 from data_shards import sample
+from data_shards.preparation import resample_bands, resize_longest_side
 from data_shards.sample import (
     BadSample,
     Limits,
@@ -19,8 +20,6 @@ from data_shards.sample import (
     decode_mask,
     encode_image,
     encode_mask,
-    resample_bands,
-    resize_longest_side,
 )
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepskip import checkpoint, files
+from data_shards import storage
+from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointError, CheckpointNotWritten, CheckpointTooNew
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.ranks import agreed_start
@@ -120,7 +121,7 @@ def test_broken_ones_are_set_aside_and_do_not_push_whole_ones_out(tmp_path: Path
 def test_the_writer_works_beside_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, saved = threading.Event(), checkpoint.save
 
-    def slow(what: checkpoint.State, location: files.Location) -> None:
+    def slow(what: checkpoint.State, location: storage.Location) -> None:
         assert go.wait(60)
         saved(what, location)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import deepskip
 from deepskip.flips import mean_logits
-from tests.deepskip.test_model import state_of
+from tests.deepskip.test_predictor import state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +29,7 @@ def by_hand(network: nn.Module, image_CHW: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_probabilities_are_the_mean_of_four(classes: int) -> None:
-    model = deepskip.Model(state_of(2, classes))
+    model = deepskip.Predictor(state_of(2, classes))
     image = np.random.default_rng(0).normal(5, 2, (37, 54, 2))
     plain = model.predict_proba(image)
     flipped, labels = model.predict_proba(image, flips=True), model.predict(image, threshold=0.6, flips=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import deepskip
 from deepskip import checkpoint
 from deepskip.config import Config
-from deepskip.inference import Segmenter
+from deepskip.inference import Segmenter, to_labels
 
 
 class Identity(nn.Module):
@@ -25,14 +25,17 @@ def test_normalisation_of_raw_images(how: str) -> None:
     band = image[..., 0].astype(np.float64)
     mean, std = {"image": (band.mean(), band.std()), "dataset": (30000, 1000), "none": (0, 1)}[how]
     expected = 1 / (1 + np.exp(-np.clip((band - mean) / std, -80, 80)))
-    np.testing.assert_allclose(segmenter.probabilities(image)[0], expected, atol=1e-5)
-    assert segmenter.predict(image).dtype == np.uint8
+    found = segmenter(torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))[None])
+    np.testing.assert_allclose(found[0, 0], expected, atol=1e-5)
 
 
-def test_other_bands_are_an_error() -> None:
-    segmenter = Segmenter(deepskip.DeepSkipUNet(3, 1, 4, 3), 1, "none", [0.0] * 3, [1.0] * 3)
-    with pytest.raises(ValueError, match=r"\(8, 8, 4\).*3 bands"):
-        segmenter.predict(np.zeros((8, 8, 4)))
+def test_labels_of_tensors_and_arrays() -> None:
+    one, four = np.array([[[0.5, 0.51, 0.2]]]), np.array([0.1, 0.5, 0.3, 0.1]).reshape(4, 1, 1).repeat(3, 2)
+    for kind in (np.asarray, torch.from_numpy):
+        assert to_labels(kind(one), 0.5).tolist() == [[False, True, False]]
+        assert to_labels(kind(one), 0.1).tolist() == [[True] * 3]
+        assert to_labels(kind(four), 0.5).tolist() == [[1, 1, 1]]
+        assert to_labels(kind(four[None]), 0.9).tolist() == [[[1, 1, 1]]]
 
 
 def test_load_gives_back_the_averaged_network(tmp_path: Path) -> None:

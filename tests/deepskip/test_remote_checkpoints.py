@@ -9,7 +9,8 @@ import torch
 from test_trainer import config, losses
 
 import deepskip
-from deepskip import checkpoint, files
+from data_shards import storage
+from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointError, CheckpointNotWritten
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.ranks import agreed_start
@@ -27,7 +28,7 @@ def test_a_training_on_s3_is_the_training_on_disk(tmp_path: Path, s3: Any) -> No
     assert (list(first), list(second)) == ([1, 2, 3, 4], [4, 5, 6])
     assert first | second == expected
     assert resumed["val"] == pytest.approx(summary["val"], rel=0, abs=0, nan_ok=True)
-    found = files.names(f"{url}/checkpoints")
+    found = storage.names(f"{url}/checkpoints")
     assert found == ["best.pt", "step-00000004.pt.broken", "step-00000005.pt", "step-00000006.pt"]
     local, remote = deepskip.load(tmp_path).network, deepskip.load(url).network
     for one, other in zip(local.state_dict().values(), remote.state_dict().values(), strict=True):
@@ -39,7 +40,7 @@ def test_others_write_there_too(s3: Any) -> None:
     with CheckpointWriter(run, 2) as writer:
         for step in (1, 2, 3):
             writer.save({"step": step}, best=step == 1)
-    assert [files.name(path) for path in checkpoint.step_paths(run)] == ["step-00000003.pt", "step-00000002.pt"]
+    assert [storage.name(path) for path in checkpoint.step_paths(run)] == ["step-00000003.pt", "step-00000002.pt"]
     # fsspec remembers listings
     other = fsspec.filesystem("s3", skip_instance_cache=True)
     other.pipe_file("bucket/runs/two/checkpoints/step-00000009.pt", bytes(checkpoint.pack({"step": 9})))
@@ -55,22 +56,24 @@ def test_others_write_there_too(s3: Any) -> None:
 def test_a_store_that_is_away_is_no_empty_one(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = "s3://bucket/runs/away"
     checkpoint.save({"step": 1}, checkpoint.step_path(run, 1))
-    store, _ = files.remote(run)
+    store, _ = storage.filesystem(run)
     tries: list[str] = []
 
     def away(path: str, *_: Any, **__: Any) -> None:
         tries.append(path)
         raise ConnectionError("Connection refused")
 
-    monkeypatch.setattr(files, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
     for name in ("cat_file", "pipe_file"):
         monkeypatch.setattr(store, name, away)
-    with pytest.raises(OSError, match=rf"step-00000001\.pt: {files.TRIES} tries.*Connection refused"):
+    with pytest.raises(
+        OSError, match=rf"step-00000001\.pt cannot be reached: {storage.TRIES} tries.*Connection refused"
+    ):
         agreed_start(run, 0, 1, torch.device("cpu"), pytest.fail)
-    assert len(tries) == files.TRIES
+    assert len(tries) == storage.TRIES
     with (
         pytest.raises(
-            CheckpointNotWritten, match=r"step-00000002\.pt could not be written: 6 tries.*Connection refused"
+            CheckpointNotWritten, match=r"step-00000002\.pt could not be written: cannot be reached: 6 tries.*Connection refused"
         ),
         CheckpointWriter(run, 2, 1) as writer,
     ):
@@ -82,7 +85,7 @@ def test_a_store_that_is_away_is_no_empty_one(s3: Any, monkeypatch: pytest.Monke
     ):
         writer.save({"step": 2})
     with pytest.raises(OSError, match="is no URL that files can be at"):
-        files.read("nonsense://x/y")
+        storage.read_bytes("nonsense://x/y")
 
 
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_the_mlflow_run_is_complete(trained: tuple[Path, str], home: Path) -> No
     assert len(models) == 1
     model = mlflow.pyfunc.load_model(models[0].model_uri)
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 75, 90)).astype(np.float32)
-    expected = deepskip.load(trained[0]).probabilities(image[0].transpose(1, 2, 0))
+    expected = deepskip.load(trained[0]).predict_proba(image[0].transpose(1, 2, 0)).transpose(2, 0, 1)
     np.testing.assert_allclose(model.predict(image)[0], expected, atol=1e-5)
 
 

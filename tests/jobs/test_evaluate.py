@@ -19,7 +19,7 @@ from data_shards.stream import Shards
 from data_shards.writer import write_shards
 from deepskip import checkpoint
 from jobs import evaluate, tracking
-from tests.deepskip.test_model import state_of
+from tests.deepskip.test_predictor import state_of
 
 
 @pytest.fixture(scope="module")

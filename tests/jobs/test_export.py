@@ -14,7 +14,7 @@ import pytest
 import deepskip
 from deepskip import checkpoint
 from jobs import export
-from tests.deepskip.test_model import state_of
+from tests.deepskip.test_predictor import state_of
 
 ODD = ((1, 37, 53), (2, 101, 33), (3, 45, 71))
 
@@ -97,7 +97,7 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     )
 
 
-def check_program(folder: Path, images: list[np.ndarray], model: deepskip.Model) -> None:
+def check_program(folder: Path, images: list[np.ndarray], model: deepskip.Predictor) -> None:
     """Runs model.pt2 by torch alone."""
     np.savez(folder / "images.npz", *[image.transpose(0, 3, 1, 2).astype(np.float32) for image in images])
     code = (

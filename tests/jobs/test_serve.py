@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def segmenter(server: Server) -> deepskip.model.Model:
+def segmenter(server: Server) -> deepskip.Predictor:
     return deepskip.load(server.model)
 
 
@@ -76,7 +76,7 @@ def test_the_mask_is_what_python_gives(server, segmenter, encode, content_type) 
     assert float(reply.headers["deepskip-coverage"]) == pytest.approx(expected.mean(), abs=1e-6)
 
 
-def test_polygons_and_overlay(server: Server, segmenter: deepskip.model.Model) -> None:
+def test_polygons_and_overlay(server: Server, segmenter: deepskip.Predictor) -> None:
     image = picture(70, 50, seed=5)
     mask = segmenter.predict(image) > 0
     reply = server.predict(png(image), "polygons")
@@ -137,7 +137,7 @@ def test_more_than_there_is_room_for_is_turned_away_and_none_is_lost(server, seg
             assert reply.headers["retry-after"] == "1"
             assert "as many as may" in json.loads(reply.body)["error"]
             continue
-        p = segmenter.probabilities(image)[0]
+        p = segmenter.predict_proba(image)[..., 0]
         # images that went through the network together differ in the last bits
         sure = np.abs(p - 0.5) > 1e-4
         np.testing.assert_array_equal(image_of(reply.body)[sure] > 0, p[sure] > 0.5)

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from deepskip import inference
+from deepskip.predictor import Predictor
 from jobs import polygons
-from jobs.serving.answers import Answer, prepare
+from jobs.serving.answers import Answer
 from jobs.serving.batches import Batches
 from jobs.serving.model import Model, Room
 from tests.jobs.serving import state
@@ -36,8 +37,12 @@ def mask_of(answer: Answer) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(answer.body)))
 
 
+def raw_probabilities(predictor: Predictor, image_HWC: np.ndarray) -> np.ndarray:
+    return predictor.probabilities(torch.from_numpy(image_HWC[None].astype(np.float32)).permute(0, 3, 1, 2))[0].numpy()
+
+
 def close(mask: np.ndarray, model: Model, image: np.ndarray) -> None:
-    p = model.segmenter.probabilities(image)
+    p = raw_probabilities(model.predictor, image)
     sure = np.abs(p[0] - 0.5) > 1e-4 if len(p) == 1 else np.diff(np.sort(p, 0)[-2:], axis=0)[0] > 1e-4
     expected = (p[0] > 0.5) * 255 if len(p) == 1 else p.argmax(0)
     assert sure.mean() > 0.9
@@ -98,14 +103,14 @@ def test_the_training_datas_preparation_is_done_first() -> None:
     # 6 bands become 3, 60 x 30 becomes 20 x 10
     image = np.random.default_rng(0).integers(0, 4000, (60, 30, 6)).astype(np.uint16)
     model = Model(state(3, 1, {"bands": 3, "longest_side": 20}), "cpu", 10_000, 4, 0, 1)
-    small = prepare(image, model.preparation)
+    small = model.predictor.prepared(image)
     assert small.shape == (20, 10, 3)
     # a triangle of three pixels' half width, away from the border
     band = image[..., :2].astype(np.float64).mean(-1).round()
     weights = np.array([1, 2, 3, 2, 1]) / 9
     middle = band[3 * 9 - 1 : 3 * 9 + 4, 3 * 5 - 1 : 3 * 5 + 4]
     assert abs(small[9, 5, 0] - weights @ middle @ weights) <= 1
-    p = torch.from_numpy(model.segmenter.probabilities(small))[None]
+    p = torch.from_numpy(raw_probabilities(model.predictor, small))[None]
     large = torch.nn.functional.interpolate(p, size=(60, 30), mode="bilinear")[0, 0].numpy()
     (answer,) = ask(model, [image])
     np.testing.assert_array_equal(mask_of(answer), (large > 0.5) * 255)

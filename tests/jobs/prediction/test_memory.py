@@ -17,7 +17,7 @@ from deepskip.inference import Segmenter
 from jobs import predict
 from jobs.prediction.memory import bytes_per_pixel, plan
 from jobs.prediction.options import Options
-from jobs.prediction.segment import Predictor
+from jobs.prediction.segment import PredictionWorker
 from tests.jobs.prediction.models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,16 +62,16 @@ def test_too_little_memory_makes_batches_and_tiles_smaller(tmp_path: Path, monke
     (tmp_path / "images").mkdir()
     for name, image in images.items():
         Image.fromarray(image).save(tmp_path / "images" / f"{name}.png")
-    original = Predictor.logits
+    original = PredictionWorker.logits
     seen: list[int] = []
 
-    def limited(self: Predictor, image_NCHW: Tensor) -> Tensor:
+    def limited(self: PredictionWorker, image_NCHW: Tensor) -> Tensor:
         seen.append(image_NCHW[:, 0].numel())
         if seen[-1] > 20_000:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, image_NCHW)
 
-    monkeypatch.setattr(Predictor, "logits", limited)
+    monkeypatch.setattr(PredictionWorker, "logits", limited)
     out = tmp_path / "out"
     predict.main(["--checkpoint", str(model), "--images", str(tmp_path / "images"), "--out", str(out), "--tile", "256"])
     assert sum(pixels > 20_000 for pixels in seen) >= 3

@@ -18,7 +18,7 @@ from rasterio.transform import Affine
 import deepskip
 from data_shards.__main__ import pack_coins
 from data_shards.index import load_index
-from data_shards.sample import resample_bands, resize_longest_side
+from data_shards.preparation import resample_bands, resize_longest_side
 from jobs import predict
 from jobs.prediction import rasters
 from jobs.prediction.inputs import sample_bytes
@@ -71,7 +71,7 @@ def test_pictures(three: Path, tmp_path: Path) -> None:
         assert 0.02 < expected.mean() < 0.98
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out/masks/{name}.png")), expected * 255)
         p = np.load(tmp_path / f"out/probabilities/{name}.npy")
-        np.testing.assert_allclose(p, segmenter.probabilities(image)[0], atol=1e-5)
+        np.testing.assert_allclose(p, segmenter.predict_proba(image)[..., 0], atol=1e-5)
         assert Image.open(tmp_path / f"out/overlays/{name}.png").size == (image.shape[1], image.shape[0])
 
 
@@ -116,7 +116,7 @@ def test_arrays_in_tiles(five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         *TILE,
     )
     segmenter = deepskip.load(five)
-    expected, p_VHW = segmenter.predict(image), segmenter.probabilities(image)
+    expected, p_VHW = segmenter.predict(image), segmenter.predict_proba(image).transpose(2, 0, 1)
     assert all((expected == label).any() for label in range(3))
     found = {
         "rows.npy": np.load,
@@ -276,7 +276,7 @@ def test_images_are_prepared_as_the_training_data_was(tmp_path: Path, monkeypatc
     np.save(tmp_path / "cube.npy", cube)
     segmenter = deepskip.load(model)
     small, _ = resize_longest_side(resample_bands(cube, 4), None, 100)
-    p = segmenter.probabilities(small)[0]
+    p = segmenter.predict_proba(small)[..., 0]
     expected = np.asarray(Image.fromarray(p).resize((150, 210), Image.Resampling.BILINEAR)) > 0.5
     arguments = ["--checkpoint", model, "--images", tmp_path / "cube.npy", "--overlays", "false"]
     run(*arguments, "--out", tmp_path / "whole")

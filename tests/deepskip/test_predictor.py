@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deepskip
-from data_shards.sample import resize_longest_side
+from data_shards.preparation import resize_longest_side
 from deepskip import checkpoint, inference
 from deepskip.config import Config
 
@@ -27,7 +27,7 @@ def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation:
     return {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None, "step": 7}
 
 
-def by_hand(model: deepskip.Model, image_HWC: np.ndarray) -> np.ndarray:
+def by_hand(model: deepskip.Predictor, image_HWC: np.ndarray) -> np.ndarray:
     """Probabilities (V, H, W) of the network itself, in fp64."""
     x = torch.from_numpy(image_HWC.transpose(2, 0, 1).astype(np.float64))[None]
     x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), correction=0, keepdim=True)
@@ -57,7 +57,7 @@ def test_arrays_and_tensors_one_and_several(tmp_path: Path, bands: int, classes:
         assert str(model(given[0]).dtype).endswith("uint8")
     np.testing.assert_allclose(model.predict_proba(images), proba.transpose(0, 2, 3, 1), atol=1e-5)
     np.testing.assert_allclose(model.predict_proba(tensors[0]), proba[0], atol=1e-5)
-    np.testing.assert_allclose(model.probabilities(images[0]), proba[0], atol=1e-5)
+    np.testing.assert_allclose(model.probabilities(tensors), proba, atol=1e-5)
     if classes == 1:
         np.testing.assert_array_equal(model.predict(images, threshold=0.8), model.predict_proba(images)[..., 0] > 0.8)
     if bands == 1:
@@ -65,7 +65,7 @@ def test_arrays_and_tensors_one_and_several(tmp_path: Path, bands: int, classes:
 
 
 def test_many_images_go_through_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = deepskip.Model(state_of(3, 1))
+    model = deepskip.Predictor(state_of(3, 1))
     images = np.random.default_rng(0).random((5, 24, 20, 3))
     whole = model.predict_proba(images)
     monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 2 * 24 * 20)
@@ -74,7 +74,7 @@ def test_many_images_go_through_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_large_images_are_shrunk_as_the_training_images_were(dtype: type) -> None:
-    model = deepskip.Model(state_of(3, 1, longest_side=48))
+    model = deepskip.Predictor(state_of(3, 1, longest_side=48))
     image = (np.random.default_rng(0).random((70, 101, 3)) * 255).astype(dtype)
     small, _ = resize_longest_side(image, None, 48)
     found = inference.torch.nn.functional.interpolate(
@@ -84,10 +84,29 @@ def test_large_images_are_shrunk_as_the_training_images_were(dtype: type) -> Non
     assert model.predict(torch.from_numpy(image.transpose(2, 0, 1).copy())).shape == (70, 101)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_bands_are_brought_to_the_models_as_the_training_images_were(dtype: type) -> None:
+    model = deepskip.Predictor(state_of(3, 1, bands=3))
+    image = (np.random.default_rng(0).random((24, 20, 6)) * 4000).astype(dtype)
+    pairs = image.astype(np.float64).reshape(24, 20, 3, 2).mean(3)
+    means = (pairs if dtype == np.float32 else np.rint(pairs)).astype(dtype)
+    expected = by_hand(model, means)[0]
+    np.testing.assert_allclose(model.predict_proba(image)[..., 0], expected, atol=1e-5)
+    tensor = torch.from_numpy(image.astype(np.float32 if dtype == np.float32 else np.int32).transpose(2, 0, 1).copy())
+    np.testing.assert_allclose(model.predict_proba(tensor)[0], expected, atol=1e-5)
+    # one band is repeated
+    grey = image[..., 0]
+    np.testing.assert_allclose(
+        model.predict_proba(grey)[..., 0], by_hand(model, np.repeat(grey[..., None], 3, 2))[0], atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"\(5,\).*\(height, width, bands\)"):
+        model(np.zeros(5))
+
+
 @pytest.mark.parametrize(
     ("image", "error", "said"),
     [
-        (np.zeros((8, 8, 4)), ValueError, r"\(8, 8, 4\).*\(height, width, 3\).*pack --bands"),
+        (np.zeros((8, 8, 4)), ValueError, r"\(8, 8, 4\).*\(height, width, 3\)"),
         (np.zeros((8, 8)), ValueError, r"\(8, 8\)"),
         (torch.zeros(8, 8, 3), ValueError, r"\(8, 8, 3\).*\(3, height, width\)"),
         (np.zeros((8, 0, 3)), ValueError, "no pixels"),
@@ -101,6 +120,6 @@ def test_large_images_are_shrunk_as_the_training_images_were(dtype: type) -> Non
     ],
 )
 def test_what_is_no_image_of_the_models_is_an_error(image: Any, error: type[Exception], said: str) -> None:
-    model = deepskip.Model(state_of(3, 1, bands=3))
+    model = deepskip.Predictor(state_of(3, 1))
     with pytest.raises(error, match=said):
         model(image)
