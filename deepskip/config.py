@@ -1,7 +1,16 @@
-"""Every setting of a training, with its unit and default; jsonargparse reads them from YAML and the command line."""
+"""Every setting of a training, with its unit, default and bounds; jsonargparse reads them from YAML and the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
+
+
+def setting(default: Any, low: float | None = None, high: float | None = None, *, free: bool = False) -> Any:
+    """Makes the field of a setting, with all that is known of its values.
+
+    low, high: what a number may be, both included; a high of None is no bound, a low of None no bounds. free: it changes
+    neither samples nor weights, so a run may be resumed with another value.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "free": free})
 
 
 @dataclass
@@ -13,9 +22,9 @@ class ModelConfig:
     smp:ARCH:ENCODER (segmentation_models_pytorch), or one that an installed package adds (docs/networks.md)"""
     options: dict[str, Any] = field(default_factory=dict)
     """what a network other than DeepSkip is told: {size: paper}, or widths of its own; DeepSkip has what follows"""
-    base_channels: int = 8
+    base_channels: int = setting(8, 1, 1024)
     """channels of the first level, b; level u has b * 2^(u-1)"""
-    levels: int = 5
+    levels: int = setting(5, 3, 6)
     """depth, B, 3 to 6; the lowest level works at 1 / 2^(B-1) of the input's height and width"""
     encoder: Literal["vgg16", "resnet34"] = "vgg16"
     """encoder family: two convolutions a level, or ResNet-34's basic blocks"""
@@ -23,11 +32,11 @@ class ModelConfig:
     """normalisation; "instance-batch" is half instance, half batch norm, "group" gives the same on any number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are brought to a level's size"""
-    enlarge: int = 1
+    enlarge: int = setting(1, 1, 4)
     """times that images are enlarged before the network, 1 to 4, for objects of few pixels; costs its square in time, memory"""
-    in_channels: int | None = None
+    in_channels: int | None = setting(None, 1, 4096)
     """bands of the input; null takes them from the shards"""
-    num_classes: int | None = None
+    num_classes: int | None = setting(None, 1, 255)
     """1 for binary, else exclusive classes with 0 as background; null takes them from the shards"""
 
 
@@ -35,11 +44,11 @@ class ModelConfig:
 class LossConfig:
     """Weighted BCE + Dice over the global batch (eqs. 5 to 8)."""
 
-    alpha: float = 0.5
+    alpha: float = setting(0.5, 0, 1)
     """weight of foreground pixels in BCE, 0 to 1; background gets 1 - alpha"""
-    beta: float = 1.0
+    beta: float = setting(1.0, 0)
     """weight of BCE beside Dice"""
-    eps: float = 1.0
+    eps: float = setting(1.0, 1e-12)
     """smoothing of Dice, in pixels"""
     class_weights: list[float] | None = None
     """weight of each class in Dice, made to sum to 1; null weighs them equally"""
@@ -51,25 +60,25 @@ class DataConfig:
 
     path: str = "data/coins"
     """folder or URL (s3://, gs://, http://) that holds train/ and val/, each with an index.json"""
-    builtin: Literal["coins"] | None = None
+    builtin: Literal["coins"] | None = setting(None, free=True)
     """built-in data to pack into `path` where no shards are there"""
-    crop: int = 128
+    crop: int = setting(128, 16, 65536)
     """height and width of training crops, pixels; smaller images are padded"""
-    foreground_crops: float = 0.5
+    foreground_crops: float = setting(0.5, 0, 1)
     """share of training crops laid around a foreground pixel, 0 to 1"""
-    copy_paste: float = 0.0
+    copy_paste: float = setting(0.0, 0, 1)
     """share of training crops that another sample of their shard is drawn for, whose objects are laid on, 0 to 1"""
     normalize: Literal["image", "dataset", "none"] = "image"
     """to mean 0, deviation 1 in each band: by each image's own statistics, or by the training set's"""
-    shuffle_window: int = 16
+    shuffle_window: int = setting(16, 1)
     """shards that are shuffled together; a reader has so many open, and twice as many in its cache"""
-    on_bad_sample: Literal["error", "skip"] = "error"
+    on_bad_sample: Literal["error", "skip"] = setting("error", free=True)
     """a sample that cannot be used ends the training, or is left out and listed in bad_samples.jsonl"""
-    loader_workers: int | None = None
+    loader_workers: int | None = setting(None, 0, 1024, free=True)
     """decoding processes beside each training worker; 0 decodes in the training process, null takes 0, with a GPU 4"""
-    cache_dir: str = "~/.cache/deepskip"
+    cache_dir: str = setting("~/.cache/deepskip", free=True)
     """folder on each machine for copies of remote shards, shared by its workers"""
-    cache_gb: float = 50.0
+    cache_gb: float = setting(50.0, 0, free=True)
     """size of all copies together, gigabytes; the least recently used go first"""
 
 
@@ -81,17 +90,17 @@ class AugmentConfig:
     """mirror left-right and up-down, each with probability 0.5"""
     rotate90: bool = True
     """turn by a random multiple of 90 degrees"""
-    rotate: float = 0.0
+    rotate: float = setting(0.0, 0, 180)
     """turn by up to this many degrees either way"""
-    scale: float = 0.0
+    scale: float = setting(0.0, 0, 0.9)
     """enlarge or shrink by up to this share: 0.2 means 0.8 to 1.25"""
-    brightness: float = 0.0
+    brightness: float = setting(0.0, 0, 10)
     """shift all bands by up to this many standard deviations"""
-    contrast: float = 0.0
+    contrast: float = setting(0.0, 0, 0.99)
     """multiply all bands by 1 - c to 1 + c"""
-    band_shift: float = 0.0
+    band_shift: float = setting(0.0, 0, 10)
     """shift each band on its own by up to this many standard deviations"""
-    noise: float = 0.0
+    noise: float = setting(0.0, 0, 10)
     """standard deviation of added Gaussian noise, in the image's standard deviations"""
 
 
@@ -102,23 +111,23 @@ class OptimConfig:
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon moves convolutions by orthogonalised momentum and the rest by Adam"""
 
-    steps: int = 600
+    steps: int = setting(600, 1)
     """optimizer steps of the whole training"""
-    global_batch_size: int = 8
+    global_batch_size: int = setting(8, 1)
     """samples in one step over all workers; which and how they are augmented does not depend on how many workers share it"""
-    learning_rate: float = 4e-3
+    learning_rate: float = setting(4e-3, 0, 10)
     """peak learning rate, of Adam; Muon's steps are five times that"""
-    momentum: float = 0.95
+    momentum: float = setting(0.95, 0, 0.99999999)
     """Muon's: it looks back some 1 / (1 - momentum) steps, which is long where there are few"""
-    warmup_steps: int = 50
+    warmup_steps: int = setting(50, 0)
     """steps of linear warm-up"""
-    final_learning_rate: float = 0.01
+    final_learning_rate: float = setting(0.01, 0, 1)
     """share of the peak that the cosine ends at"""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, 0, 10)
     """decoupled weight decay of convolution weights"""
-    clip_norm: float = 1.0
+    clip_norm: float = setting(1.0, 0)
     """largest norm of the gradient; 0 does not clip"""
-    ema_decay: float = 0.98
+    ema_decay: float = setting(0.98, 0, 0.99999999)
     """decay a step of the moving average of the weights that is validated and kept; 0 keeps the weights themselves"""
 
 
@@ -126,32 +135,32 @@ class OptimConfig:
 class RunConfig:
     """The run: its name, where it is stored, how often it looks up."""
 
-    name: str | None = None
+    name: str | None = setting(None, free=True)
     """name of the run and of its folder; null takes the config file's name, numbered on when that one is finished"""
-    storage: str = "runs"
+    storage: str = setting("runs", free=True)
     """folder of all runs; every worker must see it under this path"""
     seed: int = 0
     """seed of the weights, of the order of samples and of the augmentation"""
-    log_every: int = 10
+    log_every: int = setting(10, 1, free=True)
     """steps between logged training metrics"""
-    validate_every: int = 100
+    validate_every: int = setting(100, 1, free=True)
     """steps between validations"""
-    checkpoint_every: int = 100
+    checkpoint_every: int = setting(100, 1, free=True)
     """steps between checkpoints"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = setting(2, 1, free=True)
     """newest checkpoints that stay, beside the best"""
-    patience: int = 0
+    patience: int = setting(0, 0, free=True)
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: Literal["auto", "triton", "reference"] = setting("auto", free=True)
     """operators: auto takes Triton's on GPUs that can run them, on CPUs forms for CPUs, else plain PyTorch's"""
-    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting("none", free=True)
     """torch.compile of the training step's network by this mode; the last two replay it as CUDA graphs. Crops have one size, so
     it is compiled once; validation runs as it is where ema_decay is not 0"""
-    panels: int = 8
+    panels: int = setting(8, 0, 64)
     """validation images in the prediction panel"""
     experiment: str = "deepskip"
     """MLflow experiment"""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = setting(None, free=True)
     """MLflow tracking server; null takes MLFLOW_TRACKING_URI, else sqlite in `storage`; none does not track"""
 
 
@@ -162,19 +171,19 @@ class ClusterConfig:
     workers: int | tuple[int, int] | None = None
     """training processes, or [fewest, most]: goes on with fewer where machines are lost and takes new ones; null takes one
     a GPU, or 2 where there is no GPU (1 on a single core)"""
-    cpus_per_worker: float | None = None
+    cpus_per_worker: float | None = setting(None, 0.01)
     """CPU cores of each worker; null takes 1, and with --local all of this machine's, shared among its ranks"""
     gpu: bool | None = None
     """one GPU a worker; null uses GPUs where the cluster has any"""
-    wait_seconds: float = 20.0
+    wait_seconds: float = setting(20.0, 0)
     """how long to wait for the cluster to have what was asked for, before giving up"""
-    resize_seconds: float = 60.0
+    resize_seconds: float = setting(60.0, 1)
     """how often an elastic training looks for new machines; it grows by going back to its newest checkpoint"""
-    collective_timeout: float = 120.0
+    collective_timeout: float = setting(120.0, 1)
     """longest time that workers wait for each other, or do not answer Ray, before they count as lost, seconds"""
-    max_failures: int = 3
+    max_failures: int = setting(3, -1)
     """how often in a row, with no new checkpoint between, a training is restarted after a worker died; -1 for ever"""
-    recovery_seconds: float = 600.0
+    recovery_seconds: float = setting(600.0, 0)
     """how long a training waits for machines in place of lost ones before it gives up"""
 
 
@@ -188,53 +197,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-
-# (section.key, smallest, largest): jsonargparse checks the types, this the values
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("model.base_channels", 1, 1024),
-    ("model.levels", 3, 6),
-    ("model.enlarge", 1, 4),
-    ("model.in_channels", 1, 4096),
-    ("model.num_classes", 1, 255),
-    ("loss.alpha", 0, 1),
-    ("loss.beta", 0, float("inf")),
-    ("loss.eps", 1e-12, float("inf")),
-    ("data.crop", 16, 65536),
-    ("data.foreground_crops", 0, 1),
-    ("data.copy_paste", 0, 1),
-    ("data.loader_workers", 0, 1024),
-    ("data.shuffle_window", 1, float("inf")),
-    ("data.cache_gb", 0, float("inf")),
-    ("augment.rotate", 0, 180),
-    ("augment.scale", 0, 0.9),
-    ("augment.brightness", 0, 10),
-    ("augment.contrast", 0, 0.99),
-    ("augment.band_shift", 0, 10),
-    ("augment.noise", 0, 10),
-    ("optim.steps", 1, float("inf")),
-    ("optim.global_batch_size", 1, float("inf")),
-    ("optim.learning_rate", 0, 10),
-    ("optim.momentum", 0, 0.99999999),
-    ("optim.warmup_steps", 0, float("inf")),
-    ("optim.final_learning_rate", 0, 1),
-    ("optim.weight_decay", 0, 10),
-    ("optim.clip_norm", 0, float("inf")),
-    ("optim.ema_decay", 0, 0.99999999),
-    ("run.log_every", 1, float("inf")),
-    ("run.validate_every", 1, float("inf")),
-    ("run.checkpoint_every", 1, float("inf")),
-    ("run.keep_checkpoints", 1, float("inf")),
-    ("run.patience", 0, float("inf")),
-    ("run.panels", 0, 64),
-    ("cluster.cpus_per_worker", 0.01, float("inf")),
-    ("cluster.wait_seconds", 0, float("inf")),
-    ("cluster.max_failures", -1, float("inf")),
-    ("cluster.resize_seconds", 1, float("inf")),
-    ("cluster.collective_timeout", 1, float("inf")),
-    ("cluster.recovery_seconds", 0, float("inf")),
-)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"free": True})
 
 
 def workers_range(workers: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -242,16 +205,36 @@ def workers_range(workers: int | tuple[int, int] | None) -> tuple[int, int] | No
     return (workers, workers) if isinstance(workers, int) else workers and (workers[0], workers[1])
 
 
-def check_values(config: Config) -> None:
-    """Checks every value's range; raises ValueError that names all keys at fault, their values and what is allowed."""
+def faults_of(settings: Any, section: str = "") -> list[str]:
+    """Lists the settings of a dataclass, and of those in it, that are out of bounds: key, value and what is allowed."""
     faults = []
-    for name, low, high in _RANGES:
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
+    for each in fields(settings):
+        name, value = f"{section}{each.name}", getattr(settings, each.name)
+        if is_dataclass(value):
+            faults += faults_of(value, f"{name}.")
+            continue
+        low, high = each.metadata.get("low"), each.metadata.get("high")
         # not (a <= b) is true for nan too
-        if value is not None and not low <= value <= high:
-            allowed = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
-            faults.append(f"{name} is {value}; it must be {allowed}")
+        if low is not None and value is not None and not low <= value <= (value if high is None else high):
+            faults.append(
+                f"{name} is {value}; it must be " + (f"{low:g} or more" if high is None else f"{low:g} to {high:g}")
+            )
+    return faults
+
+
+def is_free(key: str) -> bool:
+    """Tells whether a run may be resumed with another value of a setting, `section.key`; an unknown one may not."""
+    section, _, name = key.partition(".")
+    outer = {each.name: each for each in fields(Config)}.get(section)
+    if outer is None:
+        return False
+    inner = {each.name: each for each in fields(outer.type)}.get(name)  # type: ignore[arg-type]
+    return bool(outer.metadata.get("free") or (inner and inner.metadata.get("free")))
+
+
+def check_values(config: Config) -> None:
+    """Checks every value's bounds; raises ValueError that names all keys at fault, their values and what is allowed."""
+    faults = faults_of(config)
     if (asked := workers_range(config.cluster.workers)) and not 1 <= asked[0] <= asked[1]:
         faults.append(f"cluster.workers is {config.cluster.workers}; it must be 1 or more, or [fewest, most]")
     if config.run.name is not None and (not config.run.name or "/" in config.run.name or config.run.name[0] == "."):

@@ -23,6 +23,7 @@ from data_shards.sample import BadSample
 from data_shards.scan import BrokenShard
 from data_shards.stream import Shards, whole_images
 from deepskip import figures
+from deepskip.config import setting
 from deepskip.inference import to_labels
 from deepskip.metrics import SegmentationMetrics, confusion_counts
 from deepskip.predictor import Predictor
@@ -46,13 +47,13 @@ class EvaluateConfig:
     """one split of shards, such as data/coins/test: folder or URL; null takes the validation split of the model's training"""
     out: Path | None = None
     """folder for the report; null takes evaluations/MODEL/SPLIT, with flips SPLIT-flips"""
-    threshold: float = 0.5
+    threshold: float = setting(0.5, 0, 1)
     """probability above which a pixel is foreground, where there are no classes"""
     flips: bool = False
     """average the probabilities of each image and its mirrorings, which takes four times as long"""
     size_edges: list[int] = field(default_factory=lambda: [16, 64, 256, 1024])
     """areas in pixels that part the sizes that objects are scored by"""
-    worst: int = 20
+    worst: int = setting(20, 0)
     """samples of the lowest IoU that are shown"""
     track: Literal["same", "new", "none"] = "same"
     """MLflow: into the run that trained the model, a new run, or not at all"""
@@ -66,7 +67,7 @@ class EvaluateConfig:
     """a sample that cannot be used ends the evaluation, or is left out and listed in the report"""
     cache_dir: str = storage.DEFAULT_CACHE
     """folder for copies of remote shards"""
-    cache_gb: float = 50.0
+    cache_gb: float = setting(50.0, 0)
     """size of all copies together, gigabytes"""
 
 
@@ -128,10 +129,6 @@ def read_settings(argv: list[str]) -> EvaluateConfig:
     """Reads and checks the settings; bad ones end the program."""
     config = parse_settings("evaluate", __doc__ or "", EvaluateConfig, argv)
     faults = []
-    if not 0 <= config.threshold < 1:
-        faults.append(f"threshold is {config.threshold}; it must be from 0 to under 1")
-    if config.worst < 0:
-        faults.append(f"worst is {config.worst}; it must be 0 or more")
     edges = config.size_edges
     if any(edge < 1 for edge in edges) or edges != sorted(set(edges)):
         faults.append(f"size_edges is {edges}; it must be areas of 1 pixel or more that ascend")

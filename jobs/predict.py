@@ -1,6 +1,5 @@
 """The prediction job: images of any number and size in, masks in their own formats out; safe to stop and to start again."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -8,11 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from jsonargparse import ArgumentParser
 
 from cluster.settings import LOOPBACK_ONLY
 from data_shards import storage
@@ -20,9 +17,9 @@ from jobs import models
 from jobs.prediction import done, inputs
 from jobs.prediction.features import join_coco
 from jobs.prediction.inputs import Item
-from jobs.prediction.options import Options, check_values
+from jobs.prediction.options import Options
 from jobs.prediction.progress import Progress
-from jobs.settings import NotHere, explain, stop
+from jobs.settings import NotHere, parse_settings, stop
 
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
@@ -30,45 +27,28 @@ INTERRUPTED = 128 + signal.SIGINT
 DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
-def build_parser() -> ArgumentParser:
-    """Builds the command line."""
-    parser = ArgumentParser(
-        prog="python -m jobs.predict",
-        description="Segments images with a trained model. The same command goes on where it was stopped.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings")
-    parser.add_argument(
-        "--checkpoint",
-        "--model",
-        required=True,
-        help="a run's folder (runs/NAME) or URL, a checkpoint file, or a name of MLflow's: a run's id, models:/NAME/VERSION",
-    )
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        required=True,
-        help="files, folders of them, Zarr arrays, folders of shards, and URLs of each",
-    )
-    parser.add_argument("--out", required=True, help="folder of the outputs, which every machine sees")
-    parser.add_class_arguments(Options)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Options):
+    """A prediction: the model, the images, and where the outputs go."""
+
+    checkpoint: str
+    """a run's folder (runs/NAME) or URL, a checkpoint file, or a name of MLflow's: a run's id, models:/NAME/VERSION"""
+    images: list[str]
+    """files, folders of them, Zarr arrays, folders of shards, and URLs of each"""
+    out: str
+    """folder of the outputs, which every machine sees"""
 
 
 def parse(argv: list[str] | None) -> tuple[str, list[str], Path, Options]:
     """Reads checkpoint, images, out and options; ends the program for what is wrong with them."""
-    parser = build_parser()
-    try:
-        parsed = parser.parse_args(argv)
-        options = Options(**{field.name: getattr(parsed, field.name) for field in fields(Options)})
-        check_values(options)
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        stop(explain(str(error)))
-    if storage.is_remote(parsed.out):
+    description = "Segments images with a trained model. The same command goes on where it was stopped."
+    config = parse_settings("predict", description, PredictConfig, sys.argv[1:] if argv is None else argv)
+    if storage.is_remote(config.out):
         stop(
-            f"--out is {parsed.out}; it must be a folder, which rasters can be written to piece by piece: copy it from there"
+            f"out is {config.out}; it must be a folder, which rasters can be written to piece by piece: copy it from there"
         )
-    return parsed.checkpoint, list(parsed.images), Path(parsed.out.removeprefix("file://")), options
+    options = Options(**{field.name: getattr(config, field.name) for field in fields(Options)})
+    return config.checkpoint, config.images, storage.local(config.out), options
 
 
 def check(argv: list[str]) -> None:
@@ -83,7 +63,7 @@ def read_checkpoint(run_or_path: str) -> dict[str, Any]:
     try:
         state = models.find(run_or_path).state
     except models.ModelNotFound as error:
-        stop(f"--checkpoint: {error}", NotHere)
+        stop(f"checkpoint: {error}", NotHere)
     # optimizer and random states need not travel
     weights = state["ema"] or state["model"]
     data = state["data"] | {

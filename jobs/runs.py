@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_shards import storage
+from deepskip.config import is_free
 from jobs.settings import differences, flatten
 
 RECORD = "run.json"
@@ -35,25 +36,6 @@ UNKNOWN_BEFORE = {
     "model.options": {},
     "optim.momentum": 0.95,
 }
-# these may change between the parts of one training
-FREE = (
-    "cluster.",
-    "run.name",
-    "run.storage",
-    "run.log_every",
-    "run.validate_every",
-    "run.checkpoint_every",
-    "run.patience",
-    "run.keep_checkpoints",
-    "run.compile",
-    "run.kernels",
-    "run.tracking_uri",
-    "data.loader_workers",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.on_bad_sample",
-    "data.builtin",
-)
 
 
 class RunError(ValueError):
@@ -118,9 +100,7 @@ def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any]
         return None
     before, now = UNKNOWN_BEFORE | flatten(earlier["config"]), flatten(config)
     changed = [
-        key
-        for key in differences(earlier["config"], config)
-        if not key.startswith(FREE) and before.get(key) != now.get(key)
+        key for key in differences(earlier["config"], config) if not is_free(key) and before.get(key) != now.get(key)
     ]
     longer = config["optim"]["steps"] > earlier["config"]["optim"]["steps"]
     if grow and longer and changed == ["optim.steps"]:

@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
+import json
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from data_shards import storage
 from deepskip import networks
-from deepskip.config import Config, check_values
+from deepskip.config import Config, check_values, faults_of
 
 T = TypeVar("T")
 # exit status of a program that SIGTERM has ended
@@ -108,13 +109,38 @@ def parse_settings(program: str, description: str, kind: type[T], argv: list[str
     # jobs that take a model call it by either name
     model = "model" if "model" in keys else "checkpoint"
     argv = [re.sub(r"^--(model|checkpoint)(?==|$)", f"--{model}", argument) for argument in argv]
+    lists = {f"--{field.name}" for field in fields(kind) if str(field.type).startswith("list[")}  # type: ignore[arg-type]
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(argv))
-        return kind(**{key: getattr(parsed, key) for key in keys})
+        parsed = parser.instantiate_classes(parser.parse_args(with_lists(argv, lists)))
+        settings = kind(**{key: getattr(parsed, key) for key in keys})
+        if faults := faults_of(settings):
+            raise ValueError("\n".join(faults))
+        return settings
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop(explain(str(error), keys))
     except yaml.YAMLError as error:
         stop(f"the config is no YAML: {' '.join(str(error).split())}")
+
+
+def with_lists(argv: Sequence[str], options: Collection[str]) -> list[str]:
+    """Makes one argument of the words behind an option that takes a list: --images a b becomes --images '["a", "b"]'."""
+    made, words = [], list(argv)
+    while words:
+        made.append(words.pop(0))
+        if made[-1] in options and words and not words[0].startswith("["):
+            taken = []
+            while words and not words[0].startswith("--"):
+                taken.append(words.pop(0))
+            made.append(json.dumps([json_value(word) for word in taken]))
+    return made
+
+
+def json_value(word: str) -> Any:
+    """Gives the number that a word is, or the word."""
+    try:
+        return json.loads(word) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) else word
+    except ValueError:
+        return word
 
 
 def explain(message: str, keys: Sequence[str] = KEYS) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from deepskip.config import setting
+
 
 @dataclass(frozen=True)
 class Options:
@@ -14,7 +16,7 @@ class Options:
     """also write pictures with the mask laid over the image, at most 2048 pixels a side"""
     polygons: Literal["none", "geojson", "coco"] = "none"
     """also write the outlines of all objects: a GeoJSON file an image, or one COCO file of all"""
-    threshold: float = 0.5
+    threshold: float = setting(0.5, 0, 1)
     """probability above which a pixel is foreground, for models of one class"""
     flips: bool = False
     """average the probabilities of each image and its mirrorings, which takes four times as long"""
@@ -22,39 +24,15 @@ class Options:
     """what the network computes in"""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; null takes a GPU where there is one"""
-    memory_gb: float | None = None
+    memory_gb: float | None = setting(None, 0.01)
     """what a process may take on its device for images and the network's maps; null takes 80 % of a GPU's free memory, and
     of a machine's the half of what is free for all processes there, but 3 GB at most"""
-    tile: int | None = None
+    tile: int | None = setting(None, 16, 2**20)
     """side of the tiles of large images, pixels; null finds the largest that fits into the memory"""
-    batch: int | None = None
+    batch: int | None = setting(None, 1, 65536)
     """most images or tiles that go through the network at once; null finds it from the memory"""
-    workers: int | None = None
+    workers: int | None = setting(None, 0, 65536)
     """processes on the Ray cluster at RAY_ADDRESS, or on a Ray of this machine; 0 works in this process without Ray; null takes
     one a GPU (or one a machine where there is none) of the cluster, and 0 where RAY_ADDRESS is not set"""
-    cpus_per_worker: float | None = None
+    cpus_per_worker: float | None = setting(None, 0.01)
     """CPU cores of each worker; null takes all of its machine's, shared among its GPUs"""
-
-
-# (setting, smallest, largest): jsonargparse checks the types, this the values
-RANGES: tuple[tuple[str, float, float], ...] = (
-    ("threshold", 0, 1),
-    ("memory_gb", 0.01, float("inf")),
-    ("tile", 16, 2**20),
-    ("batch", 1, 65536),
-    ("workers", 0, 65536),
-    ("cpus_per_worker", 0.01, float("inf")),
-)
-
-
-def check_values(options: Options) -> None:
-    """Raises ValueError that names all settings at fault, their values and what is allowed."""
-    faults = []
-    for name, low, high in RANGES:
-        value = getattr(options, name)
-        # not (a <= b) is true for nan too
-        if value is not None and not low <= value <= high:
-            allowed = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
-            faults.append(f"--{name} is {value}; it must be {allowed}")
-    if faults:
-        raise ValueError("\n".join(faults))

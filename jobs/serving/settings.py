@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import usable_cpus
+from deepskip.config import faults_of, setting
 from jobs.settings import NotHere, parse_settings, stop
 
 VARIABLE = "DEEPSKIP_TOKEN"
@@ -24,31 +25,31 @@ class ServeConfig:
     """MLflow's address, for names of its own; null takes $MLFLOW_TRACKING_URI, else the database in runs/"""
     host: str = "127.0.0.1"
     """address to listen on; any but this machine's own loopback needs a token"""
-    port: int = 8000
+    port: int = setting(8000, 0, 65535)
     """port to listen on; 0 takes a free one"""
     token_file: Path | None = None
     """file whose only line is the token that requests must carry; null takes $DEEPSKIP_TOKEN, if that is set"""
-    max_body_mb: float = 64
+    max_body_mb: float = setting(64, 0.001, 2000)
     """largest body of a request, MB; a larger one is refused before it is read (413)"""
-    max_megapixels: float = 32
+    max_megapixels: float = setting(32, 0.001, 268)
     """largest image, millions of pixels, however few bytes it is packed into (413)"""
-    max_waiting: int = 64
+    max_waiting: int = setting(64, 1, 100_000)
     """requests that may wait or run at once; further ones are turned away (429)"""
-    max_held_mb: float = 1024
+    max_held_mb: float = setting(1024, 0.001, 1e6)
     """bytes of bodies held at once, of all requests, MB; what does not fit is turned away (429)"""
-    body_seconds: float = 30
+    body_seconds: float = setting(30, 0.1, 3600)
     """a body must have come whole in this time (408), and an answer must have been taken in it"""
-    answer_seconds: float = 120
+    answer_seconds: float = setting(120, 0.1, 3600)
     """an answer must be ready in this time (504)"""
-    batch: int = 8
+    batch: int = setting(8, 1, 1024)
     """images of one size that go through the network together, at most"""
-    batch_wait: float = 0.005
+    batch_wait: float = setting(0.005, 0, 10)
     """seconds that the first image of a batch waits for others"""
-    replicas: int = 1
+    replicas: int = setting(1, 1, 10_000)
     """copies of the model, over the whole cluster"""
-    cpus: int | None = None
+    cpus: int | None = setting(None, 1, 1024)
     """CPU cores of each replica; null shares out this machine's"""
-    gpus: float | None = None
+    gpus: float | None = setting(None, 0, 64)
     """GPUs of each replica; null takes 1 where this machine has one, else 0"""
 
     @property
@@ -60,23 +61,6 @@ class ServeConfig:
     def max_pixels(self) -> int:
         """Largest image, pixels."""
         return int(self.max_megapixels * 1e6)
-
-
-# what each number may be, both ends included
-RANGES = {
-    "port": (0, 65535),
-    "max_body_mb": (0.001, 2000),
-    "max_megapixels": (0.001, 268),
-    "max_waiting": (1, 100_000),
-    "max_held_mb": (0.001, 1e6),
-    "body_seconds": (0.1, 3600),
-    "answer_seconds": (0.1, 3600),
-    "batch": (1, 1024),
-    "batch_wait": (0, 10),
-    "replicas": (1, 10_000),
-    "cpus": (1, 1024),
-    "gpus": (0, 64),
-}
 
 
 def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
@@ -92,12 +76,8 @@ def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
 
 
 def check_values(config: ServeConfig) -> None:
-    """Ends the program where a number is out of its range."""
-    faults = []
-    for key, (low, high) in RANGES.items():
-        value = getattr(config, key)
-        if value is not None and not low <= value <= high:
-            faults.append(f"{key} is {value:g}; it must be from {low:g} to {high:g}")
+    """Ends the program where a number is out of its bounds."""
+    faults = faults_of(config)
     if config.max_held_mb < config.max_body_mb:
         faults.append(
             f"max_held_mb is {config.max_held_mb:g}; one body of max_body_mb ({config.max_body_mb:g}) must fit"

@@ -214,7 +214,7 @@ def pieces(data: bytes) -> tuple[bytes, bytes]:
         (["--host", "0.0.0.0"], "", "host is 0.0.0.0, which other machines reach, and there is no token"),
         (["--host", "0.0.0.0"], "short", "16 or more"),
         (["--token_file", "/nowhere"], "", "token_file is /nowhere"),
-        (["--batch", "0"], "", "batch is 0; it must be from 1"),
+        (["--batch", "0"], "", "batch is 0; it must be 1 to 1024"),
         (["--max_held_mb", "1"], "", "one body of max_body_mb"),
         (["--max_waitign", "3"], "", "max_waitign is no setting (did you mean max_waiting"),
         (["--port", "many"], "", "port is 'many'; it must be"),

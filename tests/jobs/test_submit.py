@@ -30,7 +30,7 @@ def test_unknown_jobs_are_named_with_those_there_are(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         main(["trian"])
     assert stopped.value.code == 2
-    assert "there is no job trian; jobs are evaluate, export, predict, serve, train" in capsys.readouterr().err
+    assert "there is no job trian; jobs are compare, evaluate, export, predict, serve, train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["", "http://127.0.0.1:1"])
