@@ -10,6 +10,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data_shards import storage
+from data_shards.dataset import ON_BAD_SAMPLE
 from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index
 from data_shards.indexing import BAD_SAMPLES, IndexingError, index_shards
 from data_shards.inspection import contents, describe, plan, preview, verify
@@ -22,7 +23,6 @@ from data_shards.sources.coco import pack_coco
 from data_shards.sources.coins import coins
 from data_shards.sources.folder import pack_folder
 from data_shards.sources.split import SPLITS, PackError
-from data_shards.stream import ON_BAD_SAMPLE
 from data_shards.writer import write_shards
 
 CACHE_GB = 50

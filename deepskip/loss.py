@@ -48,11 +48,13 @@ class BCEDiceLoss(nn.Module):
             raise ValueError(f"class_weights are {list(class_weights)}; none may be negative, one must be positive")
         self.alpha, self.beta, self.ignore_index, self.eps = alpha, beta, ignore_index, eps
         self.class_weights = None if class_weights is None else tuple(class_weights)
-        self.Q: Tensor
+        self.normalized_weights: Tensor
         if class_weights is not None:
             # copied to a device once, not with every loss
             self.register_buffer(
-                "Q", torch.tensor(class_weights, dtype=torch.float64) / sum(class_weights), persistent=False
+                "normalized_weights",
+                torch.tensor(class_weights, dtype=torch.float64) / sum(class_weights),
+                persistent=False,
             )
 
     def parts(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossParts:
@@ -73,14 +75,14 @@ class BCEDiceLoss(nn.Module):
 
     def from_sums(self, sums: Tensor) -> LossParts:
         """Makes the loss of the sums (2 + 3 V,) that `kernels.bce_dice_sums` returns."""
-        Q = None
+        weights = None
         if self.class_weights is not None:
             V = (len(sums) - 2) // 3
             if len(self.class_weights) != V:
                 raise ValueError(f"{len(self.class_weights)} class_weights for {V} classes")
-            self.Q = self.Q.to(sums.device)
-            Q = self.Q.to(sums.dtype)
-        return LossParts(*kernels.loss_of_sums(sums, Q, self.beta, self.eps))
+            self.normalized_weights = self.normalized_weights.to(sums.device)
+            weights = self.normalized_weights.to(sums.dtype)
+        return LossParts(*kernels.loss_of_sums(sums, weights, self.beta, self.eps))
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Computes the loss: logits (N, V, H, W), target (N, H, W) or (N, V, H, W), sample_weight (N,) -> scalar."""

@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data_shards import storage
+from data_shards.dataset import Shards
 from data_shards.index import BrokenIndex, MissingIndex
 from data_shards.sample import BadSample
 from data_shards.scan import BrokenShard
-from data_shards.stream import Shards, whole_images
+from data_shards.stream import whole_images
 from deepskip import figures
 from deepskip.config import setting
 from deepskip.inference import to_labels

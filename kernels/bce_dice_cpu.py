@@ -188,11 +188,14 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.sums, ctx.beta, ctx.eps = sums.tolist(), beta, eps
         V = (len(ctx.sums) - 2) // 3
-        ctx.Q = [1 / V] * V if class_weights is None else class_weights.tolist()
+        ctx.class_weights = [1 / V] * V if class_weights is None else class_weights.tolist()
         bce_sum, count, *rest = ctx.sums
         bce = bce_sum / max(count, TINY)
-        to, oo, tt = rest[:V], rest[V : 2 * V], rest[2 * V :]
-        dice = 1 - sum(q * (2 * x + eps) / (y + z + eps) for q, x, y, z in zip(ctx.Q, to, oo, tt, strict=True))
+        intersection, prediction_sq, target_sq = rest[:V], rest[V : 2 * V], rest[2 * V :]
+        dice = 1 - sum(
+            q * (2 * x + eps) / (y + z + eps)
+            for q, x, y, z in zip(ctx.class_weights, intersection, prediction_sq, target_sq, strict=True)
+        )
         return sums.new_tensor(beta * bce + dice), sums.new_tensor(bce), sums.new_tensor(dice)
 
     @staticmethod
@@ -200,14 +203,17 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g_loss, g_bce, g_dice = (0.0 if grad is None else grad.item() for grad in grads)
         g_bce, g_dice = g_loss * ctx.beta + g_bce, g_loss + g_dice
-        V = len(ctx.Q)
+        V = len(ctx.class_weights)
         bce_sum, count, *rest = ctx.sums
-        to, oo, tt = rest[:V], rest[V : 2 * V], rest[2 * V :]
-        sizes = [y + z + ctx.eps for y, z in zip(oo, tt, strict=True)]
-        d_to = [-2 * g_dice * q / size for q, size in zip(ctx.Q, sizes, strict=True)]
-        d_size = [g_dice * q * (2 * x + ctx.eps) / size**2 for q, x, size in zip(ctx.Q, to, sizes, strict=True)]
+        intersection, prediction_sq, target_sq = rest[:V], rest[V : 2 * V], rest[2 * V :]
+        sizes = [y + z + ctx.eps for y, z in zip(prediction_sq, target_sq, strict=True)]
+        d_intersection = [-2 * g_dice * q / size for q, size in zip(ctx.class_weights, sizes, strict=True)]
+        d_size = [
+            g_dice * q * (2 * x + ctx.eps) / size**2
+            for q, x, size in zip(ctx.class_weights, intersection, sizes, strict=True)
+        ]
         d_count = -g_bce * bce_sum / count**2 if count > TINY else 0.0
-        return torch.tensor([g_bce / max(count, TINY), d_count, *d_to, *d_size, *d_size]), None, None, None
+        return torch.tensor([g_bce / max(count, TINY), d_count, *d_intersection, *d_size, *d_size]), None, None, None
 
 
 def loss_of_sums(

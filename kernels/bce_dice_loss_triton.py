@@ -18,14 +18,14 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 @triton.jit
 def _loss_of_sums(s_ptr, q_ptr, loss_ptr, bce_ptr, dice_ptr, V, beta, eps, HAS_Q: tl.constexpr, CLASSES: tl.constexpr):
     v = tl.arange(0, CLASSES)
-    to = tl.load(s_ptr + 2 + v, mask=v < V, other=0.0)
-    oo = tl.load(s_ptr + 2 + V + v, mask=v < V, other=0.0)
-    tt = tl.load(s_ptr + 2 + 2 * V + v, mask=v < V, other=0.0)
+    intersection = tl.load(s_ptr + 2 + v, mask=v < V, other=0.0)
+    prediction_sq = tl.load(s_ptr + 2 + V + v, mask=v < V, other=0.0)
+    target_sq = tl.load(s_ptr + 2 + 2 * V + v, mask=v < V, other=0.0)
     q = tl.where(v < V, 1.0 / V, 0.0)
     if HAS_Q:
         q = tl.load(q_ptr + v, mask=v < V, other=0.0)
     bce = tl.load(s_ptr) / tl.maximum(tl.load(s_ptr + 1), TINY)
-    dice = 1.0 - tl.sum(q * (2.0 * to + eps) / (tt + oo + eps))
+    dice = 1.0 - tl.sum(q * (2.0 * intersection + eps) / (target_sq + prediction_sq + eps))
     tl.store(loss_ptr, beta * bce + dice)
     tl.store(bce_ptr, bce)
     tl.store(dice_ptr, dice)
@@ -37,9 +37,9 @@ def _loss_of_sums_gradient(
     HAS_LOSS: tl.constexpr, HAS_BCE: tl.constexpr, HAS_DICE: tl.constexpr, HAS_Q: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     v = tl.arange(0, CLASSES)
-    to = tl.load(s_ptr + 2 + v, mask=v < V, other=0.0)
-    oo = tl.load(s_ptr + 2 + V + v, mask=v < V, other=0.0)
-    tt = tl.load(s_ptr + 2 + 2 * V + v, mask=v < V, other=0.0)
+    intersection = tl.load(s_ptr + 2 + v, mask=v < V, other=0.0)
+    prediction_sq = tl.load(s_ptr + 2 + V + v, mask=v < V, other=0.0)
+    target_sq = tl.load(s_ptr + 2 + 2 * V + v, mask=v < V, other=0.0)
     q = tl.where(v < V, 1.0 / V, 0.0)
     if HAS_Q:
         q = tl.load(q_ptr + v, mask=v < V, other=0.0)
@@ -55,8 +55,8 @@ def _loss_of_sums_gradient(
     pixels = tl.maximum(count, TINY)
     tl.store(ds_ptr, g_bce / pixels)
     tl.store(ds_ptr + 1, tl.where(count > TINY, -g_bce * bce / pixels / pixels, 0.0))
-    size = tt + oo + eps
-    d_size = g_dice * q * (2.0 * to + eps) / size / size
+    size = target_sq + prediction_sq + eps
+    d_size = g_dice * q * (2.0 * intersection + eps) / size / size
     tl.store(ds_ptr + 2 + v, -2.0 * g_dice * q / size, mask=v < V)
     tl.store(ds_ptr + 2 + V + v, d_size, mask=v < V)
     tl.store(ds_ptr + 2 + 2 * V + v, d_size, mask=v < V)

@@ -78,9 +78,9 @@ def _sigmoid_sums(
         weight = tl.load(w_ptr + n).to(tl.float32)
     bce = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
-    to = tl.zeros((BLOCK,), tl.float32)
-    oo = tl.zeros((BLOCK,), tl.float32)
-    tt = tl.zeros((BLOCK,), tl.float32)
+    intersection = tl.zeros((BLOCK,), tl.float32)
+    prediction_sq = tl.zeros((BLOCK,), tl.float32)
+    target_sq = tl.zeros((BLOCK,), tl.float32)
     start = (tl.program_id(0) % programs).to(tl.int64) * BLOCK
     while start < pixels:
         p = start + tl.arange(0, BLOCK)
@@ -97,17 +97,17 @@ def _sigmoid_sums(
         # -log sigmoid(z) = max(-z, 0) + log(1 + exp(-|z|))
         bce += w * (alpha * t * (tl.maximum(-z, 0.0) + rest) + (1.0 - alpha) * (1.0 - t) * (tl.maximum(z, 0.0) + rest))
         count += w
-        to += w * t * o
-        oo += w * o * o
-        tt += w * t * t
+        intersection += w * t * o
+        prediction_sq += w * o * o
+        target_sq += w * t * t
         start += programs * BLOCK
     row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
     # a class has bce and count of its own here; they are added up with the rows
     tl.store(row + v, tl.sum(bce))
     tl.store(row + V + v, tl.sum(count))
-    tl.store(row + 2 * V + v, tl.sum(to))
-    tl.store(row + 3 * V + v, tl.sum(oo))
-    tl.store(row + 4 * V + v, tl.sum(tt))
+    tl.store(row + 2 * V + v, tl.sum(intersection))
+    tl.store(row + 3 * V + v, tl.sum(prediction_sq))
+    tl.store(row + 4 * V + v, tl.sum(target_sq))
 
 
 @triton.jit
@@ -185,9 +185,9 @@ def _softmax_sums(
 ):  # fmt: skip
     bce = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
-    to = tl.zeros((CLASSES,), tl.float32)
-    oo = tl.zeros((CLASSES,), tl.float32)
-    tt = tl.zeros((CLASSES,), tl.float32)
+    intersection = tl.zeros((CLASSES,), tl.float32)
+    prediction_sq = tl.zeros((CLASSES,), tl.float32)
+    target_sq = tl.zeros((CLASSES,), tl.float32)
     n = (tl.program_id(0) // programs).to(tl.int64)
     start = (tl.program_id(0) % programs).to(tl.int64) * BLOCK
     while start < pixels:
@@ -199,17 +199,17 @@ def _softmax_sums(
         bce += w * tl.where(label != 0, alpha, 1.0 - alpha) * -log_o
         count += w
         weighed = tl.where(t, w[None, :], 0.0)
-        to += tl.sum(weighed * o, axis=1)
-        oo += tl.sum(w[None, :] * o * o, axis=1)
-        tt += tl.sum(weighed, axis=1)
+        intersection += tl.sum(weighed * o, axis=1)
+        prediction_sq += tl.sum(w[None, :] * o * o, axis=1)
+        target_sq += tl.sum(weighed, axis=1)
         start += programs * BLOCK
     row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
     v = tl.arange(0, CLASSES)
     tl.store(row, tl.sum(bce))
     tl.store(row + 1, tl.sum(count))
-    tl.store(row + 2 + v, to, mask=v < V)
-    tl.store(row + 2 + V + v, oo, mask=v < V)
-    tl.store(row + 2 + 2 * V + v, tt, mask=v < V)
+    tl.store(row + 2 + v, intersection, mask=v < V)
+    tl.store(row + 2 + V + v, prediction_sq, mask=v < V)
+    tl.store(row + 2 + 2 * V + v, target_sq, mask=v < V)
 
 
 @triton.jit

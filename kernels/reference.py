@@ -171,9 +171,9 @@ def loss_of_sums(
 
     sums: (2 + 3 V,). class_weights: (V,), Q_v of eq. 7, sum 1; equal where None. eps: smoothing of Dice, in pixels.
     """
-    to, oo, tt = sums[2:].view(3, -1)
+    intersection, prediction_sq, target_sq = sums[2:].view(3, -1)
     # a batch without a single counted pixel has loss 0 from BCE, not nan
     bce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
-    Q = 1 / len(to) if class_weights is None else class_weights
-    dice = 1 - (Q * (2 * to + eps) / (tt + oo + eps)).sum()
+    weights = 1 / len(intersection) if class_weights is None else class_weights
+    dice = 1 - (weights * (2 * intersection + eps) / (target_sq + prediction_sq + eps)).sum()
     return beta * bce + dice, bce, dice

@@ -23,9 +23,10 @@ import pyarrow as pa
 from data_shards import storage
 from data_shards.bench import readers, samples
 from data_shards.crops import Crops
+from data_shards.dataset import Shards
 from data_shards.index import SCHEMA, ShardEntry, load_index, save_index
 from data_shards.indexing import index_shards
-from data_shards.stream import Shards, train_batches
+from data_shards.stream import train_batches
 
 DELAY = 0.02
 Row = dict[str, Any]
@@ -187,7 +188,8 @@ def bench_s3(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 RESUME = """
 import sys, time
 from data_shards.crops import Crops
-from data_shards.stream import Shards, train_batches
+from data_shards.dataset import Shards
+from data_shards.stream import train_batches
 started = time.perf_counter()
 shards = Shards(sys.argv[1], "dataset", Crops(8, 0.5, 0))
 next(train_batches(shards, 0, 16, int(sys.argv[2]), 0, 1))

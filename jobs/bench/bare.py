@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from data_shards.crops import Crops
-from data_shards.stream import Shards, train_batches
+from data_shards.dataset import Shards
+from data_shards.stream import train_batches
 from deepskip.allocator import keep_freed_memory
 from deepskip.training_step import TrainingStep
 from jobs.settings import parse

@@ -9,10 +9,11 @@ import torch
 
 from data_shards import storage
 from data_shards.crops import Crops
+from data_shards.dataset import Shards
 from data_shards.index import BrokenIndex, Index, MissingIndex
 from data_shards.sample import BadSample
 from data_shards.scan import BrokenShard
-from data_shards.stream import Shards, train_batches, whole_images
+from data_shards.stream import train_batches, whole_images
 from deepskip import checkpoint, trainer
 from deepskip.config import Config
 from deepskip.training_step import DataInfo

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from data_shards.__main__ import main
+from data_shards.dataset import Shards
 from data_shards.sources.arrays import pack_arrays
 from data_shards.sources.split import PackError
-from data_shards.stream import Shards
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,10 @@ import webdataset
 from PIL import Image
 
 from data_shards.__main__ import main
+from data_shards.dataset import Shards
 from data_shards.index import load_index
 from data_shards.sources.coco import pack_coco
 from data_shards.sources.split import PackError
-from data_shards.stream import Shards
 
 RNG = np.random.default_rng(0)
 

@@ -7,10 +7,10 @@ import tifffile
 from PIL import Image
 
 from data_shards.__main__ import main
+from data_shards.dataset import Shards
 from data_shards.index import load_index
 from data_shards.order import Slot
 from data_shards.sources.folder import PackError, pack_folder
-from data_shards.stream import Shards
 
 SHARED = Path(os.environ.get("DEEPSKIP_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RNG = np.random.default_rng(0)

@@ -18,10 +18,11 @@ from PIL import Image
 
 from data_shards.__main__ import main
 from data_shards.crops import Crops
+from data_shards.dataset import Shards
 from data_shards.index import load_index
 from data_shards.indexing import IndexingError, index_shards
 from data_shards.scan import BrokenShard, scan_tar
-from data_shards.stream import Shards, train_batches
+from data_shards.stream import train_batches
 
 RNG = np.random.default_rng(0)
 

@@ -10,11 +10,12 @@ import torch
 import webdataset
 
 from data_shards.crops import Crops, Item, pasted, random_crop
+from data_shards.dataset import BrokenShard, Shards
 from data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
 from data_shards.inspection import verify
 from data_shards.order import Slot
 from data_shards.sample import BadSample, Sample
-from data_shards.stream import BrokenShard, Shards, train_batches, whole_images
+from data_shards.stream import train_batches, whole_images
 from data_shards.writer import write_shards
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from data_shards.__main__ import main
 from data_shards.crops import Crops
+from data_shards.dataset import Shards
 from data_shards.index import load_index
 from data_shards.sample import Sample
-from data_shards.stream import Shards, train_batches
+from data_shards.stream import train_batches
 from data_shards.writer import write_shards
 
 SLOW_PACK = """

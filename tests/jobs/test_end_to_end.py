@@ -22,9 +22,9 @@ from PIL import Image
 import deepskip
 from cluster.local import MARK
 from data_shards.__main__ import pack_coins
+from data_shards.dataset import Shards
 from data_shards.index import load_index
 from data_shards.order import Slot
-from data_shards.stream import Shards
 from deepskip import checkpoint
 from deepskip.complexity import conv_weights
 from deepskip.metrics import SegmentationMetrics

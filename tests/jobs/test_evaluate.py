@@ -12,10 +12,10 @@ from PIL import Image
 
 import deepskip
 from data_shards.__main__ import pack_coins
+from data_shards.dataset import Shards
 from data_shards.index import load_index
 from data_shards.order import Slot
 from data_shards.sample import Sample
-from data_shards.stream import Shards
 from data_shards.writer import write_shards
 from deepskip import checkpoint
 from jobs import evaluate, tracking

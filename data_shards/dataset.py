@@ -1,0 +1,323 @@
+"""One split of shards as a dataset: a batch of samples by their numbers, read by their place in the tar and checked."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data_shards import storage
+from data_shards.crops import Crops, Item, donor_of, pasted, random_crop
+from data_shards.index import Index, SampleEntry, load_index
+from data_shards.order import Slot
+from data_shards.preparation import band_statistics, resample_bands
+from data_shards.sample import BadSample, decode_image, decode_mask, npy_header
+from data_shards.scan import BrokenShard, digest
+
+NORMALIZATIONS = ("image", "dataset", "none")
+ON_BAD_SAMPLE = ("error", "skip")
+OPEN_SHARDS = 64
+# bytes between image and mask that are read along
+MAX_GAP = 65536
+Batch = dict[str, Any]
+
+
+class Shards(Dataset[Batch]):
+    """The samples of one split, read by their place in the tar and checked against the index.
+
+    folder: path or URL. normalize: whose mean and deviation go with each sample ("image": its own, over the whole image;
+    "dataset": the index's; "none": 0 and 1). num_classes: as the model's; the index's by default. crops: None gives whole
+    images. on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in the place and names the sample in the batch.
+    cache: where copies of remote shards are kept; needed for a URL.
+    `shards[slots]` is the batch of these places: {"image" (N, bands, H, W), in channels-last memory, "mask" (N, H, W) uint8,
+    "mean" and "std" (N, bands), "weight" (N,), "epoch", "sample", "key": lists of N, "bad": list of what was skipped}.
+    Raises BadSample or BrokenShard, which name shard and sample.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        normalize: str = "image",
+        crops: Crops | None = None,
+        num_classes: int | None = None,
+        on_bad_sample: str = "error",
+        cache: storage.Cache | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("normalize", normalize, NORMALIZATIONS),
+            ("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        self.folder, self.normalize, self.crops, self.cache = str(folder), normalize, crops, cache
+        self.on_bad_sample = on_bad_sample
+        self.index: Index = load_index(folder, cache)
+        self.num_classes = num_classes or self.index.num_classes
+        paste = crops is not None and crops.paste > 0
+        # a byte cannot hold what another image's contrast makes of an object
+        self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" and not paste else np.float32)
+        self.mean, self.std = (np.array(values, np.float32) for values in (self.index.mean, self.index.std))
+        # by process: descriptors do not survive being sent to a loader process
+        self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._broken: dict[int, BrokenShard] = {}
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getitem__(self, slots: Sequence[Slot]) -> Batch:
+        entries = self.index.entries([slot.sample for slot in slots])
+        weights = [float(slot.weight) for slot in slots]
+        bad: list[dict[str, Any]] = []
+        read = self.read_straight(entries)
+        if read is not None:
+            images, masks = read
+            means, stds = self.batch_statistics(images)
+        else:
+            items: list[Item | None] = []
+            for slot, entry in zip(slots, entries, strict=True):
+                try:
+                    items.append(self.item(slot, entry))
+                except (BadSample, BrokenShard) as error:
+                    if self.on_bad_sample == "error":
+                        raise
+                    weights[len(items)] = 0.0
+                    bad.append(self.report(slot, entry, error))
+                    items.append(None)
+            repeat = next((item for item in items if item is not None), None) or self.blank()
+            whole = [repeat if item is None else item for item in items]
+            images = np.stack([item.image for item in whole]).astype(self.image_dtype, copy=False)
+            masks = np.stack([item.mask for item in whole])
+            means, stds = np.stack([item.mean for item in whole]), np.stack([item.std for item in whole])
+        return {
+            # (N, H, W, bands) as it lies in the files is channels-last memory: no transposition anywhere
+            "image": torch.from_numpy(images).permute(0, 3, 1, 2),
+            "mask": torch.from_numpy(masks),
+            "mean": torch.from_numpy(means),
+            "std": torch.from_numpy(stds),
+            "weight": torch.tensor(weights),
+            "epoch": [slot.epoch for slot in slots],
+            "sample": [slot.sample for slot in slots],
+            "key": [entry.key for entry in entries],
+            "bad": bad,
+        }
+
+    # torch's loader asks for whole batches by this name
+    __getitems__ = __getitem__
+
+    def read_straight(self, entries: list[SampleEntry]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Reads a batch of .npy samples that have the crops' size from the files into the batch's memory, in one call each.
+
+        Gives images (N, H, W, bands) and masks (N, H, W); None where the samples are of another kind, or anything is wrong
+        with one: reading them one by one says what.
+        """
+        if self.crops is None or self.crops.paste or self.index.labels is not None:
+            return None
+        if any((entry.image.format, entry.mask.format) != ("npy", "npy") for entry in entries):
+            return None
+        N, size = len(entries), self.crops.size
+        images = np.empty((N, size, size, self.index.bands), self.image_dtype)
+        masks = np.empty((N, size, size), np.uint8)
+        image_header, mask_header = npy_header(images.shape[1:], images.dtype), npy_header(masks.shape[1:], masks.dtype)
+        image_length, mask_length = len(image_header) + images[0].nbytes, len(mask_header) + masks[0].nbytes
+        gap = bytearray(MAX_GAP)
+        header_found, mask_header_found = bytearray(len(image_header)), bytearray(len(mask_header))
+        try:
+            for i, (_, image, mask, expected, shard) in enumerate(entries):
+                between = mask.offset - image.offset - image.length
+                if (image.length, mask.length) != (image_length, mask_length) or not 0 <= between <= MAX_GAP:
+                    return None
+                image_bytes, mask_bytes = images[i].data.cast("B"), masks[i].data.cast("B")
+                parts = [header_found, image_bytes, memoryview(gap)[:between], mask_header_found, mask_bytes]
+                if os.preadv(self.open_shard(shard), parts, image.offset) != image_length + between + mask_length:
+                    return None
+                if header_found != image_header or mask_header_found != mask_header:
+                    return None
+                if digest((header_found, image_bytes, mask_header_found, mask_bytes)) != expected:
+                    return None
+        except (OSError, BrokenShard):
+            return None
+        highest = 1 if self.num_classes == 1 else self.num_classes - 1
+        if masks.max() > highest and ((masks > highest) & (masks != self.index.ignore_index)).any():
+            return None
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            return None
+        return images, masks
+
+    def item(self, slot: Slot, entry: SampleEntry) -> Item:
+        """Gives a sample, cropped and with another's objects laid on where crops are asked for."""
+        item = self.whole(entry)
+        if self.crops is None:
+            return item
+        crops, place = self.crops, [self.crops.seed, slot.epoch, slot.sample]
+        if item.mask.shape != (crops.size, crops.size):
+            item = self.cropped(item, crops, np.random.default_rng([*place, 0]))
+        if crops.paste:
+            # 1 is the augmentation's
+            rng = np.random.default_rng([*place, 2])
+            donor = donor_of(slot.sample, self.index.shard_range(entry.shard), crops.paste, rng)
+            if donor is not None and (other := self.donor(donor)) is not None:
+                turn = int(rng.integers(8))
+                # where its objects are
+                if other.mask.shape != (crops.size, crops.size):
+                    other = self.cropped(other, replace(crops, foreground=1.0), rng)
+                item = pasted(item, other, self.index.ignore_index, turn)
+        return item
+
+    def whole(self, entry: SampleEntry) -> Item:
+        """Gives a sample as it is stored, with its statistics."""
+        image, mask = self.read(entry)
+        return Item(image, mask, *self.statistics(image))
+
+    def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
+        """Cuts a sample to the crops' size."""
+        image, mask = random_crop(item.image, item.mask, crops, self.index.ignore_index, rng)
+        return item._replace(image=image, mask=mask)
+
+    def donor(self, sample: int) -> Item | None:
+        """Gives a sample to take objects from, whole; None for a bad one that is skipped: its own turn reports it."""
+        try:
+            return self.whole(self.index.entries([sample])[0])
+        except BadSample:
+            if self.on_bad_sample == "error":
+                raise
+            return None
+
+    def blank(self) -> Item:
+        """Gives an item without contents, for a batch that has no good sample at all."""
+        side, bands = self.crops.size if self.crops else 32, self.index.bands
+        mask = np.full((side, side), self.index.ignore_index, np.uint8)
+        image = np.zeros((side, side, bands), self.image_dtype)
+        return Item(image, mask, np.zeros(bands, np.float32), np.ones(bands, np.float32))
+
+    def report(self, slot: Slot, entry: SampleEntry, error: BadSample | BrokenShard) -> dict[str, Any]:
+        """Says which sample was skipped where and why."""
+        reason = error.reason if isinstance(error, BadSample) else str(error)
+        shard = self.index.shard_location(entry.shard)
+        return {"shard": shard, "key": entry.key, "epoch": slot.epoch, "reason": reason}
+
+    def read(self, entry: SampleEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Reads and checks one sample: image (H, W, bands) and mask (H, W) uint8."""
+        descriptor = self.open_shard(entry.shard)
+        try:
+            image, mask = decode_sample(descriptor, entry, self.index)
+            highest = 1 if self.num_classes == 1 else self.num_classes - 1
+            if mask.max() > highest:
+                wrong = mask[(mask > highest) & (mask != self.index.ignore_index)]
+                if wrong.size:
+                    raise ValueError(
+                        f"has label {wrong.max()}; with {self.num_classes} classes the highest is {highest}"
+                    )
+        except (ValueError, MemoryError) as error:
+            raise BadSample(self.index.shard_location(entry.shard), entry.key, str(error)) from error
+        return image, mask
+
+    def open_shard(self, number: int) -> int:
+        """Opens a shard for reading by place and keeps it open; fetches it first where it is remote.
+
+        Raises BrokenShard where it is gone or is not the file that was indexed.
+        """
+        key = os.getpid(), number
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        # one that is gone is not tried again for each of its samples
+        if number in self._broken:
+            raise self._broken[number]
+        try:
+            descriptor = self._open_file(number)
+        except BrokenShard as error:
+            self._broken[number] = error
+            raise
+        self._open[key] = descriptor
+        if len(self._open) > OPEN_SHARDS:
+            (owner, _), oldest = self._open.popitem(last=False)
+            if owner == os.getpid():
+                os.close(oldest)
+        return descriptor
+
+    def _open_file(self, number: int) -> int:
+        shard, location = self.index.shards[number], self.index.shard_location(number)
+        again = f"Put it back, or make a new index: python -m data_shards index {self.folder}"
+        try:
+            descriptor = None
+            while descriptor is None:
+                path = self.local_path(number)
+                try:
+                    descriptor = os.open(path, os.O_RDONLY)
+                except FileNotFoundError:
+                    # another process made room in the cache in between
+                    if not storage.is_remote(location):
+                        raise
+        except storage.ChangedFile as error:
+            raise BrokenShard(f"{error}. {again}") from error
+        except storage.StorageError as error:
+            raise BrokenShard(str(error)) from error
+        except OSError as error:
+            raise BrokenShard(f"{location} cannot be opened: {error.strerror or error}. {again}") from error
+        found = os.fstat(descriptor).st_size
+        if found != shard.bytes:
+            os.close(descriptor)
+            raise BrokenShard(f"{location} has {found} bytes where its index says {shard.bytes}. {again}")
+        return descriptor
+
+    def local_path(self, number: int) -> Path:
+        """Gives the path of a shard, or of its copy in the cache, fetching it first where that is not there."""
+        location, shard = self.index.shard_location(number), self.index.shards[number]
+        if not storage.is_remote(location):
+            return Path(location.removeprefix("file://"))
+        if self.cache is None:
+            raise ValueError(f"{location} is remote: reading it needs a cache")
+        return self.cache.fetch(location, shard.bytes, shard.sha256)
+
+    def batch_statistics(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the statistics of each image of a batch: two arrays (N, bands) float32."""
+        if self.normalize != "image":
+            N = len(images_NHWC)
+            mean, std = self.statistics(images_NHWC[0])
+            return np.repeat(mean[None], N, 0), np.repeat(std[None], N, 0)
+        found = [self.statistics(image) for image in images_NHWC]
+        return np.stack([mean for mean, _ in found]), np.stack([std for _, std in found])
+
+    def statistics(self, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the mean and deviation of each band to normalise by: two arrays (bands,) float32."""
+        bands = image_HWC.shape[2]
+        if self.normalize == "none":
+            return np.zeros(bands, np.float32), np.ones(bands, np.float32)
+        if self.normalize == "dataset":
+            return self.mean, self.std
+        mean, std = band_statistics(image_HWC)
+        return mean.astype(np.float32), std.astype(np.float32)
+
+
+def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a sample out of an open tar: image (H, W, bands) and mask (H, W) uint8 labels; raises ValueError."""
+    kinds = entry.image, entry.mask
+    start = min(member.offset for member in kinds)
+    span = max(member.offset + member.length for member in kinds) - start
+    # image and mask lie side by side as a rule: one read for both
+    if span <= entry.image.length + entry.mask.length + MAX_GAP:
+        data = memoryview(os.pread(descriptor, span, start))
+        parts = [data[m.offset - start : m.offset - start + m.length] for m in kinds]
+    else:
+        parts = [memoryview(os.pread(descriptor, m.length, m.offset)) for m in kinds]
+    for member, part in zip(kinds, parts, strict=True):
+        if len(part) != member.length:
+            raise ValueError(f"ends after {len(part)} of {member.length} bytes")
+    if digest(parts) != entry.digest:
+        raise ValueError("has other bytes than when it was indexed (xxh3 differs)")
+    image = decode_image(entry.image.format, parts[0])
+    mask = decode_mask(entry.mask.format, parts[1])
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
+    if image.shape[2] != index.bands:
+        if index.preparation["bands"] != index.bands:
+            raise ValueError(f"has {image.shape[2]} bands; the index says {index.bands}")
+        image = resample_bands(image, index.bands)
+    if index.labels is not None:
+        mask = index.labels.apply(mask)
+    return image, mask.astype(np.uint8, copy=False)
