@@ -140,12 +140,44 @@ def digest_of_state(state: dict[str, torch.Tensor]) -> str:
     return digest({name: digest(x.numpy()) for name, x in sorted(state.items())})
 
 
+def large_image() -> np.ndarray:
+    """Make an image (300, 260, 3) of bright squares in noise."""
+    rng = np.random.default_rng(1)
+    image = rng.normal(100, 20, (300, 260, 3))
+    for y, x, side in rng.integers((0, 0, 4), (280, 240, 20), (60, 3)):
+        image[y : y + side, x : x + side] += 45
+    return image.clip(0, 255).astype(np.uint8)
+
+
+# after 20 steps nothing is above 0.5, and little differs: a model whose head marks a tenth of an image shows more
+SHIFT = """
+import sys
+from pathlib import Path
+import numpy as np
+import deepskip
+from deepskip import checkpoint
+state, _ = checkpoint.newest(Path("runs/plain-1"))
+state["ema"] = None
+head = state["model"]
+head["head.weight"] *= 20
+checkpoint.save(state, Path("runs/shifted/checkpoints/best.pt"))
+p = deepskip.load("runs/shifted").predict_proba(np.load("large.npy")).astype(np.float64)
+head["head.bias"] -= float(np.quantile(np.log(p / (1 - p)), 0.9))
+checkpoint.save(state, Path("runs/shifted/checkpoints/best.pt"))
+"""
+
+
+def shift(checkout: Checkout) -> None:
+    """Make the model runs/shifted, which is runs/plain-1 with a head that marks more."""
+    np.save(checkout.folder / "large.npy", large_image())
+    subprocess.run([sys.executable, "-c", SHIFT], cwd=checkout.folder, env=checkout.environment, check=True)
+
+
 def predictions(checkout: Checkout) -> dict[str, Any]:
     """Predict whole, tiled, with flips, from GeoTIFF-like TIFFs, and with probabilities; the masks' digests by file."""
     folder = checkout.folder / "inputs"
     folder.mkdir()
-    rng = np.random.default_rng(1)
-    large = rng.normal(110, 35, (300, 260, 3)).clip(0, 255).astype(np.uint8)
+    large = large_image()
     Image.fromarray(large).save(folder / "large.png")
     place = [(33550, "d", 3, (2.0, 2.0, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 500000.0, 4600000.0, 0.0), True)]
     keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633)
@@ -160,7 +192,7 @@ def predictions(checkout: Checkout) -> dict[str, Any]:
         checkout.run(
             "jobs.predict",
             "--checkpoint",
-            "runs/plain-1",
+            "runs/shifted",
             "--images",
             "inputs",
             "--out",
@@ -192,7 +224,8 @@ def evaluation(checkout: Checkout) -> dict[str, Any]:
     found = {}
     for kind in SETTINGS:
         before = set(checkout.folder.rglob("*.json"))
-        checkout.run("jobs.evaluate", "--model", f"runs/{kind}-1", "--data", f"data/{kind}/val", "--track", "none")
+        model = "runs/shifted" if kind == "plain" else f"runs/{kind}-1"
+        checkout.run("jobs.evaluate", "--model", model, "--data", f"data/{kind}/val", "--track", "none")
         made = sorted(set(checkout.folder.rglob("*.json")) - before)
         texts = [without_times(json.loads(path.read_text())) for path in made]
         found[kind] = json.loads(json.dumps(texts).replace(str(checkout.folder), "HOME"))
@@ -240,7 +273,7 @@ def server(checkout: Checkout) -> Iterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = (checkout.folder / "serve.log").open("w")
-    command = [sys.executable, "-u", "-m", "jobs.serve", "--checkpoint", "runs/plain-1", "--port", str(port)]
+    command = [sys.executable, "-u", "-m", "jobs.serve", "--checkpoint", "runs/shifted", "--port", str(port)]
     process = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, stdout=log, stderr=log)
     try:
         for _ in range(1800):
@@ -300,6 +333,7 @@ def record(root: Path) -> dict[str, Any]:
             for workers in (1, 2):
                 found["trainings"][f"{kind}, {workers} workers"] = train(checkout, kind, workers)
         found["stream"] = stream(checkout)
+        shift(checkout)
         found["predictions"] = predictions(checkout)
         found["evaluation"] = evaluation(checkout)
         found["answers"] = answers(checkout)
