@@ -6,7 +6,6 @@ a Ray of its own; with --local it trains in this process, without Ray, and witho
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from data_shards.index import BrokenIndex, MissingIndex, load_index
 from deepskip.config import Config
 from jobs import report, runs
 from jobs.settings import NotHere, cache_of, listen_to_sigterm, parse, stop
+from jobs.training import unsent
 
 
 def check(argv: list[str]) -> None:
@@ -132,7 +132,7 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
         print(f"{error.folder} is finished already; this is its result")
         summary = runs.read_json(error.folder / runs.SUMMARY)
         report.print_table(summary)
-        send_late(error.folder, config)
+        unsent.send(error.folder, config)
         return summary
     except runs.RunError as error:
         stop(str(error))
@@ -162,35 +162,20 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
         raise
     finally:
         if tracker and (fault := tracker.finish(status)):
-            print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
+            print(unsent.NOT_TAKEN.format(uri=uri, fault=fault), flush=True)
             with suppress(OSError):
-                runs.write_json(run.folder / runs.UNSENT, {"status": status})
-    if run_id:
-        log_model(run, run_id)
+                unsent.note(run.folder, {"status": status})
     summary = runs.without_nan(summary)
+    if run_id:
+        # until it is there: a server may be slow, and this may be killed meanwhile
+        unsent.note(run.folder, {"model": True})
     runs.write_json(run.folder / runs.SUMMARY, summary)
+    if run_id and unsent.log_model(run.folder, run_id):
+        unsent.sent(run.folder, "model")
     report.print_table(summary)
     if argv is not None:
         report.print_next_steps(config, run, uri, argv)
     return summary
-
-
-def send_late(folder: Path, config: Config) -> None:
-    """Sends what MLflow did not take of a run that is finished, its status above all."""
-    from jobs import tracking
-
-    unsent = runs.read_json(folder / runs.UNSENT)
-    if not unsent:
-        return
-    uri = tracking.tracking_uri(folder.parent, config.run.tracking_uri)
-    run_id = runs.read_json(folder / runs.RECORD)["mlflow_run_id"]
-    validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
-    fault = tracking.Tracker(uri, run_id, validation.ignore_index, folder / runs.JOURNAL).finish(unsent["status"])
-    if fault:
-        print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
-        return
-    (folder / runs.UNSENT).unlink()
-    print(f"MLflow at {uri} has now what it did not take before")
 
 
 def absolute(path: str, key: str) -> Path:
@@ -212,23 +197,6 @@ def prepare_environment(collective_timeout: float) -> None:
         settings |= LOOPBACK_ONLY
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-
-
-def log_model(run: runs.Run, run_id: str) -> None:
-    """Logs the best checkpoint's model to MLflow; a server that is away costs a warning, not the training."""
-    from deepskip import checkpoint
-    from deepskip.inference import build_segmenter
-    from jobs import models, tracking
-
-    try:
-        state = checkpoint.load_for_inference(run.folder)
-        with tempfile.TemporaryDirectory(prefix="deepskip-model-") as folder:
-            path = Path(folder) / Path(models.CHECKPOINT).name
-            checkpoint.save(models.for_inference(state), path)
-            tracking.log_model(run_id, build_segmenter(state), path)
-    # mlflow, torch.export and the network each have their own errors; the checkpoint is safe on disk
-    except Exception as error:
-        print(f"warning: the model was not logged to MLflow: {' '.join(str(error).split())[:300]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 import deepskip
 from data_shards.__main__ import pack_coins
 from deepskip import checkpoint
-from jobs import runs
+from jobs import models, runs, train
+from jobs.training import unsent
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -134,3 +136,42 @@ def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             deepskip.train(config)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
+    coins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server of 8 s a request takes minutes for a model: the run is whole before it, and what is missing comes later."""
+    from jobs import tracking
+
+    log_model, left = tracking.log_model, threading.Event()
+    monkeypatch.setattr(unsent, "MODEL_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "log_model", lambda *arguments: left.wait(60))
+    before = signal.getsignal(signal.SIGTERM)
+    argv = [
+        "--local",
+        "--data.path",
+        str(coins / "coins"),
+        *SMALL,
+        "--optim.steps",
+        "2",
+        "--run.storage",
+        str(tmp_path),
+    ]
+    try:
+        train.main([*argv, "--run.name", "slow"])
+        folder = tmp_path / "slow"
+        assert "the model was not logged to MLflow: it takes more than 0.2 s" in capsys.readouterr().out
+        assert (folder / "summary.json").is_file()
+        assert runs.read_json(folder / unsent.FILE) == {"model": True}
+        left.set()
+        monkeypatch.setattr(unsent, "MODEL_SECONDS", 120.0)
+        monkeypatch.setattr(tracking, "log_model", log_model)
+        train.main([*argv, "--run.name", "slow"])
+        assert "has now what it did not take before" in capsys.readouterr().out
+        assert not (folder / unsent.FILE).exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    run_id = runs.read_json(folder / "run.json")["mlflow_run_id"]
+    model = models.load(run_id, tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert model.state["step"] == 2
