@@ -171,27 +171,6 @@ def best_interval(mtbf: float, checkpoint: float) -> float:
     return math.sqrt(2 * checkpoint * mtbf) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - checkpoint
 
 
-def simulated_goodput(
-    interval: float, mtbf: float, recovery: float, checkpoint: float, intervals: int, seed: int
-) -> float:
-    """Plays `intervals` of work with faults drawn one by one and gives the share of time that was kept work."""
-    random = np.random.default_rng(seed)
-    now, done = 0.0, 0
-    fault = random.exponential(mtbf)
-    while done < intervals:
-        if now + interval + checkpoint <= fault:
-            now += interval + checkpoint
-            done += 1
-            continue
-        now = fault
-        fault += random.exponential(mtbf)
-        while now + recovery > fault:
-            now = fault
-            fault += random.exponential(mtbf)
-        now += recovery
-    return intervals * interval / now
-
-
 def fitted_link(measured: list[tuple[float, float]], n: int) -> Link:
     """Fits a ring's latency and bandwidth to measured (bytes, seconds) of all-reduces over n; least relative squares."""
     size, seconds = np.array(measured, dtype=float).T

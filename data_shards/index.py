@@ -119,10 +119,6 @@ class Index:
     def _keys(self) -> Any:
         return self.samples["key"]
 
-    def shard_of(self, sample: int) -> int:
-        """Gives the number of the shard that holds a sample."""
-        return int(np.searchsorted(self._ends, sample, side="right"))
-
     def shard_range(self, shard: int) -> range:
         """Gives the sample numbers of a shard."""
         end = int(self._ends[shard])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,3 +52,12 @@ def evaluate(
     parts = criterion.from_sums(sums)
     result = metrics.compute()
     return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": int(count)}, panel
+
+
+def thumbnail(image_CHW: Tensor, maps_HW: dict[str, Any], side: int) -> dict[str, np.ndarray]:
+    """Keeps of an image and its maps what a panel shows: three bands (H, W, 3), every k-th pixel, at most `side` a side."""
+    bands, height, width = image_CHW.shape
+    step = -(-max(height, width) // side)
+    shown = image_CHW if bands <= 3 else image_CHW[[0, bands // 2, bands - 1]]
+    small = {name: np.array(values[::step, ::step]) for name, values in maps_HW.items()}
+    return {"image": np.array(shown[:, ::step, ::step].permute(1, 2, 0))} | small

@@ -25,6 +25,7 @@ from data_shards.scan import BrokenShard
 from data_shards.stream import whole_images
 from deepskip import figures
 from deepskip.config import setting
+from deepskip.evaluation import thumbnail
 from deepskip.inference import to_labels
 from deepskip.metrics import SegmentationMetrics, confusion_counts
 from deepskip.predictor import Predictor
@@ -230,22 +231,10 @@ def add(
     if either and worst:
         entry = (-iou, either, -scores.images)
         if len(scores.worst) < worst or entry > scores.worst[0][:3]:
-            shown = {"row": row, **picture(image, mask_HW, labels_HW)}
+            shown = {"row": row, **thumbnail(image, {"mask": mask_HW, "labels": labels_HW}, PICTURE_SIDE)}
             (heapq.heappush if len(scores.worst) < worst else heapq.heapreplace)(scores.worst, (*entry, shown))
     scores.images += 1
     return row
-
-
-def picture(image: torch.Tensor, mask_HW: np.ndarray, labels_HW: np.ndarray) -> dict[str, np.ndarray]:
-    """Keeps of an image what is drawn: three bands, at most PICTURE_SIDE pixels a side."""
-    bands = image.shape[0]
-    step = math.ceil(max(mask_HW.shape) / PICTURE_SIDE)
-    shown = image if bands <= 3 else image[[0, bands // 2, bands - 1]]
-    return {
-        "image": shown[:, ::step, ::step].permute(1, 2, 0).numpy().copy(),
-        "mask": mask_HW[::step, ::step].copy(),
-        "labels": labels_HW[::step, ::step].copy(),
-    }
 
 
 def describe(

@@ -1,6 +1,5 @@
 """One rank's share of a training, over shards, and what it tells while it trains; it knows nothing of Ray."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from data_shards.scan import BrokenShard
 from data_shards.stream import train_batches, whole_images
 from deepskip import checkpoint, trainer
 from deepskip.config import Config
+from deepskip.evaluation import thumbnail
 from deepskip.training_step import DataInfo
 from jobs import runs
 from jobs.settings import cache_of
@@ -97,7 +97,12 @@ def train(
 def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
     """Make an event of what the trainer observed."""
     if kind == "panel":
-        return Panel(step, [for_panel(item) for item in values["images"]])
+        # small enough to send
+        shown = [
+            thumbnail(one["image"], {name: one[name] for name in ("mask", "labels")}, PANEL_SIDE) | {"key": one["key"]}
+            for one in values["images"]
+        ]
+        return Panel(step, shown)
     if kind == "warning":
         return Warned(values["text"])
     return Measured("train" if kind == "train" else "validation", step, values)
@@ -108,16 +113,3 @@ def data_info(index: Index) -> DataInfo:
     return DataInfo(
         index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation
     )
-
-
-def for_panel(item: dict[str, Any]) -> dict[str, Any]:
-    """Make a validation image small enough to send: three bands, at most PANEL_SIDE pixels a side, numpy, (H, W, bands)."""
-    bands, height, width = item["image"].shape
-    step = math.ceil(max(height, width) / PANEL_SIDE)
-    shown = item["image"] if bands <= 3 else item["image"][[0, bands // 2, bands - 1]]
-    return {
-        "image": shown[:, ::step, ::step].permute(1, 2, 0).numpy(),
-        "mask": item["mask"][::step, ::step].numpy(),
-        "labels": item["labels"][::step, ::step].numpy(),
-        "key": item["key"],
-    }

@@ -15,7 +15,6 @@ from cluster.scale import (
     fitted_link,
     fitted_machine,
     goodput,
-    simulated_goodput,
     slowest_of,
     step,
     strong,
@@ -24,6 +23,27 @@ from cluster.scale import (
 
 INNER, OUTER = Link(1e-6, 100e9), Link(10e-6, 10e9)
 MACHINE = Machine(0.001, 0.002, 0.0, INNER, OUTER)
+
+
+def simulated_goodput(
+    interval: float, mtbf: float, recovery: float, checkpoint: float, intervals: int, seed: int
+) -> float:
+    """Plays `intervals` of work with faults drawn one by one and gives the share of time that was kept work."""
+    random = np.random.default_rng(seed)
+    now, done = 0.0, 0
+    fault = random.exponential(mtbf)
+    while done < intervals:
+        if now + interval + checkpoint <= fault:
+            now += interval + checkpoint
+            done += 1
+            continue
+        now = fault
+        fault += random.exponential(mtbf)
+        while now + recovery > fault:
+            now = fault
+            fault += random.exponential(mtbf)
+        now += recovery
+    return intervals * interval / now
 
 
 def test_all_reduce_by_hand() -> None:
