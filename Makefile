@@ -42,7 +42,7 @@ train: setup
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
-	$(addprefix jobs/test_,compare end_to_end local preemption) $(addprefix jobs/prediction/test_,memory resuming)))
+	$(addprefix jobs/test_,compare end_to_end local_training preemption) $(addprefix jobs/prediction/test_,memory resuming)))
 
 test: setup lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))

@@ -144,10 +144,8 @@ class Predictor:
         H, W = x.shape[-2:]
         bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
         if (bands or x.shape[1]) != x.shape[1] or max(H, W) > (longest_side or max(H, W)):
-            # integers stay integers, as in packed images
-            whole = not (image.dtype.is_floating_point if isinstance(image, Tensor) else image.dtype.kind == "f")
-            kind = np.int32 if whole else np.float32
-            images = [self.prepared(one) for one in x.permute(0, 2, 3, 1).cpu().numpy().astype(kind)]
+            # in its own dtype: integers stay integers, as in packed images
+            images = [self.prepared(one) for one in as_arrays(image)]
             x = torch.from_numpy(np.stack([np.moveaxis(one, 2, 0).astype(np.float32) for one in images]))
         # as many at a time as one large image would have pixels
         few = max(1, inference.most_pixels(self.network) // (x.shape[2] * x.shape[3]))
@@ -157,6 +155,18 @@ class Predictor:
         if isinstance(image, Tensor):
             return (result if image.ndim == 4 else result[0]).to(image.device)
         return np.ascontiguousarray((result if image.ndim == 4 else result[0]).cpu().numpy())
+
+
+def as_arrays(image: Image) -> np.ndarray:
+    """Gives one image or several as an array (N, H, W, C) of their own dtype; bool as uint8, short floats as fp32."""
+    if isinstance(image, Tensor):
+        # numpy has no bfloat16
+        array = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+        array = np.moveaxis(array, -3, -1)
+    else:
+        array = image[..., None] if image.ndim == 2 else image
+    array = array.astype(np.uint8) if array.dtype == bool else array
+    return array if array.ndim == 4 else array[None]
 
 
 def enlarged_to(p_NVHW: Tensor, height: int, width: int) -> Tensor:

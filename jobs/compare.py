@@ -4,7 +4,6 @@ Every cell is a training as `jobs.train --local` runs it, then `jobs.evaluate` o
 where it stopped. What comes of it are OUT/cells.csv, table.md and figure.svg.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +15,12 @@ from pathlib import Path
 from cluster.local import end_with_parent
 from jobs import evaluate, runs
 from jobs.comparison import table
-from jobs.comparison.grid import Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
+from jobs.comparison.grid import TEST, Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
 from jobs.runs import NOT_TRACKED
 from jobs.settings import stop
 
 LOG = "cell.log"
+RUNNING: set[subprocess.Popen[bytes]] = set()
 DESCRIPTION = "Trains and tests every network on every category with every seed; see docs/compare.md."
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def is_done(cell: Cell, grid: Grid) -> bool:
     """Tells whether a cell is trained and tested."""
-    return (cell.folder / grid.test / evaluate.REPORT).is_file()
+    return (cell.folder / TEST / evaluate.REPORT).is_file()
 
 
 def done_otherwise(cell: Cell, grid: Grid) -> str | None:
@@ -61,7 +61,7 @@ def done_otherwise(cell: Cell, grid: Grid) -> str | None:
     )
     if reason not in (None, runs.FINISHED):
         return f"{cell} {reason} than the grid"
-    before, now = read_cell(cell.folder), content_of(cell, grid)
+    before, now = read_cell(cell.folder) if is_done(cell, grid) else {}, content_of(cell, grid)
     changed = [key for key in now if key != "config" and before and before[key] != now[key]]
     return (
         f"{cell} was tested with {changed[0]} {before[changed[0]]}, the grid has {now[changed[0]]}" if changed else None
@@ -77,11 +77,17 @@ def outcomes(left: list[Cell], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
     if grid.ray:
         yield from over_ray(left, files, grid)
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // grid.workers)
-    with ThreadPoolExecutor(grid.workers) as pool:
-        started = {pool.submit(run_cell, file, threads): cell for file, cell in zip(files, left, strict=True)}
+    pool = ThreadPoolExecutor(grid.workers)
+    started = {pool.submit(run_cell, file): cell for file, cell in zip(files, left, strict=True)}
+    try:
         for future in as_completed(started):
             yield started[future], future.result()
+    finally:
+        # a grid that is stopped begins no further cell, and leaves none behind
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            process.terminate()
+        pool.shutdown()
 
 
 def make_experiments(left: list[Cell], grid: Grid) -> None:
@@ -98,22 +104,25 @@ def make_experiments(left: list[Cell], grid: Grid) -> None:
                 stop(str(error))
 
 
-def run_cell(file: Path, threads: int) -> str | None:
+def run_cell(file: Path) -> str | None:
     """Runs one cell in a process of its own, whose output goes beside its run; returns what went wrong, or None."""
     log = file.with_name(LOG)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("a") as output:
-        ended = subprocess.run(
+        begin = output.tell()
+        process = subprocess.Popen(
             [sys.executable, "-u", "-m", "jobs.comparison.cell", str(file)],
-            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, check=False,
+            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             # a grid that ends, however, leaves no training behind
             preexec_fn=end_with_parent(),
         )  # fmt: skip
-    if ended.returncode == 0:
+        RUNNING.add(process)
+        status = process.wait()
+        RUNNING.discard(process)
+    if status == 0:
         return None
-    said = [line for line in log.read_text().splitlines() if line.strip()]
+    said = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("error:")] or said
-    return f"exit status {ended.returncode}, {errors[-1] if errors else 'nothing said'} ({log})"
+    return f"exit status {status}, {errors[-1] if errors else 'nothing said'} ({log})"
 
 
 def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
@@ -125,7 +134,7 @@ def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[
 
     ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
     remote = ray.remote(num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=3)(run_cell)
-    running = {remote.remote(file, max(1, int(grid.cpus))): cell for file, cell in zip(files, left, strict=True)}
+    running = {remote.remote(file): cell for file, cell in zip(files, left, strict=True)}
     while running:
         (ended, *_), _ = ray.wait(list(running))
         cell = running.pop(ended)

@@ -32,7 +32,7 @@ from deepskip.predictor import Predictor
 from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
 from jobs import models, report, runs
-from jobs.settings import NotHere, parse_settings, stop
+from jobs.settings import NotHere, absolute, parse_settings, stop
 
 REPORT = "report.json"
 # longest side of the pictures of the worst samples, pixels
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     # a report with flips does not take the place of one without
     split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")
     folder = config.out or Path("evaluations") / found.title / split
+    absolute(str(folder), "out")
     started = time.perf_counter()
     try:
         # every file but the report itself first: with it the folder is whole

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepskip import checkpoint
+from deepskip import checkpoint, networks
 from deepskip.predictor import Predictor
 
 # where a logged model keeps the checkpoint that it was made from
@@ -63,6 +63,16 @@ def find(name: str | Path, tracking_uri: str | None = None) -> Found:
     MLflow's names: a run's id or runs:/ID, models:/NAME/VERSION, models:/NAME@ALIAS, models:/m-ID. tracking_uri: by default
     MLFLOW_TRACKING_URI, else the database in runs/.
     """
+    found = _found(name, tracking_uri)
+    config, data = found.state["config"], found.state["data"]
+    try:
+        networks.outline(config["model"], data["in_channels"], data["num_classes"])
+    except (ValueError, ImportError) as error:
+        raise ModelNotFound(f"{name} cannot be built here: {error}") from error
+    return found
+
+
+def _found(name: str | Path, tracking_uri: str | None) -> Found:
     text = str(name)
     if RUN_ID.fullmatch(text) or text.startswith(("runs:/", "models:/")):
         return _find_tracked(text, tracking_uri)

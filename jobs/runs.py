@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class BadSamples:
-    """The list of samples that a training left out, each once, in bad_samples.jsonl of its folder."""
+    """The samples that a training left out, each once, in bad_samples.jsonl of its folder; several ranks may add to it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / BAD_SAMPLES

@@ -6,7 +6,9 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
@@ -109,7 +111,12 @@ def parse_settings(program: str, description: str, kind: type[T], argv: list[str
     # jobs that take a model call it by either name
     model = "model" if "model" in keys else "checkpoint"
     argv = [re.sub(r"^--(model|checkpoint)(?==|$)", f"--{model}", argument) for argument in argv]
-    lists = {f"--{field.name}" for field in fields(kind) if str(field.type).startswith("list[")}  # type: ignore[arg-type]
+    # option by whether its list is of numbers
+    lists = {
+        f"--{field.name}": str(field.type) != "list[str]"
+        for field in fields(kind)  # type: ignore[arg-type]
+        if str(field.type).startswith("list[")
+    }
     try:
         parsed = parser.instantiate_classes(parser.parse_args(with_lists(argv, lists)))
         settings = kind(**{key: getattr(parsed, key) for key in keys})
@@ -122,8 +129,11 @@ def parse_settings(program: str, description: str, kind: type[T], argv: list[str
         stop(f"the config is no YAML: {' '.join(str(error).split())}")
 
 
-def with_lists(argv: Sequence[str], options: Collection[str]) -> list[str]:
-    """Makes one argument of the words behind an option that takes a list: --images a b becomes --images '["a", "b"]'."""
+def with_lists(argv: Sequence[str], options: Mapping[str, bool]) -> list[str]:
+    """Makes one argument of the words behind an option that takes a list: --images a b becomes --images '["a", "b"]'.
+
+    options: whether the list of each may hold numbers.
+    """
     made, words = [], list(argv)
     while words:
         made.append(words.pop(0))
@@ -131,7 +141,7 @@ def with_lists(argv: Sequence[str], options: Collection[str]) -> list[str]:
             taken = []
             while words and not words[0].startswith("--"):
                 taken.append(words.pop(0))
-            made.append(json.dumps([json_value(word) for word in taken]))
+            made.append(json.dumps([json_value(word) if options[made[-1]] else word for word in taken]))
     return made
 
 
@@ -208,5 +218,33 @@ def cache_of(config: Config) -> storage.Cache:
 
 
 def listen_to_sigterm() -> None:
-    """Convert SIGTERM to SystemExit, so that cleanup runs: a last checkpoint, and an ended MLflow run."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    """Convert SIGTERM to SystemExit, so that cleanup runs: a last checkpoint, and an ended MLflow run.
+
+    In another thread than the main one, as in a notebook's, signals are others' business.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Listen to SIGTERM while the block runs; whoever listened before does so after it."""
+    before = signal.getsignal(signal.SIGTERM)
+    listen_to_sigterm()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def absolute(path: str, key: str) -> Path:
+    """Makes a path absolute; ends the program where it is relative to a folder that Ray will remove."""
+    if storage.is_remote(path):
+        stop(
+            f"{key} is {path}: a job keeps its lock, its record and its tracking database beside the checkpoints, and needs a "
+            "file system for them; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
+        )
+    if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
+        stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
+    return Path(path).absolute()

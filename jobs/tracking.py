@@ -258,11 +258,12 @@ class Tracker:
         return None
 
 
-def log_model(run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
+def log_model(uri: str, run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
     """Logs a trained model, from raw images to probabilities, as an exported program of any batch, height and width.
 
     checkpoint_file: what it was made from; it is kept with the model, for `jobs.models`.
     """
+    use(uri)
     bands, classes = segmenter.bands, segmenter.num_classes
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, bands, -1, -1))]),
@@ -282,6 +283,16 @@ def log_model(run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
             extra_files=[str(checkpoint_file)],
             pip_requirements=requirements,
         )
+
+
+def terminate(uri: str, run_id: str) -> None:
+    """Set the status of a run that is done to finished."""
+    mlflow.MlflowClient(uri).set_terminated(run_id, "FINISHED")
+
+
+def is_of_the_server(error: Exception) -> bool:
+    """Tell whether an error is of MLflow or the way to it, which may be better later, and not of the model."""
+    return isinstance(error, mlflow.exceptions.MlflowException | OSError)
 
 
 def model_location(uri: str, model_id: str) -> str:

@@ -7,21 +7,19 @@ a Ray of its own; with --local it trains in this process, without Ray, and witho
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
 from data_shards import storage
 from data_shards.index import BrokenIndex, MissingIndex, load_index
+from deepskip import networks
 from deepskip.config import Config
 from jobs import report, runs
-from jobs.settings import NotHere, cache_of, listen_to_sigterm, parse, stop
-from jobs.training import unsent
+from jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
+from jobs.training.tracked import log_model, send_late, tracked
 
 
 def check(argv: list[str]) -> None:
@@ -36,6 +34,7 @@ def check_data(config: Config) -> None:
     """Ends the program where there are no shards (and none to be packed), or they do not fit the model."""
     path = config.data.path
     if config.data.builtin and not Path(path).exists():
+        check_network(config, 3, 1)
         return
     try:
         train, validation = (load_index(storage.join(path, split), cache_of(config)) for split in ("train", "val"))
@@ -64,6 +63,19 @@ def check_data(config: Config) -> None:
         )
     if faults:
         stop("\n".join(faults))
+    check_network(config, train.bands, train.num_classes)
+
+
+def check_network(config: Config, bands: int, num_classes: int) -> None:
+    """Ends the program where the network cannot be built for such data, or not as the settings say."""
+    try:
+        network = networks.outline(asdict(config.model), bands, num_classes)
+    except (ValueError, ImportError) as error:
+        stop(str(error))
+    if config.run.compile != "none" and networks.brings_loss(network):
+        stop(
+            f"run.compile is {config.run.compile}; {config.model.network} has a loss of its own, which is not compiled"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,62 +144,21 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
         print(f"{error.folder} is finished already; this is its result")
         summary = runs.read_json(error.folder / runs.SUMMARY)
         report.print_table(summary)
-        unsent.send(error.folder, config)
+        send_late(error.folder, config)
         return summary
     except runs.RunError as error:
         stop(str(error))
-    listen_to_sigterm()
-    untracked = config.run.tracking_uri == runs.NOT_TRACKED or (fit is not on_ray and find_spec("mlflow") is None)
-    tracking = None if untracked else import_module("jobs.tracking")
-    uri, run_id, tracker = None, None, None
-    if tracking:
-        uri = tracking.tracking_uri(folder, config.run.tracking_uri)
-        try:
-            run_id = tracking.start_run(uri, folder, config.run.experiment, run.name, run.mlflow_run_id, settings)
-        except tracking.TrackingUnreachable as error:
-            stop(str(error))
-        ignore_index = load_index(storage.join(config.data.path, "val"), cache_of(config)).ignore_index
-        tracker = tracking.Tracker(uri, run_id, ignore_index, run.folder / runs.JOURNAL)
-        tracker.start()
-    runs.record(run, settings, run_id)
-    status = "FAILED"
-    try:
-        with tracking.system_metrics(run_id) if tracking else nullcontext():
-            summary = fit(config, run, run_id, tracker)
-        summary = {"name": run.name, "mlflow_run_id": run_id} | summary
-        status = "FINISHED"
-    except (SystemExit, KeyboardInterrupt) as error:
-        # a fault that was told apart ends with 2; anything else is somebody stopping the job
-        status = "FAILED" if getattr(error, "code", None) == 2 else "KILLED"
-        raise
-    finally:
-        if tracker and (fault := tracker.finish(status)):
-            print(unsent.NOT_TAKEN.format(uri=uri, fault=fault), flush=True)
-            with suppress(OSError):
-                unsent.note(run.folder, {"status": status})
-    summary = runs.without_nan(summary)
-    if run_id:
-        # until it is there: a server may be slow, and this may be killed meanwhile
-        unsent.note(run.folder, {"model": True})
-    runs.write_json(run.folder / runs.SUMMARY, summary)
-    if run_id and unsent.log_model(run.folder, run_id):
-        unsent.sent(run.folder, "model")
+    with run.lock, ended_by_sigterm():
+        with tracked(config, run, settings, required=fit is on_ray) as mlflow_run:
+            summary = fit(config, run, mlflow_run.run_id, mlflow_run.tracker)
+        summary = runs.without_nan({"name": run.name, "mlflow_run_id": mlflow_run.run_id} | summary)
+        runs.write_json(run.folder / runs.SUMMARY, summary)
+        if mlflow_run.uri and mlflow_run.run_id:
+            log_model(run.folder, mlflow_run.uri, mlflow_run.run_id)
     report.print_table(summary)
     if argv is not None:
-        report.print_next_steps(config, run, uri, argv)
+        report.print_next_steps(config, run, mlflow_run.uri, argv)
     return summary
-
-
-def absolute(path: str, key: str) -> Path:
-    """Makes a path absolute; ends the program where it is relative to a folder that Ray will remove."""
-    if storage.is_remote(path):
-        stop(
-            f"{key} is {path}: a job keeps its lock, its record and its tracking database beside the checkpoints, and needs a "
-            "file system for them; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
-        )
-    if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
-        stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
-    return Path(path).absolute()
 
 
 def prepare_environment(collective_timeout: float) -> None:

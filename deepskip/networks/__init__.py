@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import nn
 
 from deepskip.config import ModelConfig
@@ -174,6 +175,15 @@ def build(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn
     return Enlarged(network, enlarge) if enlarge > 1 else network
 
 
+def outline(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:
+    """Build a network on the meta device: without memory for its weights, to see in time that it can be built.
+
+    Raises as `build` does. A network that a package adds may not be able to do without its weights: it is built with them.
+    """
+    with torch.device("cpu" if settings.get("network") in installed() else "meta"):
+        return build(settings, in_channels, num_classes)
+
+
 def check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError where the model section names no network that is known here, or settings that it does not have."""
     name, options = settings.get("network", DEFAULT), settings.get("options") or {}
@@ -225,7 +235,8 @@ def widths_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_width(what: str, value: Any, like: Any) -> None:
     """Raises ValueError unless the value is of the kind of a known one, and its numbers are 1 or more."""
     if isinstance(like, str):
-        right, allowed = isinstance(value, str), "a name"
+        # of timm's list: its own names could also name a file or a model hub, from which it would load
+        right, allowed = isinstance(value, str) and value in resnets(), "a ResNet of timm's: " + ", ".join(resnets())
     elif isinstance(like, tuple):
         right = isinstance(value, (list, tuple)) and len(value) == len(like) and all(map(is_positive, value))
         allowed = f"{len(like)} whole numbers, each 1 or more"
@@ -233,6 +244,11 @@ def check_width(what: str, value: Any, like: Any) -> None:
         right, allowed = is_positive(value), "a whole number, 1 or more"
     if not right:
         raise ValueError(f"{what} is {value!r}; it must be {allowed}")
+
+
+def resnets() -> tuple[str, ...]:
+    """Return the backbones that fcn, pspnet and mask_rcnn can have."""
+    return ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def is_positive(value: Any) -> bool:

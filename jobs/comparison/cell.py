@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_shards import storage
 from jobs import evaluate, runs
+from jobs.comparison.grid import TEST
 from jobs.settings import configured
 from jobs.train import train_here
 
@@ -20,19 +23,20 @@ def main() -> None:
     config = configured(cell["config"], str(path))
     train_here(config, folder.name)
     options = ["--model", str(folder), "--track", "none", "--flips", str(cell["flips"]).lower(), "--worst", "0"]
-    options += ["--on_bad_sample", config.data.on_bad_sample]
+    data = config.data
+    options += ["--on_bad_sample", data.on_bad_sample, "--cache_dir", data.cache_dir, "--cache_gb", str(data.cache_gb)]
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker or 1)))
     if config.cluster.gpu is False:
         options += ["--device", "cpu"]
     if cell["threshold"] == "validation":
-        report = test(folder, config.data.path, "val", options)
+        report = test(folder / "threshold", data.path, "val", options)
         if report["threshold"] is not None:
             options += ["--threshold", str(report["classes"][0]["best_threshold"])]
-    test(folder, config.data.path, cell["test"], options)
+    test(folder / TEST, data.path, cell["test"], options)
 
 
-def test(folder: Path, data: str, split: str, options: list[str]) -> dict[str, Any]:
+def test(out: Path, data: str, split: str, options: list[str]) -> dict[str, Any]:
     """Evaluate the cell's model on a split, unless that is done, and return the report."""
-    out = folder / split
     if not (out / evaluate.REPORT).is_file():
         evaluate.main([*options, "--data", storage.join(data, split), "--out", str(out)])
     return runs.read_json(out / evaluate.REPORT)

@@ -1,6 +1,7 @@
 """What a comparison is made of: networks, categories of data and seeds, and the ordinary training that each cell is."""
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any, Literal
 
 import yaml
 
+from deepskip import networks
 from deepskip.config import Config
 from jobs import runs
-from jobs.settings import configured, parse_settings, stop
+from jobs.settings import absolute, configured, parse_settings, stop
 
 CELL = "cell.json"
+# of a run's folder, where the report of its test is
+TEST = "test"
 
 
 @dataclass(kw_only=True)
@@ -77,7 +81,7 @@ class Cell:
 def read_grid(argv: list[str], description: str) -> Grid:
     """Read the grid from --config and the command line; bad input, of any cell, ends the program."""
     grid = parse_settings("compare", description, Grid, argv)
-    grid.out = grid.out.absolute()
+    grid.out = absolute(str(grid.out), "out")
     faults = [f"{name} is empty; a comparison needs one or more" for name in ("networks", "categories", "seeds")
               if not getattr(grid, name)]  # fmt: skip
     if grid.workers < 1:
@@ -92,7 +96,11 @@ def read_grid(argv: list[str], description: str) -> Grid:
     if faults:
         stop("\n".join(faults))
     # each names what is wrong with it
-    list(cells(grid))
+    for cell in {cell.network: cell for cell in cells(grid)}.values():
+        try:
+            networks.outline(asdict(cell.config.model), 3, 1)
+        except (ValueError, ImportError) as error:
+            stop(f"networks.{cell.network}: {error}")
     return grid
 
 
@@ -110,7 +118,7 @@ def cells(grid: Grid) -> Iterator[Cell]:
                 settings = merged(merged(common, row.settings), {"run": run})
                 config = configured(settings, f"networks.{name} on {category}")
                 if "://" not in config.data.path:
-                    config.data.path = str(Path(config.data.path).absolute())
+                    config.data.path = str(absolute(config.data.path, f"data.path of {category}"))
                 yield Cell(category, name, seed, storage / f"seed-{seed}", config, row.flips)
 
 
@@ -145,7 +153,15 @@ def write_cell(cell: Cell, grid: Grid) -> Path:
 
 def content_of(cell: Cell, grid: Grid) -> dict[str, Any]:
     """Return what the process of a cell is told."""
-    return {"config": asdict(cell.config), "flips": cell.flips, "test": grid.test, "threshold": grid.threshold}
+    config = asdict(cell.config)
+    if config["cluster"]["cpus_per_worker"] is None:
+        config["cluster"]["cpus_per_worker"] = threads_of(grid)
+    return {"config": config, "flips": cell.flips, "test": grid.test, "threshold": grid.threshold}
+
+
+def threads_of(grid: Grid) -> int:
+    """Return the CPU cores of a cell."""
+    return max(1, int(grid.cpus) if grid.ray else len(os.sched_getaffinity(0)) // grid.workers)
 
 
 def read_cell(folder: Path) -> dict[str, Any]:

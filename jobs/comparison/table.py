@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from data_shards import storage
 from deepskip.figures import CLASS_COLOURS
 from jobs import evaluate, runs
-from jobs.comparison.grid import Grid, cells
+from jobs.comparison.grid import TEST, Grid, cells
 
 METRICS = ("iou", "dice", "precision", "recall", "object_recall", "false_alarms_per_image")
 Result = dict[str, Any]
@@ -23,7 +23,7 @@ def collect(grid: Grid) -> list[Result]:
     """Read what the cells that are done came to, a flat record each."""
     results = []
     for cell in cells(grid):
-        report = runs.read_json(cell.folder / grid.test / evaluate.REPORT)
+        report = runs.read_json(cell.folder / TEST / evaluate.REPORT)
         summary = runs.read_json(cell.folder / runs.SUMMARY)
         if not report or not summary:
             continue

@@ -28,14 +28,20 @@ class Console:
             case Warned(text):
                 print(f"warning: {text}", flush=True)
             case SampleSkipped(about):
-                if self.bad_samples.add(about):
-                    print(f"warning: skipped sample {about['key']} in {about['shard']}: {about['reason']}", flush=True)
+                note_skipped(self.bad_samples, about)
 
     def finish(self) -> int:
         """Say how many samples were skipped, if any, and return it."""
-        count = len(self.bad_samples)
+        # other ranks of torchrun's have written to it too
+        count = len(runs.BadSamples(self.bad_samples.path.parent))
         if count:
             if self.tracker:
                 self.tracker.take_file(self.bad_samples.path)
             print(f"warning: {count} samples were skipped; {self.bad_samples.path} lists them", flush=True)
         return count
+
+
+def note_skipped(bad_samples: runs.BadSamples, about: dict[str, Any]) -> None:
+    """Write down, and say, that a sample is left out, the first time that it is."""
+    if bad_samples.add(about):
+        print(f"warning: skipped sample {about['key']} in {about['shard']}: {about['reason']}", flush=True)

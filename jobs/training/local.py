@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from deepskip import trainer
-from deepskip.config import Config
+from deepskip.config import Config, workers_range
 from jobs import runs
 from jobs.settings import STOPPED, stop
 from jobs.training import preemption, share
-from jobs.training.console import Console
-from jobs.training.events import Event, Measured, Started
+from jobs.training.console import Console, note_skipped
+from jobs.training.events import Event, Measured, SampleSkipped, Started
 
 
 @dataclass
@@ -66,6 +66,11 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: 
     """
     console = Console(config, run, tracker)
     one_of = f"{ranks.world_size} ranks" if ranks.world_size > 1 else "1 rank"
+    if (asked := workers_range(config.cluster.workers)) and not asked[0] <= ranks.world_size <= asked[1]:
+        print(
+            f"warning: cluster.workers is {config.cluster.workers}, which is for Ray: here train as many as torchrun starts",
+            flush=True,
+        )
     print(f"training {run.name} in this process, {one_of}, {config.optim.steps} steps", flush=True)
 
     def tell(event: Event) -> None:
@@ -86,7 +91,13 @@ def follow(config: Config, ranks: Ranks) -> None:
     """Train as another rank than 0, into the folder that rank 0 has claimed."""
     if told := agree(ranks, None):
         folder, run_id = told
-        train(config, Path(folder), run_id, lambda event: None, ranks)
+        bad_samples = runs.BadSamples(Path(folder))
+
+        def tell(event: Event) -> None:
+            if isinstance(event, SampleSkipped):
+                note_skipped(bad_samples, event.report)
+
+        train(config, Path(folder), run_id, tell, ranks)
 
 
 @contextmanager
@@ -114,11 +125,15 @@ def train(config: Config, folder: Path, run_id: str | None, tell: Any, ranks: Ra
     if threading.current_thread() is threading.main_thread():
         preemption.set_handler()
     try:
-        return share.train(
+        summary = share.train(
             config, folder, tell, preemption.asked,
             rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, threads=ranks.threads,
             run_id=run_id,
         )  # fmt: skip
+        if ranks.world_size > 1:
+            # all have written down what they skipped
+            dist.barrier()
+        return summary
     except trainer.Preempted as error:
         print(f"warning: {error}", flush=True)
         sys.exit(STOPPED)

@@ -17,7 +17,6 @@ from deepskip.config import Config
 from deepskip.networks import REGISTRY
 from deepskip.training_step import TrainingStep
 from jobs import export, predict
-from jobs.prediction import memory
 from tests.deepskip.networks.test_networks import OTHERS, settings_of
 from tests.deepskip.test_trainer import DATA, assert_same_state, batch_of, config, losses
 
@@ -59,8 +58,6 @@ def test_trained_killed_resumed_and_predicted_with(
     found = np.load(out / "probabilities" / "some.npy")
     expected = model.predict_proba(image, flips=True)[..., 0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    # what is reckoned with is more than the network itself returns
-    assert memory.bytes_per_pixel(model.segmenter, 4) > 4 * 3
     if name == "mask_rcnn":
         with pytest.raises(SystemExit):
             export.main(["--model", str(tmp_path / "run"), "--out", str(tmp_path / "exported")])

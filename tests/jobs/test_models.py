@@ -36,7 +36,7 @@ def tracked(home: Path) -> tuple[str, str, str]:
     checkpoint.save(state, storage / "five" / checkpoint.FOLDER / checkpoint.BEST)
     path = home / "checkpoint.pt"
     checkpoint.save(models.for_inference(checkpoint.read(storage / "five" / checkpoint.FOLDER / checkpoint.BEST)), path)
-    tracking.log_model(run_id, deepskip.load(path).segmenter, path)
+    tracking.log_model(uri, run_id, deepskip.load(path).segmenter, path)
     (logged,) = mlflow.MlflowClient(uri).search_logged_models(
         [mlflow.MlflowClient(uri).get_run(run_id).info.experiment_id]
     )

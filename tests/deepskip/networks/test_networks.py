@@ -282,17 +282,38 @@ def test_a_checkpoint_from_before_there_were_networks_is_deepskips() -> None:
         ({"network": "smp:Unet"}, "must be smp:ARCH:ENCODER"),
         # timm would fetch these
         ({"network": "smp:Unet:tu-hf-hub:timm/resnet18"}, "must be smp:ARCH:ENCODER"),
+        # what its library hands on to timm could name a file with a pickle, or be lost without a word
+        (
+            {"network": "smp:Unet:tu-resnet18", "options": {"checkpoint_path": "x.pth"}},
+            "model.options has checkpoint_path",
+        ),
+        (
+            {"network": "smp:Unet:resnet18", "options": {"decoder_chanels": [8]}},
+            "has decoder_chanels; smp:Unet has .*decoder",
+        ),
+        ({"network": "smp:Unet:resnet18", "options": {"encoder_depth": 9}}, "cannot be built"),
+        ({"network": "smp:DPT:resnet18"}, "cannot be built"),
+        *(
+            ({"network": name, "options": {"backbone": "hf-hub:somebody/model"}}, "must be a ResNet of timm's")
+            for name in ("fcn", "pspnet", "mask_rcnn")
+        ),
         ({"network": "smp:Unett:resnet18"}, r"no architecture 'unett' \(did you mean unet"),
         ({"network": "smp:Unet:resnet19"}, r"no encoder 'resnet19' \(did you mean resnet18"),
-        ({"network": "smp:Unet:resnet18", "options": {"depth": 2}}, "smp:Unet:resnet18 does not take that"),
-        ({"network": "smp:Unet:resnet18", "options": {"encoder_weights": "imagenet"}}, "does not take that"),
+        (
+            {"network": "smp:Unet:resnet18", "options": {"depth": 2}},
+            "model.options has depth; smp:Unet has decoder_attention",
+        ),
+        (
+            {"network": "smp:Unet:resnet18", "options": {"encoder_weights": "imagenet"}},
+            "model.options has encoder_weights",
+        ),
         ({"options": {"size": "paper"}}, "deepskip has model.base_channels, model.levels"),
         ({"network": "fcn", "base_channels": 16}, "model.base_channels is for DeepSkip"),
         ({"network": "fcn", "options": {"size": "huge"}}, "model.options.size is 'huge'"),
         ({"network": "unet3plus", "options": {"width": 3}}, "'width'; unet3plus has size, base_channels"),
         ({"network": "unet3plus", "options": {"base_channels": 0}}, "base_channels is 0; it must be a whole number"),
         ({"network": "fcn", "options": {"channels": [8, 8]}}, r"channels is \[8, 8\]; it must be 4 whole numbers"),
-        ({"network": "fcn", "options": {"backbone": 18}}, "backbone is 18; it must be a name"),
+        ({"network": "fcn", "options": {"backbone": 18}}, "backbone is 18; it must be a ResNet"),
         ({"network": "mask_rcnn", "enlarge": 2}, "model.enlarge is 2; mask_rcnn gives no logits while it trains"),
     ],
 )

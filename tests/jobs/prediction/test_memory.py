@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import deepskip
 from deepskip.inference import Segmenter
 from jobs import predict
-from jobs.prediction.memory import bytes_per_pixel, plan
+from jobs.prediction.memory import bytes_per_pixel, measured_bytes_per_pixel, plan
 from jobs.prediction.options import Options
 from jobs.prediction.segment import PredictionWorker
 from tests.jobs.prediction.models import save_model
@@ -51,6 +51,13 @@ def test_tiles_fit_the_budget() -> None:
     assert 2787 * plan(enlarged, Options(memory_gb=1), torch.device("cpu")).tile ** 2 <= 0.75e9
     assert plan(enlarged, Options(memory_gb=1000), torch.device("cpu")).tile == 1024
     assert plan(network, Options(tile=512, batch=3), torch.device("cpu")).tile == 512
+
+
+def test_what_other_networks_have_alive_is_measured() -> None:
+    """Two maps of 8 and 4 channels at once, fp32, beside the image; in place of that, in a view, nothing more."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1), nn.Flatten(2))
+    segmenter = Segmenter(network, 4, "none", [0.0] * 3, [1.0] * 3)
+    assert measured_bytes_per_pixel(segmenter) == 1.5 * 4 * (8 + 4)
 
 
 def test_too_little_memory_makes_batches_and_tiles_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

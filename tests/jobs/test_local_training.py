@@ -1,0 +1,252 @@
+"""Trainings in one process, without Ray and MLflow, beside the same trainings on Ray; under torchrun; from Python."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+
+import deepskip
+from data_shards.__main__ import pack_coins
+from data_shards.index import load_index
+from deepskip import checkpoint
+from jobs import models, report, runs, train
+from jobs.training import tracked
+from tests.deepskip.networks.small import SMALL as NETWORK_SIZES
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--model.base_channels", "4", "--model.levels", "3", "--data.crop", "64", "--optim.steps", "6", "--run.log_every", "1",
+    "--optim.warmup_steps", "2", "--run.validate_every", "3", "--run.checkpoint_every", "2", "--cluster.cpus_per_worker", "1",
+]  # fmt: skip
+# as on a machine that has neither
+WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from jobs.train import main; main()"
+
+
+@pytest.fixture(scope="module")
+def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    pack_coins(folder / "coins", {"train": 24, "val": 4})
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def losses(folder: Path) -> dict[tuple[str, int], float]:
+    return {(kind, step): values["loss"] for kind, step, values, _ in runs.read_journal(folder / runs.JOURNAL)}
+
+
+def test_without_ray_and_mlflow_the_losses_are_those_on_ray(coins: Path) -> None:
+    settings = ["--data.path", str(coins / "coins"), *SMALL]
+    alone = run(["-c", WITHOUT, "--local", "--run.name", "alone", *settings], coins)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "the run is not tracked" in alone.stdout
+    on_ray = run(["-m", "jobs.train", "--cluster.workers", "1", "--run.name", "on_ray", *settings], coins)
+    assert on_ray.returncode == 0, on_ray.stdout + on_ray.stderr
+    seen = losses(coins / "runs" / "alone")
+    assert {step for kind, step in seen if kind == "train"} == set(range(1, 7))
+    assert seen == losses(coins / "runs" / "on_ray")
+    summary = json.loads((coins / "runs" / "alone" / "summary.json").read_text())
+    assert summary["mlflow_run_id"] is None
+    assert summary["val"] == json.loads((coins / "runs" / "on_ray" / "summary.json").read_text())["val"]
+
+
+def test_torchruns_ranks_train_together(coins: Path) -> None:
+    settings = [
+        "--data.path",
+        str(coins / "coins"),
+        *SMALL,
+        "--model.norm",
+        "group",
+        "--optim.momentum",
+        "0",
+    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jobs.train"]
+    two = run([*torchrun, "--run.name", "two", *settings], coins)
+    assert two.returncode == 0, two.stdout + two.stderr
+    one = run(["-m", "jobs.train", "--local", "--run.name", "one", *settings], coins)
+    assert one.returncode == 0, one.stdout + one.stderr
+    expected = losses(coins / "runs" / "one")
+    # fp32 sums in another order
+    assert losses(coins / "runs" / "two") == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
+    # a finished run is no training: the other rank hears of it
+    again = run([*torchrun, "--run.name", "two", *settings], coins)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "is finished already" in again.stdout
+
+
+def test_stopped_by_sigterm_it_goes_on_where_it_was(coins: Path) -> None:
+    settings = [
+        "--local",
+        "--data.path",
+        str(coins / "coins"),
+        *SMALL,
+        "--optim.steps",
+        "12",
+        "--run.checkpoint_every",
+        "12",
+    ]
+    command = [sys.executable, "-c", WITHOUT, "--run.name", "stopped", *settings]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=coins, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    state, _ = checkpoint.newest(coins / "runs" / "stopped")
+    assert state is not None
+    assert 2 <= state["step"] < 12
+    second = run(["-c", WITHOUT, "--run.name", "stopped", *settings], coins)
+    assert f"resuming at step {state['step']}" in second.stdout
+    whole = run(["-c", WITHOUT, "--run.name", "whole", *settings], coins)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert losses(coins / "runs" / "stopped") == losses(coins / "runs" / "whole")
+    ends = [checkpoint.newest(coins / "runs" / name)[0] for name in ("stopped", "whole")]
+    assert [end and end["step"] for end in ends] == [12, 12]
+    left, right = (end["ema"] for end in ends if end)
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(coins)
+    monkeypatch.setattr("jobs.training.tracked.find_spec", lambda name: None)
+    config = deepskip.Config()
+    config.data.path, config.data.crop, config.run.name = "coins", 64, "python"
+    config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 2
+    summary = deepskip.train(config)
+    assert summary["steps"] == 2
+    assert config.data.path == "coins"
+    assert deepskip.train(config) == summary
+    config.data.path = "nowhere"
+    with pytest.raises(ValueError, match=r"data\.path is .*nowhere"):
+        deepskip.train(config)
+    config.optim.steps = 0
+    with pytest.raises(ValueError, match=r"optim\.steps is 0"):
+        deepskip.train(config)
+
+
+def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
+    coins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server of 8 s a request takes minutes for a model: the run is whole before it, and what is missing comes later."""
+    from jobs import tracking
+
+    left = threading.Event()
+    monkeypatch.setattr(tracked, "MODEL_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "log_model", lambda *arguments: left.wait(60))
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["--local", "--data.path", str(coins / "coins"), *SMALL, "--optim.steps", "2"]
+    command += ["--run.storage", str(tmp_path), "--run.name", "slow"]
+    train.main(command)
+    left.set()
+    assert signal.getsignal(signal.SIGTERM) is before
+    folder = tmp_path / "slow"
+    assert "the model was not logged to MLflow: it takes more than 0.2 s" in capsys.readouterr().out
+    assert (folder / "summary.json").is_file()
+    assert runs.read_json(folder / tracked.UNSENT) == {"model": True}
+    # where MLflow is missing there is nobody to send it to
+    without = run(["-c", WITHOUT, *command], coins)
+    assert without.returncode == 0, without.stdout + without.stderr
+    assert "MLflow has not got all of this run, and is not installed here" in without.stdout
+    # another process knows nothing of the first one's server
+    again = run(["-m", "jobs.train", *command], coins)
+    assert "has now what it did not take before" in again.stdout, again.stdout + again.stderr
+    assert not (folder / tracked.UNSENT).exists()
+    uri, run_id = f"sqlite:///{tmp_path / 'mlflow.db'}", runs.read_json(folder / "run.json")["mlflow_run_id"]
+    assert models.load(run_id, tracking_uri=uri).state["step"] == 2
+    assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+    assert without.returncode == run(["-c", WITHOUT, *command], coins).returncode == 0
+
+
+def test_what_mlflow_cannot_take_is_not_tried_for_ever(
+    coins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mask R-CNN has no graph to log. A part that is not tracked keeps the MLflow run of the one before."""
+    settings = json.dumps({"size": "paper"} | NETWORK_SIZES["mask_rcnn"])
+    command = ["--local", "--data.path", str(coins / "coins"), "--data.crop", "64", "--run.storage", str(tmp_path)]
+    command += [
+        "--run.name",
+        "boxes",
+        "--model.network",
+        "mask_rcnn",
+        "--model.options",
+        settings,
+        "--optim.optimizer",
+        "adamw",
+    ]
+    command += ["--optim.global_batch_size", "2", "--cluster.cpus_per_worker", "1"]
+    train.main([*command, "--optim.steps", "1"])
+    out = capsys.readouterr().out
+    assert "step 1/1  loss" in out
+    assert "Dice" not in out[: out.index("validation after")]
+    assert "the model was not logged to MLflow: Mask R-CNN computes on as many boxes as it finds" in out
+    assert not (tmp_path / "boxes" / tracked.UNSENT).exists()
+    run_id = runs.read_json(tmp_path / "boxes" / "run.json")["mlflow_run_id"]
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id).info.status == "FINISHED"
+    train.main([*command, "--optim.steps", "2", "--run.tracking_uri", "none"])
+    assert runs.read_json(tmp_path / "boxes" / "run.json")["mlflow_run_id"] == run_id
+
+
+def test_interrupted_in_a_notebook_it_goes_on_in_the_same_process(
+    coins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = deepskip.Config()
+    config.data.path, config.data.crop, config.run.storage = str(coins / "coins"), 64, str(tmp_path)
+    config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 3
+    config.run.tracking_uri, config.run.checkpoint_every, config.run.log_every = "none", 1, 1
+    line = report.progress_line
+
+    def interrupted(step: int, *arguments: Any) -> str:
+        if step == 2:
+            raise KeyboardInterrupt
+        return line(step, *arguments)
+
+    monkeypatch.setattr(report, "progress_line", interrupted)
+    # as IPython holds the last exception, with the frames of all that it went through
+    with pytest.raises(KeyboardInterrupt) as held:
+        deepskip.train(config)
+    monkeypatch.setattr(report, "progress_line", line)
+    assert deepskip.train(config)["name"] == "train"
+    assert held.value is not None
+    assert [folder.name for folder in tmp_path.iterdir()] == ["train"]
+    # from a thread, where no signal can be listened to
+    config.run.name = "thread"
+    thread = threading.Thread(target=deepskip.train, args=[config])
+    thread.start()
+    thread.join()
+    assert (tmp_path / "thread" / "summary.json").is_file()
+
+
+def test_samples_that_any_rank_skips_are_listed(coins: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    pack_coins(folder, {"train": 8, "val": 2})
+    shard = next((folder / "train").glob("*.tar"))
+    index = load_index(folder / "train")
+    data = bytearray(shard.read_bytes())
+    for number in (1, 6):
+        place = index.entries([number])[0].image.offset
+        data[place + 40] ^= 255
+    shard.write_bytes(data)
+    found = run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jobs.train", "--data.path", str(folder),
+         *SMALL, "--optim.steps", "2", "--data.on_bad_sample", "skip", "--run.tracking_uri", "none",
+         "--run.storage", str(tmp_path), "--run.name", "skips"], tmp_path,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = (tmp_path / "skips" / "bad_samples.jsonl").read_text().splitlines()
+    keys = {json.loads(line)["key"] for line in lines}
+    assert keys == {entry.key for entry in index.entries([1, 6])}
+    assert json.loads((tmp_path / "skips" / "summary.json").read_text())["bad_samples"] == 2
