@@ -1,5 +1,7 @@
 """Every network by the same commands: trained, resumed, predicted with, exported and served."""
 
+import asyncio
+import io
 import json
 import socket
 from dataclasses import asdict
@@ -11,12 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 
 import deepskip
+from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.networks import REGISTRY
 from deepskip.training_step import TrainingStep
 from jobs import export, predict
+from jobs.serving.model import Model
 from tests.deepskip.networks.test_networks import OTHERS, settings_of
 from tests.deepskip.test_trainer import DATA, assert_same_state, batch_of, config, losses
 
@@ -129,3 +134,18 @@ def test_settings_travel_in_the_checkpoint(tmp_path: Path) -> None:
     losses(tmp_path / "run", config_of("unet3plus", 1))
     state: dict[str, Any] = deepskip.load(tmp_path / "run").state
     assert state["config"]["model"] == asdict(config_of("unet3plus", 1).model)
+
+
+@pytest.mark.parametrize("name", ["smp:Unet:resnet18", "mask_rcnn", "nnunet"])
+def test_served(name: str, tmp_path: Path) -> None:
+    losses(tmp_path / "run", config_of(name, 1))
+    image = np.random.default_rng(0).normal(size=(40, 56, 2)).astype(np.float32)
+    body = io.BytesIO()
+    np.save(body, image)
+    replica = Model(checkpoint.load_for_inference(tmp_path / "run"), "cpu", 10_000, 1, 0, 1)
+    answer = asyncio.run(replica.segment(body.getvalue(), "npy", "mask"))
+    assert answer.status == 200, answer.reason
+    predictor = deepskip.load(tmp_path / "run")
+    sure = np.abs(predictor.predict_proba(image)[..., 0] - 0.5) > 1e-4
+    mask = np.asarray(Image.open(io.BytesIO(answer.body)))
+    np.testing.assert_array_equal(mask[sure], 255 * predictor.predict(image)[sure])
