@@ -74,6 +74,7 @@ docs: setup
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@mkdir -p build/types/deepskip && ln -sfn $(addprefix $(CURDIR)/,cluster data_shards jobs kernels $(wildcard deepskip/*)) build/types/deepskip/
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/bandit -q -r -c pyproject.toml cluster data_shards deepskip jobs kernels
 

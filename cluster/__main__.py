@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 
-from cluster.local import HeadError, environment, forget, head_processes, remember, remembered, start_head
+from deepskip.cluster.local import HeadError, environment, forget, head_processes, remember, remembered, start_head
 
 
 def main(argv: list[str] | None = None) -> None:

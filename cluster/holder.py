@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-from cluster.local import end_marked, end_with_parent
+from deepskip.cluster.local import end_marked, end_with_parent
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

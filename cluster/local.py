@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS
+from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS
 
 HOST = "127.0.0.1"
 # every process of a head carries this variable, workers and jobs too, and is found by it
@@ -114,7 +114,7 @@ def start_head(
     }
     log = Path(temporary) / "start.log"
     parent = os.getpid() if die_with_parent else 0
-    hold = [sys.executable, "-m", "cluster.holder", temporary, str(parent)]
+    hold = [sys.executable, "-m", "deepskip.cluster.holder", temporary, str(parent)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*hold, *command], env=head_environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,

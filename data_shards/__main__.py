@@ -9,21 +9,21 @@ from typing import Any
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data_shards import storage
-from data_shards.dataset import ON_BAD_SAMPLE
-from data_shards.index import FILE, BrokenIndex, MissingIndex, load_index
-from data_shards.indexing import BAD_SAMPLES, IndexingError, index_shards
-from data_shards.inspection import contents, describe, plan, preview, verify
-from data_shards.labels import KINDS
-from data_shards.progress import Progress
-from data_shards.sample import BadSample, Sample
-from data_shards.scan import BrokenShard
-from data_shards.sources.arrays import LAYOUTS, pack_arrays
-from data_shards.sources.coco import pack_coco
-from data_shards.sources.coins import coins
-from data_shards.sources.folder import pack_folder
-from data_shards.sources.split import SPLITS, PackError
-from data_shards.writer import write_shards
+from deepskip.data_shards import storage
+from deepskip.data_shards.dataset import ON_BAD_SAMPLE
+from deepskip.data_shards.index import FILE, BrokenIndex, MissingIndex, load_index
+from deepskip.data_shards.indexing import BAD_SAMPLES, IndexingError, index_shards
+from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
+from deepskip.data_shards.labels import KINDS
+from deepskip.data_shards.progress import Progress
+from deepskip.data_shards.sample import BadSample, Sample
+from deepskip.data_shards.scan import BrokenShard
+from deepskip.data_shards.sources.arrays import LAYOUTS, pack_arrays
+from deepskip.data_shards.sources.coco import pack_coco
+from deepskip.data_shards.sources.coins import coins
+from deepskip.data_shards.sources.folder import pack_folder
+from deepskip.data_shards.sources.split import SPLITS, PackError
+from deepskip.data_shards.writer import write_shards
 
 CACHE_GB = 50
 COINS_DEFAULT = {"train": 400, "val": 100, "test": 100}

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_shards import storage
-from data_shards.crops import Crops, Item, donor_of, pasted, random_crop
-from data_shards.index import Index, SampleEntry, load_index
-from data_shards.order import Slot
-from data_shards.preparation import band_statistics, resample_bands
-from data_shards.sample import BadSample, decode_image, decode_mask, npy_header
-from data_shards.scan import BrokenShard, digest
+from deepskip.data_shards import storage
+from deepskip.data_shards.crops import Crops, Item, donor_of, pasted, random_crop
+from deepskip.data_shards.index import Index, SampleEntry, load_index
+from deepskip.data_shards.order import Slot
+from deepskip.data_shards.preparation import band_statistics, resample_bands
+from deepskip.data_shards.sample import BadSample, decode_image, decode_mask, npy_header
+from deepskip.data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")
 ON_BAD_SAMPLE = ("error", "skip")

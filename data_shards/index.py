@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_shards import storage
-from data_shards.labels import Labels
+from deepskip.data_shards import storage
+from deepskip.data_shards.labels import Labels
 
 FILE = "index.json"
 FORMAT = "deepskip-shards"

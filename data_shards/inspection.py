@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from data_shards import storage
-from data_shards.dataset import Shards
-from data_shards.index import Index
-from data_shards.order import EpochOrder, rank_slots, steps_per_epoch
-from data_shards.progress import Progress, no_progress
-from data_shards.sample import BadSample
-from data_shards.scan import BrokenShard
+from deepskip.data_shards import storage
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import Index
+from deepskip.data_shards.order import EpochOrder, rank_slots, steps_per_epoch
+from deepskip.data_shards.progress import Progress, no_progress
+from deepskip.data_shards.sample import BadSample
+from deepskip.data_shards.scan import BrokenShard
 
 # upper ends of the object-size histogram, as shares of the image
 SIZE_EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)

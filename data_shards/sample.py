@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_shards.index import FORMATS
+from deepskip.data_shards.index import FORMATS
 
 EXTENSIONS = FORMATS
 IMAGE_KEYS = ("image", "cube", "data")

@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import xxhash
 
-from data_shards.index import Member, SampleEntry
-from data_shards.sample import EXTENSIONS, BadSample
+from deepskip.data_shards.index import Member, SampleEntry
+from deepskip.data_shards.sample import EXTENSIONS, BadSample
 
 # larger files of a sample are refused; the index has 32 bits for a length
 MAX_MEMBER = 2**31

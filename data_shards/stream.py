@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from data_shards import storage
-from data_shards.dataset import Batch, Shards
-from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
+from deepskip.data_shards import storage
+from deepskip.data_shards.dataset import Batch, Shards
+from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
 SMALL = ("mean", "std", "weight")
 # remote shards that are fetched at once

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data_shards.index import (
+from deepskip.data_shards.index import (
     BrokenIndex,
     Index,
     MissingIndex,
@@ -21,10 +21,10 @@ from data_shards.index import (
     sample_table,
     save_index,
 )
-from data_shards.labels import IGNORE_INDEX
-from data_shards.sample import Sample, encode_image, encode_mask
-from data_shards.scan import sample_entry, scan_tar
-from data_shards.storage import file_sha256
+from deepskip.data_shards.labels import IGNORE_INDEX
+from deepskip.data_shards.sample import Sample, encode_image, encode_mask
+from deepskip.data_shards.scan import sample_entry, scan_tar
+from deepskip.data_shards.storage import file_sha256
 
 LOCK = ".lock"
 

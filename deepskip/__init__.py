@@ -1,32 +1,43 @@
 """DeepSkip: small-object segmentation with a deep-skip U-Net on images of 2 to 300 bands."""
 
-import copy
-from typing import Any
+from __future__ import annotations
 
-import kernels
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# PyPI has another package called kernels; where that one comes first on the path nothing below would work
-if getattr(kernels, "PROJECT", None) != "deepskip":
-    raise ImportError(
-        f"`import kernels` finds {kernels.__file__}, not DeepSkip's own package of that name. "
-        "Uninstall the other one (pip uninstall kernels) or put DeepSkip's folder first on PYTHONPATH."
-    )
+if TYPE_CHECKING:
+    from deepskip.config import Config
+    from deepskip.loss import BCEDiceLoss
+    from deepskip.network import DeepSkipUNet
+    from deepskip.predictor import Predictor, load
 
-from kernels import torchvision_ops
-
-# torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
-torchvision_ops.declare()
-
-from deepskip.config import Config, check_values  # noqa: E402
-from deepskip.loss import BCEDiceLoss  # noqa: E402
-from deepskip.network import DeepSkipUNet  # noqa: E402
-from deepskip.predictor import Predictor, load  # noqa: E402
-
+__version__ = "0.1.0"
 __all__ = ["BCEDiceLoss", "Config", "DeepSkipUNet", "Predictor", "load", "train"]
+
+# in a checkout the other rooms lie beside this folder; installed they lie in it
+_ROOT = Path(__file__).parents[1]
+if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "kernels" / "__init__.py").is_file():
+    __path__.append(str(_ROOT))
+
+# torch takes a second to import: what needs it comes when it is asked for
+_HOMES = {
+    "BCEDiceLoss": "deepskip.loss",
+    "Config": "deepskip.config",
+    "DeepSkipUNet": "deepskip.network",
+    "Predictor": "deepskip.predictor",
+    "load": "deepskip.predictor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'deepskip' has no attribute {name!r}")
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train in this process, without Ray, as `python -m jobs.train --local` does: the same stream, steps and checkpoints.
+    """Train in this process, without Ray, as `deepskip train --local` does: the same stream, steps and checkpoints.
 
     config: `Config()` and what differs, such as `config.data.path`. A training of the same settings that was cut off goes on.
     Under torchrun every rank calls. MLflow tracks it where it is installed.
@@ -38,8 +49,12 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: for settings or data that cannot be trained on, a loss that is no number, a disk that is full.
     """
+    import copy
+
+    from deepskip.config import check_values
+
     # the one look up: jobs joins this package, which knows nothing of shards, with the shards
-    from jobs.train import train_here
+    from deepskip.jobs.train import train_here
 
     check_values(config)
     try:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from data_shards import storage
-from data_shards.storage import Location
+from deepskip.data_shards import storage
+from deepskip.data_shards.storage import Location
 
 FORMAT = "deepskip-checkpoint"
 VERSION = 2

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards import storage
-from data_shards.storage import Location
 from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointNotWritten, State
+from deepskip.data_shards import storage
+from deepskip.data_shards.storage import Location
 
 _ADVICE = {
     errno.ENOSPC: "Free space there, or lower run.keep_checkpoints",

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from deepskip import kernels
 from deepskip.instance_batch_norm import InstanceBatchNorm
 
 # basic blocks a level, from level 2 on: ResNet-34's; a sixth level repeats the last number

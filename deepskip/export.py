@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from deepskip.inference import Segmenter
+from deepskip.kernels import backend
 from deepskip.network import multiple_of
-from kernels import backend
 
 INPUT, OUTPUT = "image", "probabilities"
 # antialiased resizing and GroupNormalization need no more, and runtimes of the last three years have it

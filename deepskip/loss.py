@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import kernels
+from deepskip import kernels
 
 
 class LossParts(NamedTuple):

@@ -4,8 +4,14 @@ import numpy as np
 import scipy.ndimage
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import BinaryStatScores, MulticlassStatScores
+
+from deepskip.kernels import torchvision_ops
+
+# torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
+torchvision_ops.declare()
+
+from torchmetrics import Metric  # noqa: E402
+from torchmetrics.classification import BinaryStatScores, MulticlassStatScores  # noqa: E402
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from deepskip import kernels
 from deepskip.encoders import ENCODERS, ConvNormReLU
 
 # a head that starts out near "nothing here" spares the first steps from unlearning a half-foreground image

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_shards import storage
-from data_shards.storage import Location
 from deepskip import checkpoint
 from deepskip.checkpoint import State
+from deepskip.data_shards import storage
+from deepskip.data_shards.storage import Location
 
 # steps between a vote and what comes of it: its result is there by then, and nobody waits
 VOTE_STEPS = 2

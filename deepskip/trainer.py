@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import kernels
-from data_shards import storage
-from data_shards.storage import Location
+from deepskip import kernels
 from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
 from deepskip.config import Config, RunConfig
+from deepskip.data_shards import storage
+from deepskip.data_shards.storage import Location
 from deepskip.evaluation import evaluate
 from deepskip.optimizer import learning_rate
 from deepskip.ranks import StopVote, agreed_start, share_buffers

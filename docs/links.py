@@ -8,7 +8,19 @@ from typing import Any
 
 # a warning ends a strict build
 logger = logging.getLogger("mkdocs.hooks.links")
+ROOMS = ("cluster", "data_shards", "jobs", "kernels")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def on_config(config: Any) -> None:
+    """Lays the rooms beside each other as the one package that they are installed as, for who reads them as files."""
+    root = Path(config.config_file_path).parent
+    package = root / "build" / "types" / "deepskip"
+    package.mkdir(parents=True, exist_ok=True)
+    for room in (*(root / name for name in ROOMS), *(root / "deepskip").iterdir()):
+        link = package / room.name
+        if not link.is_symlink():
+            link.symlink_to(room)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.local import end_with_parent
-from jobs import evaluate, runs
-from jobs.comparison import table
-from jobs.comparison.grid import TEST, Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
-from jobs.runs import NOT_TRACKED
-from jobs.settings import stop
+from deepskip.cluster.local import end_with_parent
+from deepskip.jobs import evaluate, runs
+from deepskip.jobs.comparison import table
+from deepskip.jobs.comparison.grid import TEST, Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
+from deepskip.jobs.runs import NOT_TRACKED
+from deepskip.jobs.settings import stop
 
 LOG = "cell.log"
 RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -94,7 +94,7 @@ def make_experiments(left: list[Cell], grid: Grid) -> None:
     """Makes the MLflow database and experiments of cells, which several processes cannot make at once."""
     if find_spec("mlflow") is None:
         return
-    from jobs import tracking
+    from deepskip.jobs import tracking
 
     for uri, experiment in {(cell.config.run.tracking_uri, cell.config.run.experiment) for cell in left}:
         if uri and uri != NOT_TRACKED:
@@ -110,7 +110,7 @@ def run_cell(file: Path) -> str | None:
     with log.open("a") as output:
         begin = output.tell()
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "jobs.comparison.cell", str(file)],
+            [sys.executable, "-u", "-m", "deepskip.jobs.comparison.cell", str(file)],
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             # a grid that ends, however, leaves no training behind
             preexec_fn=end_with_parent(),
@@ -130,7 +130,7 @@ def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[
     import ray
     import ray.exceptions
 
-    from jobs.training.allocation import own_ray
+    from deepskip.jobs.training.allocation import own_ray
 
     ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
     remote = ray.remote(num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=3)(run_cell)

@@ -17,22 +17,22 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from data_shards import storage
-from data_shards.dataset import Shards
-from data_shards.index import BrokenIndex, MissingIndex
-from data_shards.sample import BadSample
-from data_shards.scan import BrokenShard
-from data_shards.stream import whole_images
 from deepskip import figures
 from deepskip.config import setting
+from deepskip.data_shards import storage
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import BrokenIndex, MissingIndex
+from deepskip.data_shards.sample import BadSample
+from deepskip.data_shards.scan import BrokenShard
+from deepskip.data_shards.stream import whole_images
 from deepskip.evaluation import thumbnail
 from deepskip.inference import to_labels
+from deepskip.jobs import models, report, runs
+from deepskip.jobs.settings import NotHere, absolute, parse_settings, stop
 from deepskip.metrics import SegmentationMetrics, confusion_counts
 from deepskip.predictor import Predictor
 from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
-from jobs import models, report, runs
-from jobs.settings import NotHere, absolute, parse_settings, stop
 
 REPORT = "report.json"
 # longest side of the pictures of the worst samples, pixels
@@ -363,7 +363,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 def track(config: EvaluateConfig, found: models.Found, split: str, result: dict[str, Any], folder: Path) -> None:
     """Logs the report to MLflow; a server that is away costs a warning, the report is in its folder."""
-    from jobs import tracking
+    from deepskip.jobs import tracking
 
     name = re.sub(r"[^\w.-]", "-", split)
     values = {f"eval-{name}/{key}": value for key, value in result["metrics"].items()}

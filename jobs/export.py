@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from data_shards import storage
 from deepskip import export
+from deepskip.data_shards import storage
+from deepskip.jobs import model_card, models, runs
+from deepskip.jobs.settings import NotHere, parse_settings, stop
 from deepskip.predictor import Predictor
-from jobs import model_card, models, runs
-from jobs.settings import NotHere, parse_settings, stop
 
 CARD = "model.json"
 # (N, H, W), none of them a multiple of the network's

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepskip import export
 from deepskip.complexity import convolution_weights
 from deepskip.inference import Segmenter
+from deepskip.jobs.models import Found
+from deepskip.jobs.report import METRICS, number
 from deepskip.predictor import Predictor
-from jobs.models import Found
-from jobs.report import METRICS, number
 
 FLOPS_SIDE = 256
 PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")

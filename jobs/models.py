@@ -39,7 +39,7 @@ class Found:
     def tracking_uri(self) -> str:
         """Where the run is tracked."""
         # for who asks: mlflow takes a second and 125 MB to import
-        from jobs import tracking
+        from deepskip.jobs import tracking
 
         storage = self.run_folder.parent if self.run_folder else STORAGE.absolute()
         return tracking.tracking_uri(storage, self.asked_uri or self.state["config"]["run"].get("tracking_uri"))
@@ -89,7 +89,7 @@ def _found(name: str | Path, tracking_uri: str | None) -> Found:
 
 
 def _find_tracked(name: str, asked: str | None) -> Found:
-    from jobs import tracking
+    from deepskip.jobs import tracking
 
     uri = tracking.tracking_uri(STORAGE.absolute(), asked)
     database = Path(uri.removeprefix("sqlite:///"))
@@ -116,7 +116,7 @@ def _find_tracked(name: str, asked: str | None) -> Found:
 
 
 def _checkpoint_uri(uri: str, name: str) -> str:
-    from jobs import tracking
+    from deepskip.jobs import tracking
 
     if found := LOGGED_MODEL.fullmatch(name):
         return f"{tracking.model_location(uri, found[1])}/{CHECKPOINT}"

@@ -11,15 +11,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cluster.settings import LOOPBACK_ONLY
-from data_shards import storage
-from jobs import models
-from jobs.prediction import done, inputs
-from jobs.prediction.features import join_coco
-from jobs.prediction.inputs import Item
-from jobs.prediction.options import Options
-from jobs.prediction.progress import Progress
-from jobs.settings import NotHere, parse_settings, stop
+from deepskip.cluster.settings import LOOPBACK_ONLY
+from deepskip.data_shards import storage
+from deepskip.jobs import models
+from deepskip.jobs.prediction import done, inputs
+from deepskip.jobs.prediction.features import join_coco
+from deepskip.jobs.prediction.inputs import Item
+from deepskip.jobs.prediction.options import Options
+from deepskip.jobs.prediction.progress import Progress
+from deepskip.jobs.settings import NotHere, parse_settings, stop
 
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
@@ -144,7 +144,7 @@ def outcomes(
     if not items:
         return
     from deepskip.inference import build_segmenter
-    from jobs.prediction import memory
+    from deepskip.jobs.prediction import memory
 
     try:
         memory.check_tile(options, build_segmenter(state).network)
@@ -152,7 +152,7 @@ def outcomes(
         stop(str(error))
     workers = options.workers
     if workers == 0 or (workers is None and not os.environ.get("RAY_ADDRESS")):
-        from jobs.prediction.segment import PredictionWorker
+        from deepskip.jobs.prediction.segment import PredictionWorker
 
         try:
             predictor = PredictionWorker(state, options, out, made_by)
@@ -165,7 +165,7 @@ def outcomes(
         for name, value in settings.items():
             os.environ.setdefault(name, value)
 
-        from jobs.prediction.fleet import over_ray
+        from deepskip.jobs.prediction.fleet import over_ray
 
         yield from over_ray(items, state, options, out, made_by)
 

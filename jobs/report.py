@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepskip.config import Config
-from jobs import runs
+from deepskip.jobs import runs
 
 METRICS = {
     "iou": "IoU",
@@ -65,7 +65,7 @@ def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[
     folder = shlex.quote(shown(run.folder))
     more = {"--run.name": run.name, "--optim.steps": str(2 * config.optim.steps)}
     again = shlex.join(with_options(argv, more))
-    job = "jobs.train" if "--local" in argv else "jobs.submit train"
+    job = "deepskip.jobs.train" if "--local" in argv else "deepskip.jobs.submit train"
     if uri is None:
         print("MLflow page:  none, the run is not tracked")
     elif uri.startswith("sqlite:"):
@@ -73,7 +73,7 @@ def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[
     else:
         print(f"MLflow page:  {uri}")
     print(f"resume:       the same command goes on where a training was cut off; further: {python} -m {job} {again}")
-    print(f"predict:      {python} -m jobs.predict --checkpoint {folder} --images DIR --out DIR")
+    print(f"predict:      {python} -m deepskip.jobs.predict --checkpoint {folder} --images DIR --out DIR")
 
 
 def with_options(argv: Sequence[str], options: Mapping[str, str]) -> list[str]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_shards import storage
 from deepskip.config import is_free
-from jobs.settings import differences, flatten
+from deepskip.data_shards import storage
+from deepskip.jobs.settings import differences, flatten
 
 RECORD = "run.json"
 SUMMARY = "summary.json"

@@ -7,9 +7,9 @@ Ray of its own. docs/serve.md says what it answers.
 import sys
 
 from deepskip.checkpoint import State
-from jobs import models
-from jobs.serving import settings
-from jobs.settings import NotHere, stop
+from deepskip.jobs import models
+from deepskip.jobs.serving import settings
+from deepskip.jobs.settings import NotHere, stop
 
 
 def check(argv: list[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     config, token = settings.parse(sys.argv[1:] if argv is None else argv)
     state = load(config)
 
-    from jobs.serving import run
+    from deepskip.jobs.serving import run
 
     run.serve(config, token, state)
 

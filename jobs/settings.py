@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from data_shards import storage
 from deepskip import networks
 from deepskip.config import Config, check_values, faults_of
+from deepskip.data_shards import storage
 
 T = TypeVar("T")
 # exit status of a program that SIGTERM has ended

@@ -19,8 +19,8 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.local import Head, HeadError, environment, start_head, stop_head
-from jobs.settings import NotHere
+from deepskip.cluster.local import Head, HeadError, environment, start_head, stop_head
+from deepskip.jobs.settings import NotHere
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("job", help="train, predict, ...")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the job's own; JOB --help lists them")
     arguments = parser.parse_args(argv)
-    module = f"jobs.{arguments.job}"
+    module = f"deepskip.jobs.{arguments.job}"
     here = Path(__file__).parent
     if not (here / f"{arguments.job}.py").is_file() or not hasattr(importlib.import_module(module), "check"):
         known = sorted(path.stem for path in here.glob("*.py") if "\ndef check(" in path.read_text())

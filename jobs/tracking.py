@@ -29,8 +29,8 @@ from mlflow.types import Schema, TensorSpec
 
 from deepskip import figures
 from deepskip.inference import Segmenter
-from jobs.runs import read_journal
-from jobs.settings import flatten
+from deepskip.jobs.runs import read_journal
+from deepskip.jobs.settings import flatten
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
-from data_shards import storage
-from data_shards.index import BrokenIndex, MissingIndex, load_index
 from deepskip import networks
+from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
 from deepskip.config import Config
-from jobs import report, runs
-from jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
-from jobs.training.tracked import log_model, send_late, tracked
+from deepskip.data_shards import storage
+from deepskip.data_shards.index import BrokenIndex, MissingIndex, load_index
+from deepskip.jobs import report, runs
+from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
+from deepskip.jobs.training.tracked import log_model, send_late, tracked
 
 
 def check(argv: list[str]) -> None:
@@ -100,7 +100,7 @@ def run_job(argv: list[str]) -> None:
 
 def train_here(config: Config, stem: str, argv: list[str] | None = None) -> dict[str, Any]:
     """Trains in this process, as one of torchrun's ranks where it started several; gives the summary, on rank 0."""
-    from jobs.training import local as here
+    from deepskip.jobs.training import local as here
 
     with here.ranks(config) as ranks:
         if ranks.rank:
@@ -113,7 +113,7 @@ def train_here(config: Config, stem: str, argv: list[str] | None = None) -> dict
 def on_ray(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
     """Trains on Ray, which is imported only now, and gives the trainer's summary."""
     prepare_environment(config.cluster.collective_timeout)
-    from jobs.training.driver import fit
+    from deepskip.jobs.training.driver import fit
 
     return fit(config, run, run_id, tracker)
 
@@ -132,7 +132,7 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
     if not storage.is_remote(config.data.path):
         config.data.path = str(absolute(config.data.path, "data.path"))
     if config.data.builtin and not Path(config.data.path).exists():
-        from data_shards.__main__ import pack_coins
+        from deepskip.data_shards.__main__ import pack_coins
 
         print(f"packing the built-in {config.data.builtin} into {config.data.path}", flush=True)
         pack_coins(Path(config.data.path))

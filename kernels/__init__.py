@@ -4,12 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels import backend, batch_norm_cpu, bce_dice_cpu, conv3_cpu, deep_skip_cpu, reference
+from deepskip.kernels import backend, batch_norm_cpu, bce_dice_cpu, conv3_cpu, deep_skip_cpu, reference
 
-# tells this package from another one of the same name on PyPI; `import deepskip` looks for it
-PROJECT = "deepskip"
-
-__all__ = ["PROJECT", "backend", "batch_norm_relu", "bce_dice_sums", "conv3", "deep_skip", "loss_of_sums"]
+__all__ = ["backend", "batch_norm_relu", "bce_dice_sums", "conv3", "deep_skip", "loss_of_sums"]
 
 
 def bce_dice_sums(
@@ -24,7 +21,7 @@ def bce_dice_sums(
     found = backend.implementation(logits)
     if found == "triton":
         # triton is not there on every system
-        from kernels import bce_dice_triton
+        from deepskip.kernels import bce_dice_triton
 
         sums = bce_dice_triton.bce_dice_sums
     else:
@@ -38,7 +35,7 @@ def loss_of_sums(
     """Returns loss, BCE and Dice (eqs. 5 to 7), scalars, of those sums; see `reference.loss_of_sums`."""
     found = backend.implementation(sums)
     if found == "triton":
-        from kernels import bce_dice_loss_triton
+        from deepskip.kernels import bce_dice_loss_triton
 
         return bce_dice_loss_triton.loss_of_sums(sums, class_weights, beta, eps)
     form = bce_dice_cpu if found == "cpu" else reference
@@ -50,7 +47,7 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     reference.check_maps(inputs, weights, mode)
     found = backend.implementation(inputs[0])
     if found == "triton":
-        from kernels import deep_skip_triton
+        from deepskip.kernels import deep_skip_triton
 
         return deep_skip_triton.deep_skip(inputs, weights, mode)
     form = deep_skip_cpu if found == "cpu" else reference
@@ -76,3 +73,9 @@ def batch_norm_relu(
     """Normalises (N, C, H, W) over all but C, then ReLU; arguments as in `torch.nn.functional.batch_norm`."""
     form = batch_norm_cpu if backend.implementation(x) == "cpu" else reference
     return form.batch_norm_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
+
+
+if __name__ == "kernels":
+    from deepskip.old_names import alias
+
+    alias(__name__)

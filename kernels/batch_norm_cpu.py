@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
+from deepskip.kernels import reference
 
 ROW = 64
 

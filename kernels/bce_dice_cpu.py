@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import check_target, ignored_label
+from deepskip.kernels.reference import check_target, ignored_label
 
 # elements of logits in a block: measured; smaller ones spend their time in calls, larger ones leave the cache
 BLOCK = 2**18

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import backend
-from kernels.bce_dice_triton import must_run, no_second_backward
+from deepskip.kernels import backend
+from deepskip.kernels.bce_dice_triton import must_run, no_second_backward
 
 # the least fp32 that is not subnormal: a batch without a counted pixel has loss 0, not nan
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

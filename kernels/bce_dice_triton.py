@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import backend
-from kernels.reference import check_target, ignored_label
+from deepskip.kernels import backend
+from deepskip.kernels.reference import check_target, ignored_label
 
 # pixels, or pixels times classes, that a program holds at a time; programs at most: rows of partial sums stay under 1 MB
 SIGMOID_BLOCK = 1024

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import conv3_cpu, interpolation, reference
+from deepskip.kernels import conv3_cpu, interpolation, reference
 
 # the weight for the low resolution, and what the first and the last column add to it
 Made = tuple[Tensor, list[tuple[int, Tensor]]]

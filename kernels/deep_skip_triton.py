@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import backend, reference
-from kernels.bce_dice_triton import INTERPRETED, must_run, no_second_backward
+from deepskip.kernels import backend, reference
+from deepskip.kernels.bce_dice_triton import INTERPRETED, must_run, no_second_backward
 
 # columns of the output that a program copies of the level's own map
 OWN_COLUMNS = 128

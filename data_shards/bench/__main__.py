@@ -20,13 +20,13 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from data_shards import storage
-from data_shards.bench import readers, samples
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.index import SCHEMA, ShardEntry, load_index, save_index
-from data_shards.indexing import index_shards
-from data_shards.stream import train_batches
+from deepskip.data_shards import storage
+from deepskip.data_shards.bench import readers, samples
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import SCHEMA, ShardEntry, load_index, save_index
+from deepskip.data_shards.indexing import index_shards
+from deepskip.data_shards.stream import train_batches
 
 DELAY = 0.02
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ def slow_s3() -> Iterator[Any]:
     import fsspec
 
     server = subprocess.Popen(
-        [sys.executable, "-m", "data_shards.bench.slow_s3", str(DELAY)],
+        [sys.executable, "-m", "deepskip.data_shards.bench.slow_s3", str(DELAY)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -187,9 +187,9 @@ def bench_s3(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 
 RESUME = """
 import sys, time
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.stream import train_batches
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.stream import train_batches
 started = time.perf_counter()
 shards = Shards(sys.argv[1], "dataset", Crops(8, 0.5, 0))
 next(train_batches(shards, 0, 16, int(sys.argv[2]), 0, 1))
@@ -256,7 +256,7 @@ def bench_memory(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 INDEX = """
 import sys, time
 import psutil
-from data_shards.index import load_index
+from deepskip.data_shards.index import load_index
 before = psutil.Process().memory_info().rss
 started = time.perf_counter()
 index = load_index(sys.argv[1])

@@ -9,12 +9,12 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from data_shards.bench.samples import SIDE, decode_png, import_streaming
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.order import steps_per_epoch
-from data_shards.stream import train_batches
+from deepskip.data_shards.bench.samples import SIDE, decode_png, import_streaming
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.order import steps_per_epoch
+from deepskip.data_shards.stream import train_batches
 
 BATCH = 16
 Reader = Callable[[Path, str, int, int], Iterator[Any]]

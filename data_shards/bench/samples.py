@@ -10,8 +10,8 @@ import skimage.data
 import webdataset
 from PIL import Image
 
-from data_shards.index import Index
-from data_shards.indexing import index_shards
+from deepskip.data_shards.index import Index
+from deepskip.data_shards.indexing import index_shards
 
 SIDE = 128
 PER_SHARD = 256

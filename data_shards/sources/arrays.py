@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards.labels import Labels, decide_labels
-from data_shards.progress import Progress, no_progress
-from data_shards.sample import IMAGE_KEYS, MASK_KEYS, Sample
-from data_shards.sources.packing import prepared_sample, write_splits
-from data_shards.sources.split import PackError, split_stems
+from deepskip.data_shards.labels import Labels, decide_labels
+from deepskip.data_shards.progress import Progress, no_progress
+from deepskip.data_shards.sample import IMAGE_KEYS, MASK_KEYS, Sample
+from deepskip.data_shards.sources.packing import prepared_sample, write_splits
+from deepskip.data_shards.sources.split import PackError, split_stems
 
 LAYOUTS = ("NHWC", "NCHW", "NHW")
 

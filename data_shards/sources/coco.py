@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 
-from data_shards.labels import IGNORE_INDEX, listed
-from data_shards.progress import Progress, no_progress
-from data_shards.sample import Sample, decode_image
-from data_shards.sources.packing import prepared_sample, write_splits
-from data_shards.sources.split import SPLITS, PackError, split_stems
+from deepskip.data_shards.labels import IGNORE_INDEX, listed
+from deepskip.data_shards.progress import Progress, no_progress
+from deepskip.data_shards.sample import Sample, decode_image
+from deepskip.data_shards.sources.packing import prepared_sample, write_splits
+from deepskip.data_shards.sources.split import SPLITS, PackError, split_stems
 
 # groups of five bits, low ones first, a bit that says whether more follow; seven of them hold any run
 RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data_shards.preparation import resample_bands, resize_longest_side
-from data_shards.progress import Progress
-from data_shards.sample import Sample
-from data_shards.sources.split import PackError
-from data_shards.writer import write_shards
+from deepskip.data_shards.preparation import resample_bands, resize_longest_side
+from deepskip.data_shards.progress import Progress
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.sources.split import PackError
+from deepskip.data_shards.writer import write_shards
 
 T = TypeVar("T")
 

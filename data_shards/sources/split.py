@@ -4,7 +4,7 @@ import csv
 import random
 from pathlib import Path
 
-from data_shards.labels import listed
+from deepskip.data_shards.labels import listed
 
 SPLITS = ("train", "val", "test")
 

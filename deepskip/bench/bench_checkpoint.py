@@ -12,8 +12,8 @@ from deepskip import checkpoint
 from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.config import Config
+from deepskip.kernels.bench import measure
 from deepskip.training_step import DataInfo, TrainingStep
-from kernels.bench import measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)

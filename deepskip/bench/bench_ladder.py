@@ -8,11 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-import kernels
-from deepskip import BCEDiceLoss, DeepSkipUNet
+from deepskip import BCEDiceLoss, DeepSkipUNet, kernels
 from deepskip.allocator import keep_freed_memory
-from kernels import reference
-from kernels.bench import measure
+from deepskip.kernels import reference
+from deepskip.kernels.bench import measure
 
 CPU = torch.device("cpu")
 SIZE = (8, 3, 128, 128)

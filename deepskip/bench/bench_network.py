@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
-from deepskip import BCEDiceLoss, DeepSkipUNet
+from deepskip import BCEDiceLoss, DeepSkipUNet, kernels
 from deepskip.allocator import keep_freed_memory
-from kernels.bench import measure
+from deepskip.kernels.bench import measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
+from deepskip import kernels
 from deepskip.allocator import keep_freed_memory
 from deepskip.config import Config
+from deepskip.kernels.bench import measure
 from deepskip.training_step import DataInfo, TrainingStep
-from kernels.bench import measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from deepskip import BCEDiceLoss, DeepSkipUNet
-from kernels import backend
-from kernels.bench import measure
-from kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, run_phases, timed
+from deepskip.kernels import backend
+from deepskip.kernels.bench import measure
+from deepskip.kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, run_phases, timed
 
 SIZE, TOY = (32, 3, 512, 512), (2, 3, 8, 8)
 SMALL = {"base_channels": 4, "levels": 3}

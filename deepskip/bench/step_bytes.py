@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
-from deepskip import BCEDiceLoss, DeepSkipUNet
-from kernels.bench.counts import CARDS
-from kernels.bench.launches import meta
-from kernels.bench.traffic import Autocast, Moved, Traffic
+from deepskip import BCEDiceLoss, DeepSkipUNet, kernels
+from deepskip.kernels.bench.counts import CARDS
+from deepskip.kernels.bench.launches import meta
+from deepskip.kernels.bench.traffic import Autocast, Moved, Traffic
 
 SIZE = (32, 3, 512, 512)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kernels import torchvision_ops
+from deepskip.kernels import torchvision_ops
 
 
 class Features(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from kernels import torchvision_ops
+from deepskip.kernels import torchvision_ops
 
 BOX_POOL, MASK_POOL = 7, 14
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)

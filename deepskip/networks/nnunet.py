@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from deepskip.kernels import torchvision_ops
 from deepskip.networks.padded import Padded
-from kernels import torchvision_ops
 
 
 def build_nnunet(in_channels: int, num_classes: int, *, features: Sequence[int]) -> nn.Module:

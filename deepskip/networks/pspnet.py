@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from deepskip.kernels import torchvision_ops
 from deepskip.networks.padded import Padded
 from deepskip.networks.pooling import with_exportable_pooling
-from kernels import torchvision_ops
 
 
 def build_pspnet(

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from deepskip.kernels import torchvision_ops
 from deepskip.networks.padded import Padded
 from deepskip.networks.pooling import with_exportable_pooling
-from kernels import torchvision_ops
 
 # arguments of its classes that are DeepSkip's to give, or would change what comes out: probabilities, or a second output
 NOT_OPTIONS = {

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from data_shards.__main__ import pack_coins
-from jobs.runs import JOURNAL, read_journal
+from deepskip.data_shards.__main__ import pack_coins
+from deepskip.jobs.runs import JOURNAL, read_journal
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, LEFT_OUT = 5, 2
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def bare(workers: int, options: list[str]) -> float:
     """Gives the bare loop's seconds a step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-    command += ["-m", "jobs.bench.bare", *options]
+    command += ["-m", "deepskip.jobs.bench.bare", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -72,7 +72,7 @@ def bare(workers: int, options: list[str]) -> float:
 
 def trained(run: Path, options: list[str]) -> float:
     """Gives the job's seconds a step, from what it logged."""
-    subprocess.run([sys.executable, "-m", "jobs.train", *options], capture_output=True, check=True)
+    subprocess.run([sys.executable, "-m", "deepskip.jobs.train", *options], capture_output=True, check=True)
     speeds = [values["images_per_second"] for kind, _, values, _ in read_journal(run / JOURNAL) if kind == "train"]
     batch = json.loads((run / "run.json").read_text())["config"]["optim"]["global_batch_size"]
     return statistics.median(batch / speed for speed in speeds[LEFT_OUT:])

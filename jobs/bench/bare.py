@@ -8,14 +8,14 @@ import time
 import torch
 import torch.distributed as dist
 
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.stream import train_batches
 from deepskip.allocator import keep_freed_memory
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.stream import train_batches
+from deepskip.jobs.settings import parse
+from deepskip.jobs.training.allocation import cpus_of
+from deepskip.jobs.training.share import data_info
 from deepskip.training_step import TrainingStep
-from jobs.settings import parse
-from jobs.training.allocation import cpus_of
-from jobs.training.share import data_info
 
 
 def main() -> None:

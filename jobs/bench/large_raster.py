@@ -157,7 +157,7 @@ def main() -> None:
     command = [
         sys.executable,
         "-m",
-        "jobs.predict",
+        "deepskip.jobs.predict",
         "--checkpoint",
         str(work / "run"),
         "--images",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.scale import (
+from deepskip.cluster.scale import (
     GRADIENT_BYTES,
     Faults,
     Link,

@@ -22,8 +22,8 @@ import torch.multiprocessing as mp
 from deepskip import checkpoint
 from deepskip.allocator import keep_freed_memory
 from deepskip.config import Config
+from deepskip.kernels.bench.measure import cpu_name
 from deepskip.training_step import DataInfo, TrainingStep
-from kernels.bench.measure import cpu_name
 
 CROP = 128
 SIZES = (1024, 16384, 262144, 2582660, 8388608)

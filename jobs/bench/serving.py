@@ -27,12 +27,12 @@ from PIL import Image
 
 from deepskip import checkpoint
 from deepskip.config import Config
+from deepskip.jobs.bench import __main__ as bench
+from deepskip.jobs.serving.front import Front
+from deepskip.jobs.serving.run import Replicas, listen, open_front, replicas
+from deepskip.jobs.serving.settings import ServeConfig, check_values
+from deepskip.jobs.settings import stop
 from deepskip.network import DeepSkipUNet
-from jobs.bench import __main__ as bench
-from jobs.serving.front import Front
-from jobs.serving.run import Replicas, listen, open_front, replicas
-from jobs.serving.settings import ServeConfig, check_values
-from jobs.settings import stop
 
 SCRIPT = """
 local file = io.open("{image}", "rb")

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from data_shards import storage
-from jobs import evaluate, runs
-from jobs.comparison.grid import TEST
-from jobs.settings import configured
-from jobs.train import train_here
+from deepskip.data_shards import storage
+from deepskip.jobs import evaluate, runs
+from deepskip.jobs.comparison.grid import TEST
+from deepskip.jobs.settings import configured
+from deepskip.jobs.train import train_here
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import yaml
 
 from deepskip import networks
 from deepskip.config import Config
-from jobs import runs
-from jobs.settings import absolute, configured, parse_settings, stop
+from deepskip.jobs import runs
+from deepskip.jobs.settings import absolute, configured, parse_settings, stop
 
 CELL = "cell.json"
 # of a run's folder, where the report of its test is

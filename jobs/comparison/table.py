@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from data_shards import storage
+from deepskip.data_shards import storage
 from deepskip.figures import CLASS_COLOURS
-from jobs import evaluate, runs
-from jobs.comparison.grid import TEST, Grid, cells
+from deepskip.jobs import evaluate, runs
+from deepskip.jobs.comparison.grid import TEST, Grid, cells
 
 METRICS = ("iou", "dice", "precision", "recall", "object_recall", "false_alarms_per_image")
 Result = dict[str, Any]

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_shards import storage
-from jobs.prediction.features import Features
-from jobs.prediction.inputs import Item
-from jobs.prediction.writers import PART, Sink, remove
+from deepskip.data_shards import storage
+from deepskip.jobs.prediction.features import Features
+from deepskip.jobs.prediction.inputs import Item
+from deepskip.jobs.prediction.writers import PART, Sink, remove
 
 FOLDER = "done"
 

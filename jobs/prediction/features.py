@@ -11,11 +11,11 @@ import numpy as np
 import scipy.ndimage
 from pycocotools import mask as coco_mask
 
-from data_shards import storage
-from jobs.polygons import outlines
-from jobs.prediction.objects import Object, Objects
-from jobs.prediction.rasters import Raster
-from jobs.prediction.writers import PART, remove
+from deepskip.data_shards import storage
+from deepskip.jobs.polygons import outlines
+from deepskip.jobs.prediction.objects import Object, Objects
+from deepskip.jobs.prediction.rasters import Raster
+from deepskip.jobs.prediction.writers import PART, remove
 
 FOLDER, COCO_FILE = "polygons", "coco.json"
 ENDING = {"geojson": ".geojson", "coco": ".coco.json"}

@@ -14,12 +14,12 @@ import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from data_shards import storage
-from jobs.prediction.inputs import Item
-from jobs.prediction.options import Options
-from jobs.prediction.segment import Outcome, PredictionWorker
-from jobs.settings import stop
-from jobs.training.allocation import own_ray
+from deepskip.data_shards import storage
+from deepskip.jobs.prediction.inputs import Item
+from deepskip.jobs.prediction.options import Options
+from deepskip.jobs.prediction.segment import Outcome, PredictionWorker
+from deepskip.jobs.settings import stop
+from deepskip.jobs.training.allocation import own_ray
 
 # small images that an actor gets at once, and the bytes of their files
 GROUP, GROUP_BYTES = 64, 2**24

@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from data_shards import index, storage
-from data_shards.index import FORMATS, Index
-from data_shards.sample import decode_image
-from jobs.prediction.rasters import Raster, in_memory, open_raster
-from jobs.settings import NotHere, stop
+from deepskip.data_shards import index, storage
+from deepskip.data_shards.index import FORMATS, Index
+from deepskip.data_shards.sample import decode_image
+from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster
+from deepskip.jobs.settings import NotHere, stop
 
 EXTENSIONS = (*FORMATS, "zarr")
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepskip.inference import Segmenter, enlarged_by
+from deepskip.jobs.prediction.options import Options
 from deepskip.network import DeepSkipUNet
 from deepskip.tiling import Overlap, overlap_of
-from jobs.prediction.options import Options
 
 GB = 10**9
 # of a budget that nobody set: what a machine's process may take at most, and its share of what is free

@@ -6,12 +6,12 @@ import numpy as np
 
 from deepskip.figures import overlay
 from deepskip.inference import to_labels
-from jobs.prediction import done, features
-from jobs.prediction.features import Features
-from jobs.prediction.inputs import Item
-from jobs.prediction.options import Options
-from jobs.prediction.rasters import Raster
-from jobs.prediction.writers import Layout, Sink
+from deepskip.jobs.prediction import done, features
+from deepskip.jobs.prediction.features import Features
+from deepskip.jobs.prediction.inputs import Item
+from deepskip.jobs.prediction.options import Options
+from deepskip.jobs.prediction.rasters import Raster
+from deepskip.jobs.prediction.writers import Layout, Sink
 
 # longest side of an overlay, and rows that are read at once for it
 PICTURE_SIDE, PICTURE_ROWS = 2048, 256

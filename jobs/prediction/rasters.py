@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from data_shards.sample import decode_image
+from deepskip.data_shards.sample import decode_image
 
 # an image that unpacks to no more is read whole
 WHOLE_BYTES = 2**26

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.preparation import band_statistics, resample_bands, shrunk
 from deepskip.allocator import give_back_freed_memory
+from deepskip.data_shards.preparation import band_statistics, resample_bands, shrunk
 from deepskip.inference import normalize, to_probabilities
+from deepskip.jobs.prediction import memory
+from deepskip.jobs.prediction.done import is_done
+from deepskip.jobs.prediction.inputs import Item, opened
+from deepskip.jobs.prediction.options import Options
+from deepskip.jobs.prediction.outputs import Outputs
+from deepskip.jobs.prediction.rasters import Raster
 from deepskip.predictor import Predictor
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
-from jobs.prediction import memory
-from jobs.prediction.done import is_done
-from jobs.prediction.inputs import Item, opened
-from jobs.prediction.options import Options
-from jobs.prediction.outputs import Outputs
-from jobs.prediction.rasters import Raster
 
 # small images that are read ahead, with the bytes of their files, and images that wait to be written
 AHEAD, AHEAD_BYTES, WRITING = 16, 2**23, 8

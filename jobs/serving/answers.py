@@ -10,8 +10,8 @@ from PIL import Image
 
 from deepskip.figures import overlay
 from deepskip.inference import to_labels
+from deepskip.jobs import polygons
 from deepskip.predictor import enlarged_to
-from jobs import polygons
 
 PNG = "image/png"
 # what an answer may be, and its content type

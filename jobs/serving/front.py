@@ -15,10 +15,10 @@ from typing import Any
 
 from aiohttp import web
 
-from jobs.serving import page
-from jobs.serving.answers import FORMATS, Answer
-from jobs.serving.metrics import Metrics
-from jobs.serving.settings import ServeConfig, is_loopback_address
+from deepskip.jobs.serving import page
+from deepskip.jobs.serving.answers import FORMATS, Answer
+from deepskip.jobs.serving.metrics import Metrics
+from deepskip.jobs.serving.settings import ServeConfig, is_loopback_address
 
 # how an image begins, the kind of file it is, and its content types
 KINDS = (

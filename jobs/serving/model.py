@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_shards.sample import Limits, TooLarge, decode_image
 from deepskip import inference
+from deepskip.data_shards.sample import Limits, TooLarge, decode_image
+from deepskip.jobs.serving.answers import Answer, encode
+from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
-from jobs.serving.answers import Answer, encode
-from jobs.serving.batches import Batches
 
 # decoded images held at once, bytes; decoding waits until there is room
 DECODED_BYTES = 2**29

@@ -20,7 +20,7 @@ def build(about: dict[str, Any]) -> tuple[str, str]:
 @lru_cache(maxsize=1)
 def template() -> tuple[str, str]:
     """Reads the page and makes the policy from the hashes of its script and its style."""
-    text = (resources.files("jobs.serving") / "page.html").read_text()
+    text = (resources.files("deepskip.jobs.serving") / "page.html").read_text()
     hashes = {}
     for tag in ("script", "style"):
         found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

@@ -11,12 +11,12 @@ from typing import Any
 
 from aiohttp import web
 
-from cluster.settings import LOOPBACK_ONLY
 from deepskip.checkpoint import State
-from jobs.serving.answers import Answer
-from jobs.serving.front import Front, Unavailable
-from jobs.serving.settings import ServeConfig
-from jobs.settings import stop
+from deepskip.cluster.settings import LOOPBACK_ONLY
+from deepskip.jobs.serving.answers import Answer
+from deepskip.jobs.serving.front import Front, Unavailable
+from deepskip.jobs.serving.settings import ServeConfig
+from deepskip.jobs.settings import stop
 
 APPLICATION = "deepskip"
 # a connection on which no request has come whole in this time is closed
@@ -49,7 +49,7 @@ def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
     import ray
     from ray import serve as ray_serve
 
-    from jobs.training import allocation
+    from deepskip.jobs.training import allocation
 
     ray.init(log_to_driver=False, logging_level="ERROR", **allocation.own_ray())
     try:
@@ -74,7 +74,7 @@ def deploy(config: ServeConfig, state: State) -> Any:
     import torch
     from ray import serve as ray_serve
 
-    from jobs.serving.model import Model
+    from deepskip.jobs.serving.model import Model
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     assert config.cpus is not None

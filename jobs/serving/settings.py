@@ -6,9 +6,9 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.local import usable_cpus
+from deepskip.cluster.local import usable_cpus
 from deepskip.config import faults_of, setting
-from jobs.settings import NotHere, parse_settings, stop
+from deepskip.jobs.settings import NotHere, parse_settings, stop
 
 VARIABLE = "DEEPSKIP_TOKEN"
 # below this a token can be guessed over a network

@@ -14,8 +14,8 @@ from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deepskip.config import ClusterConfig, workers_range
-from jobs import runs
-from jobs.settings import stop
+from deepskip.jobs import runs
+from deepskip.jobs.settings import stop
 
 POLL_SECONDS = 0.5
 

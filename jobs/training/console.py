@@ -3,8 +3,8 @@
 from typing import Any
 
 from deepskip.config import Config
-from jobs import report, runs
-from jobs.training.events import Event, Measured, Panel, SampleSkipped, Warned
+from deepskip.jobs import report, runs
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Warned
 
 
 class Console:

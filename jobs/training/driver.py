@@ -11,12 +11,12 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
 from deepskip.config import Config
-from jobs import runs
-from jobs.settings import STOPPED, listen_to_sigterm, stop
-from jobs.training import allocation, process_group, restarts
-from jobs.training import events as told
-from jobs.training.console import Console
-from jobs.training.worker import train_worker
+from deepskip.jobs import runs
+from deepskip.jobs.settings import STOPPED, listen_to_sigterm, stop
+from deepskip.jobs.training import allocation, process_group, restarts
+from deepskip.jobs.training import events as told
+from deepskip.jobs.training.console import Console
+from deepskip.jobs.training.worker import train_worker
 
 POLL_SECONDS = 0.5
 # a job that is stopped waits so long for its workers' last checkpoint; less than heads give it (RAY_JOB_STOP_WAIT_TIME_S)

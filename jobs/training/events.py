@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs import runs
+from deepskip.jobs import runs
 
 
 @dataclass(frozen=True)

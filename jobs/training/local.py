@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from deepskip import trainer
 from deepskip.config import Config, workers_range
-from jobs import runs
-from jobs.settings import STOPPED, stop
-from jobs.training import preemption, share
-from jobs.training.console import Console, note_skipped
-from jobs.training.events import Event, Measured, SampleSkipped, Started
+from deepskip.jobs import runs
+from deepskip.jobs.settings import STOPPED, stop
+from deepskip.jobs.training import preemption, share
+from deepskip.jobs.training.console import Console, note_skipped
+from deepskip.jobs.training.events import Event, Measured, SampleSkipped, Started
 
 
 @dataclass

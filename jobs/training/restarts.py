@@ -7,8 +7,8 @@ import ray.exceptions
 from ray.train import UserCallback
 
 from deepskip.config import ClusterConfig
-from jobs.training.allocation import allocation, look_at_machines
-from jobs.training.events import WorkersFailed
+from deepskip.jobs.training.allocation import allocation, look_at_machines
+from deepskip.jobs.training.events import WorkersFailed
 
 
 class FailureReports(UserCallback):

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from data_shards import storage
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.index import BrokenIndex, Index, MissingIndex
-from data_shards.sample import BadSample
-from data_shards.scan import BrokenShard
-from data_shards.stream import train_batches, whole_images
 from deepskip import checkpoint, trainer
 from deepskip.config import Config
+from deepskip.data_shards import storage
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
+from deepskip.data_shards.sample import BadSample
+from deepskip.data_shards.scan import BrokenShard
+from deepskip.data_shards.stream import train_batches, whole_images
 from deepskip.evaluation import thumbnail
+from deepskip.jobs import runs
+from deepskip.jobs.settings import cache_of
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
 from deepskip.training_step import DataInfo
-from jobs import runs
-from jobs.settings import cache_of
-from jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
 
 # longest side of the pictures in a panel, pixels
 PANEL_SIDE = 512

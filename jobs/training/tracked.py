@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_shards import storage
-from data_shards.index import load_index
 from deepskip.config import Config
-from jobs import runs
-from jobs.settings import cache_of, stop
+from deepskip.data_shards import storage
+from deepskip.data_shards.index import load_index
+from deepskip.jobs import runs
+from deepskip.jobs.settings import cache_of, stop
 
 UNSENT = "unsent.json"
 # a slow server gets the model within so long, or with the next call of the same command
@@ -42,7 +42,7 @@ def tracked(config: Config, run: runs.Run, settings: dict[str, Any], required: b
         runs.record(run, settings, run.mlflow_run_id)
         yield Tracked(None, run.mlflow_run_id, None)
         return
-    tracking = import_module("jobs.tracking")
+    tracking = import_module("deepskip.jobs.tracking")
     uri = tracking.tracking_uri(run.folder.parent, config.run.tracking_uri)
     try:
         run_id = tracking.start_run(
@@ -100,7 +100,7 @@ def send_late(folder: Path, config: Config) -> None:
     if find_spec("mlflow") is None:
         print("warning: MLflow has not got all of this run, and is not installed here: pip install mlflow", flush=True)
         return
-    tracking = import_module("jobs.tracking")
+    tracking = import_module("deepskip.jobs.tracking")
     uri = tracking.tracking_uri(folder.parent, config.run.tracking_uri)
     if "status" in unsent and not finish(
         tracker_of(tracking, uri, run_id, config, folder), uri, folder, unsent["status"]
@@ -117,7 +117,7 @@ def log_model(folder: Path, uri: str, run_id: str) -> bool:
     A server that is away, or takes more than MODEL_SECONDS, costs a warning and not the training; it is noted until it is done.
     """
     note(folder, model=True)
-    tracking = import_module("jobs.tracking")
+    tracking = import_module("deepskip.jobs.tracking")
     fault, again = f"it takes more than {MODEL_SECONDS:g} s", True
     with tempfile.TemporaryDirectory(prefix="deepskip-model-", ignore_cleanup_errors=True) as temporary:
         found: list[tuple[str | None, bool]] = []
@@ -141,7 +141,7 @@ def _log(folder: Path, uri: str, run_id: str, temporary: Path, found: list[tuple
     """Log the model; leaves what went wrong, or None, and whether it should be tried again."""
     from deepskip import checkpoint
     from deepskip.inference import build_segmenter
-    from jobs import models, tracking
+    from deepskip.jobs import models, tracking
 
     try:
         state = checkpoint.load_for_inference(folder)

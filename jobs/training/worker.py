@@ -8,10 +8,10 @@ from ray.train.torch import get_device
 
 from deepskip import trainer
 from deepskip.config import Config
-from jobs import runs
-from jobs.training import preemption, share
-from jobs.training.allocation import cpus_of
-from jobs.training.events import Event, Fatal, Finished, Measured, Panel, Stopped, Warned
+from deepskip.jobs import runs
+from deepskip.jobs.training import preemption, share
+from deepskip.jobs.training.allocation import cpus_of
+from deepskip.jobs.training.events import Event, Fatal, Finished, Measured, Panel, Stopped, Warned
 
 
 def train_worker(settings: dict[str, Any]) -> None:

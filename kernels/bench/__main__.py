@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.bench import measure, report
+from deepskip.kernels.bench import measure, report
 
 HERE = Path(__file__).parent
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.bench import cases, measure, opponents
+from deepskip.kernels import reference
+from deepskip.kernels.bench import cases, measure, opponents
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import deep_skip_cpu, reference
-from kernels.bench import cases, measure
+from deepskip.kernels import deep_skip_cpu, reference
+from deepskip.kernels.bench import cases, measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.bench import counts, machine_code
-from kernels.bench.launches import Launches, meta
+from deepskip import kernels
+from deepskip.kernels.bench import counts, machine_code
+from deepskip.kernels.bench.launches import Launches, meta
 
 LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 # maps of networks of 5 levels, and b of 4 and 64 at the ends

@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 
-import kernels
-from kernels import bce_dice_triton, deep_skip_triton
-from kernels.bench import cases, gpu_part, machine_code, measure
-from kernels.bench.launches import Launches, meta
+from deepskip import kernels
+from deepskip.kernels import bce_dice_triton, deep_skip_triton
+from deepskip.kernels.bench import cases, gpu_part, machine_code, measure
+from deepskip.kernels.bench.launches import Launches, meta
 
 
 class Candidate(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import reference
+from deepskip import kernels
+from deepskip.kernels import reference
 
 BASE, LEVELS = 8, 5
 Stage = Callable[[list[Tensor], list[Tensor]], Tensor]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.bench import machine_code
-from kernels.bench.launches import Launches, Started, TritonLaunch, meta
-from kernels.bench.warp import Warp
+from deepskip import kernels
+from deepskip.kernels.bench import machine_code
+from deepskip.kernels.bench.launches import Launches, Started, TritonLaunch, meta
+from deepskip.kernels.bench.warp import Warp
 
 
 class Card(NamedTuple):

@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from kernels.bench import journal
+from deepskip.kernels.bench import journal
 
 
 class Part(NamedTuple):
@@ -31,12 +31,12 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("kernels.bench.gpu_phases", ("machine", "bandwidth", "gate", "launches"), 0.2),
-    Part("kernels.bench.gpu_phases", ("candidates",), 0.42),
-    Part("kernels.bench.gpu_phases", ("contenders",), 0.68),
+    Part("deepskip.kernels.bench.gpu_phases", ("machine", "bandwidth", "gate", "launches"), 0.2),
+    Part("deepskip.kernels.bench.gpu_phases", ("candidates",), 0.42),
+    Part("deepskip.kernels.bench.gpu_phases", ("contenders",), 0.68),
     Part("deepskip.bench.gpu_network", ("network",), 0.86),
-    Part("kernels.bench.gpu_phases", ("other types",), 0.9),
-    Part("kernels.bench.gpu_phases", ("autotune",), 1.0),
+    Part("deepskip.kernels.bench.gpu_phases", ("other types",), 0.9),
+    Part("deepskip.kernels.bench.gpu_phases", ("autotune",), 1.0),
 )
 # what a part may take beyond its time before it is killed, while the last part still ends in time
 GRACE = 3.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.bench import journal
+from deepskip.kernels.bench import journal
 
 Row = dict[str, Any]
 
@@ -182,7 +182,7 @@ def page(rows: list[Row], broken: int, counts: list[Row]) -> str:
         lines += list(part(rows))
     if counts:
         # torch is needed for these alone
-        from kernels.bench.counts import table as counts_table
+        from deepskip.kernels.bench.counts import table as counts_table
 
         lines += ["## Instructions and bytes, counted", "", counts_table(counts), ""]
     return "\n".join(lines) + "\nMade by `python -m kernels.bench.gpu_page`.\n"

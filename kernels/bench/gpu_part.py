@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import kernels
-from kernels.bench import journal, measure
+from deepskip import kernels
+from deepskip.kernels.bench import journal, measure
 
 Row = dict[str, Any]
 # what a row says beforehand, and what measures the rest of it: one row or more

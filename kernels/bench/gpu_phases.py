@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from kernels import reference
-from kernels.bench import candidates, cases, measure, opponents
-from kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, finite, run_phases, timed
+from deepskip import kernels
+from deepskip.kernels import reference
+from deepskip.kernels.bench import candidates, cases, measure, opponents
+from deepskip.kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, finite, run_phases, timed
 
 # errors of a norm that rounding explains; where the plain form in the same type is worse, three times its error
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

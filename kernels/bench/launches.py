@@ -16,8 +16,8 @@ from torch._library.custom_ops import OPDEFS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from kernels import backend
-from kernels.bench.traffic import Moved, Traffic, as_on_gpu
+from deepskip.kernels import backend
+from deepskip.kernels.bench.traffic import Moved, Traffic, as_on_gpu
 
 # kernel parameters stand there in the constant bank
 _PARAMETERS = {80: 0x160, 90: 0x210}

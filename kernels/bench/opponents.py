@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import reference, torchvision_ops
-from kernels.bench import cases
+from deepskip import kernels
+from deepskip.kernels import reference, torchvision_ops
+from deepskip.kernels.bench import cases
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

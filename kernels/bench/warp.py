@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels.bench.machine_code import Instruction
-from kernels.bench.warp_integers import HANDLERS
-from kernels.bench.warp_state import LANES, Lanes, Unresolved, WarpState, is_predicate, next_register
+from deepskip.kernels.bench.machine_code import Instruction
+from deepskip.kernels.bench.warp_integers import HANDLERS
+from deepskip.kernels.bench.warp_state import LANES, Lanes, Unresolved, WarpState, is_predicate, next_register
 
 # a loop that never ends is one that was misread
 LONGEST = 2_000_000

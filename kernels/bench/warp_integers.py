@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.bench.machine_code import Instruction
-from kernels.bench.warp_state import LANES, Access, Lanes, Unresolved, WarpState, is_predicate, next_register
+from deepskip.kernels.bench.machine_code import Instruction
+from deepskip.kernels.bench.warp_state import LANES, Access, Lanes, Unresolved, WarpState, is_predicate, next_register
 
 
 def _signed(x: np.ndarray) -> np.ndarray:

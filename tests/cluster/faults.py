@@ -64,7 +64,7 @@ def take_machine_back(training: Training) -> float:
     """The machine of the last rank is about to go, Ray and the training hear of it, and it goes."""
     number = last_machine(training)
     moment = time.time()
-    command = [sys.executable, "-m", "cluster.preempt", "--seconds", "30"]
+    command = [sys.executable, "-m", "deepskip.cluster.preempt", "--seconds", "30"]
     assert training.nodes.run(command, training.output, number=number).wait(timeout=60) == 0
     training.nodes.kill(number)
     return moment

@@ -26,8 +26,8 @@ from typing import Any
 
 import psutil
 
-from cluster.local import end_with_parent, free_ports
-from cluster.settings import DRIVER_SETTINGS, NODE_SETTINGS
+from deepskip.cluster.local import end_with_parent, free_ports
+from deepskip.cluster.settings import DRIVER_SETTINGS, NODE_SETTINGS
 
 ROOT = Path(__file__).parents[2]
 RAY = f"{shlex.quote(sys.executable)} -m ray.scripts.scripts"

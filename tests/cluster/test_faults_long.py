@@ -57,7 +57,7 @@ def test_the_tracking_server_goes_down_and_comes_back(
         server.wait()
         # what is left of it holds the port
         for process in nodes.processes(nodes.nodes[0]):
-            if "mlflow" in " ".join(process.cmdline()) and "jobs.train" not in " ".join(process.cmdline()):
+            if "mlflow" in " ".join(process.cmdline()) and "deepskip.jobs.train" not in " ".join(process.cmdline()):
                 process.kill()
         training.wait_for(30)
         server = nodes.run(command, home / "server.log")

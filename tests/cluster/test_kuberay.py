@@ -22,8 +22,8 @@ import yaml
 from kuberay_schema import SCHEMAS
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-import cluster.preempt
-from jobs.settings import parse
+from deepskip.cluster import preempt
+from deepskip.jobs.settings import parse
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster" / "kuberay"
@@ -109,7 +109,7 @@ def test_the_ray_version_is_the_locked_one() -> None:
 def test_the_jobs_settings_are_known_and_fit_the_cluster() -> None:
     spec = of_kind("RayJob")["spec"]
     words = shlex.split(spec["entrypoint"])
-    assert words[:4] == ["python", "-u", "-m", "jobs.train"]
+    assert words[:4] == ["python", "-u", "-m", "deepskip.jobs.train"]
     workers = words.index("--cluster.workers")
     group = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     assert yaml.safe_load(words[workers + 1]) == [group["minReplicas"], group["maxReplicas"]]
@@ -162,7 +162,7 @@ def test_ray_asks_for_the_token_and_recovers_fast(kind: str) -> None:
         )
     worker = spec["workerGroupSpecs"][0]["template"]["spec"]
     command = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert command[:3] == ["python", "-m", "cluster.preempt"]
+    assert command[:3] == ["python", "-m", "deepskip.cluster.preempt"]
     assert float(command[command.index("--seconds") + 1]) < worker["terminationGracePeriodSeconds"]
 
 
@@ -215,9 +215,9 @@ def test_the_dockerfile_copies_what_is_there_and_ends_as_no_root() -> None:
 def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.MonkeyPatch, hears: bool) -> None:
     # a title of this test's own: trainings beside it go on
     title = f"ray::Test{os.getpid()}"
-    assert cluster.preempt.WORKER == "ray::RayTrainWorker"
+    assert preempt.WORKER == "ray::RayTrainWorker"
     assert RayTrainWorker.__name__ == "RayTrainWorker"
-    monkeypatch.setattr(cluster.preempt, "WORKER", title)
+    monkeypatch.setattr(preempt, "WORKER", title)
     told: list[str] = []
 
     def ray(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
@@ -227,7 +227,7 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
             os.kill(worker.pid, signal.SIGUSR1)
         return subprocess.CompletedProcess(command, 0 if hears else 1)
 
-    monkeypatch.setattr(cluster.preempt.subprocess, "run", ray)
+    monkeypatch.setattr(preempt.subprocess, "run", ray)
 
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ours")
 
@@ -247,7 +247,7 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
         for each in (worker, other, stranger):
             assert each.stdout is not None
             assert each.stdout.readline() == "up\n"
-        assert cluster.preempt.preempt(20) == (1, 0)
+        assert preempt.preempt(20) == (1, 0)
         assert worker.stdout is not None
         assert worker.stdout.read() == ("" if hears else "asked\n")
         assert told[told.index("drain-node") :][:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]

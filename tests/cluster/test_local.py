@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.local import MARK, Head, PortTaken, environment, head_processes, start_head, stop_head
+from deepskip.cluster.local import MARK, Head, PortTaken, environment, head_processes, start_head, stop_head
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
     variables = os.environ | {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
 
     def cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cluster", *arguments]
+        command = [sys.executable, "-m", "deepskip.cluster", *arguments]
         return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
 
     assert cluster("status").returncode == 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.scale import (
+from deepskip.cluster.scale import (
     Link,
     Machine,
     all_reduce,

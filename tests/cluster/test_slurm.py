@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.address import addresses, main
+from deepskip.cluster.address import addresses, main
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "train.sbatch"
 # what every stand-in does first: write down its arguments, and the token where it is told one
@@ -102,7 +102,7 @@ def test_it_starts_ray_on_all_nodes_and_ends_as_the_job_does(tmp_path: Path, sta
     assert "--nodelist=node1" in head
     assert {"--nodes=2", "--exclude=node1", "--address=10.0.0.1:27110"} <= set(workers)
     assert "--dashboard-host=127.0.0.1" in head
-    submit = next(call for call in calls if "jobs.submit" in call)
+    submit = next(call for call in calls if "deepskip.jobs.submit" in call)
     # an argument with a blank is one argument
     assert submit[-2:] == ["--run.name", "a run"]
     assert slurm.lines(".submitted") == ["http://127.0.0.1:27111 token"]

@@ -66,7 +66,12 @@ class Training:
         settings = SETTINGS | {"optim.steps": self.steps, "run.validate_every": self.steps} | self.settings
         settings |= {"run.name": self.name, "cluster.workers": workers, "data.path": self.home / "data"}
         settings |= {"run.storage": self.home / "runs"}
-        command = [sys.executable, "-m", "jobs.train", *(f"--{key}={value}" for key, value in settings.items())]
+        command = [
+            sys.executable,
+            "-m",
+            "deepskip.jobs.train",
+            *(f"--{key}={value}" for key, value in settings.items()),
+        ]
         hook = {"RAY_TRAIN_CALLBACKS": "tests.cluster.recorder.Recorder", FOLDER: str(self.records)}
         self.process = self.nodes.run(command, self.output, hook | {PACE: str(self.pace)} | self.variables)
 
@@ -133,7 +138,7 @@ class Training:
     def drivers(self) -> list[psutil.Process]:
         """Finds the job's driver, as seen from outside."""
         head = self.nodes.nodes[0]
-        return [p for p in self.nodes.processes(head) if p.cmdline()[1:3] == ["-m", "jobs.train"]]
+        return [p for p in self.nodes.processes(head) if p.cmdline()[1:3] == ["-m", "deepskip.jobs.train"]]
 
     def kill_rank(self, rank: int) -> float:
         """Kills a worker and gives when."""

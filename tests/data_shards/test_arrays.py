@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_shards.__main__ import main
-from data_shards.dataset import Shards
-from data_shards.sources.arrays import pack_arrays
-from data_shards.sources.split import PackError
+from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.sources.arrays import pack_arrays
+from deepskip.data_shards.sources.split import PackError
 
 RNG = np.random.default_rng(0)
 

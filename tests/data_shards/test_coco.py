@@ -7,11 +7,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_shards.__main__ import main
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.sources.coco import pack_coco
-from data_shards.sources.split import PackError
+from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.sources.coco import pack_coco
+from deepskip.data_shards.sources.split import PackError
 
 RNG = np.random.default_rng(0)
 

@@ -8,14 +8,14 @@ from scipy.ndimage import binary_fill_holes
 from skimage.filters import threshold_otsu
 from skimage.measure import label, regionprops
 
-from data_shards.sources import coins as source
-from data_shards.sources.coins import BACKGROUNDS, SPLITS, coins, coins_of, cut_out, photograph
+from deepskip.data_shards.sources import coins as source
+from deepskip.data_shards.sources.coins import BACKGROUNDS, SPLITS, coins, coins_of, cut_out, photograph
 
 OFFLINE = """
 import socket, sys
 def refuse(*_, **__): raise AssertionError("went to the network")
 socket.socket = socket.create_connection = socket.getaddrinfo = refuse
-from data_shards.sources.coins import coins
+from deepskip.data_shards.sources.coins import coins
 for split in ("train", "val", "test"): list(coins(split, 3))
 assert "pooch" not in sys.modules
 """

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.order import steps_per_epoch
-from data_shards.sample import Sample
-from data_shards.stream import train_batches
-from data_shards.writer import write_shards
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.order import steps_per_epoch
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.stream import train_batches
+from deepskip.data_shards.writer import write_shards
 
 SAMPLES, G = 103, 12
 

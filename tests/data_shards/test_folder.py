@@ -6,11 +6,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_shards.__main__ import main
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.order import Slot
-from data_shards.sources.folder import PackError, pack_folder
+from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.order import Slot
+from deepskip.data_shards.sources.folder import PackError, pack_folder
 
 SHARED = Path(os.environ.get("DEEPSKIP_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RNG = np.random.default_rng(0)

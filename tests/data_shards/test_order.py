@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
+from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
 
 def whole(seed: int, epoch: int, sizes: list[int], window: int) -> np.ndarray:

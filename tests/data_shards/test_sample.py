@@ -10,9 +10,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_shards import sample
-from data_shards.preparation import resample_bands, resize_longest_side
-from data_shards.sample import (
+from deepskip.data_shards import sample
+from deepskip.data_shards.preparation import resample_bands, resize_longest_side
+from deepskip.data_shards.sample import (
     BadSample,
     Limits,
     TooLarge,

@@ -16,13 +16,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_shards.__main__ import main
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.indexing import IndexingError, index_shards
-from data_shards.scan import BrokenShard, scan_tar
-from data_shards.stream import train_batches
+from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.indexing import IndexingError, index_shards
+from deepskip.data_shards.scan import BrokenShard, scan_tar
+from deepskip.data_shards.stream import train_batches
 
 RNG = np.random.default_rng(0)
 
@@ -216,7 +216,7 @@ def png_bomb(side: int) -> bytes:
 BOMB_CHECK = """
 import resource, sys
 from pathlib import Path
-from data_shards.indexing import index_shards, IndexingError
+from deepskip.data_shards.indexing import index_shards, IndexingError
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 try:

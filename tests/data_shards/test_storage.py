@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_shards import storage
-from data_shards.__main__ import main
-from data_shards.crops import Crops
-from data_shards.dataset import Batch, Shards
-from data_shards.index import MissingIndex, load_index
-from data_shards.inspection import verify
-from data_shards.order import Slot
-from data_shards.sample import Sample
-from data_shards.scan import BrokenShard
-from data_shards.storage import Cache, CacheFull, ChangedFile, StorageError
-from data_shards.stream import train_batches
-from data_shards.writer import write_shards
+from deepskip.data_shards import storage
+from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Batch, Shards
+from deepskip.data_shards.index import MissingIndex, load_index
+from deepskip.data_shards.inspection import verify
+from deepskip.data_shards.order import Slot
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.scan import BrokenShard
+from deepskip.data_shards.storage import Cache, CacheFull, ChangedFile, StorageError
+from deepskip.data_shards.stream import train_batches
+from deepskip.data_shards.writer import write_shards
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -9,14 +9,14 @@ import pytest
 import torch
 import webdataset
 
-from data_shards.crops import Crops, Item, pasted, random_crop
-from data_shards.dataset import BrokenShard, Shards
-from data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
-from data_shards.inspection import verify
-from data_shards.order import Slot
-from data_shards.sample import BadSample, Sample
-from data_shards.stream import train_batches, whole_images
-from data_shards.writer import write_shards
+from deepskip.data_shards.crops import Crops, Item, pasted, random_crop
+from deepskip.data_shards.dataset import BrokenShard, Shards
+from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
+from deepskip.data_shards.inspection import verify
+from deepskip.data_shards.order import Slot
+from deepskip.data_shards.sample import BadSample, Sample
+from deepskip.data_shards.stream import train_batches, whole_images
+from deepskip.data_shards.writer import write_shards
 
 
 def samples(count: int, bands: int = 3, size: int = 20, dtype: type = np.uint8) -> list[Sample]:

@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.__main__ import main
-from data_shards.crops import Crops
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.sample import Sample
-from data_shards.stream import train_batches
-from data_shards.writer import write_shards
+from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.crops import Crops
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.stream import train_batches
+from deepskip.data_shards.writer import write_shards
 
 SLOW_PACK = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from data_shards.sample import Sample
-from data_shards.writer import write_shards
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.writer import write_shards
 
 def samples():
     for i in range(6):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_shards import storage
 from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointError, CheckpointNotWritten, CheckpointTooNew
 from deepskip.checkpoint_writer import CheckpointWriter
+from deepskip.data_shards import storage
 from deepskip.ranks import agreed_start
 
 

@@ -29,7 +29,7 @@ def criterion(V: int) -> BCEDiceLoss:
 
 
 def one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
-    import kernels
+    from deepskip import kernels
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)

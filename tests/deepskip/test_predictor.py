@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import deepskip
-from data_shards.preparation import resize_longest_side
 from deepskip import checkpoint, inference
 from deepskip.config import Config
+from deepskip.data_shards.preparation import resize_longest_side
 
 
 def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation: int | None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import torch
 from test_trainer import config, losses
 
 import deepskip
-from data_shards import storage
 from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointError, CheckpointNotWritten
 from deepskip.checkpoint_writer import CheckpointWriter
+from deepskip.data_shards import storage
 from deepskip.ranks import agreed_start
 
 

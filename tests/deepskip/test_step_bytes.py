@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from deepskip.bench import step_bytes
-from kernels.bench.traffic import Moved
+from deepskip.kernels.bench.traffic import Moved
 
 
 def test_a_block_moves_what_is_worked_out_by_hand() -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 
 import deepskip
 from deepskip import checkpoint
-from jobs import evaluate
-from jobs.serving.model import Model
+from deepskip.jobs import evaluate
+from deepskip.jobs.serving.model import Model
 from tests.golden.record import ROOT, SETTINGS, STEPS, Checkout, keys_of, large_image, stream, write_data
 
 STORED = Path(__file__).parent / "stored"
@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_losses_and_the_keys_of_a_checkpoint(checkout: Checkout, kind: str) -> None:
     checkout.run(
-        "jobs.train", "--local", "--data.path", f"data/{kind}", "--run.name", kind, *SETTINGS[kind], "--optim.steps",
+        "deepskip.jobs.train", "--local", "--data.path", f"data/{kind}", "--run.name", kind, *SETTINGS[kind], "--optim.steps",
         str(STEPS), "--run.log_every", "1", "--run.validate_every", "10", "--run.checkpoint_every", "10",
         "--run.tracking_uri", "none", "--cluster.cpus_per_worker", "1", "--cluster.gpu", "false",
     )  # fmt: skip

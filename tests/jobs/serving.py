@@ -106,7 +106,7 @@ def serving(
     checkpoint.save(trained or state(3, 1), folder / checkpoint.FOLDER / checkpoint.BEST)
     variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     variables |= {"HOME": str(folder)} | ({"DEEPSKIP_TOKEN": token} if token else {})
-    command = [sys.executable, "-u", "-m", "jobs.serve", "--checkpoint", str(folder), "--port", "0", *settings]
+    command = [sys.executable, "-u", "-m", "deepskip.jobs.serve", "--checkpoint", str(folder), "--port", "0", *settings]
     log = (folder / "serve.log").open("w+")
     process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, text=True)
     try:

@@ -18,10 +18,10 @@ from PIL import Image
 import deepskip
 from deepskip import checkpoint
 from deepskip.config import Config
+from deepskip.jobs import export, predict
+from deepskip.jobs.serving.model import Model
 from deepskip.networks import REGISTRY
 from deepskip.training_step import TrainingStep
-from jobs import export, predict
-from jobs.serving.model import Model
 from tests.deepskip.networks.test_networks import OTHERS, settings_of
 from tests.deepskip.test_trainer import DATA, assert_same_state, batch_of, config, losses
 

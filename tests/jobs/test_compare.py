@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_shards.__main__ import pack_coins
-from jobs import compare, runs
-from jobs.comparison import table
-from jobs.comparison.grid import Grid, Row, cells, read_grid
+from deepskip.data_shards.__main__ import pack_coins
+from deepskip.jobs import compare, runs
+from deepskip.jobs.comparison import table
+from deepskip.jobs.comparison.grid import Grid, Row, cells, read_grid
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(folder: Path) -> None:
-    command = [sys.executable, "-u", "-m", "jobs.compare", "--config", str(folder / "grid.yaml")]
+    command = [sys.executable, "-u", "-m", "deepskip.jobs.compare", "--config", str(folder / "grid.yaml")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None
         for line in killed.stdout:
@@ -104,7 +104,7 @@ def test_on_ray_and_a_cell_that_fails(folder: Path, tmp_path: Path) -> None:
     explodes = {"optim": {"learning_rate": 10, "clip_norm": 0}, "loss": {"beta": 1e38}}
     broken = json.dumps({"deepskip": {}, "broken": {"settings": explodes}})
     found = subprocess.run(
-        [sys.executable, "-m", "jobs.compare", *command, "--networks", broken],
+        [sys.executable, "-m", "deepskip.jobs.compare", *command, "--networks", broken],
         cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 1, found.stdout + found.stderr

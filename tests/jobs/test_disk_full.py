@@ -13,8 +13,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from data_shards.__main__ import pack_coins
 from deepskip import checkpoint
+from deepskip.data_shards.__main__ import pack_coins
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")]
 
@@ -46,7 +46,7 @@ def test_a_disk_that_fills_up_ends_the_training_with_its_last_checkpoint_whole(d
         "run.panels": 0,
         "cluster.workers": 1,
     }
-    command = [sys.executable, "-m", "jobs.train", *(f"--{key}={value}" for key, value in settings.items())]
+    command = [sys.executable, "-m", "deepskip.jobs.train", *(f"--{key}={value}" for key, value in settings.items())]
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     options = {"env": variables | {"HOME": str(tmp_path)}, "cwd": tmp_path, "text": True}
     filler = disk / "filler"

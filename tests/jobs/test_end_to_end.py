@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 
 import deepskip
-from cluster.local import MARK
-from data_shards.__main__ import pack_coins
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.order import Slot
 from deepskip import checkpoint
+from deepskip.cluster.local import MARK
 from deepskip.complexity import conv_weights
+from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.order import Slot
 from deepskip.metrics import SegmentationMetrics
 
 SMALL = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2", "--optim.warmup_steps", "2"]
@@ -54,7 +54,7 @@ def call(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def trained(home: Path) -> tuple[Path, str]:
     settings = [*SMALL, "--run.name", "small", "--optim.steps", "12", "--run.log_every", "2"]
     settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
-    done = call(home, "jobs.submit", "train", *settings)
+    done = call(home, "deepskip.jobs.submit", "train", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return home / "runs" / "small", done.stdout
 
@@ -120,16 +120,16 @@ def test_the_finished_run_answers_again_and_may_grow(trained: tuple[Path, str], 
     assert state is not None
     settings = [*SMALL, "--run.name", "small", "--optim.steps", "16", "--run.log_every", "2"]
     settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
-    wrong = call(home, "jobs.train", *settings, "--optim.learning_rate", "0.1")
+    wrong = call(home, "deepskip.jobs.train", *settings, "--optim.learning_rate", "0.1")
     assert wrong.returncode == 2
     assert "has other settings (optim.steps, optim.learning_rate)" in wrong.stderr
-    done = call(home, "jobs.train", *settings)
+    done = call(home, "deepskip.jobs.train", *settings)
     assert done.returncode == 0, done.stderr
     assert "step 14/16" in done.stdout
     assert "step 12/" not in done.stdout
     longer = json.loads((trained[0] / "summary.json").read_text())
     assert (longer["steps"], longer["mlflow_run_id"]) == (16, summary["mlflow_run_id"])
-    again = call(home, "jobs.train", *settings)
+    again = call(home, "deepskip.jobs.train", *settings)
     assert again.returncode == 0
     assert "is finished already" in again.stdout
 
@@ -142,7 +142,7 @@ def test_predict(trained: tuple[Path, str], home: Path) -> None:
     for stem, picture in pictures.items():
         Image.fromarray(picture).save(images / f"{stem}.png")
     (images / "broken.png").write_bytes(b"nothing")
-    done = call(home, "jobs.predict", "--checkpoint", str(trained[0]), "--images", "images", "--out", "out")
+    done = call(home, "deepskip.jobs.predict", "--checkpoint", str(trained[0]), "--images", "images", "--out", "out")
     assert done.returncode == 1
     assert "2 of 3 images segmented" in done.stdout
     assert "broken.png the png file does not decode" in done.stderr
@@ -165,7 +165,7 @@ def test_predict(trained: tuple[Path, str], home: Path) -> None:
 )
 def test_bad_input_ends_at_once_without_ray(home: Path, arguments: list[str], said: str) -> None:
     started = time.monotonic()
-    done = call(home, "jobs.submit", "train", *arguments)
+    done = call(home, "deepskip.jobs.submit", "train", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -174,11 +174,13 @@ def test_bad_input_ends_at_once_without_ray(home: Path, arguments: list[str], sa
 
 
 def test_more_than_the_machine_has_and_a_tracker_that_is_away(home: Path) -> None:
-    few = call(home, "jobs.train", "--cluster.workers", "500", "--cluster.wait_seconds", "1", "--run.name", "few")
+    few = call(
+        home, "deepskip.jobs.train", "--cluster.workers", "500", "--cluster.wait_seconds", "1", "--run.name", "few"
+    )
     assert few.returncode == 2
     assert "cluster.workers is 500, each with 1 CPU, but the cluster has" in few.stderr
     assert "Traceback" not in few.stderr
-    away = call(home, "jobs.train", "--run.tracking_uri", "http://127.0.0.1:9", "--run.name", "away")
+    away = call(home, "deepskip.jobs.train", "--run.tracking_uri", "http://127.0.0.1:9", "--run.name", "away")
     assert away.returncode == 2
     assert "MLflow at http://127.0.0.1:9 cannot be used" in away.stderr
     assert "Traceback" not in away.stderr
@@ -193,7 +195,7 @@ def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) ->
     data = bytearray(shard.read_bytes())
     data[entry.mask.offset + 30] ^= 1
     shard.write_bytes(data)
-    options = ("jobs.train", *SMALL, "--data.path", "data/bad", "--optim.steps", "6")
+    options = ("deepskip.jobs.train", *SMALL, "--data.path", "data/bad", "--optim.steps", "6")
     done = call(home, *options, "--run.name", "bad")
     assert done.returncode == 2
     assert f"sample {entry.key}: has other bytes than when it was indexed" in done.stderr
@@ -225,7 +227,9 @@ def stays_for_nobody(home: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("stays_for_nobody")
 def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Path) -> None:
-    line, options = command(home, "jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped")
+    line, options = command(
+        home, "deepskip.jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped"
+    )
     process = subprocess.Popen(line, stdout=subprocess.PIPE, **options)
     assert process.stdout is not None
     for text in process.stdout:
@@ -233,7 +237,9 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
             break
     processes = processes_of(home)
     names = " ".join(" ".join(ask(each, "cmdline")) for each in processes)
-    assert all(part in names for part in ("gcs_server", "raylet", "dashboard", "RayTrainWorker", "jobs.submit"))
+    assert all(
+        part in names for part in ("gcs_server", "raylet", "dashboard", "RayTrainWorker", "deepskip.jobs.submit")
+    )
     doors = {
         (door.laddr.ip.removeprefix("::ffff:"), door.laddr.port)
         for each in processes

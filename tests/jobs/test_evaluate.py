@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 import deepskip
-from data_shards.__main__ import pack_coins
-from data_shards.dataset import Shards
-from data_shards.index import load_index
-from data_shards.order import Slot
-from data_shards.sample import Sample
-from data_shards.writer import write_shards
 from deepskip import checkpoint
-from jobs import evaluate, tracking
+from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.order import Slot
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.writer import write_shards
+from deepskip.jobs import evaluate, tracking
 from tests.deepskip.test_predictor import state_of
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import deepskip
 from deepskip import checkpoint
-from jobs import export
+from deepskip.jobs import export
 from tests.deepskip.test_predictor import state_of
 
 ODD = ((1, 37, 53), (2, 101, 33), (3, 45, 71))

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import deepskip
-from data_shards.__main__ import pack_coins
-from data_shards.index import load_index
 from deepskip import checkpoint
-from jobs import models, report, runs, train
-from jobs.training import tracked
+from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.index import load_index
+from deepskip.jobs import models, report, runs, train
+from deepskip.jobs.training import tracked
 from tests.deepskip.networks.small import SMALL as NETWORK_SIZES
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_without_ray_and_mlflow_the_losses_are_those_on_ray(coins: Path) -> None
     alone = run(["-c", WITHOUT, "--local", "--run.name", "alone", *settings], coins)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert "the run is not tracked" in alone.stdout
-    on_ray = run(["-m", "jobs.train", "--cluster.workers", "1", "--run.name", "on_ray", *settings], coins)
+    on_ray = run(["-m", "deepskip.jobs.train", "--cluster.workers", "1", "--run.name", "on_ray", *settings], coins)
     assert on_ray.returncode == 0, on_ray.stdout + on_ray.stderr
     seen = losses(coins / "runs" / "alone")
     assert {step for kind, step in seen if kind == "train"} == set(range(1, 7))
@@ -73,10 +73,10 @@ def test_torchruns_ranks_train_together(coins: Path) -> None:
         "--optim.momentum",
         "0",
     ]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jobs.train"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "deepskip.jobs.train"]
     two = run([*torchrun, "--run.name", "two", *settings], coins)
     assert two.returncode == 0, two.stdout + two.stderr
-    one = run(["-m", "jobs.train", "--local", "--run.name", "one", *settings], coins)
+    one = run(["-m", "deepskip.jobs.train", "--local", "--run.name", "one", *settings], coins)
     assert one.returncode == 0, one.stdout + one.stderr
     expected = losses(coins / "runs" / "one")
     # fp32 sums in another order
@@ -122,7 +122,7 @@ def test_stopped_by_sigterm_it_goes_on_where_it_was(coins: Path) -> None:
 
 def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(coins)
-    monkeypatch.setattr("jobs.training.tracked.find_spec", lambda name: None)
+    monkeypatch.setattr("deepskip.jobs.training.tracked.find_spec", lambda name: None)
     config = deepskip.Config()
     config.data.path, config.data.crop, config.run.name = "coins", 64, "python"
     config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 2
@@ -142,7 +142,7 @@ def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
     coins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A server of 8 s a request takes minutes for a model: the run is whole before it, and what is missing comes later."""
-    from jobs import tracking
+    from deepskip.jobs import tracking
 
     left = threading.Event()
     monkeypatch.setattr(tracked, "MODEL_SECONDS", 0.2)
@@ -162,7 +162,7 @@ def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
     assert without.returncode == 0, without.stdout + without.stderr
     assert "MLflow has not got all of this run, and is not installed here" in without.stdout
     # another process knows nothing of the first one's server
-    again = run(["-m", "jobs.train", *command], coins)
+    again = run(["-m", "deepskip.jobs.train", *command], coins)
     assert "has now what it did not take before" in again.stdout, again.stdout + again.stderr
     assert not (folder / tracked.UNSENT).exists()
     uri, run_id = f"sqlite:///{tmp_path / 'mlflow.db'}", runs.read_json(folder / "run.json")["mlflow_run_id"]
@@ -241,7 +241,8 @@ def test_samples_that_any_rank_skips_are_listed(coins: Path, tmp_path: Path) -> 
         data[place + 40] ^= 255
     shard.write_bytes(data)
     found = run(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jobs.train", "--data.path", str(folder),
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "deepskip.jobs.train",
+         "--data.path", str(folder),
          *SMALL, "--optim.steps", "2", "--data.on_bad_sample", "skip", "--run.tracking_uri", "none",
          "--run.storage", str(tmp_path), "--run.name", "skips"], tmp_path,
     )  # fmt: skip

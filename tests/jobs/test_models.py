@@ -10,7 +10,7 @@ import pytest
 
 import deepskip
 from deepskip import checkpoint
-from jobs import models, tracking
+from deepskip.jobs import models, tracking
 from tests.deepskip.test_predictor import state_of
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (45, 38, 5)).astype(np.uint8)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from data_shards.__main__ import pack_coins
+from deepskip.data_shards.__main__ import pack_coins
 
 
 def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
     output, done = "", []
     for status in (128 + signal.SIGTERM, 0):
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "jobs.train", *settings],
+            [sys.executable, "-u", "-m", "deepskip.jobs.train", *settings],
             cwd=tmp_path, env=variables | {"HOME": str(tmp_path)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip

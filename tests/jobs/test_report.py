@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from deepskip.config import Config
-from jobs import report
-from jobs.runs import Run
+from deepskip.jobs import report
+from deepskip.jobs.runs import Run
 
 
 def test_the_command_that_trains_further_names_each_option_once(capsys: pytest.CaptureFixture[str]) -> None:

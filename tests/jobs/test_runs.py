@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from jobs import runs
+from deepskip.jobs import runs
 
 
 def config(steps: int = 10, workers: int = 2) -> dict[str, Any]:

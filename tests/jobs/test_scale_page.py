@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from cluster.scale import GRADIENT_BYTES, best_interval, goodput, step
-from jobs.bench.scale_page import CLOUD, FLOPS_128, GPU, PAGE, PLOT, SPOT, WEAK_BATCH, filled
+from deepskip.cluster.scale import GRADIENT_BYTES, best_interval, goodput, step
+from deepskip.jobs.bench.scale_page import CLOUD, FLOPS_128, GPU, PAGE, PLOT, SPOT, WEAK_BATCH, filled
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -17,8 +17,7 @@ def test_the_counts_are_the_networks() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import kernels
-    from deepskip import DeepSkipUNet
+    from deepskip import DeepSkipUNet, kernels
 
     network = DeepSkipUNet(in_channels=3, num_classes=1)
     assert 4 * sum(parameter.numel() for parameter in network.parameters()) == GRADIENT_BYTES

@@ -20,7 +20,7 @@ import rasterio.features
 from PIL import Image
 
 import deepskip
-from jobs.serving import settings
+from deepskip.jobs.serving import settings
 from tests.jobs.bad_requests import BAD, BODY_SECONDS, GOOD, MAX_BODY, MAX_PIXELS, SLOW, npy, picture, png, tif
 from tests.jobs.serving import Server, serving, state
 
@@ -223,7 +223,7 @@ def pieces(data: bytes) -> tuple[bytes, bytes]:
 )
 def test_bad_settings_end_at_once(arguments, token, message, monkeypatch, capsys, tmp_path) -> None:  # type: ignore[no-untyped-def]
     from deepskip import checkpoint
-    from jobs import serve
+    from deepskip.jobs import serve
 
     checkpoint.save(state(3, 1), tmp_path / checkpoint.FOLDER / checkpoint.BEST)
     monkeypatch.setenv(settings.VARIABLE, token)

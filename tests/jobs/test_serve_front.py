@@ -8,10 +8,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from jobs.serving.answers import Answer
-from jobs.serving.front import Ask, Front, Unavailable
-from jobs.serving.run import open_front
-from jobs.serving.settings import ServeConfig
+from deepskip.jobs.serving.answers import Answer
+from deepskip.jobs.serving.front import Ask, Front, Unavailable
+from deepskip.jobs.serving.run import open_front
+from deepskip.jobs.serving.settings import ServeConfig
 from tests.jobs.bad_requests import GOOD, png
 
 Test = Callable[[Front, str, aiohttp.ClientSession], Awaitable[None]]

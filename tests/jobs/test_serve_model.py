@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from deepskip import inference
+from deepskip.jobs import polygons
+from deepskip.jobs.serving.answers import Answer
+from deepskip.jobs.serving.batches import Batches
+from deepskip.jobs.serving.model import Model, Room
 from deepskip.predictor import Predictor
-from jobs import polygons
-from jobs.serving.answers import Answer
-from jobs.serving.batches import Batches
-from jobs.serving.model import Model, Room
 from tests.jobs.serving import state
 
 

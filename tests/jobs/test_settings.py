@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import yaml
 
-from data_shards.sample import Sample
-from data_shards.writer import write_shards
-from jobs.settings import KEYS, build_parser, differences, parse
-from jobs.train import check
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.writer import write_shards
+from deepskip.jobs.settings import KEYS, build_parser, differences, parse
+from deepskip.jobs.train import check
 
 # compare.yaml is another job's, and test_compare.py runs it
 CONFIGS = sorted(

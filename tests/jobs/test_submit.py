@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.settings import NotHere
-from jobs.submit import Screen, look, main
+from deepskip.jobs.settings import NotHere
+from deepskip.jobs.submit import Screen, look, main
 
 
 def test_progress_stays_on_one_line_of_a_terminal() -> None:
@@ -61,6 +61,6 @@ def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
         assert "/shared/" in said
     # what is wrong everywhere
     with pytest.raises(SystemExit) as stopped:
-        look("jobs.train", ["--data.path", "/shared/mine", "--data.crop", "-1"])
+        look("deepskip.jobs.train", ["--data.path", "/shared/mine", "--data.crop", "-1"])
     assert (stopped.value.code, type(stopped.value)) == (2, SystemExit)
     assert capsys.readouterr().err.startswith("error: data.crop is -1")

@@ -14,9 +14,9 @@ from typing import Any
 import mlflow
 import pytest
 
-from cluster.local import end_with_parent, free_ports
-from jobs import tracking
-from jobs.runs import JOURNAL, write_down
+from deepskip.cluster.local import end_with_parent, free_ports
+from deepskip.jobs import tracking
+from deepskip.jobs.runs import JOURNAL, write_down
 
 # what it starts is started once
 pytestmark = pytest.mark.xdist_group("tracking")

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from deepskip.config import ClusterConfig, Config, check_values
-from jobs import runs
-from jobs.settings import parse
-from jobs.training import allocation, restarts
+from deepskip.jobs import runs
+from deepskip.jobs.settings import parse
+from deepskip.jobs.training import allocation, restarts
 
 
 def test_workers_are_a_number_or_a_range() -> None:

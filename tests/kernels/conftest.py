@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from kernels import bce_dice_loss_triton, bce_dice_triton, deep_skip_triton
+from deepskip.kernels import bce_dice_loss_triton, bce_dice_triton, deep_skip_triton
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-import kernels
-from kernels.bench import candidates, counts
-from kernels.bench.launches import Launches, TritonLaunch, meta
+from deepskip import kernels
+from deepskip.kernels.bench import candidates, counts
+from deepskip.kernels.bench.launches import Launches, TritonLaunch, meta
 
 ARCHITECTURE = 90
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import backend
+from deepskip.kernels import backend
 
 
 def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import bce_dice_cpu, reference
+from deepskip.kernels import bce_dice_cpu, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from kernels import bce_dice_cpu, reference
+from deepskip import kernels
+from deepskip.kernels import bce_dice_cpu, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -21,7 +21,7 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.parametrize(("suite", "count"), [("bce_dice", 80), ("deep_skip", 32)])
 def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
-    rows = [line.split() for line in run("kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
+    rows = [line.split() for line in run("deepskip.kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
     # architecture, variant, registers, spilled bytes, shared bytes
     assert {row[0] for row in rows} == {"sm_80", "sm_90"}
     assert len({(row[0], row[1]) for row in rows}) == 2 * count

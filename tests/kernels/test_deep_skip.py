@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import deep_skip_cpu, interpolation, reference
+from deepskip.kernels import deep_skip_cpu, interpolation, reference
 
 
 def case(b: int, factors: tuple[int, ...], size: tuple[int, int], N: int = 2) -> tuple[list[Tensor], list[Tensor]]:

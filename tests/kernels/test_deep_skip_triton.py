@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from deepskip import network
-from kernels import reference
+from deepskip import kernels, network
+from deepskip.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of the norm: what is rounded is each tap and each sum of rows, a unit of the last place each, more or less in turns

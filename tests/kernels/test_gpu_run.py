@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.bench import gpu, gpu_page, gpu_part, gpu_phases, journal
+from deepskip.kernels.bench import gpu, gpu_page, gpu_part, gpu_phases, journal
 
 PHASES = {"machine", "bandwidth", "gate", "launches", "candidates", "contenders", "network", "autotune", "other types"}
 
 
 def start(folder: Path, seconds: int) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.bench.gpu", "--out", str(folder), "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "deepskip.kernels.bench.gpu", "--out", str(folder), "--seconds", str(seconds)]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -93,7 +93,7 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_parts_without_time_say_so_and_a_crash_takes_no_other_with_it(tmp_path: Path) -> None:
     gpu.run_part(gpu.PARTS[0], tmp_path, time.time())
-    crash = gpu.Part("kernels.bench.no_such_module", ("crash",), 1.0)
+    crash = gpu.Part("deepskip.kernels.bench.no_such_module", ("crash",), 1.0)
     gpu.run_part(crash, tmp_path, time.time() + 60)
     first, second = whole_rows(tmp_path)
     assert first["skipped"] == "no time was left"
@@ -103,7 +103,7 @@ def test_parts_without_time_say_so_and_a_crash_takes_no_other_with_it(tmp_path: 
 
 def test_what_is_wrong_beside_float64_is_not_timed(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    part = gpu.Part("kernels.bench.gpu_phases", ("launches",), 1.0)
+    part = gpu.Part("deepskip.kernels.bench.gpu_phases", ("launches",), 1.0)
     gpu.run_part(part, tmp_path, time.time() + 120)
     assert whole_rows(tmp_path)[0]["skipped"] == "the comparison with float64 did not end"
     about = {"suite": "gate", "dtype": "torch.float32"}

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
-from deepskip import DeepSkipUNet
-from kernels import batch_norm_cpu, conv3_cpu
+from deepskip import DeepSkipUNet, kernels
+from deepskip.kernels import batch_norm_cpu, conv3_cpu
 
 
 def relative(ours: torch.Tensor | None, exact: torch.Tensor | None) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import torchvision_ops
+from deepskip.kernels import torchvision_ops
 
 
 # the kernels' tests also run on machines that lack it

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import deepskip
 from deepskip.inference import Segmenter
-from jobs import predict
-from jobs.prediction.memory import bytes_per_pixel, measured_bytes_per_pixel, plan
-from jobs.prediction.options import Options
-from jobs.prediction.segment import PredictionWorker
+from deepskip.jobs import predict
+from deepskip.jobs.prediction.memory import bytes_per_pixel, measured_bytes_per_pixel, plan
+from deepskip.jobs.prediction.options import Options
+from deepskip.jobs.prediction.segment import PredictionWorker
 from tests.jobs.prediction.models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +110,7 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     idle = peak("-c", "import jobs.predict, jobs.prediction.segment, torch; torch.ones(9).sum()")
     command = [
         "-m",
-        "jobs.predict",
+        "deepskip.jobs.predict",
         "--checkpoint",
         str(model),
         "--images",

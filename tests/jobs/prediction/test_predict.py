@@ -16,12 +16,12 @@ from pycocotools.coco import COCO
 from rasterio.transform import Affine
 
 import deepskip
-from data_shards.__main__ import pack_coins
-from data_shards.index import load_index
-from data_shards.preparation import resample_bands, resize_longest_side
-from jobs import predict
-from jobs.prediction import rasters
-from jobs.prediction.inputs import sample_bytes
+from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.index import load_index
+from deepskip.data_shards.preparation import resample_bands, resize_longest_side
+from deepskip.jobs import predict
+from deepskip.jobs.prediction import rasters
+from deepskip.jobs.prediction.inputs import sample_bytes
 from tests.jobs.prediction.models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

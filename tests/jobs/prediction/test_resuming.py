@@ -13,7 +13,7 @@ import ray
 from PIL import Image
 
 import deepskip
-from jobs import predict
+from deepskip.jobs import predict
 from tests.jobs.prediction.models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def test_a_killed_prediction_goes_on(tmp_path: Path) -> None:
         "--workers",
         "0",
     ]
-    command = [sys.executable, "-m", "jobs.predict", *map(str, options)]
+    command = [sys.executable, "-m", "deepskip.jobs.predict", *map(str, options)]
     # threads that wait for each other take ten times as long where the machine is busy
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=variables, cwd=tmp_path)
