@@ -38,7 +38,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 train: setup
-	@$(VENV)/bin/python -m jobs.submit train --config $(CONFIG) $(ARGS)
+	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
@@ -62,8 +62,8 @@ chaos: setup
 
 compare-smoke: setup
 	@rm -rf build/compare-smoke
-	@$(VENV)/bin/python -m data_shards pack coins --out build/compare-smoke/coins --train 16 --val 4 --test 4
-	@$(VENV)/bin/python -m jobs.compare --config jobs/configs/compare.yaml --categories '{coins: jobs/configs/coins.yaml}' \
+	@$(VENV)/bin/deepskip pack coins --out build/compare-smoke/coins --train 16 --val 4 --test 4
+	@$(VENV)/bin/deepskip compare --config jobs/configs/compare.yaml --categories '{coins: jobs/configs/coins.yaml}' \
 	  --out build/compare-smoke/out --seeds '[0, 1]' --only '[deepskip, unet]' --workers 2 --settings \
 	  '{data: {path: build/compare-smoke/coins}, optim: {steps: 2}, run: {tracking_uri: none}, cluster: {gpu: false}}' $(ARGS)
 
@@ -91,18 +91,18 @@ lock:
 bench:
 	@$(PYTHON) -m venv .venv-bench-kernels
 	@.venv-bench-kernels/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r kernels/bench/requirements.txt
-	@.venv-bench-kernels/bin/python -m kernels.bench kernels/bench deepskip/bench $(ARGS)
+	@.venv-bench-kernels/bin/python -m deepskip.kernels.bench kernels/bench deepskip/bench $(ARGS)
 
 bench-data:
 	@$(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r data_shards/bench/requirements.txt
-	@.venv-bench/bin/python -m data_shards.bench $(ARGS)
+	@.venv-bench/bin/python -m deepskip.data_shards.bench $(ARGS)
 
 bench-jobs: setup
-	@$(VENV)/bin/python -m jobs.bench $(ARGS)
+	@$(VENV)/bin/python -m deepskip.jobs.bench $(ARGS)
 
 bench-serve: setup
-	@$(VENV)/bin/python -m jobs.bench.serving $(ARGS)
+	@$(VENV)/bin/python -m deepskip.jobs.bench.serving $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .venv-bench .venv-bench-kernels *.egg-info

@@ -1,4 +1,4 @@
-"""python -m cluster: a Ray head on this machine, up, down and status."""
+"""deepskip cluster: a Ray head on this machine, up, down and status."""
 
 import argparse
 import shlex
@@ -9,9 +9,7 @@ from deepskip.cluster.local import HeadError, environment, forget, head_processe
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 2 and one line where it cannot, with 1 from `status` where no head is up."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster", description="A Ray head on this machine, behind a token."
-    )
+    parser = argparse.ArgumentParser(prog="deepskip cluster", description="A Ray head on this machine, behind a token.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     up = commands.add_parser("up", help="start a head that stays")
     up.add_argument("--port", type=int, default=0, help="port of the head; chosen by default")
@@ -30,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         print("the Ray head is down" if head else "no Ray head of DeepSkip is up")
         return
     if arguments.command == "status" and head is None:
-        print("no Ray head of DeepSkip is up; python -m cluster up starts one")
+        print("no Ray head of DeepSkip is up; deepskip cluster up starts one")
         sys.exit(1)
     if head is None:
         try:

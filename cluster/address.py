@@ -1,4 +1,4 @@
-"""python -m cluster.address: prints the IPv4 address by which other machines reach this one."""
+"""python -m deepskip.cluster.address: prints the IPv4 address by which other machines reach this one."""
 
 import argparse
 import socket
@@ -20,7 +20,7 @@ def addresses() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one address; exits with 2 and a list of the interfaces where the one that was named has none."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.address", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.cluster.address", description=__doc__)
     parser.add_argument("--interface", help="as ib0 or eth0; by default the one that leads to other networks")
     interface = parser.parse_args(argv).interface
     found = addresses()

@@ -1,4 +1,4 @@
-"""python -m cluster.holder TEMPORARY PARENT COMMAND...: runs what starts a Ray head, and ends all of the head at its own end.
+"""python -m deepskip.cluster.holder TEMPORARY PARENT COMMAND...: starts a Ray head, and ends all of it at its own end.
 
 `ray start` leaves its processes behind when it is told to end before it listens, or is killed. This has nothing to import, and
 starts nothing before it listens.

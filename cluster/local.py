@@ -226,7 +226,7 @@ def end_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
 
 
 def state_file() -> Path:
-    """Names the file that remembers the head of `python -m cluster up`."""
+    """Names the file that remembers the head of `deepskip cluster up`."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "deepskip" / "head.json"
 
@@ -242,7 +242,7 @@ def remember(head: Head) -> None:
 
 
 def remembered() -> Head | None:
-    """Gives the head of `python -m cluster up` if it lives; a head that died is cleaned up and forgotten."""
+    """Gives the head of `deepskip cluster up` if it lives; a head that died is cleaned up and forgotten."""
     path = state_file()
     if not path.is_file():
         return None

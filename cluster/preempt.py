@@ -1,4 +1,4 @@
-"""python -m cluster.preempt: this machine goes away soon. Tells Ray, and gives the training workers on it time to stop.
+"""python -m deepskip.cluster.preempt: this machine goes away soon. Tells Ray, and gives its training workers time to stop.
 
 What a cloud or Kubernetes calls before it takes a machine back. Ray drains the node: nothing new is started on it, and
 trainings with workers on it write a checkpoint. Where Ray cannot be told, the workers are asked by SIGTERM.
@@ -66,7 +66,7 @@ def preempt(seconds: float) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Says what came of it; the exit status is 0 whatever that was: the machine goes away anyhow."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.preempt", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.cluster.preempt", description=__doc__)
     parser.add_argument("--seconds", type=float, default=90.0, help="how long to wait for the workers to end")
     arguments = parser.parse_args(argv)
     ended, left = preempt(arguments.seconds)

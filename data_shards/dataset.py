@@ -16,11 +16,10 @@ from deepskip.data_shards.crops import Crops, Item, donor_of, pasted, random_cro
 from deepskip.data_shards.index import Index, SampleEntry, load_index
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.preparation import band_statistics, resample_bands
-from deepskip.data_shards.sample import BadSample, decode_image, decode_mask, npy_header
+from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample, decode_image, decode_mask, npy_header
 from deepskip.data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")
-ON_BAD_SAMPLE = ("error", "skip")
 OPEN_SHARDS = 64
 # bytes between image and mask that are read along
 MAX_GAP = 65536
@@ -242,7 +241,7 @@ class Shards(Dataset[Batch]):
 
     def _open_file(self, number: int) -> int:
         shard, location = self.index.shards[number], self.index.shard_location(number)
-        again = f"Put it back, or make a new index: python -m data_shards index {self.folder}"
+        again = f"Put it back, or make a new index: deepskip index {self.folder}"
         try:
             descriptor = None
             while descriptor is None:

@@ -205,7 +205,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, storage.ChangedFile) as error:
         raise BrokenIndex(
-            f"{path} cannot be read: {error!r}. Make it anew: python -m data_shards index {location}, or pack again."
+            f"{path} cannot be read: {error!r}. Make it anew: deepskip index {location}, or pack again."
         ) from error
 
 
@@ -298,12 +298,12 @@ def tars_in(location: str) -> list[str]:
 
 def _what_is_there(location: str) -> str:
     parent = location.rstrip("/").rpartition("/")[0] or "DIR"
-    pack = f"Pack some: python -m data_shards pack folder --images DIR --masks DIR --out {parent}"
+    pack = f"Pack some: deepskip pack folder --images DIR --masks DIR --out {parent}"
     try:
         tars = len(tars_in(location))
     # no listing over http, no such folder, no rights
     except Exception:
         return f"it does not exist or cannot be listed. {pack}"
     if tars:
-        return f"it holds {tars} .tar files but no {FILE}. Make one: python -m data_shards index {location}"
+        return f"it holds {tars} .tar files but no {FILE}. Make one: deepskip index {location}"
     return f"it holds no {FILE}. {pack}"

@@ -95,7 +95,7 @@ def describe(index: Index, found: Contents) -> str:
         f"{index.bands} bands, {index.dtype}, {classes}"
     ]
     if found.bad:
-        lines.append(f"  {found.bad} samples cannot be read; python -m data_shards verify says why")
+        lines.append(f"  {found.bad} samples cannot be read; deepskip verify says why")
     if not found.heights:
         return "\n".join(lines)
     low, high = (f"{fold(found.heights)} x {fold(found.widths)}" for fold in (min, max))

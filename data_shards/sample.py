@@ -31,6 +31,10 @@ TILE_FORMATS = ("JPEG", "PNG", "WEBP", "JPEG2000")
 
 # the bound is ours, checked before anything is unpacked; pillow's own would only warn
 Image.MAX_IMAGE_PIXELS = None
+# what becomes of a sample that cannot be used
+ON_BAD_SAMPLE = ("error", "skip")
+# axes of arrays of images
+LAYOUTS = ("NHWC", "NCHW", "NHW")
 
 
 Data = bytes | memoryview

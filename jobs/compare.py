@@ -1,6 +1,6 @@
 """The comparison: a grid of ordinary trainings, of networks on categories of data with seeds, each tested once.
 
-Every cell is a training as `jobs.train --local` runs it, then `jobs.evaluate` on the test split; the same command goes on
+Every cell is a training as `jobs.train --local` runs it, then `deepskip evaluate` on the test split; the same command goes on
 where it stopped. What comes of it are OUT/cells.csv, table.md and figure.svg.
 """
 
@@ -21,17 +21,16 @@ from deepskip.jobs.settings import stop
 
 LOG = "cell.log"
 RUNNING: set[subprocess.Popen[bytes]] = set()
-DESCRIPTION = "Trains and tests every network on every category with every seed; see docs/compare.md."
 
 
 def check(argv: list[str]) -> None:
     """Ends the program with `error:` lines where the grid cannot be."""
-    read_grid(argv, DESCRIPTION)
+    read_grid(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the grid, or what is left of it; exit status 1 where cells failed."""
-    grid = read_grid(sys.argv[1:] if argv is None else argv, DESCRIPTION)
+    grid = read_grid(sys.argv[1:] if argv is None else argv)
     every = list(cells(grid))
     if faults := [fault for cell in every if (fault := done_otherwise(cell, grid))]:
         stop("\n".join([*faults[:20], "name another --out, or remove what should be done again"]))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from deepskip import figures
-from deepskip.config import setting
 from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
@@ -28,6 +27,7 @@ from deepskip.data_shards.stream import whole_images
 from deepskip.evaluation import thumbnail
 from deepskip.inference import to_labels
 from deepskip.jobs import models, report, runs
+from deepskip.jobs.options import EvaluateConfig
 from deepskip.jobs.settings import NotHere, absolute, parse_settings, stop
 from deepskip.metrics import SegmentationMetrics, confusion_counts
 from deepskip.predictor import Predictor
@@ -37,40 +37,6 @@ from deepskip.threshold_curve import Curve, ThresholdCurve
 REPORT = "report.json"
 # longest side of the pictures of the worst samples, pixels
 PICTURE_SIDE = 512
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """An evaluation: the model, the data, and where the report goes."""
-
-    model: str
-    """a run's folder (runs/NAME) or URL, a checkpoint file, an MLflow run's id, models:/NAME/VERSION or models:/NAME@ALIAS"""
-    data: str | None = None
-    """one split of shards, such as data/coins/test: folder or URL; null takes the validation split of the model's training"""
-    out: Path | None = None
-    """folder for the report; null takes evaluations/MODEL/SPLIT, with flips SPLIT-flips"""
-    threshold: float = setting(0.5, 0, 1)
-    """probability above which a pixel is foreground, where there are no classes"""
-    flips: bool = False
-    """average the probabilities of each image and its mirrorings, which takes four times as long"""
-    size_edges: list[int] = field(default_factory=lambda: [16, 64, 256, 1024])
-    """areas in pixels that part the sizes that objects are scored by"""
-    worst: int = setting(20, 0)
-    """samples of the lowest IoU that are shown"""
-    track: Literal["same", "new", "none"] = "same"
-    """MLflow: into the run that trained the model, a new run, or not at all"""
-    tracking_uri: str | None = None
-    """MLflow server; null takes MLFLOW_TRACKING_URI, else the training's"""
-    experiment: str = "deepskip"
-    """MLflow experiment of a new run"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu, cuda, cuda:1, ..."""
-    on_bad_sample: Literal["error", "skip"] = "error"
-    """a sample that cannot be used ends the evaluation, or is left out and listed in the report"""
-    cache_dir: str = storage.DEFAULT_CACHE
-    """folder for copies of remote shards"""
-    cache_gb: float = setting(50.0, 0)
-    """size of all copies together, gigabytes"""
 
 
 @dataclass
@@ -98,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     found = find(config)
     model = Predictor(found.state, flips=config.flips)
     try:
-        model.to(config.device)
+        model.to(config.device or default_device())
     except (RuntimeError, AssertionError) as error:
         stop(f"device is {config.device!r}: {str(error).splitlines()[0]}")
     shards = open_data(config, model)
@@ -130,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_settings(argv: list[str]) -> EvaluateConfig:
     """Reads and checks the settings; bad ones end the program."""
-    config = parse_settings("evaluate", __doc__ or "", EvaluateConfig, argv)
+    config = parse_settings("evaluate", EvaluateConfig, argv)
     faults = []
     edges = config.size_edges
     if any(edge < 1 for edge in edges) or edges != sorted(set(edges)):
@@ -138,6 +104,11 @@ def read_settings(argv: list[str]) -> EvaluateConfig:
     if faults:
         stop("\n".join(faults))
     return config
+
+
+def default_device() -> str:
+    """Gives a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find(config: EvaluateConfig) -> models.Found:
@@ -274,7 +245,7 @@ def describe(
         "worst": [item["row"] for item in worst_first(scores)],
         "seconds": seconds,
         "images_per_second": scores.images / seconds,
-        "device": config.device,
+        "device": str(model.device),
     }
 
 

@@ -2,15 +2,15 @@
 
 import io
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from deepskip import export
 from deepskip.data_shards import storage
 from deepskip.jobs import model_card, models, runs
+from deepskip.jobs.options import ExportConfig
 from deepskip.jobs.settings import NotHere, parse_settings, stop
 from deepskip.predictor import Predictor
 
@@ -18,22 +18,6 @@ CARD = "model.json"
 # (N, H, W), none of them a multiple of the network's
 CHECKED = ((1, 97, 61), (2, 33, 130), (3, 65, 47))
 SMALL = (1, 5, 7)
-
-
-@dataclass(kw_only=True)
-class ExportConfig:
-    """An export: the model, the files, and what its card says."""
-
-    model: str
-    """a run's folder (runs/NAME) or URL, a checkpoint file, an MLflow run's id, models:/NAME/VERSION or models:/NAME@ALIAS"""
-    out: Path | None = None
-    """folder for the files; null takes exports/MODEL"""
-    formats: list[Literal["onnx", "pt2"]] = field(default_factory=lambda: ["onnx", "pt2"])
-    """files to make: onnx for ONNX runtimes, pt2 for torch.export.load"""
-    evaluation: Path | None = None
-    """report.json of jobs.evaluate, whose numbers and best threshold go into the card"""
-    tracking_uri: str | None = None
-    """MLflow server; null takes MLFLOW_TRACKING_URI, else the database in runs/"""
 
 
 def check(argv: list[str]) -> None:
@@ -86,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any] | None]:
     """Reads the settings, the model and the evaluation's report; ends the program where one is wrong."""
-    config = parse_settings("export", __doc__ or "", ExportConfig, argv)
+    config = parse_settings("export", ExportConfig, argv)
     if not config.formats:
         stop("formats is []; name onnx, pt2 or both")
     evaluation = None

@@ -132,7 +132,7 @@ def limits(model: Predictor, normalization: str, names: dict[str, int]) -> list[
     if "model.pt2" in names:
         side = export.smallest_side(model.segmenter)
         found.append(f"model.pt2 takes images of {side} pixels a side or more; model.onnx, and deepskip.load, any.")
-    found.append("Memory grows with the pixels of an image; jobs.predict cuts large ones into tiles.")
+    found.append("Memory grows with the pixels of an image; deepskip predict cuts large ones into tiles.")
     found.append("The validation split chose this checkpoint, so its metrics are on the bright side.")
     found.append("The metrics hold for images like those that they were measured on.")
     return found

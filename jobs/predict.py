@@ -7,13 +7,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from deepskip.cluster.settings import LOOPBACK_ONLY
 from deepskip.data_shards import storage
 from deepskip.jobs import models
+from deepskip.jobs.options import PredictConfig
 from deepskip.jobs.prediction import done, inputs
 from deepskip.jobs.prediction.features import join_coco
 from deepskip.jobs.prediction.inputs import Item
@@ -27,28 +28,15 @@ INTERRUPTED = 128 + signal.SIGINT
 DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig(Options):
-    """A prediction: the model, the images, and where the outputs go."""
-
-    checkpoint: str
-    """a run's folder (runs/NAME) or URL, a checkpoint file, or a name of MLflow's: a run's id, models:/NAME/VERSION"""
-    images: list[str]
-    """files, folders of them, Zarr arrays, folders of shards, and URLs of each"""
-    out: str
-    """folder of the outputs, which every machine sees"""
-
-
 def parse(argv: list[str] | None) -> tuple[str, list[str], Path, Options]:
     """Reads checkpoint, images, out and options; ends the program for what is wrong with them."""
-    description = "Segments images with a trained model. The same command goes on where it was stopped."
-    config = parse_settings("predict", description, PredictConfig, sys.argv[1:] if argv is None else argv)
+    config = parse_settings("predict", PredictConfig, sys.argv[1:] if argv is None else argv)
     if storage.is_remote(config.out):
         stop(
             f"out is {config.out}; it must be a folder, which rasters can be written to piece by piece: copy it from there"
         )
     options = Options(**{field.name: getattr(config, field.name) for field in fields(Options)})
-    return config.checkpoint, config.images, storage.local(config.out), options
+    return config.model, config.images, storage.local(config.out), options
 
 
 def check(argv: list[str]) -> None:
@@ -63,7 +51,7 @@ def read_checkpoint(run_or_path: str) -> dict[str, Any]:
     try:
         state = models.find(run_or_path).state
     except models.ModelNotFound as error:
-        stop(f"checkpoint: {error}", NotHere)
+        stop(f"model: {error}", NotHere)
     # optimizer and random states need not travel
     weights = state["ema"] or state["model"]
     data = state["data"] | {

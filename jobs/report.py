@@ -26,7 +26,7 @@ WIDTH = max(len(name) for name in METRICS.values())
 
 
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """Makes the progress line; `jobs.submit` keeps lines that begin with "step " in one place."""
+    """Makes the progress line; `deepskip submit` keeps lines that begin with "step " in one place."""
     minutes, seconds = divmod(round(values["seconds_left"]), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -62,18 +62,18 @@ def number(value: float | None, form: str = ".4f") -> str:
 def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[str]) -> None:
     """Says how to look at the run, train it further, and use it."""
     python = shlex.quote(shown(Path(sys.executable)))
+    command = shlex.quote(shown(Path(sys.executable).with_name("deepskip")))
     folder = shlex.quote(shown(run.folder))
     more = {"--run.name": run.name, "--optim.steps": str(2 * config.optim.steps)}
     again = shlex.join(with_options(argv, more))
-    job = "deepskip.jobs.train" if "--local" in argv else "deepskip.jobs.submit train"
     if uri is None:
         print("MLflow page:  none, the run is not tracked")
     elif uri.startswith("sqlite:"):
         print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
     else:
         print(f"MLflow page:  {uri}")
-    print(f"resume:       the same command goes on where a training was cut off; further: {python} -m {job} {again}")
-    print(f"predict:      {python} -m deepskip.jobs.predict --checkpoint {folder} --images DIR --out DIR")
+    print(f"resume:       the same command goes on where a training was cut off; further: {command} train {again}")
+    print(f"predict:      {command} predict --model {folder} --images DIR --out DIR")
 
 
 def with_options(argv: Sequence[str], options: Mapping[str, str]) -> list[str]:

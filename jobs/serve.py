@@ -1,6 +1,6 @@
 """Serves a trained model over HTTP: an image in, a mask, polygons or an overlay out, and a page to try it on.
 
-Started by `python -m jobs.submit serve`, by any `ray job submit -- python -m jobs.serve ...`, or by hand, where it starts a
+Started by `deepskip submit serve`, by any `ray job submit -- python -m deepskip.jobs.serve ...`, or by hand, where it starts a
 Ray of its own. docs/serve.md says what it answers.
 """
 
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> None:
 def load(config: settings.ServeConfig) -> State:
     """Reads the model; ends the program where there is none."""
     try:
-        return models.find(config.checkpoint, config.tracking_uri).state
+        return models.find(config.model, config.tracking_uri).state
     except models.ModelNotFound as error:
-        stop(f"checkpoint: {error}", NotHere)
+        stop(f"model: {error}", NotHere)
 
 
 if __name__ == "__main__":

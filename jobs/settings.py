@@ -17,7 +17,6 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from deepskip import networks
 from deepskip.config import Config, check_values, faults_of
 from deepskip.data_shards import storage
 
@@ -48,7 +47,7 @@ def stop(message: str, ending: type[SystemExit] = SystemExit) -> NoReturn:
 def build_parser(program: str) -> ArgumentParser:
     """Builds the command line of a training: every field of Config as --section.key, and --config for a YAML file."""
     parser = ArgumentParser(
-        prog=f"python -m jobs.{program}",
+        prog=f"deepskip {program}",
         description="Trains DeepSkip. Settings come from the defaults, then --config, then the command line.",
         exit_on_error=False,
     )
@@ -73,10 +72,17 @@ def configured(settings: Mapping[str, Any], where: str) -> Config:
         made = parser.instantiate_classes(parser.parse_object(dict(settings)))
         config = Config(**{section.name: getattr(made, section.name) for section in fields(Config)})
         check_values(config)
-        networks.check(asdict(config.model))
+        check_network(config)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop("\n".join(f"{where}: {line}" for line in explain(str(error)).splitlines()))
     return config
+
+
+def check_network(config: Config) -> None:
+    """Raises ValueError where the network is none that is known here; torch is imported only now, for --help without it."""
+    from deepskip import networks
+
+    networks.check(asdict(config.model))
 
 
 def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
@@ -90,7 +96,7 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
         config = parser.instantiate_classes(parsed)
         settings = Config(**{section.name: getattr(config, section.name) for section in fields(Config)})
         check_values(settings)
-        networks.check(asdict(settings.model))
+        check_network(settings)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop(explain(str(error)))
     except yaml.YAMLError as error:
@@ -99,18 +105,20 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
     return settings, files[-1].stem if files else program, parsed.local
 
 
-def parse_settings(program: str, description: str, kind: type[T], argv: list[str]) -> T:
-    """Reads a job's settings, every field of a dataclass as --key, and --config for a YAML file of them.
-
-    Bad keys and values end the program by `stop`; --help ends it with 0.
-    """
-    parser = ArgumentParser(prog=f"python -m jobs.{program}", description=description, exit_on_error=False)
+def settings_parser(program: str, kind: type) -> ArgumentParser:
+    """Builds the command line of a job: every field of a dataclass as --key, and --config for a YAML file of them."""
+    parser = ArgumentParser(prog=f"deepskip {program}", description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_class_arguments(kind)
+    return parser
+
+
+def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
+    """Reads a job's settings; bad keys and values end the program by `stop`, --help ends it with 0."""
+    parser = settings_parser(program, kind)
     keys = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    # jobs that take a model call it by either name
-    model = "model" if "model" in keys else "checkpoint"
-    argv = [re.sub(r"^--(model|checkpoint)(?==|$)", f"--{model}", argument) for argument in argv]
+    # predict and serve called it by another name
+    argv = [re.sub(r"^--checkpoint(?==|$)", "--model", argument) for argument in argv]
     # option by whether its list is of numbers
     lists = {
         f"--{field.name}": str(field.type) != "list[str]"

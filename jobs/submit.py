@@ -1,4 +1,4 @@
-"""python -m jobs.submit JOB ...: brings up Ray if none is named, hands the job to `ray job submit`, follows it to its end."""
+"""deepskip submit JOB ...: brings up Ray if none is named, hands the job to `ray job submit`, follows it to its end."""
 
 import argparse
 import asyncio
@@ -73,7 +73,7 @@ class Screen:
 def main(argv: list[str] | None = None) -> None:
     """Submits a job and exits with 0 when it succeeded, 1 when it failed, 128 + signal when it was stopped."""
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.submit",
+        prog="deepskip submit",
         description="Submits a job to the cluster at RAY_ADDRESS (as `ray job submit` takes it), or to a Ray head of its own.",
     )
     parser.add_argument("--port", type=int, default=0, help="port of the own head; chosen by default")

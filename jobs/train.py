@@ -1,6 +1,6 @@
 """The training job: settings in, a run folder with checkpoints and summary.json and an MLflow run out.
 
-Started by `python -m jobs.submit train`, by any `ray job submit -- python -m jobs.train ...`, or by hand, where it starts
+Started by `deepskip train`, by any `ray job submit -- python -m deepskip.jobs.train ...`, or by hand, where it starts
 a Ray of its own; with --local it trains in this process, without Ray, and without MLflow where that is not installed.
 """
 
@@ -26,7 +26,7 @@ def check(argv: list[str]) -> None:
     """Reads the settings and looks at the data; ends the program with `error:` lines where they cannot be trained on."""
     config, _, local = parse("train", argv)
     if local:
-        stop("--local trains in the process itself, with no job to submit: python -m jobs.train --local ...")
+        stop("--local trains in the process itself, with no job to submit: deepskip train --local ...")
     check_data(config)
 
 
@@ -132,7 +132,7 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
     if not storage.is_remote(config.data.path):
         config.data.path = str(absolute(config.data.path, "data.path"))
     if config.data.builtin and not Path(config.data.path).exists():
-        from deepskip.data_shards.__main__ import pack_coins
+        from deepskip.data_shards.commands import pack_coins
 
         print(f"packing the built-in {config.data.builtin} into {config.data.path}", flush=True)
         pack_coins(Path(config.data.path))

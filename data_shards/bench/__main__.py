@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Runs the parts that are asked for and writes a table and the numbers."""
-    parser = argparse.ArgumentParser(prog="python -m data_shards.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.data_shards.bench", description=__doc__)
     parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--samples", type=int, default=8192, help="samples a reader reads in an epoch (8192)")
     parser.add_argument(

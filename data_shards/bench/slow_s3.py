@@ -1,4 +1,4 @@
-"""An S3 endpoint on this machine that takes a while over each request: python -m data_shards.bench.slow_s3 SECONDS."""
+"""An S3 endpoint on this machine that takes a while over each request: python -m deepskip.data_shards.bench.slow_s3 SECONDS."""
 
 import sys
 import time

@@ -8,11 +8,9 @@ import numpy as np
 
 from deepskip.data_shards.labels import Labels, decide_labels
 from deepskip.data_shards.progress import Progress, no_progress
-from deepskip.data_shards.sample import IMAGE_KEYS, MASK_KEYS, Sample
+from deepskip.data_shards.sample import IMAGE_KEYS, LAYOUTS, MASK_KEYS, Sample
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import PackError, split_stems
-
-LAYOUTS = ("NHWC", "NCHW", "NHW")
 
 
 def pack_arrays(

@@ -1,4 +1,4 @@
-"""python -m jobs.bench: what Ray Train and the trainer cost a step, beside a bare loop under torchrun, on the built-in coins.
+"""python -m deepskip.jobs.bench: what Ray Train and the trainer cost a step beside a bare loop under torchrun.
 
 Both run in turns, so that what else the machine does meets both. A step's time is the median over windows of log_every steps;
 the first windows, where memory is found, do not count. What the trainer does between steps (validation, checkpoints) is not
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from deepskip.jobs.runs import JOURNAL, read_journal
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +26,7 @@ WINDOW, LEFT_OUT = 5, 2
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and writes results/NAME.json and .md."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench", description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=3, help="how often each is run")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -83,7 +83,7 @@ def table(rows: list[dict], machine: dict, steps: int) -> str:
     lines = [
         f"# Ray Train and the trainer beside a bare loop: {machine['cores']} cores, torch {machine['torch']}",
         "",
-        f"`python -m jobs.bench`: coins, 128x128, global batch 8, {steps} steps, medians; pairs run in turns.",
+        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps, medians; pairs run in turns.",
         "",
         "| workers | bare, s a step | trained, s a step | cost of each pair | median |",
         "|---|---|---|---|---|",

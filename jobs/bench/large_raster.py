@@ -1,6 +1,6 @@
 """A large GeoTIFF through jobs.predict: its peak of memory, and its answer beside the network's own on windows of it.
 
-python -m jobs.bench.large_raster --work FOLDER makes the raster, predicts, compares, and prints one line of JSON.
+python -m deepskip.jobs.bench.large_raster --work FOLDER makes the raster, predicts, compares, and prints one line of JSON.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def compare(
 
 def main() -> None:
     """Makes, predicts, compares and prints."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.large_raster", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench.large_raster", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for the raster and the outputs")
     parser.add_argument("--side", type=int, default=20000)
     parser.add_argument("--bands", type=int, default=4)

@@ -1,4 +1,6 @@
-"""python -m jobs.bench.scale_page: puts the tables of docs/scale.md and its plot up to date, from the model and stored results.
+"""Puts the tables of docs/scale.md and its plot up to date, from the model and stored results.
+
+python -m deepskip.jobs.bench.scale_page
 
 GPUs were not measured: their numbers are assumptions.
 """

@@ -1,4 +1,4 @@
-"""python -m jobs.bench.scaling: measures here what the model of cluster/scale.py is checked against, as one JSON file.
+"""python -m deepskip.jobs.bench.scaling: measures here what the model of cluster/scale.py is checked against, as one JSON file.
 
 Processes of one thread each, gloo on loopback: all-reduce by size over 2 to 4 processes, steps of the default network
 (3 x 128 x 128 crops) on 1 and 2 processes, without and with communication, and a checkpoint.
@@ -139,7 +139,7 @@ def measure() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and writes the file."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.scaling", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench.scaling", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     arguments = parser.parse_args(argv)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

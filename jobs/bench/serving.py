@@ -1,4 +1,4 @@
-"""python -m jobs.bench.serving: latency and throughput of the server under wrk, beside the bare handle to its replica.
+"""python -m deepskip.jobs.bench.serving: latency and throughput of the server under wrk, beside the bare handle to its replica.
 
 Both are asked in turns, with as many requests under way. The server's process also runs the bare calls; wrk is a process of
 its own (Debian: apt-get install wrk). All of it shares this machine. Then more is asked than there is room for: what is
@@ -49,7 +49,7 @@ end
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and writes results/serving-NAME.json and .md."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.serving", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench.serving", description=__doc__)
     parser.add_argument("--checkpoint", help="a run; by default an untrained network of the default size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="sides of the images, pixels")
     parser.add_argument(
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if shutil.which("wrk") is None:
         stop("there is no wrk; on Debian: apt-get install wrk")
-    config = ServeConfig(checkpoint=arguments.checkpoint or "untrained", port=0, cpus=len(os.sched_getaffinity(0)))
+    config = ServeConfig(model=arguments.checkpoint or "untrained", port=0, cpus=len(os.sched_getaffinity(0)))
     check_values(config)
     state = checkpoint.load_for_inference(arguments.checkpoint) if arguments.checkpoint else untrained()
     with listen(config) as listener, replicas(config, state) as handle:
@@ -190,8 +190,8 @@ def table(found: dict[str, Any]) -> str:
     machine, beyond = found["machine"], found["overload"]
     lines = [
         f"# The server under load: {machine['gpu'] or f'''{machine['cores']} cores'''}, torch {machine['torch']}", "",
-        "`python -m jobs.bench.serving`: PNG in, mask out, one replica; wrk, server and replica share the machine. Medians of "
-        f"{len(found['rows'][0]['pairs'])} runs; \"bare\" is the handle to the replica without HTTP, in turns with it.",
+        "`python -m deepskip.jobs.bench.serving`: PNG in, mask out, one replica; wrk, server and replica share the machine. Medians of "
+        f"{len(found['rows'][0]['pairs'])} runs; \"bare\": the handle to the replica without HTTP, in turns with it.",
         *([machine["remark"]] if machine["remark"] else []), "",
         "| image | at once | requests/s | p50, ms | p99, ms | bare, requests/s | p50, ms | p99, ms |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
-"""A cell of a comparison in a process of its own: an ordinary training without Ray, then `jobs.evaluate` on the test split.
+"""A cell of a comparison in a process of its own: an ordinary training without Ray, then `deepskip evaluate` on the test split.
 
-python -m jobs.comparison.cell CELL.JSON goes on where it was cut off.
+python -m deepskip.jobs.comparison.cell CELL.JSON goes on where it was cut off.
 """
 
 import sys

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import yaml
 
-from deepskip import networks
 from deepskip.config import Config
 from deepskip.jobs import runs
 from deepskip.jobs.settings import absolute, configured, parse_settings, stop
@@ -35,7 +34,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class Grid:
-    """A comparison: each network is trained on each category with each seed, and tested once."""
+    """Trains and tests every network on every category with every seed; see docs/compare.md."""
 
     networks: dict[str, Row]
     """rows by name; the others are compared with the first"""
@@ -78,9 +77,9 @@ class Cell:
         return f"{self.category}, {self.network}, seed {self.seed}"
 
 
-def read_grid(argv: list[str], description: str) -> Grid:
+def read_grid(argv: list[str]) -> Grid:
     """Read the grid from --config and the command line; bad input, of any cell, ends the program."""
-    grid = parse_settings("compare", description, Grid, argv)
+    grid = parse_settings("compare", Grid, argv)
     grid.out = absolute(str(grid.out), "out")
     faults = [f"{name} is empty; a comparison needs one or more" for name in ("networks", "categories", "seeds")
               if not getattr(grid, name)]  # fmt: skip
@@ -95,6 +94,9 @@ def read_grid(argv: list[str], description: str) -> Grid:
             faults.append(f"categories: there is no file {path}")
     if faults:
         stop("\n".join(faults))
+    # torch is for trainings, not for --help
+    from deepskip import networks
+
     # each names what is wrong with it
     for cell in {cell.network: cell for cell in cells(grid)}.values():
         try:

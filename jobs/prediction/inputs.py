@@ -66,7 +66,7 @@ def found_at(place: str) -> list[Item]:
     if not path.is_dir():
         stop(f"--images: {place} does not exist", NotHere)
     if next(path.glob("*.tar"), None):
-        stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: python -m data_shards index {place}")
+        stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: deepskip index {place}")
     items = [
         zarr_item(str(each), name) if each.suffix == ".zarr" else file_item(each, name)
         for each in walk(path)

@@ -131,7 +131,7 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
     front = Front(config, token, way.ask, lambda: way.up, await handle.describe.remote())
     runner, site = await open_front(front.application(), listener)
     host, port = listener.getsockname()[:2]
-    print(f"serving {config.checkpoint} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"serving {config.model} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     print("POST an image to /predict?format=mask, overlay or polygons; or open the address in a browser", flush=True)
     if token is not None:
         print("requests must carry the token: Authorization: Bearer TOKEN", flush=True)

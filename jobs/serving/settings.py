@@ -17,9 +17,9 @@ TOKEN_CHARACTERS = 16
 
 @dataclass(kw_only=True)
 class ServeConfig:
-    """A server: the model, where it listens, what it takes, and how much at once."""
+    """Serves a trained model over HTTP: an image in, a mask, polygons or an overlay out, and a page to try it on."""
 
-    checkpoint: str
+    model: str
     """a run's folder (runs/NAME), its URL, a checkpoint file, an MLflow run's id, or models:/NAME/VERSION"""
     tracking_uri: str | None = None
     """MLflow's address, for names of its own; null takes $MLFLOW_TRACKING_URI, else the database in runs/"""
@@ -65,10 +65,7 @@ class ServeConfig:
 
 def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
     """Reads the settings; gives them with the token. Bad ones end the program by `stop`."""
-    description = (
-        "Serves a trained model over HTTP. Settings come from the defaults, then --config, then the command line."
-    )
-    config = parse_settings("serve", description, ServeConfig, argv)
+    config = parse_settings("serve", ServeConfig, argv)
     check_values(config)
     if config.cpus is None:
         config.cpus = max(1, usable_cpus() // config.replicas)

@@ -1,4 +1,4 @@
-"""Builds every kernel for GPUs that need not be here, and tells what each takes: python -m kernels.bench.builds.
+"""Builds every kernel for GPUs that need not be here, and tells what each takes: python -m deepskip.kernels.bench.builds.
 
 Without arguments a line for each variant and architecture: architecture, variant, registers a thread, bytes spilled a thread,
 bytes of shared memory a program. With --json FILE the rows of `counts`: instructions, bytes and floors of the benchmark.
@@ -127,7 +127,7 @@ def lines(suites: list[str]) -> Iterator[str]:
 
 def main() -> None:
     """Print the variants' lines, or write the counts' rows."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.builds", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.kernels.bench.builds", description=__doc__)
     parser.add_argument("suites", nargs="*", default=list(SUITES), help=f"of {', '.join(SUITES)}; all by default")
     parser.add_argument("--json", type=Path, help="write the counts of the benchmark's launches there instead")
     arguments = parser.parse_args()

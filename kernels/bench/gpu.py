@@ -1,9 +1,11 @@
-"""One run of all that is measured on a GPU, within a time, losing nothing: python -m kernels.bench.gpu --out DIR --seconds 540.
+"""One run of all that is measured on a GPU, within a time, losing nothing.
+
+python -m deepskip.kernels.bench.gpu --out DIR --seconds 540
 
 Needs torch, triton and numpy only. Each part runs in a process of its own, in the order of PARTS, with what is left of the time
 up to its share; a part that hangs or crashes takes no other with it. Every row goes to DIR/rows.jsonl when it is there
 (`journal`), with all of its timings. Without a GPU everything runs at toy size through Triton's interpreter: a rehearsal, whose
-times say nothing. `python -m kernels.bench.gpu_page DIR` makes the page and the figures.
+times say nothing. `python -m deepskip.kernels.bench.gpu_page DIR` makes the page and the figures.
 """
 
 import argparse
@@ -84,7 +86,7 @@ def _stop_with(process: subprocess.Popen[bytes]) -> signal.Handlers:
 
 def main() -> None:
     """Run all parts."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.kernels.bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, a new one")
     parser.add_argument("--seconds", type=float, default=540, help="the whole run's time; 540 by default")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The page and the figures of a GPU run, made from its rows: python -m kernels.bench.gpu_page DIR [--counts FILE]."""
+"""The page and the figures of a GPU run, made from its rows: python -m deepskip.kernels.bench.gpu_page DIR [--counts FILE]."""
 
 import argparse
 import json
@@ -185,7 +185,7 @@ def page(rows: list[Row], broken: int, counts: list[Row]) -> str:
         from deepskip.kernels.bench.counts import table as counts_table
 
         lines += ["## Instructions and bytes, counted", "", counts_table(counts), ""]
-    return "\n".join(lines) + "\nMade by `python -m kernels.bench.gpu_page`.\n"
+    return "\n".join(lines) + "\nMade by `python -m deepskip.kernels.bench.gpu_page`.\n"
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
@@ -227,14 +227,14 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
 
 def main() -> None:
     """Write page.md and the figures into the run's folder."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.gpu_page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepskip.kernels.bench.gpu_page", description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder that kernels.bench.gpu wrote")
     parser.add_argument("--counts", type=Path, help="what kernels.bench.builds --json wrote")
     arguments = parser.parse_args()
     file = arguments.folder / "rows.jsonl"
     rows, broken = journal.read(file)
     if not rows:
-        parser.error(f"{file} has no rows; python -m kernels.bench.gpu --out {arguments.folder} makes them")
+        parser.error(f"{file} has no rows; python -m deepskip.kernels.bench.gpu --out {arguments.folder} makes them")
     counts = json.loads(arguments.counts.read_text()) if arguments.counts else []
     text = page(rows, broken, counts)
     drawn = figures(rows, arguments.folder)

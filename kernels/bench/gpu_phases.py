@@ -1,4 +1,4 @@
-"""The phases of a GPU run that need the kernels alone; `gpu` starts python -m kernels.bench.gpu_phases PHASE ... --out DIR."""
+"""The phases of a GPU run that need the kernels alone; `gpu` starts deepskip.kernels.bench.gpu_phases PHASE ... --out DIR."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -284,7 +284,7 @@ PHASES: dict[str, Phase] = {
 
 def main() -> None:
     """Run the phases that are named."""
-    arguments = arguments_of("python -m kernels.bench.gpu_phases", list(PHASES), __doc__)
+    arguments = arguments_of("python -m deepskip.kernels.bench.gpu_phases", list(PHASES), __doc__)
     run_phases(PHASES, arguments.phases, arguments.out, arguments.until)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from tests.cluster.faults import FAULTS, Fault, add_machine, recover
 from tests.cluster.nodes import ROOT, Nodes
 from tests.cluster.training import SAMPLES, Training, check

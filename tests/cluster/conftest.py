@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from tests.cluster.nodes import Nodes
 from tests.cluster.training import SAMPLES, Training
 

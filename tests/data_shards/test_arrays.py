@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.command_line import main
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.sources.arrays import pack_arrays
 from deepskip.data_shards.sources.split import PackError

@@ -7,7 +7,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.command_line import main
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.sources.coco import pack_coco

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.command_line import main
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index

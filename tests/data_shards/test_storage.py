@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from deepskip.data_shards import storage
-from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.command_line import main
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Batch, Shards
 from deepskip.data_shards.index import MissingIndex, load_index

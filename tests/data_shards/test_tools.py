@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepskip.data_shards.__main__ import main
+from deepskip.data_shards.command_line import main
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index

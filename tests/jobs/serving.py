@@ -102,7 +102,7 @@ class Server:
 def serving(
     folder: Path, *settings: str, token: str | None = None, trained: dict[str, Any] | None = None
 ) -> Iterator[Server]:
-    """Starts `python -m jobs.serve` on a free port with a model in `folder`, and stops it."""
+    """Starts `deepskip serve` on a free port with a model in `folder`, and stops it."""
     checkpoint.save(trained or state(3, 1), folder / checkpoint.FOLDER / checkpoint.BEST)
     variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     variables |= {"HOME": str(folder)} | ({"DEEPSKIP_TOKEN": token} if token else {})

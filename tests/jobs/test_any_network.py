@@ -71,7 +71,7 @@ def test_trained_killed_resumed_and_predicted_with(
 
 @pytest.mark.parametrize("name", ["smp:Unet:resnet18", "pspnet"])
 def test_exported(name: str, tmp_path: Path) -> None:
-    """`jobs.export` itself compares each file with the model, at sizes that are no multiples."""
+    """`deepskip export` itself compares each file with the model, at sizes that are no multiples."""
     losses(tmp_path / "run", config_of(name, 1))
     export.main(["--model", str(tmp_path / "run"), "--out", str(tmp_path / "exported")])
     card = json.loads((tmp_path / "exported" / "model.json").read_text())

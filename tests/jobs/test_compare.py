@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from deepskip.jobs import compare, runs
 from deepskip.jobs.comparison import table
 from deepskip.jobs.comparison.grid import Grid, Row, cells, read_grid
@@ -134,7 +134,7 @@ def test_means_are_of_seeds_for_which_all_categories_are_done() -> None:
 
 
 def test_the_projects_grid_can_be() -> None:
-    grid = read_grid(["--config", str(ROOT / "jobs" / "configs" / "compare.yaml")], "")
+    grid = read_grid(["--config", str(ROOT / "jobs" / "configs" / "compare.yaml")])
     every = list(cells(grid))
     assert len(every) == 7 * (12 * 3 + 1)
     assert len({cell.folder for cell in every}) == len(every)

@@ -14,7 +14,7 @@ import mlflow
 import pytest
 
 from deepskip import checkpoint
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import deepskip
 from deepskip import checkpoint
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.order import Slot

@@ -15,7 +15,7 @@ import torch
 
 import deepskip
 from deepskip import checkpoint
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.index import load_index
 from deepskip.jobs import models, report, runs, train
 from deepskip.jobs.training import tracked
@@ -27,7 +27,7 @@ SMALL = [
     "--optim.warmup_steps", "2", "--run.validate_every", "3", "--run.checkpoint_every", "2", "--cluster.cpus_per_worker", "1",
 ]  # fmt: skip
 # as on a machine that has neither
-WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from jobs.train import main; main()"
+WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from deepskip.jobs.train import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 
 
 def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:

@@ -16,4 +16,4 @@ def test_the_command_that_trains_further_names_each_option_once(capsys: pytest.C
     config.optim.steps = 160
     report.print_next_steps(config, Run(Path("runs/new"), None, io.StringIO()), "sqlite:///x.db", argv)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume:")]
-    assert line.endswith("jobs.submit train --config 'my own.yaml' --data.crop 64 --run.name new --optim.steps 320")
+    assert line.endswith("deepskip train --config 'my own.yaml' --data.crop 64 --run.name new --optim.steps 320")

@@ -50,11 +50,11 @@ def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
     token = ["--model", "/shared/runs/mine", "--token_file", "/shared/token"]
     for job, arguments in [*absent.items(), ("export", report), ("serve", token)]:
         if address:
-            look(f"jobs.{job}", arguments)
+            look(f"deepskip.jobs.{job}", arguments)
             found = "not on this machine, so left to the cluster's: "
         else:
             with pytest.raises(NotHere):
-                look(f"jobs.{job}", arguments)
+                look(f"deepskip.jobs.{job}", arguments)
             found = "error: "
         said = capsys.readouterr().err
         assert said.startswith(found)

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from rasterio.transform import Affine
 
 import deepskip
-from deepskip.data_shards.__main__ import pack_coins
+from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.jobs import predict

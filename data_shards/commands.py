@@ -1,0 +1,143 @@
+"""What the data commands do: pack, index, verify, describe and look at shards; say who takes which sample."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from deepskip.data_shards import storage
+from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
+from deepskip.data_shards.index import FILE, load_index
+from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
+from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
+from deepskip.data_shards.progress import Progress
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.sources.arrays import pack_arrays
+from deepskip.data_shards.sources.coco import pack_coco
+from deepskip.data_shards.sources.coins import coins
+from deepskip.data_shards.sources.folder import pack_folder
+from deepskip.data_shards.sources.split import SPLITS
+from deepskip.data_shards.writer import write_shards
+
+CACHE_GB = 50
+
+
+def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = COINS_SEED) -> None:
+    """Packs the built-in coins into out/train, out/val and out/test."""
+    for split, count in counts.items():
+        samples = (Sample(key, image, mask) for key, image, mask in coins(split, count, seed))
+        write_shards(
+            progress("samples")(samples, count), out / split, num_classes=1, source=f"coins {split} {count} {seed}"
+        )
+
+
+def run_pack_coins(arguments: argparse.Namespace) -> None:
+    """Packs the built-in data."""
+    pack_coins(arguments.out, {split: getattr(arguments, split) for split in COINS_DEFAULT}, arguments.seed)
+
+
+def run_pack_folder(arguments: argparse.Namespace) -> None:
+    """Packs a folder and says what came of it."""
+    options = options_of(arguments, "labels", "num_classes", "ignore_label", "bands", "longest_side", "mask_suffix")
+    pack_folder(arguments.images, arguments.masks or arguments.images, arguments.out, **options)
+    show(arguments.out)
+
+
+def run_pack_coco(arguments: argparse.Namespace) -> None:
+    """Packs a COCO file and says what came of it."""
+    options = options_of(arguments, "categories", "binary", "split_name", "bands", "longest_side")
+    pack_coco(arguments.images, arguments.annotations, arguments.out, **options)
+    show(arguments.out)
+
+
+def run_pack_arrays(arguments: argparse.Namespace) -> None:
+    """Packs arrays and says what came of it."""
+    options = options_of(arguments, "layout", "labels", "num_classes", "ignore_label", "bands")
+    pack_arrays(arguments.images, arguments.masks, arguments.out, **options)
+    show(arguments.out)
+
+
+def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Gives the named options, with those that all sources have."""
+    common = ("split", "val_share", "seed", "samples_per_shard")
+    return {name: getattr(arguments, name) for name in (*common, *names)} | {"progress": progress("samples")}
+
+
+def show(path: Path | str, cache: storage.Cache | None = None) -> None:
+    """Says what is in each split of a data set."""
+    for folder in splits_of(str(path)):
+        print(describe(load_index(folder, cache), contents(folder, cache, progress("samples"))))
+
+
+def run_index(arguments: argparse.Namespace) -> None:
+    """Makes an index of shards that others wrote, and says what came of it."""
+    names = ("image", "mask", "labels", "num_classes", "ignore_label", "bands", "on_bad_sample", "workers")
+    options = {name: getattr(arguments, name) for name in names}
+    shards = list(braceexpand(arguments.shards)) if arguments.shards else None
+    index = index_shards(arguments.path, arguments.out, shards=shards, progress=progress("shards"), **options)
+    print(
+        f"{storage.join(index.location, FILE)}: {index.num_samples} samples in {len(index.shards)} shards, "
+        f"{index.bands} bands, {index.dtype}, {'binary' if index.num_classes == 1 else f'{index.num_classes} classes'}"
+    )
+    if storage.exists(storage.join(index.location, BAD_SAMPLES)):
+        print(f"what was left out is listed in {storage.join(index.location, BAD_SAMPLES)}")
+
+
+def splits_of(path: str) -> list[str]:
+    """Gives the splits of a data set, or the split itself; raises MissingIndex where there is neither."""
+    found = [folder for name in ("", *SPLITS) if storage.exists(storage.join(folder := split_of(path, name), FILE))]
+    # where there is nothing, this says so
+    if not found:
+        load_index(path)
+    return found
+
+
+def split_of(path: str, name: str) -> str:
+    """Gives the place of a split in a data set; the data set itself for no name."""
+    return storage.join(path, name) if name else path
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Verifies each split; exits with 1 when something is wrong."""
+    faults = 0
+    for folder in splits_of(arguments.path):
+        for fault in verify(folder, cache_of(arguments), progress("shards")):
+            faults += 1
+            print(fault)
+    if faults:
+        print(f"{arguments.path}: {faults} faults")
+        sys.exit(1)
+    print(f"{arguments.path}: every shard is what its index says, every sample can be read")
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """Says what is in each split."""
+    show(arguments.path, cache_of(arguments))
+
+
+def run_preview(arguments: argparse.Namespace) -> None:
+    """Draws a contact sheet."""
+    preview(arguments.path, arguments.out, arguments.count, cache_of(arguments))
+    print(f"wrote {arguments.out}")
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Prints a JSON line a step."""
+    folder = arguments.path.removesuffix(f"/{FILE}") if arguments.path != FILE else "."
+    names = ("seed", "window", "global_batch_size", "world_size", "rank", "epoch", "from_step", "steps")
+    for line in plan(load_index(folder), **{name: getattr(arguments, name) for name in names}):
+        print(json.dumps(line))
+
+
+def cache_of(arguments: argparse.Namespace) -> storage.Cache:
+    """Gives the cache that the command line names."""
+    return storage.Cache(Path(getattr(arguments, "cache", None) or storage.DEFAULT_CACHE), int(CACHE_GB * 1e9))
+
+
+def progress(unit: str) -> Progress:
+    """Gives what shows a progress bar around items, on a terminal."""
+    return lambda items, total: tqdm(items, total=total, unit=f" {unit}", disable=None, leave=False)

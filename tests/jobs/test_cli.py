@@ -1,0 +1,93 @@
+"""The command `deepskip`: what there is, what it loads, and the old names beside it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepskip.jobs import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str, *, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in cli.COMMANDS), ["pack", "folder", "--help"]]
+)
+def test_no_help_loads_torch(words: list[str]) -> None:
+    found = run(
+        f"import sys\nfrom deepskip.jobs.cli import main\ntry: main({words!r})\nexcept SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    )
+    assert found.returncode == 0, found.stderr
+    assert "usage: deepskip" in found.stdout
+
+
+def test_importing_the_package_loads_nothing_large() -> None:
+    heavy = "{'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)"
+    found = run(
+        f"import sys, deepskip\nassert not {heavy}\nprint(deepskip.__version__, deepskip.DeepSkipUNet(3, 1).levels)"
+    )
+    assert found.stdout == "0.1.0 5\n", found.stderr
+    assert run("import deepskip; deepskip.nothing").stderr.endswith("has no attribute 'nothing'\n")
+
+
+def test_overview_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["trian"])
+    assert ended.value.code == 2
+    assert "there is no command 'trian' (did you mean train" in capsys.readouterr().err
+
+
+def test_pack_train_order_and_evaluate(tmp_path: Path) -> None:
+    """As a person types them; `order` is the stream's own answer."""
+
+    def deepskip(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "deepskip", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    deepskip("pack", "coins", "--out", "coins", "--train", "6", "--val", "2", "--test", "2")
+    order = deepskip("order", "coins/train", "--global-batch-size", "3", "--steps", "2")
+    steps = [json.loads(line) for line in order.splitlines()]
+    assert len({key for step in steps for key in step["keys"]}) == 6
+    deepskip(
+        "train", "coins", "--local", "--run.name", "some", "--optim.steps", "1", "--model.base_channels", "2",
+        "--run.tracking_uri", "none",
+    )  # fmt: skip
+    said = deepskip("evaluate", "--model", "runs/some", "--data", "coins/test", "--track", "none", "--out", "report")
+    assert "report: report/report.json" in said
+    assert "object recall" in said
+
+
+def test_the_old_names_are_the_same_modules(tmp_path: Path) -> None:
+    code = (
+        "from data_shards.dataset import Shards\nimport jobs, kernels, cluster.local\n"
+        "import deepskip.data_shards.dataset as new, deepskip.jobs, deepskip.kernels, deepskip.cluster.local\n"
+        "assert Shards is new.Shards and jobs is deepskip.jobs and kernels.conv3 is deepskip.kernels.conv3\n"
+        "assert cluster.local is deepskip.cluster.local and new.__spec__.name == 'deepskip.data_shards.dataset'"
+    )
+    found = run(code)
+    assert found.returncode == 0, found.stderr
+    assert len([line for line in found.stderr.splitlines() if line.startswith("note: ")]) == 4
+    for module, new in (("jobs.train", "deepskip train"), ("data_shards", "deepskip pack")):
+        old = subprocess.run(
+            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert old.returncode == 0, old.stderr
+        assert old.stdout.startswith("usage: deepskip")
+        assert f"is now `{new}" in old.stderr
+        assert "Traceback" not in old.stderr
+    # a module of another package's name is nobody's business
+    (tmp_path / "jobs.py").write_text("mine = 1\n")
+    assert run("import deepskip, jobs; print(jobs.mine)", cwd=tmp_path).stdout == "1\n"
