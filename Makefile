@@ -1,6 +1,7 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
 # make newcomer   a fresh clone with an empty home: make train, make test; the log goes to build/newcomer.  BUSY=2: beside two busy processes
+# make test-package   the wheel, a checkout and an editable installation, each in an environment of its own; the log goes to build/package
 # make test-faults   every fault by itself over real Ray nodes
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
@@ -19,7 +20,7 @@ BUSY ?= 0
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test newcomer test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -50,6 +51,9 @@ test: setup lint
 
 newcomer:
 	@tests/newcomer.sh build/newcomer $(BUSY)
+
+test-package:
+	@tests/package.sh build/package
 
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from deepskip.kernels import torchvision_ops
+from deepskip.size_scores import EIGHT_NEIGHBOURS
 
 # torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
 torchvision_ops.declare()
 
 from torchmetrics import Metric  # noqa: E402
 from torchmetrics.classification import BinaryStatScores, MulticlassStatScores  # noqa: E402
-
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 
 class ObjectScores(Metric):

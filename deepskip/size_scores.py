@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from deepskip.metrics import EIGHT_NEIGHBOURS
+# objects touch at corners too
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 
 class SizeScores:

@@ -33,6 +33,12 @@ COMMANDS = {name: found for commands in TOPICS.values() for name, found in comma
 # what commands of deepskip.data_shards are called here
 DATA_NAMES = {"order": "plan"}
 HELP = ("-h", "--help")
+# by the extra that brings them
+EXTRAS = {
+    "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "torchmetrics", "webdataset"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "geo": ("rasterio", "zarr"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,6 +54,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         refuse(command)
+    try:
+        run(command, rest)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        print(
+            f"error: deepskip {command} needs {package}, which is not installed: pip install 'deepskip[{extra}]' "
+            f"(in a checkout: pip install '.[{extra}]')",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def run(command: str, rest: list[str]) -> None:
+    """Run a command with its words."""
     where, _ = COMMANDS[command]
     if where in ("data", "cluster", "submit"):
         module = {"data": "data_shards.command_line", "cluster": "cluster.__main__", "submit": "jobs.submit"}[where]

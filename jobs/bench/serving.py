@@ -190,7 +190,7 @@ def table(found: dict[str, Any]) -> str:
     machine, beyond = found["machine"], found["overload"]
     lines = [
         f"# The server under load: {machine['gpu'] or f'''{machine['cores']} cores'''}, torch {machine['torch']}", "",
-        "`python -m deepskip.jobs.bench.serving`: PNG in, mask out, one replica; wrk, server and replica share the machine. Medians of "
+        "`python -m deepskip.jobs.bench.serving`: PNG in, mask out, one replica; all share the machine. Medians of "
         f"{len(found['rows'][0]['pairs'])} runs; \"bare\": the handle to the replica without HTTP, in turns with it.",
         *([machine["remark"]] if machine["remark"] else []), "",
         "| image | at once | requests/s | p50, ms | p99, ms | bare, requests/s | p50, ms | p99, ms |",

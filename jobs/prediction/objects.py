@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import scipy.ndimage
 
-from deepskip.metrics import EIGHT_NEIGHBOURS
+from deepskip.size_scores import EIGHT_NEIGHBOURS
 
 
 @dataclass

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from deepskip.jobs import cli
 
@@ -91,3 +93,29 @@ def test_the_old_names_are_the_same_modules(tmp_path: Path) -> None:
     # a module of another package's name is nobody's business
     (tmp_path / "jobs.py").write_text("mine = 1\n")
     assert run("import deepskip, jobs; print(jobs.mine)", cwd=tmp_path).stdout == "1\n"
+
+
+def test_what_the_base_installation_does_and_what_a_missing_extra_is_called(tmp_path: Path) -> None:
+    """As where [train] is not installed: a model predicts, and trainings and packing name what they need."""
+    model = str(ROOT / "tests" / "golden" / "stored" / "checkpoint.pt")
+    Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "some.png")
+    without = f"import sys\nfor name in {cli.EXTRAS['train']!r}: sys.modules[name] = None\n"
+
+    def deepskip(*words: str) -> subprocess.CompletedProcess[str]:
+        return run(f"{without}from deepskip.jobs.cli import main; main({list(words)!r})", cwd=tmp_path)
+
+    predicted = deepskip("predict", "--model", model, "--images", "some.png", "--out", "out")
+    assert predicted.returncode == 0, predicted.stderr
+    assert (tmp_path / "out" / "masks" / "some.png").is_file()
+    exported = deepskip("export", "--model", model, "--formats", "pt2")
+    assert exported.returncode == 0, exported.stderr
+    for words, package in (
+        (("pack", "coins", "--out", "x"), "braceexpand"),
+        (("evaluate", "--model", model, "--data", "x"), "torchmetrics"),
+        (("train", "x", "--local", "--data.builtin", "coins"), "torchmetrics"),
+    ):
+        refused = deepskip(*words)
+        assert refused.returncode == 2, refused.stderr
+        message = f"error: deepskip {words[0]} needs {package}, which is not installed: pip install 'deepskip[train]'"
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
