@@ -21,15 +21,16 @@ quiet "$folder/build/bin/python" -m build --outdir "$folder/dist" "$folder/check
 wheel=$(ls "$folder"/dist/*.whl)
 roots=$("$python" -m zipfile -l "$wheel" | awk 'NR > 1 {print $1}' | cut -d/ -f1 | sort -u | tr '\n' ' ')
 [[ $roots =~ ^deepskip\ deepskip-[0-9.]+\.dist-info\ $ ]] || { echo "the wheel holds $roots"; exit 1; }
-! "$python" -m zipfile -l "$wheel" | grep -E '/(bench|tests)/'
+if "$python" -m zipfile -l "$wheel" | grep -E '/(bench|tests)/'; then exit 1; fi
 
 say "base environment, beside PyPI's kernels and cluster"
 "$python" -m venv "$folder/base"
 quiet pip "$folder/base" install --constraint "$top/requirements.lock" "$wheel"
 quiet pip "$folder/base" install --no-deps kernels==0.10.1
 say "size: $(du -sm "$folder/base" | cut -f1) MB"
-! "$folder/base/bin/python" -c 'import ray' 2>/dev/null
-! "$folder/base/bin/python" -c 'import mlflow' 2>/dev/null
+for package in ray mlflow; do
+  if "$folder/base/bin/python" -c "import $package" 2>/dev/null; then echo "$package is there"; exit 1; fi
+done
 mkdir "$folder/work" && cd "$folder/work"
 cp "$top/tests/golden/stored/checkpoint.pt" .
 "$folder/base/bin/python" - <<'CODE'
@@ -45,7 +46,7 @@ test -s predicted/masks/image.png
 "$folder/base/bin/deepskip" train coins --local 2>&1 | grep -q "needs torchmetrics, which is not installed: pip install 'deepskip\[train\]'"
 
 say "with [train]: pack, and 20 steps on Ray"
-quiet pip "$folder/base" install --constraint "$top/requirements.lock" "$wheel[train]"
+quiet pip "$folder/base" install --constraint "$top/requirements.lock" "${wheel}[train]"
 deepskip=$folder/base/bin/deepskip
 quiet "$deepskip" pack coins --out coins --train 32 --val 4 --test 4
 small=(coins --model.base_channels 4 --optim.steps 20 --run.tracking_uri none --cluster.workers 1)
@@ -60,7 +61,7 @@ eval "$("$deepskip" cluster up | grep ^export)"
 quiet "$deepskip" cluster down
 unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_MODE
 test -s runs/submitted/summary.json
-grep -q 'is now `deepskip train`' "$out/log"
+grep -q 'is now .deepskip train.' "$out/log"
 
 say "a bare checkout, and an editable installation"
 for way in bare editable; do
