@@ -107,6 +107,8 @@ def start_head(
     head_environment |= NODE_SETTINGS | DRIVER_SETTINGS | LOOPBACK_ONLY
     head_environment |= {
         MARK: temporary,
+        # jobs run `python`: ours, whether this environment is activated or not
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         # a job that is stopped has this long to end its mlflow run; ray's own 3 s are too few

@@ -23,3 +23,12 @@ DRIVER_SETTINGS = {
 }
 # a Ray of one machine listens on loopback alone only where it is told that this system knows no clusters
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def of_loopback(address: str | None) -> dict[str, str]:
+    """Return what a driver needs for a Ray of this machine alone: where no cluster is named, or a head on loopback.
+
+    Without it a driver looks for such a head at the machine's other address, and waits for minutes. address: of RAY_ADDRESS.
+    """
+    host = (address or "127.0.0.1").partition("://")[2] or address or "127.0.0.1"
+    return LOOPBACK_ONLY if host.startswith(("127.", "localhost", "[::1]", "local")) else {}

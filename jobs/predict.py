@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deepskip.cluster.settings import LOOPBACK_ONLY
+from deepskip.cluster.settings import of_loopback
 from deepskip.data_shards import storage
 from deepskip.jobs import models
 from deepskip.jobs.options import PredictConfig
@@ -149,7 +149,7 @@ def outcomes(
         yield from predictor.run(items, progress.part)
     else:
         # ray reads them when it is imported
-        settings = {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if os.environ.get("RAY_ADDRESS") else LOOPBACK_ONLY)
+        settings = {"RAY_USAGE_STATS_ENABLED": "0"} | of_loopback(os.environ.get("RAY_ADDRESS"))
         for name, value in settings.items():
             os.environ.setdefault(name, value)
 

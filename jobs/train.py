@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepskip import networks
-from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY
+from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.index import BrokenIndex, MissingIndex, load_index
@@ -164,8 +164,7 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
 def prepare_environment(collective_timeout: float) -> None:
     """Sets what Ray reads when it is imported; what is set already stays."""
     settings = DRIVER_SETTINGS | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{collective_timeout:g}"}
-    if not os.environ.get("RAY_ADDRESS"):
-        settings |= LOOPBACK_ONLY
+    settings |= of_loopback(os.environ.get("RAY_ADDRESS"))
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from deepskip.checkpoint import State
-from deepskip.cluster.settings import LOOPBACK_ONLY
+from deepskip.cluster.settings import of_loopback
 from deepskip.jobs.serving.answers import Answer
 from deepskip.jobs.serving.front import Front, Unavailable
 from deepskip.jobs.serving.settings import ServeConfig
@@ -41,8 +41,7 @@ def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
     """Starts Ray, or joins the cluster at RAY_ADDRESS, and the replicas on it, for a block; gives the handle to them."""
     # ray's workers give way to all else, at niceness 15: replicas would, to the front that refuses what is too much
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    if not os.environ.get("RAY_ADDRESS"):
-        settings |= LOOPBACK_ONLY
+    settings |= of_loopback(os.environ.get("RAY_ADDRESS"))
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

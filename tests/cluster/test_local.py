@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from deepskip.cluster.local import MARK, Head, PortTaken, environment, head_processes, start_head, stop_head
+from deepskip.cluster.settings import of_loopback
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,33 @@ def test_the_dashboard_is_on_loopback_alone_and_asks_for_its_token(head: Head) -
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == head.dashboard_port
     }
     assert listening == {"127.0.0.1"}
+
+
+def test_a_job_and_a_driver_started_by_hand_have_its_python_and_reach_it(head: Head, tmp_path: Path) -> None:
+    """From an environment that is not activated: PATH's python is another, or none."""
+    code = "import sys; print('by', sys.prefix)"
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment(head)
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--", "python", "-c", code]
+    job = subprocess.run(ray, env=bare, capture_output=True, text=True, timeout=120, check=False)
+    assert f"by {sys.prefix}" in job.stdout, job.stdout + job.stderr
+    driver = (
+        "import os\nfrom deepskip.jobs.train import prepare_environment\nprepare_environment(60)\nimport ray\n"
+        "ray.init(log_to_driver=False)\nprint('CPUs', ray.cluster_resources()['CPU'])"
+    )
+    by_hand = bare | {"RAY_ADDRESS": f"127.0.0.1:{head.port}"}
+    found = subprocess.run(
+        [sys.executable, "-c", driver], env=by_hand, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "CPUs 1.0" in found.stdout, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [(None, True), ("127.0.0.1:6379", True), ("http://127.0.0.1:8265", True), ("ray://localhost:10001", True),
+     ("local", True), ("10.0.0.7:6379", False), ("http://head.example:8265", False), ("auto", False)],
+)  # fmt: skip
+def test_what_is_on_loopback(address: str | None, loopback: bool) -> None:
+    assert bool(of_loopback(address)) is loopback
 
 
 def test_a_taken_port_is_named_at_once(head: Head) -> None:
