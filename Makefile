@@ -18,6 +18,8 @@ ARGS ?=
 BUSY ?= 0
 
 VENV := .venv
+# what trainings need is there, and what tests do
+TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
 .PHONY: train test newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
@@ -31,14 +33,26 @@ setup: $(INSTALLED)
 
 # the stamp is written last, so an installation cut short is done again. requirements.lock is read as constraints:
 # the cuda packages it pins are installed only where pip picks torch's cuda build.
-$(INSTALLED): requirements.lock pyproject.toml
+$(TRAINING): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"DeepSkip needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12")'
-	@echo "setting up $(VENV) (about two minutes, once)"
+	@echo "setting up $(VENV) (a minute or two, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --constraint requirements.lock --editable '.[test]'
+	@$(call install,train)
 	@touch $@
 
-train: setup
+$(INSTALLED): $(TRAINING)
+	@echo "setting up what the tests need (about a minute, once)"
+	@$(call install,test)
+	@touch $@
+
+# uv takes two thirds of pip's time, and compiles what it installs, without which every process of Ray imports twice as slowly;
+# where it is not to be had, or does not reach what pip does, pip installs
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
+UV = UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_COMPILE_BYTECODE=1 $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
+WHAT = --constraint requirements.lock --editable '.[$(1)]'
+install = ($(PIP) uv && $(UV) $(WHAT)) 2>$(VENV)/uv.log || (echo "uv cannot, pip installs" && $(PIP) $(WHAT))
+
+train: $(TRAINING)
 	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     for name in ("triton.experimental.gluon", "triton.language"):
         importlib.import_module(name)
     for name in ("bce_dice_triton", "bce_dice_loss_triton", "deep_skip_triton"):
-        importlib.import_module(f"kernels.{name}")
+        importlib.import_module(f"deepskip.kernels.{name}")
 
     # what the tests start must not see it
     del os.environ["TRITON_INTERPRET"]

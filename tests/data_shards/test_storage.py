@@ -101,7 +101,7 @@ def test_foreign_shards_on_s3_are_indexed_there(tmp_path: Path, s3: Any, capsys:
     folder = packed(tmp_path / "train")
     for path in folder.glob("*.tar"):
         s3.put(str(path), f"bucket/foreign/train/{path.name}")
-    with pytest.raises(MissingIndex, match=r"5 \.tar files but no index\.json.*data_shards index s3://bucket/foreign"):
+    with pytest.raises(MissingIndex, match=r"5 \.tar files but no index\.json.*deepskip index s3://bucket/foreign"):
         load_index("s3://bucket/foreign/train")
     main(["index", "s3://bucket/foreign/train", "--workers", "1"])
     assert "40 samples in 5 shards" in capsys.readouterr().out

@@ -28,7 +28,7 @@ def served(test: Test, ask: Ask = give, token: str | None = None, **limits: Any)
     """Runs a test against a front of its own: test(front, address, session)."""
 
     async def run() -> None:
-        config = ServeConfig(checkpoint="none", **limits)
+        config = ServeConfig(model="none", **limits)
         front = Front(config, token, ask, lambda: 1, {"bands": 3})
         listener = socket.create_server(("127.0.0.1", 0))
         runner, _ = await open_front(front.application(), listener)

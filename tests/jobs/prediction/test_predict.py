@@ -326,7 +326,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(
         (["--images", "nowhere"], "--images: nowhere does not exist"),
         (["--images", "empty"], "--images: empty holds no images (png, jpg"),
         (["--images", "twins"], "would both be written to a"),
-        (["--checkpoint", "twins", "--images", "one"], "checkpoint: twins holds no checkpoint"),
+        (["--checkpoint", "twins", "--images", "one"], "model: twins holds no checkpoint"),
         (["--images", "one", "--tile", "64"], "--tile is 64; with this model it must be 128 or more"),
         (["--images", "one", "--out", "s3://bucket/out"], "out is s3://bucket/out; it must be a folder"),
         (["--images", "one", "--threshold", "2"], "threshold is 2.0; it must be 0 to 1"),
