@@ -43,7 +43,8 @@ CODE
 quiet "$folder/base/bin/deepskip" --help
 quiet "$folder/base/bin/deepskip" predict --model checkpoint.pt --images image.png --out predicted
 test -s predicted/masks/image.png
-"$folder/base/bin/deepskip" train coins --local 2>&1 | grep -q "needs torchmetrics, which is not installed: pip install 'deepskip\[train\]'"
+said=$("$folder/base/bin/deepskip" train coins --local 2>&1 || true)
+[[ $said == *"which is not installed: pip install 'deepskip[train]'"* ]] || { echo "$said"; exit 1; }
 
 say "with [train]: pack, and 20 steps on Ray"
 quiet pip "$folder/base" install --constraint "$top/requirements.lock" "${wheel}[train]"
