@@ -12,15 +12,18 @@ ROOMS = ("cluster", "data_shards", "jobs", "kernels")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
-def on_config(config: Any) -> None:
+def lay_out(root: Path) -> None:
     """Lays the rooms beside each other as the one package that they are installed as, for who reads them as files."""
-    root = Path(config.config_file_path).parent
     package = root / "build" / "types" / "deepskip"
     package.mkdir(parents=True, exist_ok=True)
     for room in (*(root / name for name in ROOMS), *(root / "deepskip").iterdir()):
         link = package / room.name
         if not link.is_symlink():
             link.symlink_to(room)
+
+
+# when this is loaded: mkdocstrings looks for its paths before any hook is called
+lay_out(Path(__file__).parents[1])
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
