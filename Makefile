@@ -17,6 +17,8 @@ CONFIG ?= jobs/configs/coins.yaml
 ARGS ?=
 BUSY ?= 0
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 VENV := .venv
 # what trainings need is there, and what tests do
 TRAINING := $(VENV)/.training
@@ -48,9 +50,12 @@ $(INSTALLED): $(TRAINING)
 # uv takes two thirds of pip's time, and compiles what it installs, without which every process of Ray imports twice as slowly;
 # where it is not to be had, or does not reach what pip does, pip installs
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
-UV = UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_COMPILE_BYTECODE=1 $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
+UV = UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_COMPILE_BYTECODE=1 $(VENV)/bin/uv pip install --python $(VENV)/bin/python
 WHAT = --constraint requirements.lock --editable '.[$(1)]'
-install = ($(PIP) uv && $(UV) $(WHAT)) 2>$(VENV)/uv.log || (echo "uv cannot, pip installs" && $(PIP) $(WHAT))
+# of what uv says, the large packages as they come and the three steps
+SHOWN = sed -un -e '/^Downloading\|^Prepared\|^Installed\|^Bytecode/s/^/  /p'
+install = ($(PIP) uv 2>$(VENV)/pip.log && $(UV) $(WHAT) 2>&1 | tee $(VENV)/uv.log | $(SHOWN)) || \
+  (echo "uv cannot (see $(VENV)/uv.log), pip installs: minutes without a word" && $(PIP) $(WHAT))
 
 train: $(TRAINING)
 	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)

@@ -31,6 +31,9 @@ CHATTER = re.compile(r"(\d{4}-\d\d-\d\d .*job_manager\.py:\d+ -- |Running entryp
 # between progress lines where they cannot overwrite each other
 QUIET_SECONDS = 10.0
 STOP_SECONDS = 40
+# a head answers before its agent, which starts the jobs, is there
+NO_AGENT = "No available agent"
+STARTING_SECONDS = 60.0
 SETTLE_SECONDS = 30.0
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -174,10 +177,7 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
         command += ["--", "sh", "-c", entrypoint]
     else:
         command += ["--working-dir", ".", "--", "python", "-u", "-m", module, *arguments]
-    handed = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-    if handed.returncode:
-        said = "\n".join((handed.stdout + handed.stderr).strip().splitlines()[-15:])
-        raise SubmitError(f"`ray job submit` to {address} failed:\n{said}")
+    hand_over(command, address)
     say(f"submitted {submission} to {address}")
 
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -205,6 +205,20 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
         if "exited with code" not in message and "failed with exit code" not in message:
             print(f"error: job {submission} is {status}: {message}", file=sys.stderr)
     return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def hand_over(command: list[str], address: str) -> None:
+    """Runs `ray job submit`; a cluster whose agents are still starting is asked again. Raises SubmitError."""
+    deadline = time.monotonic() + STARTING_SECONDS
+    while (
+        handed := subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    ).returncode:
+        output = handed.stdout + handed.stderr
+        # nothing was taken on then, so the submission's name is still free
+        if NO_AGENT not in output or time.monotonic() > deadline:
+            said = "\n".join(output.strip().splitlines()[-15:])
+            raise SubmitError(f"`ray job submit` to {address} failed:\n{said}")
+        time.sleep(1)
 
 
 async def follow(client: "JobSubmissionClient", submission: str, screen: Screen) -> None:

@@ -26,18 +26,20 @@ if "$python" -m zipfile -l "$wheel" | grep -E '/(bench|tests)/'; then exit 1; fi
 say "base environment, beside PyPI's kernels and cluster"
 "$python" -m venv "$folder/base"
 quiet pip "$folder/base" install --constraint "$top/requirements.lock" "$wheel"
-quiet pip "$folder/base" install --no-deps kernels==0.10.1
 say "size: $(du -sm "$folder/base" | cut -f1) MB"
+quiet pip "$folder/base" install kernels==0.10.1 cluster==1.4.1.post3
 for package in ray mlflow; do
   if "$folder/base/bin/python" -c "import $package" 2>/dev/null; then echo "$package is there"; exit 1; fi
 done
 mkdir "$folder/work" && cd "$folder/work"
 cp "$top/tests/golden/stored/checkpoint.pt" .
 "$folder/base/bin/python" - <<'CODE'
-import importlib.util, numpy
+import cluster, deepskip, kernels, numpy
+from deepskip import cluster as our_cluster, kernels as our_kernels
 from PIL import Image
 
-assert importlib.util.find_spec("kernels").origin.endswith("site-packages/kernels/__init__.py")
+assert kernels.get_kernel and cluster.HierarchicalClustering
+assert our_kernels is not kernels and our_cluster is not cluster
 Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype("uint8")).save("image.png")
 CODE
 quiet "$folder/base/bin/deepskip" --help

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from deepskip.jobs import submit
 from deepskip.jobs.settings import NotHere
 from deepskip.jobs.submit import Screen, look, main
 
@@ -64,3 +65,16 @@ def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
         look("deepskip.jobs.train", ["--data.path", "/shared/mine", "--data.crop", "-1"])
     assert (stopped.value.code, type(stopped.value)) == (2, SystemExit)
     assert capsys.readouterr().err.startswith("error: data.crop is -1")
+
+
+def test_a_cluster_whose_agents_still_start_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    said = "Request failed with status code 500: {}, please try again later."
+    say = f"echo >> {asked}; echo '{said}'; test $(wc -l < {asked}) -gt 2"
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    submit.hand_over(["sh", "-c", say.format("No available agent to submit job")], "http://127.0.0.1:1")
+    assert asked.read_text().count("\n") == 3
+    asked.unlink()
+    with pytest.raises(submit.SubmitError, match="Request failed with status code 500: out of order"):
+        submit.hand_over(["sh", "-c", say.format("out of order")], "http://127.0.0.1:1")
+    assert asked.read_text().count("\n") == 1
