@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops, Item, donor_of, pasted, random_crop
+from deepskip.data_shards.decoding import decode_image, decode_mask, npy_header
 from deepskip.data_shards.index import Index, SampleEntry, load_index
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.preparation import band_statistics, resample_bands
-from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample, decode_image, decode_mask, npy_header
+from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")

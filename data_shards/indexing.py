@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepskip.data_shards import storage
+from deepskip.data_shards.decoding import decode_image, decode_mask
 from deepskip.data_shards.index import SCHEMA, Index, SampleEntry, ShardEntry, sample_table, save_index, tars_in
 from deepskip.data_shards.labels import IGNORE_INDEX, decide_labels, listed
 from deepskip.data_shards.preparation import band_statistics, resample_bands
 from deepskip.data_shards.progress import Progress, no_progress
-from deepskip.data_shards.sample import decode_image, decode_mask
 from deepskip.data_shards.scan import BrokenShard, choose_names, member_name, sample_entry, scan_tar
 
 BAD_SAMPLES = "bad_samples.jsonl"

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 
+from deepskip.data_shards.decoding import decode_image
 from deepskip.data_shards.labels import IGNORE_INDEX, listed
 from deepskip.data_shards.progress import Progress, no_progress
-from deepskip.data_shards.sample import Sample, decode_image
+from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import SPLITS, PackError, split_stems
 

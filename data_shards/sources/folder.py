@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from deepskip.data_shards.decoding import decode_image, decode_mask
 from deepskip.data_shards.labels import SHOWN, Labels, decide_labels, listed
 from deepskip.data_shards.progress import Progress, no_progress
-from deepskip.data_shards.sample import EXTENSIONS, Sample, decode_image, decode_mask
+from deepskip.data_shards.sample import EXTENSIONS, Sample
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import PackError, split_stems
 

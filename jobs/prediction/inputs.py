@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from deepskip.data_shards import index, storage
+from deepskip.data_shards.decoding import decode_image
 from deepskip.data_shards.index import FORMATS, Index
-from deepskip.data_shards.sample import decode_image
 from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster
 from deepskip.jobs.settings import NotHere, stop
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from deepskip.data_shards.sample import decode_image
+from deepskip.data_shards import tiff
+from deepskip.data_shards.decoding import MAX_PIXELS, decode_image
 
 # an image that unpacks to no more is read whole
 WHOLE_BYTES = 2**26
@@ -91,7 +92,7 @@ def raster_of(path: Path, location: str, extension: str, bands: int | None, stac
     if extension == "zarr":
         return open_zarr(location, bands)
     if extension in ("tif", "tiff"):
-        return open_tiff(stack.enter_context(tifffile.TiffFile(path)), path, bands)
+        return open_tiff(stack.enter_context(tiff.open_tiff(path, MAX_PIXELS)), path, bands)
     if extension == "npy" and path.stat().st_size > WHOLE_BYTES:
         return open_npy(path)
     return in_memory(decode_image(extension, path.read_bytes()))
@@ -142,6 +143,7 @@ def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None) -> Raster:
     transparency by default, whatever it is.
     """
     series, page = file.series[0], file.pages.first
+    tiff.guard(series, path.stat().st_size)
     opaque = bool(page.extrasamples) and page.samplesperpixel == bands
     if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES and not opaque:
         raster = in_memory(decode_image("tif", path.read_bytes()))

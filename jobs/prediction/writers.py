@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from deepskip.data_shards.sample import npy_header
+from deepskip.data_shards.decoding import npy_header
 from deepskip.jobs.prediction.rasters import Tag, zarr_of
 
 # side of the tiles of a TIFF and of the chunks of a Zarr array that are written, pixels

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deepskip import inference
-from deepskip.data_shards.sample import Limits, TooLarge, decode_image
+from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
 from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor

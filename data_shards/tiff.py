@@ -1,0 +1,220 @@
+"""Opens TIFF files of strangers: what one claims is bounded before tifffile, which trusts it, is let near.
+
+Bounded are the directories and their tags, what an OME description unfolds to, each piece's shape beside its image's, and,
+as it is unpacked, the size of an image within a piece.
+"""
+
+import io
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from deepskip.data_shards import png
+
+# pages: bands, mostly
+MAX_PAGES = 4096
+# of all directories, pyramids' levels and EXIF among them
+MAX_TAGS = 2**18
+# numbers in tags become objects: this many beside one for so many pixels that are read at most
+FREE_NUMBERS, PIXELS_PER_NUMBER = 2**16, 32
+# bytes of a description, XML mostly
+MAX_TEXT = 2**22
+# a piece may unpack to so many times its image, or to this many bytes: small images lie in tiles of usual size
+MAX_MARGIN, FREE_BYTES = 4, 2**25
+# what the pieces of all pages may have together, in files' lengths: empty ones share their bytes
+MAX_SHARING, FREE_PIECES = 16, 2**26
+# scans of a JPEG in a piece: progressive ones have about ten
+TILE_SCANS = 20
+# tags that hold the place of more directories: SubIFDs, EXIF, GPS, interoperability
+NESTED = (330, 34665, 34853, 40965)
+DESCRIPTION = 270
+# bytes of a value by its type; 1, 2 and 7 are read as bytes
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+AS_BYTES = (1, 2, 7)
+# what TIFF knows of that fills a buffer of the tile's size, and no larger one
+BOUNDED_COMPRESSION = ("NONE", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD", "CCITTFAX3", "CCITTFAX4")
+# and images within the image, which have a size of their own
+TILE_FORMATS = ("JPEG", "PNG", "WEBP", "JPEG2000")
+JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
+
+
+class TiffError(ValueError):
+    """A TIFF that claims what is not read; says what."""
+
+
+@contextmanager
+def open_tiff(source: Path | bytes | memoryview, pixels: int) -> Iterator[tifffile.TiffFile]:
+    """Opens a TIFF whose directories and description are within bounds; raises TiffError where they are not.
+
+    pixels: how many are read at most. Files that an OME description names beside this one are not opened, and what kinds of
+    file tifffile knows that say by other means than directories where their images lie are read as plain TIFF.
+    """
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
+        check_directories(stream, FREE_NUMBERS + pixels // PIXELS_PER_NUMBER)
+        stream.seek(0)
+        with tifffile.TiffFile(stream, _multifile=False, is_mmstack=False, is_ndtiff=False) as file:
+            if file.is_ome:
+                check_ome(file.ome_metadata or "", len(file.pages), file.pages.first.size)
+            yield file
+
+
+def check_directories(stream: BinaryIO, numbers: int) -> None:
+    """Walks over all directories of a TIFF and raises TiffError where they are more, or claim more, than is read.
+
+    numbers: values of tags, all together.
+    """
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    header = stream.read(16).ljust(16, b"\0")
+    order = {b"II": "<", b"MM": ">"}.get(header[:2])
+    version = struct.unpack(f"{order}H", header[2:4])[0] if order else 0
+    if version not in (42, 43):
+        raise TiffError("it does not begin as a TIFF does")
+    # count of tags, one tag, place of the next directory, and bytes of a value that stand in the tag itself
+    count, tag, place, inline = (
+        (struct.Struct(f"{order}H"), struct.Struct(f"{order}HHI4s"), struct.Struct(f"{order}I"), 4)
+        if version == 42
+        else (struct.Struct(f"{order}Q"), struct.Struct(f"{order}HHQ8s"), struct.Struct(f"{order}Q"), 8)
+    )
+    waiting = [(place.unpack_from(header, 4 if version == 42 else 8)[0], True)]
+    seen: set[int] = set()
+    pages = tags = values = 0
+    while waiting:
+        at, is_page = waiting.pop()
+        # what lies outside ends the chain, as it does for tifffile
+        if not 0 < at <= size - count.size:
+            continue
+        if at in seen:
+            raise TiffError(f"its directories go round in a circle, at byte {at}")
+        seen.add(at)
+        pages += is_page
+        if pages > MAX_PAGES or len(seen) > 2 * MAX_PAGES:
+            raise TiffError(f"it has more than {MAX_PAGES} pages; at most {MAX_PAGES} are read")
+        stream.seek(at)
+        n = count.unpack(stream.read(count.size))[0]
+        tags += n
+        if tags > MAX_TAGS:
+            raise TiffError(f"its directories have more than {MAX_TAGS} tags")
+        entries = stream.read(n * tag.size)
+        following = stream.read(place.size)
+        for code, kind, number, value in tag.iter_unpack(entries[: len(entries) // tag.size * tag.size]):
+            length = number * SIZES.get(kind, 1)
+            if length > inline:
+                if length > size:
+                    raise TiffError(f"its tag {code} claims {length} bytes in a file of {size}")
+                values += number if kind not in AS_BYTES else number // 64
+            if values > numbers:
+                raise TiffError(f"its tags hold more than {numbers} numbers")
+            if code == DESCRIPTION and length > MAX_TEXT:
+                raise TiffError(f"its description has {length} bytes; at most {MAX_TEXT} are read")
+            if code in NESTED:
+                waiting += [(each, False) for each in nested(stream, place, number, value, inline)]
+        if is_page and len(following) == place.size:
+            waiting.append((place.unpack(following)[0], True))
+
+
+def nested(stream: BinaryIO, place: struct.Struct, number: int, value: bytes, inline: int) -> list[int]:
+    """Gives the places of the directories that a tag's value names."""
+    if number > MAX_PAGES:
+        raise TiffError(f"it has {number} directories within one; at most {MAX_PAGES} are read")
+    if number * place.size > inline:
+        stream.seek(place.unpack(value)[0])
+        value = stream.read(number * place.size)
+    return [each for (each,) in place.iter_unpack(value[: min(number, len(value) // place.size) * place.size])]
+
+
+def check_ome(text: str, pages: int, size: int) -> None:
+    """Raises TiffError where an OME description unfolds to more planes than are read.
+
+    pages, size: of the file, and values of its first page.
+    """
+    if re.search(r"<!(DOCTYPE|ENTITY)", text):
+        raise TiffError("its OME description declares entities")
+    # axes as long as they say, in an array of numbers each
+    if "Along" in text and re.search(r"\bStart\s*=", text):
+        raise TiffError("its OME description has axes by start and end, which are not read")
+    sides = {axis: max(numbers(text, f"Size{axis}"), default=1) for axis in "XYZCT"}
+    planes = sides["Z"] * sides["C"] * sides["T"]
+    values = planes * sides["X"] * sides["Y"] * max(numbers(text, "SamplesPerPixel"), default=1)
+    if planes > MAX_PAGES or values > 4 * MAX_PAGES * size:
+        raise TiffError(f"its OME description has {planes} planes; at most {MAX_PAGES} are read")
+    named = sum(numbers(text, "(?:NumPlanes|PlaneCount)"))
+    # each piece of data that says nothing takes all pages
+    pieces = re.findall(r"TiffData\b[^>]*", text)
+    unsaid = sum(not re.search("NumPlanes|PlaneCount|IFD", piece) for piece in pieces)
+    places = max(numbers(text, "(?:IFD|First[ZCT])"), default=0)
+    if max(named + unsaid * pages, len(pieces)) > 4 * MAX_PAGES or places > MAX_PAGES:
+        raise TiffError(f"its OME description names more than {MAX_PAGES} planes")
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """Gives the values of an XML attribute, wherever it stands; what is no plain number counts as too large."""
+    found = re.findall(rf"\b{name}\s*=\s*[\"']([^\"']*)[\"']", text)
+    return [int(value) if re.fullmatch(r"\d{1,9}", value) else 2**31 for value in found]
+
+
+def guard(series: Any, size: int) -> None:
+    """Bounds what the pieces of a series' pages unpack to, now and as each is decoded; raises TiffError.
+
+    size: of the file, in bytes.
+    """
+    pages = [page for page in series.pages if page is not None]
+    for key in {id(page.keyframe): page.keyframe for page in pages}.values():
+        piece = math.prod(key.chunks) * key.dtype.itemsize
+        if piece > max(MAX_MARGIN * key.nbytes, FREE_BYTES):
+            shape = " x ".join(map(str, key.chunks))
+            raise TiffError(f"a piece of {shape} unpacks to {piece} bytes for an image of {key.nbytes}")
+        if key.compression.name not in BOUNDED_COMPRESSION:
+            key.__dict__["decode"] = bounded(key.decode, key)
+    together = sum(sum(page.databytecounts) for page in pages)
+    if together > MAX_SHARING * size + FREE_PIECES:
+        raise TiffError(f"its pieces have {together} bytes together in a file of {size}")
+
+
+def bounded(decode: Callable[..., Any], page: Any) -> Callable[..., Any]:
+    """Makes a page's decoder look at the size of the image within a piece first."""
+    height, width = page.chunks[:2] if len(page.chunks) > 1 else (1, 1)
+
+    def look_and_decode(data: bytes | None, *arguments: Any, **options: Any) -> Any:
+        if data:
+            check_tile(data, height, width, page.compression.name)
+        return decode(data, *arguments, **options)
+
+    return look_and_decode
+
+
+def check_tile(data: bytes, height: int, width: int, compression: str) -> None:
+    """Raises TiffError where an image within a piece is larger than the piece, or its size cannot be seen."""
+    try:
+        with Image.open(io.BytesIO(data), formats=TILE_FORMATS) as tile:
+            sizes = [(tile.height, tile.width)]
+            kind = tile.format
+    except UnidentifiedImageError:
+        raise TiffError(f"has tiles of {compression}, whose size cannot be seen before they are unpacked") from None
+    if kind == "JPEG2000":
+        # what the boxes around the codestream say need not be so
+        for at in (match.end() for match in re.finditer(re.escape(JPEG_2000_SIZE), data)):
+            right, bottom, left, top = struct.unpack(">4I", data[at + 4 : at + 20].ljust(16, b"\0"))
+            sizes.append((bottom - top, right - left))
+    if kind == "PNG":
+        png.check_rows(data)
+    if kind in ("JPEG", "MPO"):
+        check_scans(data, TILE_SCANS)
+    for found in sizes:
+        if found[0] > height or found[1] > width:
+            raise TiffError(f"a tile of {height} x {width} holds an image of {found[0]} x {found[1]}")
+
+
+def check_scans(data: bytes, most: int) -> None:
+    """Raises TiffError for a JPEG of more scans, each of which takes as long as a whole image."""
+    # within compressed data 0xff is followed by 0, so this counts no pixels
+    scans = data.count(b"\xff\xda")
+    if scans > most:
+        raise TiffError(f"it has {scans} scans; at most {most} are read")
