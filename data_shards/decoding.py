@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 import tifffile
@@ -21,6 +22,8 @@ MAX_BYTES = 2**31
 MAX_SCANS, LARGEST_SCANS = 100, 20
 # as numpy writes archives
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# the most that deflate can make of a byte
+DEFLATE_RATIO = 1032
 
 # the bound is ours, checked before anything is unpacked; pillow's own would only warn
 Image.MAX_IMAGE_PIXELS = None
@@ -104,7 +107,7 @@ def _decode(
         if extension == "npy":
             return _read_npy(data)
         if extension == "npz":
-            return _read_npz(data, keys, limits)
+            return read_npz(io.BytesIO(data), keys, limits)
     except TooLarge as error:
         raise TooLarge(f"the {extension} file does not decode: {error}") from error
     # decoders fail in many ways on bytes that are no image
@@ -191,8 +194,9 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read[min(2, np.lib.format.read_magic(file)[0])](file)
 
 
-def _read_npz(data: Data, keys: tuple[str, ...], limits: Limits) -> np.ndarray:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+def read_npz(stream: BinaryIO, keys: tuple[str, ...], limits: Limits) -> np.ndarray:
+    """Reads the array of one of the keys, or the only one, out of a .npz; raises ValueError, TooLarge among them."""
+    with zipfile.ZipFile(stream) as archive:
         names = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         found = [key for key in keys if key in names] or (list(names) if len(names) == 1 else [])
         if not found:
@@ -202,6 +206,8 @@ def _read_npz(data: Data, keys: tuple[str, ...], limits: Limits) -> np.ndarray:
         # of others one piece may unpack to any size
         if member.compress_type not in ZIP_METHODS:
             raise ValueError("is compressed otherwise than numpy compresses")
+        if member.file_size > DEFLATE_RATIO * member.compress_size + DEFLATE_RATIO:
+            raise ValueError(f"claims {member.file_size} bytes out of {member.compress_size}")
         with archive.open(member) as file:
             # what it claims to be, before it is unpacked
             start = file.read(12)

@@ -1,16 +1,19 @@
 """Packs arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from deepskip.data_shards.decoding import Limits, read_npz
 from deepskip.data_shards.labels import Labels, decide_labels
 from deepskip.data_shards.progress import Progress, no_progress
 from deepskip.data_shards.sample import IMAGE_KEYS, LAYOUTS, MASK_KEYS, Sample
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import PackError, split_stems
+
+# a data set of one's own may be of any size, as long as its files are as large as they claim
+WHOLE = Limits(2**62, 2**62)
 
 
 def pack_arrays(
@@ -79,15 +82,13 @@ def pack_arrays(
 def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
     """Opens an array of numbers; of a .npz the one under a known key, or the only one; raises PackError."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            found = [key for key in keys if key in array] or (array.files if len(array.files) == 1 else [])
-            if not found:
-                raise PackError(f"{path} holds {', '.join(array.files)}; looked for {', '.join(keys)}")
-            array = array[found[0]]
+        with path.open("rb") as stream:
+            packed = stream.read(4) == b"PK\3\4"
+            array = read_npz(stream, keys, WHOLE) if packed else np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise PackError(f"{path} does not exist") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    # numpy has errors of many kinds for what is no array
+    except Exception as error:
         raise PackError(f"{path} cannot be read: {error}") from error
     if array.dtype.kind not in "biuf":
         raise PackError(f"{path} has dtype {array.dtype}; it must be of integers or real numbers")

@@ -21,6 +21,8 @@ from deepskip.data_shards.sources.split import SPLITS, PackError, split_stems
 
 # groups of five bits, low ones first, a bit that says whether more follow; seven of them hold any run
 RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")
+# outlines may be as long as so many of an image's pixels, and some: pycocotools takes memory for every step
+OUTLINE_SHARE, FREE_STEPS = 2, 2**20
 
 
 @dataclass
@@ -176,7 +178,9 @@ def read_samples(
 def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:
     """Draws a picture's annotations into labels (height, width) uint8; raises ValueError that names the annotation."""
     size = picture.height, picture.width
-    crowd, objects = np.zeros(size, bool), []
+    crowd = np.zeros(size, bool)
+    # run lengths, since a mask of each object of a large picture would take all memory
+    objects: list[tuple[int, Any, int]] = []
     for entry in picture.annotations:
         try:
             region = decode_region(entry["segmentation"], *size)
@@ -184,18 +188,19 @@ def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:
         except Exception as error:
             raise ValueError(f"has annotation {entry.get('id')} that is no region: {error}") from error
         if entry.get("iscrowd"):
-            crowd |= region
+            crowd |= pycocotools.mask.decode(region).astype(bool)
         else:
-            objects.append((int(region.sum()), region, 1 if binary else numbers[entry["category_id"]]))
+            area = int(pycocotools.mask.area(region))
+            objects.append((area, region, 1 if binary else numbers[entry["category_id"]]))
     mask = np.where(crowd, IGNORE_INDEX, 0).astype(np.uint8)
     # large ones first: small objects are the point
     for _, region, label in sorted(objects, key=lambda item: -item[0]):
-        mask[region] = label
+        mask[pycocotools.mask.decode(region).astype(bool)] = label
     return mask
 
 
-def decode_region(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decodes polygons, or run lengths compressed or not, into (height, width) bool; raises ValueError."""
+def decode_region(segmentation: Any, height: int, width: int) -> Any:
+    """Makes pycocotools' run lengths of polygons, or of run lengths compressed or not; raises ValueError."""
     size = [height, width]
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != size:
@@ -205,8 +210,7 @@ def decode_region(segmentation: Any, height: int, width: int) -> np.ndarray:
         # pycocotools returns whatever lay in memory where the runs end early
         if min(lengths, default=0) < 0 or sum(lengths) != height * width:
             raise ValueError(f"its runs are negative or cover {sum(lengths)} pixels of {height * width}")
-        code = segmentation if lengths is not counts else pycocotools.mask.frPyObjects(segmentation, height, width)
-        return pycocotools.mask.decode(code).astype(bool)
+        return segmentation if lengths is not counts else pycocotools.mask.frPyObjects(segmentation, height, width)
     if not segmentation:
         raise ValueError("it has no outline, only a box")
     if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
@@ -215,8 +219,17 @@ def decode_region(segmentation: Any, height: int, width: int) -> np.ndarray:
     far = 2 * max(size)
     if not all(-far <= value <= far for value in chain.from_iterable(segmentation)):
         raise ValueError(f"it has points far outside its image of {height} x {width}")
+    steps = sum(map(outline_length, segmentation))
+    if steps > OUTLINE_SHARE * height * width + FREE_STEPS:
+        raise ValueError(f"its outlines are {steps:.0f} pixels long in an image of {height} x {width}")
     polygons = pycocotools.mask.frPyObjects(segmentation, height, width)
-    return pycocotools.mask.decode(pycocotools.mask.merge(polygons)).astype(bool)
+    return pycocotools.mask.merge(polygons)
+
+
+def outline_length(polygon: list[float]) -> float:
+    """Computes the length of a polygon's outline in pixels, along rows and columns."""
+    points = np.asarray(polygon, float).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).sum())
 
 
 def run_lengths(text: str) -> list[int]:

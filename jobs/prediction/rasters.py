@@ -1,5 +1,6 @@
 """Images that are read by windows, so that their size does not matter: TIFF, npy and Zarr; all others are read whole."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import tifffile
 
 from deepskip.data_shards import tiff
 from deepskip.data_shards.decoding import MAX_PIXELS, decode_image
+from deepskip.jobs.prediction import zarr_codecs
 
 # an image that unpacks to no more is read whole
 WHOLE_BYTES = 2**26
@@ -242,9 +244,11 @@ def open_zarr(location: str, bands: int | None) -> Raster:
             raise ValueError(f"is a Zarr group of {', '.join(names) or 'no arrays'}; looked for image, data, 0")
         store = store[chosen]
     check(store.shape, store.dtype)
-    chunk = int(np.prod(store.chunks)) * store.dtype.itemsize
+    # a shard is read and unpacked as one where its chunks cannot be
+    chunk = math.prod(getattr(store, "shards", None) or store.chunks) * store.dtype.itemsize
     if chunk > MAX_CHUNK_BYTES:
         raise ValueError(f"has chunks of {chunk} bytes; at most {MAX_CHUNK_BYTES} are read at once")
+    zarr_codecs.secure(store, chunk)
     axes = zarr_axes(store, bands)
     shape = dict(zip(axes, store.shape, strict=True))
     return Raster(

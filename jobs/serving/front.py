@@ -34,6 +34,9 @@ KINDS = (
 UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 TAKEN = "PNG, JPEG, TIFF and .npy"
 
+# versions are nobody's business
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Server": "DeepSkip"}
+
 logger = logging.getLogger(__name__)
 # who is turned away is told so after this: those who ask again at once would take the CPU from those who are served
 PAUSE_SECONDS = 0.2
@@ -107,10 +110,29 @@ class Front:
             self.metrics.requests.labels(str(response.status)).inc()
             if response.status == 200:
                 self.metrics.seconds.observe(time.perf_counter() - started)
+        await self.send(request, response)
         return response
 
+    async def send(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Sends an answer; a client that does not take it must not keep it here, nor the connection."""
+        size = response.content_length or 0
+        self.held += size
+        try:
+            async with asyncio.timeout(self.config.body_seconds):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        except ConnectionError:
+            # it has left
+            pass
+        finally:
+            self.held -= size
+
     def check_caller(self, request: web.Request) -> None:
-        """Raises Refused where the token is missing or wrong; without one, where a page of another site is asking."""
+        """Raises Refused where a page of another site is asking, or the token is missing or wrong."""
+        check_site(request)
         if self.token is None:
             # a foreign name that was made to lead here is how web pages get at servers on loopback
             name = request.host[1:].split("]")[0] if request.host.startswith("[") else request.host.split(":")[0]
@@ -147,24 +169,7 @@ class Front:
             self.held -= len(body)
         if answer.status != 200:
             raise Refused(answer.status, answer.reason)
-        response = self.response_of(answer, wanted)
-        if self.stopping:
-            response.force_close()
-        self.held += len(answer.body)
-        try:
-            # a client that does not take its answer must not keep it here
-            async with asyncio.timeout(self.config.body_seconds):
-                await response.prepare(request)
-                await response.write_eof()
-        except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-        except ConnectionError:
-            # it has left
-            pass
-        finally:
-            self.held -= len(answer.body)
-        return response
+        return self.response_of(answer, wanted)
 
     def response_of(self, answer: Answer, wanted: str) -> web.Response:
         """Makes the HTTP response of an answer, and counts it."""
@@ -263,10 +268,40 @@ class Front:
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Adds to every answer what a browser should not do with it."""
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Cache-Control"] = "no-store"
-    # versions are nobody's business
-    response.headers["Server"] = "DeepSkip"
+    response.headers.update(HEADERS)
+
+
+def check_site(request: web.Request) -> None:
+    """Raises Refused where a browser says that a page of another site is asking; a link to the server's own page may lead here.
+
+    Browsers send what such a page asks without asking anybody, and say so in these headers, which pages cannot change.
+    """
+    origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none").lower()
+    foreign = origin is not None and origin.lower() not in (
+        f"{scheme}://{request.host.lower()}" for scheme in ("http", "https")
+    )
+    followed = request.path == "/" and request.method == "GET" and request.headers.get("Sec-Fetch-Mode") == "navigate"
+    if foreign or (site not in ("same-origin", "none") and not followed):
+        raise Refused(403, "a page of another site is asking; only this server's own page and programs may")
+
+
+def answer_in_json() -> None:
+    """Has aiohttp answer what is no HTTP as all else is answered: in JSON, and without its version."""
+
+    def handle_error(
+        self: web.RequestHandler, request: web.BaseRequest, status: int = 500,
+        exc: BaseException | None = None, message: str | None = None,
+    ) -> web.StreamResponse:  # fmt: skip
+        # some of an answer has been sent already
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer broke off")
+        reason = str(message or exc or "").strip().splitlines()
+        response = refusal(status, f"the request cannot be read: {reason[0][:200] if reason else 'it is no HTTP'}")
+        response.headers.update(HEADERS)
+        response.force_close()
+        return response
+
+    web.RequestHandler.handle_error = handle_error  # type: ignore[method-assign]
 
 
 def kind_of(body: bytes | bytearray, declared: str) -> str:

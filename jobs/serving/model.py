@@ -3,9 +3,10 @@
 import asyncio
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ DECODED_BYTES = 2**29
 VALUE_BYTES = 4
 # values larger than this overflow in the network
 LARGEST_VALUE = 1e30
+T = TypeVar("T")
 
 
 class Model:
@@ -40,7 +42,7 @@ class Model:
         bands = self.predictor.bands
         self.limits = Limits(max_pixels, max_pixels * max(bands, 3) * VALUE_BYTES)
         # apart, since decoding waits for room that encoding makes
-        self.decoders, self.encoders = asyncio.Semaphore(threads), asyncio.Semaphore(threads)
+        self.decoders, self.encoders = Slots(threads), Slots(threads)
         self.room = Room(DECODED_BYTES)
         most = (inference.TILE // inference.enlarged_by(self.predictor.network)) ** 2
         self.batches = Batches(self.forward, batch, most, batch_wait)
@@ -50,15 +52,13 @@ class Model:
     async def segment(self, body: bytes, extension: str, answer: str) -> Answer:
         """Answers one request. extension: what kind of file the body is. answer: one of answers.FORMATS."""
         started = time.perf_counter()
-        async with self.decoders:
+        try:
             # one image more than there is room for, since its size is known only then
-            await self.room.left.wait()
-            try:
-                image = await asyncio.to_thread(self.read, body, extension)
-            except TooLarge as error:
-                return Answer(413, reason=f"the image: {error}")
-            except ValueError as error:
-                return Answer(422, reason=f"the image: {error}")
+            image = await self.decoders.run(self.read, body, extension, ready=self.room.left)
+        except TooLarge as error:
+            return Answer(413, reason=f"the image: {error}")
+        except ValueError as error:
+            return Answer(422, reason=f"the image: {error}")
         with self.room.taken(image.nbytes):
             decoded = time.perf_counter()
             prepared = await asyncio.to_thread(self.predictor.prepared, image)
@@ -69,8 +69,7 @@ class Model:
                     413, reason=f"the image: its {image.shape[0]} x {image.shape[1]} pixels do not fit into the GPU"
                 )
             segmented = time.perf_counter()
-            async with self.encoders:
-                made = await asyncio.to_thread(encode, image, p_VHW, answer)
+            made = await self.encoders.run(encode, image, p_VHW, answer)
         made.batch = number
         ended = time.perf_counter()
         made.seconds = {"decode": decoded - started, "network": segmented - decoded, "encode": ended - segmented}
@@ -100,6 +99,28 @@ class Model:
         """Says what the model takes and gives."""
         resampled = self.predictor.preparation["bands"] is not None
         return {"bands": None if resampled else self.predictor.bands, "classes": self.predictor.num_classes}
+
+
+class Slots:
+    """Runs functions in so many threads. A slot is free when its function has ended, not when its caller has left."""
+
+    def __init__(self, count: int) -> None:
+        self.free = asyncio.Semaphore(count)
+        self.threads = ThreadPoolExecutor(count)
+
+    async def run(self, function: Callable[..., T], *arguments: Any, ready: asyncio.Event | None = None) -> T:
+        """Runs a function in the next slot, once `ready` is set."""
+        await self.free.acquire()
+        loop = asyncio.get_running_loop()
+        try:
+            if ready is not None:
+                await ready.wait()
+            running = self.threads.submit(function, *arguments)
+        except BaseException:
+            self.free.release()
+            raise
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self.free.release))
+        return await asyncio.wrap_future(running)
 
 
 class Room:

@@ -14,7 +14,7 @@ from aiohttp import web
 from deepskip.checkpoint import State
 from deepskip.cluster.settings import of_loopback
 from deepskip.jobs.serving.answers import Answer
-from deepskip.jobs.serving.front import Front, Unavailable
+from deepskip.jobs.serving.front import Front, Unavailable, answer_in_json
 from deepskip.jobs.serving.settings import ServeConfig
 from deepskip.jobs.settings import stop
 
@@ -145,6 +145,7 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
 
 async def open_front(app: web.Application, listener: socket.socket) -> tuple[web.AppRunner, web.SockSite]:
     """Begins to answer; stopping the site ends new connections, the runner's cleanup all."""
+    answer_in_json()
     # bodies stay as they are sent: a compressed one is refused
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=IDLE_SECONDS, lingering_time=LINGER_SECONDS, auto_decompress=False,

@@ -1,6 +1,7 @@
 """The HTTP server by itself, in front of replicas that are functions."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -76,6 +77,85 @@ def test_without_a_token_names_of_others_are_refused(host: str, status: int) -> 
         assert (await predict(session, address, Host=host))[0] == status
 
     served(test)
+
+
+HERE = {"Host": "localhost:8000"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"Origin": "http://localhost:8000"}, 200), ({"Origin": "https://LOCALHOST:8000"}, 200), ({}, 200),
+     ({"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost:8000"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
+     ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": ""}, 403),
+     ({"Origin": "http://localhost:8001"}, 403), ({"Origin": "http://localhost"}, 403),
+     ({"Origin": "http://localhost:8000.evil.example"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
+     ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "Cross-Site", "Sec-Fetch-Mode": "navigate"}, 403)],
+)  # fmt: skip
+def test_pages_of_other_sites_are_refused(headers: dict[str, str], status: int) -> None:
+    async def test(front: Front, address: str, session: aiohttp.ClientSession) -> None:
+        found, reason = await predict(session, address, **HERE, **headers, Authorization=f"Bearer {WORD}")
+        assert found == status
+        assert status == 200 or "page of another site" in reason
+
+    served(test)
+    served(test, token=WORD)
+
+
+def test_a_link_of_another_site_may_lead_to_the_page_and_to_nothing_else() -> None:
+    async def test(front: Front, address: str, session: aiohttp.ClientSession) -> None:
+        link = HERE | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        for path, mode, status in (
+            ("/", "navigate", 200), ("/", "no-cors", 403), ("/metrics", "navigate", 403), ("/healthz", "navigate", 403),
+        ):  # fmt: skip
+            async with session.get(address + path, headers=link | {"Sec-Fetch-Mode": mode}) as reply:
+                assert reply.status == status
+
+    served(test)
+
+
+NO_HTTP = (
+    b"GET http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"nonsense\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n", b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 20_000 + b"\r\n\r\n", b"PO\nST / HTTP/1.1\r\n\r\n",
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0x5\r\nabcde\r\n0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nAccept: text/html\r\nHost: <script>\r\nbad header\r\n\r\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", NO_HTTP)
+def test_what_is_no_http_is_answered_in_json_and_without_a_version(sent: bytes) -> None:
+    async def test(front: Front, address: str, session: aiohttp.ClientSession) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(address.split(":")[-1]))
+        writer.write(sent)
+        head, _, body = (await asyncio.wait_for(reader.read(), 30)).partition(b"\r\n\r\n")
+        assert head.split()[1].startswith(b"4")
+        assert b"Content-Type: application/json" in head
+        assert json.loads(body)["error"]
+        assert b"Server: DeepSkip" in head
+        assert not any(word in head + body for word in (b"aiohttp", b"Python", b"<html", b"Traceback"))
+        writer.close()
+
+    served(test)
+
+
+def test_connections_that_do_not_read_are_let_go() -> None:
+    async def ask_without_reading(address: str, path: str) -> None:
+        with socket.socket() as sock:
+            # small, or the kernel would take it all
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, ("127.0.0.1", int(address.split(":")[-1])))
+            while True:
+                await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 1000)
+
+    async def test(front: Front, address: str, session: aiohttp.ClientSession) -> None:
+        asking = [ask_without_reading(address, path) for path in ("/", "/metrics", "/nowhere")]
+        ended = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 60)
+        assert all(isinstance(error, ConnectionError) for error in ended), ended
+
+    served(test, body_seconds=0.5)
 
 
 def test_what_replicas_do_wrong() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from deepskip import inference
 from deepskip.jobs import polygons
 from deepskip.jobs.serving.answers import Answer
 from deepskip.jobs.serving.batches import Batches
-from deepskip.jobs.serving.model import Model, Room
+from deepskip.jobs.serving.model import Model, Room, Slots
 from deepskip.predictor import Predictor
 from tests.jobs.serving import state
 
@@ -145,6 +146,39 @@ def test_whoever_would_hold_too_much_waits() -> None:
 def signed_area(ring: list[list[int]]) -> float:
     x, y = np.array(ring[:-1]).T
     return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
+def test_a_slot_is_free_when_its_work_has_ended_not_when_its_caller_has_left() -> None:
+    running, most, gate = 0, 0, threading.Event()
+    count = threading.Lock()
+
+    def work() -> None:
+        nonlocal running, most
+        with count:
+            running += 1
+            most = max(most, running)
+        assert gate.wait(60)
+        with count:
+            running -= 1
+
+    async def leave_and_ask() -> None:
+        slots = Slots(2)
+        for _ in range(3):
+            callers = [asyncio.create_task(slots.run(work)) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            for caller in callers:
+                caller.cancel()
+            await asyncio.gather(*callers, return_exceptions=True)
+        assert slots.free.locked()
+        last = asyncio.create_task(slots.run(work))
+        await asyncio.sleep(0.05)
+        gate.set()
+        await last
+        # those who left before their turn took no slot with them
+        await asyncio.gather(slots.run(work), slots.run(work))
+
+    asyncio.run(leave_and_ask())
+    assert most == 2
 
 
 def test_outlines_hold_exactly_the_pixels_of_the_mask() -> None:
