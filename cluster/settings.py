@@ -21,8 +21,14 @@ DRIVER_SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-# a Ray of one machine listens on loopback alone only where it is told that this system knows no clusters
-LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+LOOPBACK_ONLY = {
+    # a Ray of one machine listens on loopback alone only where it is told that this system knows no clusters
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # its ports for metrics ask for no token, and answer to any name: pages of other sites could be led to them; -1 is none
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
 
 
 def of_loopback(address: str | None) -> dict[str, str]:

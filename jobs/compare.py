@@ -4,6 +4,7 @@ Every cell is a training as `jobs.train --local` runs it, then `deepskip evaluat
 where it stopped. What comes of it are OUT/cells.csv, table.md and figure.svg.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepskip.cluster.local import end_with_parent
+from deepskip.cluster.settings import of_loopback
 from deepskip.jobs import evaluate, runs
 from deepskip.jobs.comparison import table
 from deepskip.jobs.comparison.grid import TEST, Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
@@ -126,6 +128,9 @@ def run_cell(file: Path) -> str | None:
 
 def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
     """Runs cells as Ray tasks; a task whose machine is lost is started again, and its training goes on."""
+    # ray reads it when it is imported
+    for name, value in of_loopback(os.environ.get("RAY_ADDRESS")).items():
+        os.environ.setdefault(name, value)
     import ray
     import ray.exceptions
 

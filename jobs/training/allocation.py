@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import ray.exceptions
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deepskip.cluster.settings import LOOPBACK_ONLY
 from deepskip.config import ClusterConfig, workers_range
 from deepskip.jobs import runs
 from deepskip.jobs.settings import stop
@@ -36,11 +38,19 @@ class WorkerAllocation:
 
 
 def own_ray() -> dict[str, Any]:
-    """Return what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback."""
+    """Return what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback.
+
+    Sets in the environment what it is started with: a token of its own above all, without which any user of the machine
+    could run code in it.
+    """
     if os.environ.get("RAY_ADDRESS"):
         return {}
-    # a head without authentication mode writes a token into the home that every later head then asks for
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if os.environ.get("RAY_AUTH_MODE") != "token" or not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        # where no mode is set ray asks for a token, and takes this one; setting the mode after ray's import is too late
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for name, value in LOOPBACK_ONLY.items():
+        os.environ.setdefault(name, value)
     return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
 
 

@@ -98,6 +98,37 @@ class Server:
         return found
 
 
+def answers_strangers(port: int) -> bool:
+    """Says whether a door of loopback tells something to a caller without a token, who came by a name of another site."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        for path in ("/metrics", "/", "/api/jobs/"):
+            connection.request("GET", path, headers={"Host": "evil.example"})
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status < 400:
+                return True
+    # most speak gRPC
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+    return False
+
+
+def refuses_strangers(address: str) -> bool:
+    """Says whether a Ray head takes no calls without its token."""
+    code = f"from ray._raylet import GcsClient; GcsClient(address={address!r})"
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for mode in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        tried = subprocess.run(
+            [sys.executable, "-c", code], env=variables | mode | {"HOME": "/nowhere"}, capture_output=True, text=True
+        )
+        if tried.returncode == 0 or "InvalidAuthToken" not in tried.stderr:
+            return False
+    return True
+
+
 @contextmanager
 def serving(
     folder: Path, *settings: str, token: str | None = None, trained: dict[str, Any] | None = None

@@ -28,6 +28,7 @@ from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.order import Slot
 from deepskip.metrics import SegmentationMetrics
+from tests.jobs.serving import answers_strangers
 
 SMALL = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2", "--optim.warmup_steps", "2"]
 
@@ -249,6 +250,8 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
     # the head, its dashboard, raylet and agents, the store where ranks find each other
     assert len(doors) >= 8
     assert {address for address, _ in doors} <= {"127.0.0.1", "::1"}
+    # its page shows itself to anybody, and nothing of the cluster
+    assert len([port for _, port in doors if answers_strangers(port)]) <= 1
     # the token is in no file
     token = next(each.environ()["RAY_AUTH_TOKEN"] for each in processes if "gcs_server" in each.name())
     head = Path(next(each.environ()[MARK] for each in processes if MARK in each.environ()))

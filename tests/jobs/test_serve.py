@@ -22,7 +22,7 @@ from PIL import Image
 import deepskip
 from deepskip.jobs.serving import settings
 from tests.jobs.bad_requests import BAD, BODY_SECONDS, GOOD, MAX_BODY, MAX_PIXELS, SLOW, npy, picture, png, tif
-from tests.jobs.serving import Server, serving, state
+from tests.jobs.serving import Server, answers_strangers, refuses_strangers, serving, state
 
 # what it starts is started once
 pytestmark = pytest.mark.xdist_group("serve")
@@ -168,12 +168,19 @@ def test_the_page_and_its_policy(server: Server) -> None:
 
 def test_all_doors_are_on_loopback(server: Server) -> None:
     listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
+        (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
         for process in server.processes()
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening == {"127.0.0.1"}
+    assert {address for address, _ in listening} == {"127.0.0.1"}
+    assert not [port for _, port in listening if answers_strangers(port)]
+
+
+def test_ray_takes_no_calls_without_the_token(server: Server) -> None:
+    (head,) = (each for each in server.processes() if "gcs_server" in each.name())
+    (port,) = {each.laddr.port for each in head.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+    assert refuses_strangers(f"127.0.0.1:{port}")
 
 
 def test_a_replica_that_dies_comes_back(server: Server) -> None:
