@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from deepskip.data_shards import storage
+from deepskip.data_shards import index_check, storage
 from deepskip.data_shards.labels import Labels
 
 FILE = "index.json"
@@ -189,23 +189,19 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
         raise MissingIndex(f"no shards at {location}: {_what_is_there(location)}") from error
     try:
         raw = json.loads(text)
-        if raw["format"] != FORMAT or raw["version"] != VERSION:
-            raise ValueError(f"it is {raw['format']} version {raw['version']}, this reads {FORMAT} version {VERSION}")
-        for name in [shard["name"] for shard in raw["shards"]] + [raw["samples"]["file"]]:
-            _check_name(name)
-        samples = _load_samples(location, raw["samples"], cache)
-        shards = tuple(ShardEntry(**shard) for shard in raw["shards"])
-        if sum(shard.samples for shard in shards) != len(samples):
-            raise ValueError(f"its shards have {sum(s.samples for s in shards)} samples, its table {len(samples)}")
-        labels = Labels(**raw["labels"]) if raw["labels"] else None
+        if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
+            said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "no object"
+            raise ValueError(f"it is {said[:200]}, this reads {FORMAT} version {VERSION}")
+        index_check.check_index(raw, FORMATS)
         return Index(
-            shards, samples, raw["bands"], raw["dtype"], raw["num_classes"], raw["ignore_index"],
-            tuple(raw["mean"]), tuple(raw["std"]), raw["preparation"], tuple(raw["formats"]),
-            labels, raw["base"], raw["source"], location,
+            tuple(ShardEntry(**shard) for shard in raw["shards"]), _load_samples(location, raw, cache), raw["bands"],
+            raw["dtype"], raw["num_classes"], raw["ignore_index"], tuple(raw["mean"]), tuple(raw["std"]),
+            raw["preparation"], tuple(raw["formats"]), Labels(**raw["labels"]) if raw["labels"] else None, raw["base"],
+            raw["source"], location,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, storage.ChangedFile) as error:
+    except (ValueError, RecursionError, FileNotFoundError, storage.ChangedFile) as error:
         raise BrokenIndex(
-            f"{path} cannot be read: {error!r}. Make it anew: deepskip index {location}, or pack again."
+            f"{path} cannot be read: {error}. Make it anew: deepskip index {location}, or pack again."
         ) from error
 
 
@@ -256,39 +252,47 @@ def save_index(index: Index, folder: str | Path) -> None:
 def _samples_file(location: str) -> str | None:
     try:
         name = json.loads(storage.read_bytes(storage.join(location, FILE)))["samples"]["file"]
-        _check_name(name)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return name
+    return name if index_check.plain_name(name) else None
 
 
 def _load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | None) -> pa.Table:
-    path = storage.join(location, raw["file"])
+    """Maps the samples' columns, whose bytes and contents are checked: Arrow itself would follow any offset."""
+    told = raw["samples"]
+    path = storage.join(location, told["file"])
     if not storage.is_remote(path):
         local = Path(path.removeprefix("file://"))
-        if local.stat().st_size != raw["bytes"]:
-            raise ValueError(f"{raw['file']} has {local.stat().st_size} bytes where it says {raw['bytes']}")
-        source = pa.memory_map(str(local))
-    elif cache is not None:
-        source = pa.memory_map(str(cache.fetch(path, raw["bytes"], raw["sha256"])))
-    else:
-        with tempfile.NamedTemporaryFile(prefix="deepskip-index-") as file:
-            storage.download(path, Path(file.name), raw["bytes"], raw["sha256"])
-            source = pa.memory_map(file.name)
+        if not local.is_file():
+            raise FileNotFoundError(f"{told['file']}, which it names, is not there")
+        if local.stat().st_size != told["bytes"]:
+            raise ValueError(f"{told['file']} has {local.stat().st_size} bytes where it says {told['bytes']}")
+        return _table_of(local, raw, known=False)
+    if cache is not None:
+        return _table_of(cache.fetch(path, told["bytes"], told["sha256"]), raw, known=True)
+    with tempfile.NamedTemporaryFile(prefix="deepskip-index-") as file:
+        storage.download(path, Path(file.name), told["bytes"], told["sha256"])
+        return _table_of(Path(file.name), raw, known=True)
+
+
+def _table_of(path: Path, raw: dict[str, Any], known: bool) -> pa.Table:
+    """Reads and checks a local samples file, a large one once a machine. known: its sha256 has been compared."""
+    name, marker = raw["samples"]["file"], index_check.remembered(path, raw)
+    checked = marker is not None and marker.exists()
+    if not known and not checked and index_check.sha256_of(path) != raw["samples"]["sha256"]:
+        raise ValueError(f"{name} has other contents than when it was written (sha256 differs)")
     try:
-        with pa.ipc.open_file(source) as reader:
+        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             table = reader.read_all()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{raw['file']}: {error}") from error
+    # MemoryError and OSError among them
+    except (pa.ArrowException, MemoryError, OSError) as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
     if table.schema != SCHEMA:
-        raise ValueError(f"{raw['file']} has other columns than expected: {table.schema.names}")
+        raise ValueError(f"{name} has other columns than expected: {table.schema.names}")
+    if not checked:
+        index_check.check_table(table, raw)
+        index_check.remember(marker)
     return table.combine_chunks() if table["key"].num_chunks > 1 else table
-
-
-def _check_name(name: str) -> None:
-    # names come from a file that anyone may have written: they must not lead out of the folder
-    if "/" in name or "\\" in name or name.startswith(".") or not name:
-        raise ValueError(f"the name {name!r} is no plain file name")
 
 
 def tars_in(location: str) -> list[str]:

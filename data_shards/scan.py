@@ -1,7 +1,6 @@
 """Looks through tar shards that anyone may have written and says where each sample lies, or what is wrong with them."""
 
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,11 +9,15 @@ from typing import BinaryIO
 
 import xxhash
 
+from deepskip.data_shards import tar
 from deepskip.data_shards.index import Member, SampleEntry
+from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.sample import EXTENSIONS, BadSample
 
 # larger files of a sample are refused; the index has 32 bits for a length
 MAX_MEMBER = 2**31
+# letters of a member's name, folders included; file systems take no more
+MAX_NAME = 4096
 # what image and mask are called after the key, in data sets that name them by other words than ours
 KNOWN_PAIRS = (
     ({"image"}, {"mask"}),
@@ -46,71 +49,83 @@ def scan_tar(path: Path, name: str) -> Scan:
     found = Scan()
     spoilt: set[str] = set()
     try:
+        if not path.is_file():
+            raise BrokenShard(f"{name} is no file" if path.exists() else f"{name} does not exist")
         with path.open("rb") as file:
-            start = file.read(6)
-            file.seek(0)
-            for magic, kind in (
-                (b"\x1f\x8b", "gzip"),
-                (b"BZh", "bzip2"),
-                (b"\xfd7zXZ\x00", "xz"),
-                (b"(\xb5/\xfd", "zstd"),
-            ):
-                if start.startswith(magic):
-                    raise BrokenShard(
-                        f"{name} is a {kind} file; members are read by their place: unpack it to a plain .tar"
-                    )
-            with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
-                for info in tar:
-                    if info.isdir():
-                        continue
-                    folder, _, base = info.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    # what operating systems leave in archives
-                    if base.startswith(".") or not suffix:
-                        continue
-                    key = f"{folder}/{stem}" if folder else stem
-                    reason = refusal(info, found.samples.get(key, {}), suffix)
-                    if reason and key not in spoilt:
-                        spoilt.add(key)
-                        found.bad.append(BadSample(name, key, reason))
-                    found.samples.setdefault(key, {})[suffix] = (info.offset_data, info.size)
-                end = tar.offset
-            check_end(file, end, name, len(found.samples))
+            refuse_compressed(file.read(6), name)
+            for entry in tar.walk(file.fileno()):
+                if entry.kind == tar.END:
+                    check_end(file, entry.offset, name, len(found.samples))
+                elif entry.kind != tar.FOLDER:
+                    note(found, spoilt, entry, name)
     except (FileNotFoundError, PermissionError) as error:
         raise BrokenShard(f"{name} cannot be opened: {error.strerror}") from error
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        done = f" after {len(found.samples)} samples" if found.samples else ""
-        raise BrokenShard(f"{name} is cut off or damaged{done}: {error}") from error
+    except tar.TarError as error:
+        done = f"is damaged: after {len(found.samples)} samples" if found.samples else "is cut off or damaged:"
+        raise BrokenShard(f"{name} {done} {error}") from error
     for key in spoilt:
         found.samples.pop(key, None)
     return found
 
 
-def refusal(info: tarfile.TarInfo, members: dict[str, tuple[int, int]], suffix: str) -> str | None:
-    """Says why a member cannot be taken, or None."""
-    if not info.isreg() or info.issparse():
+def refuse_compressed(start: bytes, name: str) -> None:
+    """Raises BrokenShard for a tar within a compressed file, by its first bytes."""
+    for magic, kind in ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"), (b"(\xb5/\xfd", "zstd")):
+        if start.startswith(magic):
+            raise BrokenShard(f"{name} is a {kind} file; members are read by their place: unpack it to a plain .tar")
+
+
+def note(found: Scan, spoilt: set[str], entry: tar.Entry, name: str) -> None:
+    """Notes a member of a sample, or why the sample cannot be taken."""
+    shown = entry.name.decode(errors="backslashreplace")
+    folder, _, base = shown.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    # what operating systems leave in archives
+    if base.startswith(".") or not suffix:
+        return
+    key = f"{folder}/{stem}" if folder else stem
+    reason = refusal(entry, shown, found.samples.get(key, {}), suffix)
+    if reason and key not in spoilt:
+        spoilt.add(key)
+        found.bad.append(BadSample(name, printable(key), reason))
+    found.samples.setdefault(key, {})[suffix] = (entry.offset, entry.size)
+
+
+def printable(text: str) -> str:
+    """Shows a name so that it does nothing to a terminal, and is no longer than a line."""
+    shown = CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return shown if len(text) <= MAX_NAME else f"{shown[:60]}... ({len(text)} letters)"
+
+
+def refusal(entry: tar.Entry, shown: str, members: dict[str, tuple[int, int]], suffix: str) -> str | None:
+    """Says why a member cannot be taken, or None. shown: its name as text."""
+    if shown.encode(errors="replace") != entry.name:
+        return "its name is no UTF-8"
+    if CONTROL.search(shown) or len(shown) > MAX_NAME:
+        return f"its name holds control characters, or more than {MAX_NAME} letters"
+    if entry.kind != tar.FILE:
         return f"its .{suffix} is no plain file (a link, device or sparse file)"
-    if info.size > MAX_MEMBER:
-        return f"its .{suffix} has {info.size} bytes; at most {MAX_MEMBER} are read"
+    if entry.size > MAX_MEMBER:
+        return f"its .{suffix} has {entry.size} bytes; at most {MAX_MEMBER} are read"
     if suffix in members:
         return f"has two members .{suffix}: the key occurs twice"
     return None
 
 
 def check_end(file: BinaryIO, end: int, name: str, samples: int) -> None:
-    """Raises BrokenShard unless all from byte `end` on, where tarfile stopped, is zeros, two blocks or more.
+    """Raises BrokenShard unless all from byte `end` on, where its last member ends, is zeros, two blocks or more.
 
-    tarfile takes a file that is cut between members, and one with a damaged header, for whole.
+    Where the walk stopped there is no header, be it that the file was cut between members or that one is zeros.
     """
     file.seek(end)
     zeros = 0
     while chunk := file.read(2**20):
-        if chunk.strip(b"\0") and (zeros or len(chunk) >= tarfile.BLOCKSIZE):
+        if chunk.strip(b"\0") and (zeros or len(chunk) >= tar.BLOCK):
             raise BrokenShard(
                 f"{name} is damaged: after {samples} samples there is no header at byte {end}, yet data go on"
             )
         zeros += len(chunk)
-    if zeros < 2 * tarfile.BLOCKSIZE:
+    if zeros < 2 * tar.BLOCK:
         raise BrokenShard(f"{name} is cut off after {samples} samples: it has no end mark")
 
 

@@ -143,7 +143,7 @@ def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
     index = packed(tmp_path / "train", samples(2))
     with tarfile.open(tmp_path / "train" / index.shards[0].name) as tar:
         assert len(tar.getmembers()) == 4
-    save_index(replace(index, bands=4), tmp_path / "train")
+    save_index(replace(index, bands=4, mean=(0.0,) * 4, std=(1.0,) * 4), tmp_path / "train")
     with pytest.raises(BadSample, match="has 3 bands; the index says 4"):
         Shards(tmp_path / "train")[[Slot(0, 0, 1)]]
     made = samples(1)

@@ -1,0 +1,172 @@
+"""Whether an index can be trusted, for strangers make them: its JSON's fields, and that each sample lies within its shard."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+# files beyond this many bytes are looked through once a machine, smaller ones each time: that takes less than a second
+REMEMBERED_BYTES = 2**26
+MAX_BANDS = 2**16
+# what does things to terminals
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_COUNT = 2**62
+
+
+def whole(low: int, high: int) -> Callable[[Any], bool]:
+    """Makes a check of an integer."""
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def text(value: Any) -> bool:
+    """Says whether a value is text of some length."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and not CONTROL.search(value)
+
+
+def plain_name(value: Any) -> bool:
+    """Says whether a value is a file's name that does not lead out of its folder."""
+    return text(value) and "/" not in value and "\\" not in value and not value.startswith(".")
+
+
+def digest(value: Any) -> bool:
+    """Says whether a value is a sha256."""
+    return isinstance(value, str) and len(value) == 64 and not value.strip("0123456789abcdef")
+
+
+def nothing_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Makes a check of a value that may be null."""
+    return lambda value: value is None or check(value)
+
+
+# what each field must be, by the words for it
+SAMPLES = {
+    "file": ("a plain file name", plain_name), "bytes": ("a number of bytes", whole(0, MAX_COUNT)),
+    "sha256": ("64 hexadecimal digits", digest), "count": ("a number of samples", whole(0, MAX_COUNT)),
+}  # fmt: skip
+SHARD = {
+    "name": ("a plain file name", plain_name), "bytes": ("a number of bytes", whole(0, MAX_COUNT)),
+    "sha256": ("64 hexadecimal digits", digest), "samples": ("a number of samples", whole(0, MAX_COUNT)),
+}  # fmt: skip
+LABELS = {
+    "binary": ("true or false", lambda value: isinstance(value, bool)), "num_classes": ("1 to 255", whole(1, 255)),
+    "ignore_label": ("an integer or null", nothing_or(whole(-(2**31), 2**31))),
+}  # fmt: skip
+PREPARATION = {
+    "bands": ("a number of bands or null", nothing_or(whole(1, MAX_BANDS))),
+    "longest_side": ("a number of pixels or null", nothing_or(whole(1, 2**31))),
+}
+PROPERTIES = {
+    "bands": (f"1 to {MAX_BANDS}", whole(1, MAX_BANDS)),
+    "dtype": ("uint8 or float32", lambda value: value in ("uint8", "float32")),
+    "num_classes": ("1 to 255", whole(1, 255)), "ignore_index": ("0 to 255", whole(0, 255)),
+    "base": ("a place or null", nothing_or(text)), "source": ("text or null", nothing_or(text)),
+}  # fmt: skip
+INNER = ("samples", "shards", "labels", "preparation", "mean", "std", "formats")
+
+
+def check_fields(value: Any, fields: dict[str, tuple[str, Callable[[Any], bool]]], where: str) -> None:
+    """Raises ValueError where a JSON object lacks a field, has another, or has a value that a field cannot have."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {shown(value)}; it must be an object")
+    if value.keys() != fields.keys():
+        odd = sorted(map(str, value.keys() ^ fields.keys()))
+        raise ValueError(f"{where} has not the fields {', '.join(fields)}, but for {', '.join(odd)[:200]}")
+    for name, (allowed, check) in fields.items():
+        if not check(value[name]):
+            raise ValueError(f"{where}.{name} is {shown(value[name])}; it must be {allowed}")
+
+
+def shown(value: Any) -> str:
+    """Shows a value in a message."""
+    found = repr(value)
+    return found if len(found) <= 100 else f"{found[:97]}..."
+
+
+def check_index(raw: Any, formats: tuple[str, ...]) -> None:
+    """Raises ValueError, which names the field, where the JSON of an index is none. formats: that there are."""
+    if missing := [name for name in (*PROPERTIES, *INNER) if name not in raw]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    # what others have added is theirs
+    check_fields({name: raw[name] for name in PROPERTIES}, PROPERTIES, "it")
+    check_fields(raw["samples"], SAMPLES, "samples")
+    check_fields(raw["preparation"], PREPARATION, "preparation")
+    if raw["labels"] is not None:
+        check_fields(raw["labels"], LABELS, "labels")
+    if not isinstance(raw["shards"], list):
+        raise ValueError("shards is no list")
+    for number, shard in enumerate(raw["shards"]):
+        check_fields(shard, SHARD, f"shards[{number}]")
+    counted = sum(shard["samples"] for shard in raw["shards"])
+    if counted != raw["samples"]["count"]:
+        raise ValueError(f"its shards have {counted} samples, its table {raw['samples']['count']}")
+    for name in ("mean", "std"):
+        values = raw[name]
+        if not isinstance(values, list) or len(values) != raw["bands"]:
+            raise ValueError(f"{name} is no list of {raw['bands']} numbers, one for each band")
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+            raise ValueError(f"{name} holds what is no finite number")
+    if min(raw["std"]) < 0:
+        raise ValueError("std holds a negative number")
+    listed = raw["formats"]
+    if not isinstance(listed, list) or not listed or not all(isinstance(f, str) and f in formats for f in listed):
+        raise ValueError(f"formats is {shown(listed)}; known are {', '.join(formats)}")
+
+
+def check_table(table: pa.Table, raw: dict[str, Any]) -> None:
+    """Raises ValueError where a sample does not lie within its shard, or a column's memory is not what it says."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"{raw['samples']['file']} is damaged: {error}") from error
+    if len(table) != raw["samples"]["count"] or any(column.null_count for column in table.columns):
+        raise ValueError(f"{raw['samples']['file']} has {len(table)} samples, or empty places")
+    if not len(table):
+        return
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
+    for kind in ("image", "mask"):
+        if columns[f"{kind}_format"].max() >= len(raw["formats"]):
+            raise ValueError(f"{raw['samples']['file']} names a format that there is not")
+    begin = 0
+    for shard in raw["shards"]:
+        rows = slice(begin, begin + shard["samples"])
+        begin = rows.stop
+        for kind in ("image", "mask"):
+            offsets, lengths = columns[f"{kind}_offset"][rows], columns[f"{kind}_length"][rows].astype(np.int64)
+            # the first two keep the sum from wrapping round
+            if len(offsets) and (
+                offsets.min() < 0 or offsets.max() > shard["bytes"] or (offsets + lengths).max() > shard["bytes"]
+            ):
+                raise ValueError(f"a sample of {shard['name']} lies outside its {shard['bytes']} bytes")
+
+
+def sha256_of(path: Path) -> str:
+    """Computes a file's sha256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered(path: Path, raw: dict[str, Any]) -> Path | None:
+    """Names the file that says, by being there, that a large samples file was looked through with these shards; None: small."""
+    status = path.stat()
+    if status.st_size < REMEMBERED_BYTES:
+        return None
+    shards = hashlib.sha256(json.dumps([raw["samples"], raw["shards"], raw["formats"]]).encode()).hexdigest()
+    what = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino} {shards}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepskip" / "checked"
+    return folder / hashlib.sha256(what.encode()).hexdigest()
+
+
+def remember(marker: Path | None) -> None:
+    """Notes that a file was looked through; where nothing can be written it is looked through again."""
+    if marker is not None:
+        with suppress(OSError):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
