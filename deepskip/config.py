@@ -237,7 +237,12 @@ def check_values(config: Config) -> None:
     faults = faults_of(config)
     if (asked := workers_range(config.cluster.workers)) and not 1 <= asked[0] <= asked[1]:
         faults.append(f"cluster.workers is {config.cluster.workers}; it must be 1 or more, or [fewest, most]")
-    if config.run.name is not None and (not config.run.name or "/" in config.run.name or config.run.name[0] == "."):
-        faults.append(f"run.name is {config.run.name!r}; it must be a plain folder name")
+    if config.run.name is not None and not is_folder_name(config.run.name):
+        faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def is_folder_name(name: str) -> bool:
+    """Says whether a name can be a folder's, and is neither hidden nor leads elsewhere."""
+    return bool(name) and name[0] not in ".~" and "/" not in name and name.isprintable() and len(name.encode()) <= 200

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from deepskip.config import Config, check_values, faults_of
 from deepskip.data_shards import storage
+from deepskip.jobs.plain_yaml import check_arguments, look_through
 
 T = TypeVar("T")
 # exit status of a program that SIGTERM has ended
@@ -26,6 +27,8 @@ STOPPED = 128 + signal.SIGTERM
 
 # what the settings are explained by stands under each field of the dataclasses
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# where a section is text, jsonargparse would import what it names, to see that it is not taken
+set_parsing_settings(import_path_denylist=["*"])
 
 KEYS = [f"{section.name}.{field.name}" for section in fields(Config) for field in fields(section.type)]  # type: ignore[arg-type]
 
@@ -69,6 +72,7 @@ def configured(settings: Mapping[str, Any], where: str) -> Config:
     """Makes a training's settings of a dict of sections, as in its YAML; bad ones end the program, naming `where`."""
     parser = training_parser()
     try:
+        look_through(json.dumps(settings, default=str))
         made = parser.instantiate_classes(parser.parse_object(dict(settings)))
         config = Config(**{section.name: getattr(made, section.name) for section in fields(Config)})
         check_values(config)
@@ -92,6 +96,7 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
     """
     parser = build_parser(program)
     try:
+        check_arguments(argv)
         parsed = parser.parse_args(argv)
         config = parser.instantiate_classes(parsed)
         settings = Config(**{section.name: getattr(config, section.name) for section in fields(Config)})
@@ -126,6 +131,7 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
         if str(field.type).startswith("list[")
     }
     try:
+        check_arguments(argv)
         parsed = parser.instantiate_classes(parser.parse_args(with_lists(argv, lists)))
         settings = kind(**{key: getattr(parsed, key) for key in keys})
         if faults := faults_of(settings):

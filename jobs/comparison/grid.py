@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from deepskip.config import Config
 from deepskip.jobs import runs
+from deepskip.jobs.plain_yaml import read_settings
 from deepskip.jobs.settings import absolute, configured, parse_settings, stop
 
 CELL = "cell.json"
@@ -136,12 +135,9 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a file of settings; ends the program where it is none."""
     try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        stop(f"categories: {path} is no YAML: {' '.join(str(error).split())}")
-    if not isinstance(found, dict):
-        stop(f"categories: {path} holds no settings")
-    return found
+        return read_settings(Path(path))
+    except ValueError as error:
+        stop(f"categories: {path} {error}")
 
 
 def write_cell(cell: Cell, grid: Grid) -> Path:
