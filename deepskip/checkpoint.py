@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepskip.checkpoint_check import Unsound, check_model, check_zip
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 
@@ -61,6 +62,7 @@ def unpack(data: bytes, location: Location) -> State:
             f"{location} is no whole checkpoint: its bytes changed since it was written (sha256 differs)"
         )
     try:
+        check_zip(io.BytesIO(data), len(data))
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # a checksum is no signature: what strangers wrote fails in many ways, zip, pickle, runtime and unicode errors among them
     except Exception as error:
@@ -82,6 +84,23 @@ def save(state: State, location: Location) -> None:
 def read(location: Location) -> State:
     """Reads one checkpoint onto the CPU; raises CheckpointError when it is broken or something else, or OSError."""
     return unpack(storage.read_bytes(location), location)
+
+
+def read_model(location: Location) -> State:
+    """Reads a checkpoint of which a model can be built; raises CheckpointError, ImportError or OSError.
+
+    ImportError is for a network of a package that is not installed.
+    """
+    return sound(read(location), location)
+
+
+def sound(state: State, location: Location) -> State:
+    """Gives a state of which a model can be built, as it is; raises CheckpointError for any other, or ImportError."""
+    try:
+        check_model(state)
+    except Unsound as error:
+        raise CheckpointError(f"{location} holds no model that can be used: {error}") from error
+    return state
 
 
 def step_path(run: Location, step: int) -> Any:
@@ -145,15 +164,18 @@ def prune(run: Location, keep: int) -> None:
 
 
 def load_for_inference(run_or_path: Location) -> State:
-    """Reads a checkpoint file, or a run's best checkpoint, or its newest; raises CheckpointError where there is none."""
+    """Reads a checkpoint file, or a run's best checkpoint, or its newest; raises CheckpointError where there is none.
+
+    What it holds may be a stranger's: it is checked before anything is built of it. Raises ImportError too, as read_model.
+    """
     location = storage.locate(run_or_path)
     folder = storage.join(location, FOLDER)
     found = names_in(location)
     if BEST in found:
-        return read(storage.join(folder, BEST))
+        return read_model(storage.join(folder, BEST))
     if not found:
         try:
-            return read(location)
+            return read_model(location)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{location} does not exist; name a run's folder (runs/NAME) or a checkpoint file"
@@ -164,4 +186,4 @@ def load_for_inference(run_or_path: Location) -> State:
     if state is None:
         detail = "; ".join(faults) or f"looked for {storage.join(folder, BEST)} and {folder}/step-*.pt"
         raise CheckpointError(f"{location} holds no checkpoint: {detail}")
-    return state
+    return sound(state, location)

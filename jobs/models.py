@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepskip import checkpoint, networks
+from deepskip import checkpoint
 from deepskip.predictor import Predictor
 
 # where a logged model keeps the checkpoint that it was made from
@@ -63,13 +63,10 @@ def find(name: str | Path, tracking_uri: str | None = None) -> Found:
     MLflow's names: a run's id or runs:/ID, models:/NAME/VERSION, models:/NAME@ALIAS, models:/m-ID. tracking_uri: by default
     MLFLOW_TRACKING_URI, else the database in runs/.
     """
-    found = _found(name, tracking_uri)
-    config, data = found.state["config"], found.state["data"]
     try:
-        networks.outline(config["model"], data["in_channels"], data["num_classes"])
-    except (ValueError, ImportError) as error:
+        return _found(name, tracking_uri)
+    except ImportError as error:
         raise ModelNotFound(f"{name} cannot be built here: {error}") from error
-    return found
 
 
 def _found(name: str | Path, tracking_uri: str | None) -> Found:
@@ -109,7 +106,7 @@ def _find_tracked(name: str, asked: str | None) -> Found:
                 f"{tracking.in_short(error)}"
             ) from error
         try:
-            state = checkpoint.read(path)
+            state = checkpoint.read_model(path)
         except checkpoint.CheckpointError as error:
             raise ModelNotFound(f"MLflow at {uri}: {error}") from error
     return Found(name, state, None, state.get("mlflow_run_id"), uri)

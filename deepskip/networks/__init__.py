@@ -38,6 +38,8 @@ ENTRY_POINTS = "deepskip.networks"
 # of the config's model section: what DeepSkipUNet takes, and what any network does
 OWN_SETTINGS = ("base_channels", "levels", "encoder", "norm", "upsample")
 SIZES = ("default", "paper")
+# of any layer; what a checkpoint says is built as an outline to see whether its weights fit
+MAX_WIDTH = 8192
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,9 @@ def check_width(what: str, value: Any, like: Any) -> None:
         right, allowed = isinstance(value, str) and value in resnets(), "a ResNet of timm's: " + ", ".join(resnets())
     elif isinstance(like, tuple):
         right = isinstance(value, (list, tuple)) and len(value) == len(like) and all(map(is_positive, value))
-        allowed = f"{len(like)} whole numbers, each 1 or more"
+        allowed = f"{len(like)} whole numbers, each 1 to {MAX_WIDTH}"
     else:
-        right, allowed = is_positive(value), "a whole number, 1 or more"
+        right, allowed = is_positive(value), f"a whole number, 1 to {MAX_WIDTH}"
     if not right:
         raise ValueError(f"{what} is {value!r}; it must be {allowed}")
 
@@ -252,8 +254,8 @@ def resnets() -> tuple[str, ...]:
 
 
 def is_positive(value: Any) -> bool:
-    """Tells whether a value is a whole number of 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Tells whether a value is a whole number of 1 or more, and no more than a width can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WIDTH
 
 
 def brings_loss(network: nn.Module) -> bool:

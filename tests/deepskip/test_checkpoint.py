@@ -17,6 +17,7 @@ from deepskip.checkpoint import CheckpointError, CheckpointNotWritten, Checkpoin
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.data_shards import storage
 from deepskip.ranks import agreed_start
+from tests.jobs.serving import state as model
 
 
 def state(step: int, value: float = 0.0) -> checkpoint.State:
@@ -97,7 +98,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         for step in range(1, 6):
             writer.save(state(step), best=step == 2)
     assert [path.name[5:13] for path in checkpoint.step_paths(tmp_path)] == ["00000005", "00000004", "00000003"]
-    best = checkpoint.load_for_inference(tmp_path)
+    best = checkpoint.read(tmp_path / checkpoint.FOLDER / checkpoint.BEST)
     assert (best["step"], best["optimizer"]) == (2, None)
 
 
@@ -232,8 +233,8 @@ def test_for_inference_the_best_before_the_newest(tmp_path: Path) -> None:
         checkpoint.load_for_inference(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         checkpoint.load_for_inference(tmp_path)
-    checkpoint.save({"step": 20}, checkpoint.step_path(tmp_path, 20))
+    checkpoint.save(model(3, 1) | {"step": 20}, checkpoint.step_path(tmp_path, 20))
     assert checkpoint.load_for_inference(tmp_path)["step"] == 20
-    checkpoint.save({"step": 10}, tmp_path / checkpoint.FOLDER / checkpoint.BEST)
+    checkpoint.save(model(3, 1) | {"step": 10}, tmp_path / checkpoint.FOLDER / checkpoint.BEST)
     assert checkpoint.load_for_inference(str(tmp_path))["step"] == 10
     assert checkpoint.load_for_inference(checkpoint.step_path(tmp_path, 20))["step"] == 20

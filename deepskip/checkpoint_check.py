@@ -1,0 +1,139 @@
+"""Bounds a checkpoint that a stranger may have written: before its parts are unpacked, and before anything is built of them."""
+
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from deepskip.config import ModelConfig, faults_of
+
+# of a file's zip: parts (one for each tensor), and bytes of what describes them
+MAX_PARTS = 100_000
+MAX_DESCRIPTION = 2**26
+NORMALIZE = ("image", "dataset", "none")
+
+
+class Unsound(ValueError):
+    """A checkpoint that says what cannot be; says what."""
+
+
+def check_zip(stream: BinaryIO, size: int) -> None:
+    """Raises Unsound where a checkpoint's zip would unpack to more than its `size` bytes: torch.save packs nothing."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            parts = archive.infolist()
+    # of many kinds for what is no zip
+    except Exception as error:
+        raise Unsound(f"it is no zip: {error}") from error
+    if len(parts) > MAX_PARTS:
+        raise Unsound(f"it has {len(parts)} parts; at most {MAX_PARTS} are read")
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(part.file_size for part in parts) > size:
+        raise Unsound(f"its parts unpack to more than its {size} bytes")
+    large = [part.file_size for part in parts if part.filename.endswith(".pkl") and part.file_size > MAX_DESCRIPTION]
+    if large:
+        raise Unsound(f"what describes it has {large[0]} bytes; at most {MAX_DESCRIPTION} are read")
+
+
+def check_model(state: Mapping[str, Any]) -> None:
+    """Raises Unsound where no model can be built of a state, or ImportError where a package that it needs is missing.
+
+    Checked are its parts, the network's settings and its weights' shapes, without building it, and that all numbers are finite.
+    """
+    for part in ("config", "data", "model"):
+        if not isinstance(state.get(part), Mapping):
+            raise Unsound(f"it has no {part}")
+    config, data = state["config"], state["data"]
+    for section in ("model", "data", "run"):
+        if not isinstance(config.get(section), Mapping):
+            raise Unsound(f"its settings have no {section}")
+    if config["data"].get("normalize") not in NORMALIZE:
+        raise Unsound(
+            f"data.normalize is {config['data'].get('normalize')!r:.100}; it must be one of {', '.join(NORMALIZE)}"
+        )
+    check_settings(config["model"])
+    check_data(data)
+    check_weights(state, expected_shapes(config["model"], data["in_channels"], data["num_classes"]))
+
+
+def check_settings(model: Mapping[str, Any]) -> None:
+    """Raises Unsound where the network's settings are of other kinds, or out of bounds."""
+    known = {each.name: model[each.name] for each in fields(ModelConfig) if each.name in model}
+    try:
+        faults = faults_of(ModelConfig(**known))
+    except TypeError as error:
+        raise Unsound(f"its model section is none: {error}") from error
+    if not isinstance(known.get("network", ""), str) or not isinstance(known.get("options") or {}, Mapping):
+        faults.append(f"model.network is {known.get('network')!r:.100}")
+    if faults:
+        raise Unsound("; ".join(faults))
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raises Unsound where what a model was trained on cannot be."""
+    for name, high in (("in_channels", 2**16), ("num_classes", 255)):
+        if not is_whole(data.get(name), 1, high):
+            raise Unsound(f"{name} is {data.get(name)!r:.100}; it must be 1 to {high}")
+    for name in ("mean", "std"):
+        values = data.get(name)
+        if not isinstance(values, list | tuple) or len(values) != data["in_channels"]:
+            raise Unsound(f"{name} has not one number for each of its {data['in_channels']} bands")
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise Unsound(f"{name} holds what is no finite number")
+    # a band may be the same everywhere, but not all of them
+    if min(data["std"]) < 0 or max(data["std"]) == 0:
+        raise Unsound("std is negative, or 0 in every band")
+    prepared = data.get("preparation") or {}
+    if not isinstance(prepared, Mapping):
+        raise Unsound("its preparation is none")
+    for name, high in (("bands", 2**16), ("longest_side", 2**31)):
+        if prepared.get(name) is not None and not is_whole(prepared[name], 1, high):
+            raise Unsound(f"preparation.{name} is {prepared[name]!r:.100}; it must be 1 to {high}, or nothing")
+
+
+def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int) -> dict[str, torch.Size]:
+    """Gives the shape of each weight of the network that the settings describe, which is not built; raises Unsound."""
+    from deepskip import networks
+
+    try:
+        return {
+            name: tensor.shape
+            for name, tensor in networks.outline(model, in_channels, num_classes).state_dict().items()
+        }
+    except ImportError:
+        raise
+    # libraries of networks fail in many ways on settings that they do not know
+    except Exception as error:
+        raise Unsound(f"its network cannot be built: {error}") from error
+
+
+def check_weights(state: Mapping[str, Any], expected: Mapping[str, torch.Size]) -> None:
+    """Raises Unsound where weights are not those of the network, not all there, or not finite."""
+    for part in ("model", "ema"):
+        weights = state.get(part)
+        if part == "ema" and weights is None:
+            continue
+        if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise Unsound(f"its {part} holds no weights")
+        if odd := sorted(map(str, weights.keys() ^ expected.keys())):
+            raise Unsound(f"its {part} lacks, or has beside its network, {', '.join(odd[:5])} ({len(odd)} weights)")
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name]:
+                raise Unsound(f"{part}.{name} is {tuple(tensor.shape)}; its network has {tuple(expected[name])}")
+            # a single number can be told to be many
+            if (
+                tensor.layout != torch.strided
+                or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+            ):
+                raise Unsound(f"{part}.{name} has more values than bytes")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise Unsound(f"{part}.{name} holds values that are nan or infinite")
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Says whether a value is an integer within bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
