@@ -279,7 +279,7 @@ def _table_of(path: Path, raw: dict[str, Any], known: bool) -> pa.Table:
     """Reads and checks a local samples file, a large one once a machine. known: its sha256 has been compared."""
     name, marker = raw["samples"]["file"], index_check.remembered(path, raw)
     checked = marker is not None and marker.exists()
-    if not known and not checked and index_check.sha256_of(path) != raw["samples"]["sha256"]:
+    if not known and not checked and storage.file_sha256(path) != raw["samples"]["sha256"]:
         raise ValueError(f"{name} has other contents than when it was written (sha256 differs)")
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:

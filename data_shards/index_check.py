@@ -147,12 +147,6 @@ def check_table(table: pa.Table, raw: dict[str, Any]) -> None:
                 raise ValueError(f"a sample of {shard['name']} lies outside its {shard['bytes']} bytes")
 
 
-def sha256_of(path: Path) -> str:
-    """Computes a file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def remembered(path: Path, raw: dict[str, Any]) -> Path | None:
     """Names the file that says, by being there, that a large samples file was looked through with these shards; None: small."""
     status = path.stat()

@@ -105,6 +105,30 @@ def written_whole(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[BinaryIO]:
+    """Opens a file of our own by os.open's flags, for bytes; raises OSError, for a symbolic link too.
+
+    Whoever may write into a folder could lay a link there, through which another file would be written.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(
+            errno.ELOOP, "is a symbolic link, through which nothing is written; remove it", str(path)
+        ) from None
+    with os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "wb", buffering=0) as file:
+        yield file
+
+
+def lock_file(path: Path) -> BinaryIO:
+    """Opens a file to lock, which is made where there is none and keeps what it holds; raises OSError, as `opened`."""
+    with opened(path, os.O_RDWR | os.O_CREAT) as file:
+        return os.fdopen(os.dup(file.fileno()), "r+b", buffering=0)
+
+
 def sync_folder(folder: Path) -> None:
     """Syncs a folder, where renames live; some network file systems do not know how, and need not."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -246,7 +270,7 @@ class Cache:
     def _make_room(self, size: int, mine: Path) -> None:
         if size > self.limit:
             raise CacheFull(f"a file of {size} bytes does not fit into the cache of {self.limit} at {self.folder}")
-        with (mine.parent / ".lock").open("w") as lock:
+        with lock_file(mine.parent / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             copies = []
             total = size
@@ -275,7 +299,7 @@ def locked(part: Path) -> Iterator[bool]:
 
     The lock ends with the process. What is still there under this name at the end is removed.
     """
-    with part.open("ab") as file:
+    with lock_file(part) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield same_file(file, part)

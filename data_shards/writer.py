@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from deepskip.data_shards import storage
 from deepskip.data_shards.index import (
     BrokenIndex,
     Index,
@@ -24,7 +25,6 @@ from deepskip.data_shards.index import (
 from deepskip.data_shards.labels import IGNORE_INDEX
 from deepskip.data_shards.sample import Sample, encode_image, encode_mask
 from deepskip.data_shards.scan import sample_entry, scan_tar
-from deepskip.data_shards.storage import file_sha256
 
 LOCK = ".lock"
 
@@ -67,12 +67,12 @@ def half_written(folder: Path) -> Iterator[Path]:
     """Makes a temporary folder beside `folder`, and removes it and what killed processes left of theirs."""
     for stale in folder.parent.glob(f".{folder.name}.*"):
         # whoever writes holds the lock, and it ends with the process
-        with contextlib.suppress(OSError), (stale / LOCK).open("w") as lock:
+        with contextlib.suppress(OSError), storage.lock_file(stale / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with (temporary / LOCK).open("w") as lock:
+        with storage.lock_file(temporary / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield temporary
     finally:
@@ -129,7 +129,7 @@ def _write(
     shards = []
     for path in paths:
         found = own_entries(path)
-        shards.append(ShardEntry(path.name, path.stat().st_size, file_sha256(path), len(found)))
+        shards.append(ShardEntry(path.name, path.stat().st_size, storage.file_sha256(path), len(found)))
         entries += found
     return Index(
         shards=tuple(shards),

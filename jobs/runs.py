@@ -5,26 +5,25 @@ import fcntl
 import itertools
 import json
 import math
-import os
-import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from deepskip.config import is_free
 from deepskip.data_shards import storage
+from deepskip.jobs import journal
+from deepskip.jobs.journal import BadSamples, BrokenFile, read_measured
 from deepskip.jobs.settings import differences, flatten
 
 RECORD = "run.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
 PEN = ".pen"
-JOURNAL = "metrics.jsonl"
+JOURNAL = journal.MEASURED
 MACHINES = "machines.json"
-BAD_SAMPLES = "bad_samples.jsonl"
 FINISHED = "is finished"
+CURE = "Remove it and give the same command again: checkpoints do not depend on it"
 # what run.tracking_uri says where there shall be no MLflow run
 NOT_TRACKED = "none"
 # what a training did before there was such a setting
@@ -55,7 +54,7 @@ class Run:
 
     folder: Path
     mlflow_run_id: str | None
-    lock: IO[str]
+    lock: IO[bytes]
 
     @property
     def name(self) -> str:
@@ -74,7 +73,10 @@ def claim(folder_of_runs: Path, name: str | None, stem: str, config: dict[str, A
     for candidate in names:
         folder = folder_of_runs / candidate
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        try:
+            lock = storage.lock_file(folder / LOCK)
+        except OSError as error:
+            raise RunError(f"{error.filename}: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -82,7 +84,11 @@ def claim(folder_of_runs: Path, name: str | None, stem: str, config: dict[str, A
             if name:
                 raise RunError(f"run {name} in {folder_of_runs} is being trained by another process") from None
             continue
-        earlier = read_json(folder / RECORD)
+        try:
+            earlier = check_files(folder)
+        except (BrokenFile, OSError) as error:
+            lock.close()
+            raise RunError(str(error)) from error
         refusal = reason_against(folder, earlier, config, grow=name is not None)
         if refusal is None:
             return Run(folder, earlier.get("mlflow_run_id"), lock)
@@ -143,26 +149,6 @@ def check_writer_lease(folder: Path, lease: str) -> None:
         raise LeaseLost(f"other workers have taken up the training in {folder}")
 
 
-def write_down(journal: Path, kind: str, step: int, values: dict[str, float]) -> int:
-    """Appends what was measured at a step to a run's journal, as far as the disk takes it; gives its time stamp, in ms."""
-    stamp = int(time.time() * 1000)
-    # the training itself meets the full disk; what was measured is in memory still
-    with suppress(OSError), journal.open("a") as file:
-        file.write(json.dumps([kind, step, values, stamp]) + "\n")
-    return stamp
-
-
-def read_journal(journal: Path) -> list[tuple[str, int, dict[str, float], int]]:
-    """Reads (kind, step, values, time stamp) of what a run measured; a line that was cut short is cut off."""
-    if not journal.is_file():
-        return []
-    text = journal.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(journal, len(whole.encode()))
-    return [(kind, step, values, stamp) for kind, step, values, stamp in map(json.loads, whole.splitlines())]
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
     storage.write_bytes(path, f"{json.dumps(value, indent=2)}\n".encode())
@@ -178,30 +164,30 @@ def without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; {} where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Reads a JSON file of ours; {} where there is none. Raises BrokenFile where it is none that we write, or OSError."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{path} is no JSON ({' '.join(str(error).split())[:200]}). {CURE}") from error
+    if not isinstance(found, dict):
+        raise BrokenFile(f"{path} holds no object. {CURE}")
+    return found
 
 
-class BadSamples:
-    """The samples that a training left out, each once, in bad_samples.jsonl of its folder; several ranks may add to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / BAD_SAMPLES
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        # a process that was killed may have left half a line
-        self.seen = {self._identity(json.loads(line)) for line in lines if line.endswith("}")}
-
-    def __len__(self) -> int:
-        return len(self.seen)
-
-    def add(self, report: dict[str, Any]) -> bool:
-        """Writes down a report {"split", "shard", "key", "epoch", "reason"}; False where its sample is listed already."""
-        if self._identity(report) in self.seen:
-            return False
-        self.seen.add(self._identity(report))
-        with self.path.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-        return True
-
-    def _identity(self, report: dict[str, Any]) -> tuple[str, ...]:
-        return report["split"], report["shard"], report["key"]
+def check_files(folder: Path) -> dict[str, Any]:
+    """Looks through the files of a run and gives its record; raises BrokenFile, which says what to do, or OSError."""
+    for name in (SUMMARY, PEN, MACHINES):
+        read_json(folder / name)
+    read_measured(folder / JOURNAL)
+    BadSamples(folder)
+    earlier = read_json(folder / RECORD)
+    config = earlier.get("config")
+    if earlier and not (
+        isinstance(config, dict)
+        and all(isinstance(section, dict) for section in config.values())
+        and isinstance(config.get("optim", {}).get("steps"), int)
+    ):
+        raise BrokenFile(f"{folder / RECORD} holds no settings of a training. {CURE}")
+    return earlier

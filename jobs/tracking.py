@@ -29,7 +29,7 @@ from mlflow.types import Schema, TensorSpec
 
 from deepskip import figures
 from deepskip.inference import Segmenter
-from deepskip.jobs.runs import read_journal
+from deepskip.jobs.journal import read_measured
 from deepskip.jobs.settings import flatten
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -156,7 +156,7 @@ class Tracker:
         self.lock = threading.Lock()
         self.ending = threading.Event()
         self.sender: threading.Thread | None = None
-        for kind, step, values, stamp in read_journal(journal):
+        for kind, step, values, stamp in read_measured(journal):
             self.take(kind, step, values, stamp)
 
     def take(self, kind: str, step: int, values: dict[str, Any], stamp: int) -> None:

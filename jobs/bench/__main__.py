@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from deepskip.data_shards.commands import pack_coins
-from deepskip.jobs.runs import JOURNAL, read_journal
+from deepskip.jobs.journal import MEASURED, read_measured
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, LEFT_OUT = 5, 2
@@ -73,7 +73,7 @@ def bare(workers: int, options: list[str]) -> float:
 def trained(run: Path, options: list[str]) -> float:
     """Gives the job's seconds a step, from what it logged."""
     subprocess.run([sys.executable, "-m", "deepskip.jobs.train", *options], capture_output=True, check=True)
-    speeds = [values["images_per_second"] for kind, _, values, _ in read_journal(run / JOURNAL) if kind == "train"]
+    speeds = [values["images_per_second"] for kind, _, values, _ in read_measured(run / MEASURED) if kind == "train"]
     batch = json.loads((run / "run.json").read_text())["config"]["optim"]["global_batch_size"]
     return statistics.median(batch / speed for speed in speeds[LEFT_OUT:])
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deepskip.config import Config
-from deepskip.jobs import report, runs
+from deepskip.jobs import journal, report, runs
 from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Warned
 
 
@@ -12,7 +12,7 @@ class Console:
 
     def __init__(self, config: Config, run: runs.Run, tracker: Any) -> None:
         self.steps, self.tracker = config.optim.steps, tracker
-        self.bad_samples = runs.BadSamples(run.folder)
+        self.bad_samples = journal.BadSamples(run.folder)
 
     def take(self, event: Event) -> None:
         """Pass on one event."""
@@ -33,7 +33,7 @@ class Console:
     def finish(self) -> int:
         """Say how many samples were skipped, if any, and return it."""
         # other ranks of torchrun's have written to it too
-        count = len(runs.BadSamples(self.bad_samples.path.parent))
+        count = len(journal.BadSamples(self.bad_samples.path.parent))
         if count:
             if self.tracker:
                 self.tracker.take_file(self.bad_samples.path)
@@ -41,7 +41,7 @@ class Console:
         return count
 
 
-def note_skipped(bad_samples: runs.BadSamples, about: dict[str, Any]) -> None:
+def note_skipped(bad_samples: journal.BadSamples, about: dict[str, Any]) -> None:
     """Write down, and say, that a sample is left out, the first time that it is."""
     if bad_samples.add(about):
         print(f"warning: skipped sample {about['key']} in {about['shard']}: {about['reason']}", flush=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deepskip.jobs import runs
+from deepskip.jobs.journal import write_down
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class EventQueue:
         """Take one event."""
         self.over = self.over or isinstance(event, Fatal)
         if isinstance(event, Measured):
-            event = replace(event, stamp=runs.write_down(self.journal, event.kind, event.step, event.values))
+            event = replace(event, stamp=write_down(self.journal, event.kind, event.step, event.values))
         self.events.append(event)
 
     def drain(self) -> list[Event]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from deepskip import trainer
 from deepskip.config import Config, workers_range
-from deepskip.jobs import runs
+from deepskip.jobs import journal, runs
 from deepskip.jobs.settings import STOPPED, stop
 from deepskip.jobs.training import preemption, share
 from deepskip.jobs.training.console import Console, note_skipped
@@ -78,7 +78,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: 
             print(f"resuming at step {event.step}", flush=True)
         if isinstance(event, Measured):
             event = replace(
-                event, stamp=runs.write_down(run.folder / runs.JOURNAL, event.kind, event.step, event.values)
+                event, stamp=journal.write_down(run.folder / runs.JOURNAL, event.kind, event.step, event.values)
             )
         console.take(event)
 
@@ -91,7 +91,7 @@ def follow(config: Config, ranks: Ranks) -> None:
     """Train as another rank than 0, into the folder that rank 0 has claimed."""
     if told := agree(ranks, None):
         folder, run_id = told
-        bad_samples = runs.BadSamples(Path(folder))
+        bad_samples = journal.BadSamples(Path(folder))
 
         def tell(event: Event) -> None:
             if isinstance(event, SampleSkipped):

@@ -18,6 +18,7 @@ from deepskip import checkpoint
 from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.index import load_index
 from deepskip.jobs import models, report, runs, train
+from deepskip.jobs.journal import read_measured
 from deepskip.jobs.training import tracked
 from tests.deepskip.networks.small import SMALL as NETWORK_SIZES
 
@@ -51,7 +52,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def losses(folder: Path) -> dict[tuple[str, int], float]:
-    return {(kind, step): values["loss"] for kind, step, values, _ in runs.read_journal(folder / runs.JOURNAL)}
+    return {(kind, step): values["loss"] for kind, step, values, _ in read_measured(folder / runs.JOURNAL)}
 
 
 def test_without_ray_and_mlflow_the_losses_are_those_on_ray(coins: Path) -> None:

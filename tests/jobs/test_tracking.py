@@ -16,7 +16,8 @@ import pytest
 
 from deepskip.cluster.local import end_with_parent, free_ports
 from deepskip.jobs import tracking
-from deepskip.jobs.runs import JOURNAL, write_down
+from deepskip.jobs.journal import MEASURED as JOURNAL
+from deepskip.jobs.journal import write_down
 
 # what it starts is started once
 pytestmark = pytest.mark.xdist_group("tracking")
