@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, trouble
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.indexing import BAD_SAMPLES, IndexingError
 from deepskip.data_shards.labels import KINDS
@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     from deepskip.data_shards import commands
 
     try:
-        getattr(commands, arguments.run)(arguments)
+        with trouble.told():
+            getattr(commands, arguments.run)(arguments)
     except (
         PackError,
         IndexingError,

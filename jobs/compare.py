@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deepskip.cluster.local import end_with_parent
 from deepskip.cluster.settings import of_loopback
+from deepskip.data_shards import trouble
 from deepskip.jobs import evaluate, runs
 from deepskip.jobs.comparison import table
 from deepskip.jobs.comparison.grid import TEST, Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
@@ -30,6 +31,7 @@ def check(argv: list[str]) -> None:
     read_grid(argv)
 
 
+@trouble.told()
 def main(argv: list[str] | None = None) -> None:
     """Runs the grid, or what is left of it; exit status 1 where cells failed."""
     grid = read_grid(sys.argv[1:] if argv is None else argv)

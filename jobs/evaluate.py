@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from deepskip import figures
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, trouble
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.sample import BadSample
@@ -58,6 +58,7 @@ def check(argv: list[str]) -> None:
     open_data(config, Predictor(find(config).state))
 
 
+@trouble.told()
 def main(argv: list[str] | None = None) -> None:
     """Evaluates; the report is in a folder of its own, whole, when the exit status is 0."""
     config = read_settings(sys.argv[1:] if argv is None else argv)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deepskip import export
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, trouble
 from deepskip.jobs import model_card, models, runs
 from deepskip.jobs.options import ExportConfig
 from deepskip.jobs.settings import NotHere, parse_settings, stop
@@ -25,6 +25,7 @@ def check(argv: list[str]) -> None:
     prepare(argv)
 
 
+@trouble.told()
 def main(argv: list[str] | None = None) -> None:
     """Exports; what does not equal the model is not written, and the exit status is then 2."""
     config, found, evaluation = prepare(sys.argv[1:] if argv is None else argv)

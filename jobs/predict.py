@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deepskip.cluster.settings import of_loopback
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, trouble
 from deepskip.jobs import models
 from deepskip.jobs.options import PredictConfig
 from deepskip.jobs.prediction import done, inputs
@@ -82,6 +82,7 @@ def fingerprint(state: dict[str, Any], options: Options) -> str:
     return digest.hexdigest()
 
 
+@trouble.told()
 def main(argv: list[str] | None = None) -> None:
     """Predicts; images that cannot be segmented are named and passed over, and the exit status is then 1."""
     run_or_path, places, out, options = parse(argv)

@@ -1,6 +1,5 @@
 """A run's folder: its name, whether it is new, goes on or is finished, and its lock."""
 
-import errno
 import fcntl
 import itertools
 import json
@@ -23,6 +22,7 @@ PEN = ".pen"
 JOURNAL = journal.MEASURED
 MACHINES = "machines.json"
 FINISHED = "is finished"
+GOES_ON = "the same command goes on from the last checkpoint, which is whole"
 CURE = "Remove it and give the same command again: checkpoints do not depend on it"
 # what run.tracking_uri says where there shall be no MLflow run
 NOT_TRACKED = "none"
@@ -120,16 +120,6 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
     (run.folder / SUMMARY).unlink(missing_ok=True)
-
-
-def disk_full(error: BaseException | None) -> str | None:
-    """Says what to do where an error, or what led to it, is that a disk is full; None where it is not."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f" at {error.filename}" if error.filename else ""
-            return f"the disk is full{what}; the last checkpoint is whole. Make room, and the same command goes on from it."
-        error = error.__cause__ or error.__context__
-    return None
 
 
 class LeaseLost(RuntimeError):

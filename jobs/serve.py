@@ -7,6 +7,7 @@ Ray of its own. docs/serve.md says what it answers.
 import sys
 
 from deepskip.checkpoint import State
+from deepskip.data_shards import trouble
 from deepskip.jobs import models
 from deepskip.jobs.serving import settings
 from deepskip.jobs.settings import NotHere, stop
@@ -18,6 +19,7 @@ def check(argv: list[str]) -> None:
     load(config)
 
 
+@trouble.told()
 def main(argv: list[str] | None = None) -> None:
     """Serves until it is stopped (SIGTERM, SIGINT); what has been asked until then is still answered."""
     config, token = settings.parse(sys.argv[1:] if argv is None else argv)

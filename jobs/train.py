@@ -15,7 +15,7 @@ from typing import Any
 from deepskip import networks
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, trouble
 from deepskip.data_shards.index import BrokenIndex, MissingIndex, load_index
 from deepskip.jobs import report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
@@ -80,12 +80,8 @@ def check_network(config: Config, bands: int, num_classes: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains; the exit status is 0 when the training is done and its summary is written."""
-    try:
+    with trouble.told(runs.GOES_ON):
         run_job(sys.argv[1:] if argv is None else argv)
-    except OSError as error:
-        if text := runs.disk_full(error):
-            stop(text)
-        raise
 
 
 def run_job(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepskip.data_shards import trouble
 from deepskip.data_shards.decoding import decode_image, decode_mask
 from deepskip.data_shards.labels import SHOWN, Labels, decide_labels, listed
 from deepskip.data_shards.progress import Progress, no_progress
@@ -91,6 +92,9 @@ def list_files(folder: Path, suffix: str) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix[1:].lower() not in EXTENSIONS or not path.stem.endswith(suffix):
+            continue
+        if not path.is_file():
+            trouble.passed_over(path, "no file" if path.exists() else "a link to nothing")
             continue
         stem = path.stem[: len(path.stem) - len(suffix)]
         if stem in files:

@@ -2,14 +2,14 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from deepskip.data_shards import index, storage
+from deepskip.data_shards import index, storage, trouble
 from deepskip.data_shards.decoding import decode_image
 from deepskip.data_shards.index import FORMATS, Index
 from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster
@@ -77,15 +77,31 @@ def found_at(place: str) -> list[Item]:
     return items
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Gives the images of a folder and of those in it, sorted; nothing hidden, and no inner parts of a Zarr array."""
+def walk(folder: Path, above: Set[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Gives the images of a folder and of those in it, sorted; nothing hidden, and no inner parts of a Zarr array.
+
+    above: the folders that led here, of which a link back to one is passed over, as are pipes and links to nowhere.
+    """
+    above = {*above, identity(folder)}
     for each in sorted(folder.iterdir()):
         if each.name.startswith("."):
             continue
         if each.is_dir() and each.suffix != ".zarr":
-            yield from walk(each)
+            if identity(each) in above:
+                trouble.passed_over(each, "a link back to a folder that it is in")
+            else:
+                yield from walk(each, above)
         elif extension_of(each.name) in EXTENSIONS:
-            yield each
+            if each.is_file() or each.is_dir():
+                yield each
+            else:
+                trouble.passed_over(each, "no file" if each.exists() else "a link to nothing")
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """Gives what a folder is known by, whatever link led to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def file_item(path: Path, name: str) -> Item:

@@ -8,6 +8,7 @@ from ray.train.torch import get_device
 
 from deepskip import trainer
 from deepskip.config import Config
+from deepskip.data_shards import trouble
 from deepskip.jobs import runs
 from deepskip.jobs.training import preemption, share
 from deepskip.jobs.training.allocation import cpus_of
@@ -31,7 +32,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.get(queue.put.remote(Fatal(str(error))))
         raise
     except Exception as error:
-        if text := runs.disk_full(error):
+        if text := trouble.in_words(error, runs.GOES_ON):
             ray.get(queue.put.remote(Fatal(text)))
         raise
     if ray.train.get_context().get_world_rank() == 0:
