@@ -25,6 +25,7 @@ TOLD_OF_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",
     "bad_alloc",
+    "failed to map segment",
     "not enough memory",
 )
 
@@ -38,7 +39,8 @@ def in_words(error: BaseException | None, again: str = "the same command goes on
         if found := cause(error):
             what, cure = found
             return f"{what}. {cure}, and {again}."
-        error = error.__cause__ or error.__context__
+        # Ray's errors keep what they are of in a field
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from deepskip.data_shards import trouble
+
 # command: (where its settings are, what it does)
 TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         refuse(command)
     try:
-        run(command, rest)
+        with trouble.told():
+            run(command, rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)

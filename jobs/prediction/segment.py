@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepskip.allocator import give_back_freed_memory
+from deepskip.data_shards import trouble
 from deepskip.data_shards.preparation import band_statistics, resample_bands, shrunk
 from deepskip.inference import normalize, to_probabilities
 from deepskip.jobs.prediction import memory
@@ -64,6 +65,21 @@ class Loaded:
         if self.ready is not None:
             return self.ready.shape[0], self.ready.shape[1]
         return self.raster.height, self.raster.width
+
+
+class CannotWrite(RuntimeError):
+    """No output can be written, of this image or any other; what led to it says why."""
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Tells what a whole machine is short of, a full disk above all, from what is wrong with one image."""
+    try:
+        yield
+    except OSError as error:
+        if trouble.in_words(error):
+            raise CannotWrite(str(error)) from error
+        raise
 
 
 class PredictionWorker:
@@ -222,11 +238,14 @@ class PredictionWorker:
 
     def outcome(self, image: Loaded, rows: Iterable[tuple[int, np.ndarray]]) -> Outcome:
         """Writes the outputs of an image as rows of its probabilities come."""
-        outputs = Outputs(self.out, image.item, image.raster, self.num_classes, self.options)
+        with writing():
+            outputs = Outputs(self.out, image.item, image.raster, self.num_classes, self.options)
         try:
             for top, p_VrW in rows:
-                outputs.rows(top, p_VrW)
-            outputs.finish(self.made_by)
+                with writing():
+                    outputs.rows(top, p_VrW)
+            with writing():
+                outputs.finish(self.made_by)
         except BaseException:
             outputs.discard()
             raise
