@@ -9,6 +9,8 @@ NODE_SETTINGS = {
     "RAY_health_check_failure_threshold": "3",
     # a machine that lost its head ends its workers after this; by ray's default they go on alone for a minute
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # by ray's default workers run at niceness 15: beside other work a training would have three hundredths of a core
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # of whoever calls trainer.fit; ray train passes them on to its controller and workers

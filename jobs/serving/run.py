@@ -39,8 +39,7 @@ def serve(config: ServeConfig, token: str | None, state: State) -> None:
 @contextmanager
 def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
     """Starts Ray, or joins the cluster at RAY_ADDRESS, and the replicas on it, for a block; gives the handle to them."""
-    # ray's workers give way to all else, at niceness 15: replicas would, to the front that refuses what is too much
-    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    settings = {"RAY_USAGE_STATS_ENABLED": "0"}
     settings |= of_loopback(os.environ.get("RAY_ADDRESS"))
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -14,7 +14,7 @@ import ray.exceptions
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deepskip.cluster.settings import LOOPBACK_ONLY
+from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS
 from deepskip.config import ClusterConfig, workers_range
 from deepskip.jobs import runs
 from deepskip.jobs.settings import stop
@@ -49,7 +49,7 @@ def own_ray() -> dict[str, Any]:
         # where no mode is set ray asks for a token, and takes this one; setting the mode after ray's import is too late
         os.environ.pop("RAY_AUTH_MODE", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in LOOPBACK_ONLY.items():
+    for name, value in (LOOPBACK_ONLY | {"RAY_worker_niceness": NODE_SETTINGS["RAY_worker_niceness"]}).items():
         os.environ.setdefault(name, value)
     return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
 
