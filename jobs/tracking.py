@@ -88,7 +88,14 @@ def experiment_id(uri: str, storage: Path, experiment: str) -> str:
             return found.experiment_id
         # mlflow's default for sqlite is ./mlruns of whatever folder a program runs in
         location = (storage / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
-        return client.create_experiment(experiment, artifact_location=location)
+        try:
+            return client.create_experiment(experiment, artifact_location=location)
+        except Exception:
+            # another training has made it in between
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                raise
+            return found.experiment_id
     except Exception as error:
         raise unreachable(uri, error) from error
 

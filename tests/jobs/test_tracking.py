@@ -214,3 +214,19 @@ def test_a_full_disk_under_the_journal_stops_no_metric(server: Server, tmp_path:
     train(tracker, journal, range(1, 3))
     assert tracker.send() is None
     assert losses(server, tracker.run_id) == [(1, 1.0), (2, 0.5)]
+
+
+def test_an_experiment_that_another_training_makes_in_between(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server.uri)
+    there = client.create_experiment("raced")
+    look, looked = mlflow.MlflowClient.get_experiment_by_name, []
+
+    def too_early(self: mlflow.MlflowClient, name: str) -> object:
+        looked.append(name)
+        return look(self, name) if len(looked) > 1 else None
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", too_early)
+    assert tracking.experiment_id(server.uri, tmp_path, "raced") == there
+    assert looked == ["raced", "raced"]
