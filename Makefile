@@ -1,7 +1,10 @@
 # make train   train on the built-in coins:      make train CONFIG=my.yaml ARGS='--model.base_channels 16'
 # make test    lint, types and the whole test suite
+# make test-fast   what needs no Ray, MLflow or server, in about two minutes
 # make newcomer   a fresh clone with an empty home: make train, make test; the log goes to build/newcomer.  BUSY=2: beside two busy processes
 # make test-package   the wheel, a checkout and an editable installation, each in an environment of its own; the log goes to build/package
+# make stress SEED=1   30 short trainings beside busy processes, with a slow tracking server and clocks that jump; ends in JSON
+# make shortage   every command on machines that are short of disk, rights, memory or descriptors; root alone can
 # make test-faults   every fault by itself over real Ray nodes
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
@@ -24,7 +27,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress shortage newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -67,6 +70,16 @@ ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults fau
 test: setup lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
 	@$(VENV)/bin/python -m pytest $(ALONE)
+
+test-fast: setup
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not faults and not browser and not slow' \
+	  tests/data_shards tests/deepskip tests/kernels tests/test_imports.py tests/jobs/test_settings.py tests/jobs/test_runs.py
+
+stress: setup
+	@$(VENV)/bin/python -m tests.stress $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+shortage: setup
+	@$(VENV)/bin/python -m tests.attacks.shortage --out build/shortage.md $(ARGS)
 
 newcomer:
 	@tests/newcomer.sh build/newcomer $(BUSY)
