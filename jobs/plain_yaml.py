@@ -18,7 +18,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads a file of settings; raises ValueError that says what is wrong with it, or OSError."""
-    found = yaml.load(read_text(path), LOADER) or {}  # noqa: S506
+    found = yaml.load(read_text(path), LOADER) or {}  # noqa: S506  # nosec: of safe loaders
     if not isinstance(found, dict):
         raise ValueError("holds no settings")
     return found

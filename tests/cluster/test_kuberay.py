@@ -191,12 +191,50 @@ def test_the_network_is_closed_to_other_namespaces() -> None:
     apps = {template["metadata"]["labels"]["app"] for _, document in RESOURCES for template in pod_templates(document)}
     assert {policy["podSelector"]["matchLabels"]["app"] for policy in policies} == apps
     for policy in policies:
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
         for rule in policy["ingress"]:
             for peer in rule["from"]:
-                if peer == {"podSelector": {}}:
+                # by label: whatever else runs in the namespace stays out
+                if peer.get("podSelector", {}).get("matchLabels") == {"app": "deepskip-ray"}:
                     continue
                 assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay-system"}
                 assert [port["port"] for port in rule["ports"]] == [8265]
+        for rule in policy["egress"]:
+            for peer in rule["to"]:
+                if "ipBlock" in peer:
+                    # no machine's own addresses, where clouds give out credentials
+                    assert "169.254.0.0/16" in peer["ipBlock"]["except"]
+                    assert {port["port"] for port in rule["ports"]} == {443, 6443}
+                elif "namespaceSelector" in peer:
+                    assert {port["port"] for port in rule["ports"]} == {53}
+                else:
+                    assert peer["podSelector"]["matchLabels"]["app"] in apps
+
+
+def test_the_submitter_is_locked_down_as_the_others() -> None:
+    template = of_kind("RayJob")["spec"]["submitterPodTemplate"]
+    assert template["metadata"]["labels"] == {"app": "deepskip-ray"}
+    pod = template["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_the_administrators_password_is_in_its_own_pod_alone() -> None:
+    for _, document in RESOURCES:
+        for template in pod_templates(document):
+            for container in template["spec"]["containers"]:
+                for name, value in environment(container).items():
+                    named = value.get("secretKeyRef", {}).get("name") if isinstance(value, dict) else None
+                    assert named != "deepskip-mlflow" or document["kind"] == "Deployment", name
+
+
+def test_services_are_within_the_cluster() -> None:
     for _, document in RESOURCES:
         if document["kind"] == "Service":
             assert document["spec"]["type"] == "ClusterIP"
