@@ -4,6 +4,7 @@
 # make newcomer   a fresh clone with an empty home: make train, make test; the log goes to build/newcomer.  BUSY=2: beside two busy processes
 # make test-package   the wheel, a checkout and an editable installation, each in an environment of its own; the log goes to build/package
 # make stress SEED=1   30 short trainings beside busy processes, with a slow tracking server and clocks that jump; ends in JSON
+# make bench-attacks   seconds and megabytes of what strangers can send
 # make shortage   every command on machines that are short of disk, rights, memory or descriptors; root alone can
 # make test-faults   every fault by itself over real Ray nodes
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
@@ -27,7 +28,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress shortage newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -77,6 +78,9 @@ test-fast: setup
 
 stress: setup
 	@$(VENV)/bin/python -m tests.stress $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench-attacks: setup
+	@$(VENV)/bin/python -m tests.attacks.bench $(ARGS)
 
 shortage: setup
 	@$(VENV)/bin/python -m tests.attacks.shortage --out build/shortage.md $(ARGS)
