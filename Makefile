@@ -6,6 +6,7 @@
 # make stress SEED=1   30 short trainings beside busy processes, with a slow tracking server and clocks that jump; ends in JSON
 # make bench-attacks   seconds and megabytes of what strangers can send
 # make shortage   every command on machines that are short of disk, rights, memory or descriptors; root alone can
+# make test-hashes   requirements-cluster.txt against the index, and an installation by it
 # make test-faults   every fault by itself over real Ray nodes
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
@@ -28,7 +29,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -127,6 +128,9 @@ lock:
 	  --output-file requirements.lock.new pyproject.toml
 	@(grep '^# Every version' requirements.lock; sed 's/+cpu//' requirements.lock.new) > requirements.lock.newer
 	@mv requirements.lock.newer requirements.lock && rm requirements.lock.new
+
+test-hashes: setup
+	@tests/hashes.sh check
 
 bench:
 	@$(PYTHON) -m venv .venv-bench-kernels
