@@ -18,7 +18,8 @@ compiled() {
 
 # without CUDA's packages, which torch's CPU build does not ask for
 for_cpu() {
-  awk '/^[^ ]/ {keep = !/^(nvidia-|cuda-|triton==)/} keep' "$lock"
+  # of two builds of one version pip takes the one whose hash the index tells
+  awk '/^[^ ]/ {keep = !/^(nvidia-|cuda-)/} /^torch==/ {sub(/torch==[^ ]*/, "&+cpu")} keep' "$lock"
 }
 
 folder=$(mktemp -d "${TMPDIR:-/tmp}/hashes-XXXXXX")
