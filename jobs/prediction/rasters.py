@@ -248,12 +248,17 @@ def open_zarr(location: str, bands: int | None) -> Raster:
     chunk = math.prod(getattr(store, "shards", None) or store.chunks) * store.dtype.itemsize
     if chunk > MAX_CHUNK_BYTES:
         raise ValueError(f"has chunks of {chunk} bytes; at most {MAX_CHUNK_BYTES} are read at once")
-    zarr_codecs.secure(store, chunk)
+    zarr_codecs.check_codecs(store)
     axes = zarr_axes(store, bands)
     shape = dict(zip(axes, store.shape, strict=True))
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        with zarr_codecs.within(chunk):
+            return cut(store, axes, rows, columns)
+
     return Raster(
-        shape["H"], shape["W"], shape.get("C", 1), np.dtype(store.dtype),
-        lambda rows, columns: cut(store, axes, rows, columns), by_rows=store.chunks[axes.index("W")] >= shape["W"],
+        shape["H"], shape["W"], shape.get("C", 1), np.dtype(store.dtype), read,
+        by_rows=store.chunks[axes.index("W")] >= shape["W"],
     )  # fmt: skip
 
 

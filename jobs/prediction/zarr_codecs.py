@@ -3,9 +3,11 @@
 import gzip
 import io
 import struct
+import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # by zarr's names of version 2 and 3; all of them give bytes that have the chunk's size, or nearly
@@ -15,24 +17,36 @@ ALLOWED = {
 }  # fmt: skip
 # checksums and the like beside a chunk's own bytes
 MARGIN = 2**16
-# the largest chunk of all arrays that are open, in bytes; zarr decodes in threads of its own
-most = MARGIN
+# bytes of the largest chunk of each array that is being read: zarr decodes in threads of its own, and knows no array there
+reading: list[int] = []
 lock = threading.Lock()
 patched = False
 
 
-def secure(array: Any, chunk_bytes: int) -> None:
-    """Refuses codecs that are not known to be harmless, and has the others unpack no more than a chunk.
-
-    chunk_bytes: of one chunk, or of one shard where chunks lie in shards. Raises ValueError.
-    """
+def check_codecs(array: Any) -> None:
+    """Refuses codecs that are not known to be harmless; raises ValueError that names them."""
     strange = sorted(set(names_of(array.metadata.to_dict())) - ALLOWED)
     if strange:
         raise ValueError(f"is written with {', '.join(strange)}; codecs that are read: {', '.join(sorted(ALLOWED))}")
-    global most
+
+
+@contextmanager
+def within(chunk_bytes: int) -> Iterator[None]:
+    """Has decoders unpack no more than a chunk, or a shard where chunks lie in shards, while the block reads."""
     with lock:
-        most = max(most, chunk_bytes + MARGIN)
         bound_codecs()
+        reading.append(chunk_bytes + MARGIN)
+    try:
+        yield
+    finally:
+        with lock:
+            reading.remove(chunk_bytes + MARGIN)
+
+
+def most() -> int:
+    """Gives what may be unpacked at once; arrays that others read in this process are theirs."""
+    with lock:
+        return max(reading, default=sys.maxsize - 1)
 
 
 def names_of(metadata: dict[str, Any]) -> Iterable[str]:
@@ -62,7 +76,7 @@ def bound_codecs() -> None:
 
 def too_large(size: int) -> ValueError:
     """Makes the error of a chunk that unpacks to more than it may."""
-    return ValueError(f"a chunk unpacks to {size} bytes or more; at most {most} are taken")
+    return ValueError(f"a chunk unpacks to {size} bytes or more; at most {most()} are taken")
 
 
 def bounded_unpacker(unpack: Callable[[bytes], bytes]) -> Callable[..., Any]:
@@ -72,7 +86,7 @@ def bounded_unpacker(unpack: Callable[[bytes], bytes]) -> Callable[..., Any]:
         from numcodecs.compat import ensure_bytes, ndarray_copy
 
         data = unpack(ensure_bytes(buf))
-        if len(data) > most:
+        if len(data) > most():
             raise too_large(len(data))
         return ndarray_copy(data, out)
 
@@ -83,7 +97,7 @@ def unpack_gzip(data: bytes) -> bytes:
     """Unpacks gzip."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return file.read(most + 1)
+            return file.read(most() + 1)
     # an OSError, which would look as if the storage failed
     except gzip.BadGzipFile as error:
         raise ValueError(str(error)) from error
@@ -91,9 +105,9 @@ def unpack_gzip(data: bytes) -> bytes:
 
 def unpack_zlib(data: bytes) -> bytes:
     """Unpacks zlib; raises zlib.error for data that are cut off."""
-    unpacker = zlib.decompressobj()
-    unpacked = unpacker.decompress(data, most + 1)
-    if not unpacker.eof and len(unpacked) <= most:
+    unpacker, allowed = zlib.decompressobj(), most()
+    unpacked = unpacker.decompress(data, allowed + 1)
+    if not unpacker.eof and len(unpacked) <= allowed:
         raise zlib.error("incomplete data")
     return unpacked
 
@@ -102,7 +116,9 @@ def unpack_zstd(data: bytes) -> bytes:
     """Unpacks Zstandard, into a buffer of what is allowed: frames need not say their size."""
     import imagecodecs
 
-    return bytes(imagecodecs.zstd_decode(data, out=most))
+    allowed = most()
+    # no buffer of that size where nothing bounds it
+    return bytes(imagecodecs.zstd_decode(data, out=allowed if allowed < sys.maxsize - 1 else None))
 
 
 def sized(decode: Callable[..., Any], size_of: Callable[[bytes], int]) -> Callable[..., Any]:
@@ -112,7 +128,7 @@ def sized(decode: Callable[..., Any], size_of: Callable[[bytes], int]) -> Callab
         from numcodecs.compat import ensure_bytes
 
         data = ensure_bytes(buf)
-        if (size := size_of(data)) > most:
+        if (size := size_of(data)) > most():
             raise too_large(size)
         return decode(self, data, out)
 

@@ -14,6 +14,7 @@ from deepskip.checkpoint import CheckpointError, CheckpointNotWritten
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.data_shards import storage
 from deepskip.ranks import agreed_start
+from tests.jobs.serving import state as model
 
 
 def test_a_training_on_s3_is_the_training_on_disk(tmp_path: Path, s3: Any) -> None:
@@ -39,7 +40,7 @@ def test_others_write_there_too(s3: Any) -> None:
     run = "s3://bucket/runs/two"
     with CheckpointWriter(run, 2) as writer:
         for step in (1, 2, 3):
-            writer.save({"step": step}, best=step == 1)
+            writer.save(model(3, 1) | {"step": step}, best=step == 1)
     assert [storage.name(path) for path in checkpoint.step_paths(run)] == ["step-00000003.pt", "step-00000002.pt"]
     # fsspec remembers listings
     other = fsspec.filesystem("s3", skip_instance_cache=True)

@@ -1,4 +1,3 @@
-import errno
 import inspect
 from dataclasses import replace
 from pathlib import Path
@@ -85,19 +84,6 @@ def test_whoever_took_the_pen_last_has_it(tmp_path: Path) -> None:
     runs.check_writer_lease(tmp_path, second)
     with pytest.raises(runs.LeaseLost):
         runs.check_writer_lease(tmp_path, first)
-
-
-def test_a_full_disk_is_known_behind_other_errors() -> None:
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device", "/runs/a")
-        except OSError as error:
-            raise RuntimeError("not written") from error
-    except RuntimeError as error:
-        said = runs.disk_full(error)
-    assert said is not None
-    assert said.startswith("the disk is full at /runs/a;")
-    assert runs.disk_full(OSError(errno.EACCES, "denied")) is None
 
 
 def test_a_run_gives_back_the_machines_of_its_last_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
