@@ -28,7 +28,8 @@ STOPPED = 128 + signal.SIGTERM
 # what the settings are explained by stands under each field of the dataclasses
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # where a section is text, jsonargparse would import what it names, to see that it is not taken
-set_parsing_settings(import_path_denylist=["*"])
+# a row of a comparison is a class that it names itself
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["deepskip.jobs.comparison.grid.Row"])
 
 KEYS = [f"{section.name}.{field.name}" for section in fields(Config) for field in fields(section.type)]  # type: ignore[arg-type]
 

@@ -95,6 +95,17 @@ def test_words_that_would_run_code_or_take_long(argv: list[str], evil: Path) -> 
     assert not Path("PWNED").exists()
 
 
+@pytest.mark.parametrize("row", ["evilmod.X", "{class_path: evilmod.X}", "{settings: {class_path: evilmod.X}}"])
+def test_rows_of_a_comparison_that_would_run_code(row: str, evil: Path) -> None:
+    from deepskip.jobs.comparison.grid import Grid
+
+    Path("c.yaml").write_text(f"networks: {{unet: {row}}}\ncategories: {{coins: coins.yaml}}\n")
+    outcome = forked.run(lambda: read("--config", "c.yaml", job=Grid))
+    assert (outcome.error, outcome.killed) == ("", 0), f"{outcome.error}: {outcome.said}"
+    assert "refused: " in outcome.said
+    assert not Path("PWNED").exists()
+
+
 def test_a_file_of_settings_that_is_none(evil: Path) -> None:
     os.mkfifo("pipe.yaml")
     for path, reason in (("pipe.yaml", "is no file"), (".", "is no file"), ("nowhere.yaml", "nowhere.yaml")):
