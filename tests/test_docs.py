@@ -1,9 +1,14 @@
-"""The site of docs/ builds without a warning: no link leads nowhere, no name in the reference is unknown."""
+"""The site of docs/ builds without a warning: no link leads nowhere, no name is unknown, and every command is one."""
 
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
+from functools import lru_cache
 from pathlib import Path
+
+from deepskip.jobs import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +33,43 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
             r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()
         )
         assert not fetched, (page, fetched)
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Gives the words of every `deepskip ...` in code blocks and in backquotes."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [line.partition("  #")[0] for line in lines if line.startswith("deepskip ")]
+    found += re.findall(r"`(deepskip [^`]+)`", text)
+    return [line.split()[1:] for line in found]
+
+
+@lru_cache
+def help_of(*words: str) -> str:
+    """Gives what a command says of itself."""
+    said = io.StringIO()
+    with redirect_stdout(said), suppress(SystemExit):
+        cli.main([*words, "--help"])
+    return said.getvalue()
+
+
+def test_every_command_of_the_pages_is_one_and_has_its_options() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    tried = 0
+    for page in pages:
+        for words in commands_in(page.read_text()):
+            if words[0] not in cli.COMMANDS:
+                # `deepskip --help`, and the name of the package
+                assert words[0].startswith("-") or not words[0].isalpha() or len(words) > 5, (
+                    f"{page}: deepskip {words[0]}"
+                )
+                continue
+            inner = words[1:2] if words[0] in ("pack", "cluster") and words[1:] and words[1].isalpha() else []
+            said = help_of(words[0], *inner)
+            for word in words:
+                option = re.match(r"--[a-z][\w.]*", word)
+                assert option is None or option[0] in said or option[0] == "--help", (
+                    f"{page}: {' '.join(words)}: {option[0]}"
+                )
+            tried += 1
+    assert tried > 40
