@@ -27,7 +27,8 @@ say "base environment, beside PyPI's kernels and cluster"
 "$python" -m venv "$folder/base"
 quiet pip "$folder/base" install --constraint "$top/requirements.lock" "$wheel"
 say "size: $(du -sm "$folder/base" | cut -f1) MB"
-quiet pip "$folder/base" install kernels==0.10.1 cluster==1.4.1.post3
+# cluster asks for pkg_resources, which setuptools has left
+quiet pip "$folder/base" install kernels==0.10.1 cluster==1.4.1.post3 'setuptools<81'
 for package in ray mlflow; do
   if "$folder/base/bin/python" -c "import $package" 2>/dev/null; then echo "$package is there"; exit 1; fi
 done
