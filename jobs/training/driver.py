@@ -98,7 +98,12 @@ class Driver:
                 if self.policy.waiting_since is None:
                     self.stopped.clear()
                     self.queue.stop.remote()
-                    self.stopped.wait(STOP_SECONDS)
+                    if not self.stopped.wait(STOP_SECONDS):
+                        print(
+                            f"warning: the workers have not said within {STOP_SECONDS:g} s that they stopped; the training "
+                            "goes on from the newest checkpoint that is whole",
+                            flush=True,
+                        )
                 # ray makes 1 of whatever status a program ends with inside of its calls
                 sys.exit(STOPPED)
         finally:
