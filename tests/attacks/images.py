@@ -49,10 +49,9 @@ def deflated_zeros(count: int) -> bytes:
     return b"\x78\xda" + block * (count // size) + rest + checksum
 
 
-def small(data: bytes, compression: int, *more: tuple[int, int, int, int]) -> bytes:
-    """Makes a TIFF of 16 x 16 bytes in one strip of `data`."""
-    strip: Tags = [(273, 4, 1, 8), (278, 4, 1, 16), (279, 4, 1, len(data))]
-    shape: Tags = [
+def sixteen(compression: int) -> Tags:
+    """Gives the tags of an image of 16 x 16 grey bytes."""
+    return [
         (256, 4, 1, 16),
         (257, 4, 1, 16),
         (258, 3, 1, 8),
@@ -60,20 +59,19 @@ def small(data: bytes, compression: int, *more: tuple[int, int, int, int]) -> by
         (262, 3, 1, 1),
         (277, 3, 1, 1),
     ]
-    return tif([*shape, *strip, *more], data)
+
+
+def small(data: bytes, compression: int, *more: tuple[int, int, int, int]) -> bytes:
+    """Makes a TIFF of 16 x 16 bytes in one strip of `data`."""
+    strip: Tags = [(273, 4, 1, 8), (278, 4, 1, 16), (279, 4, 1, len(data))]
+    return tif([*sixteen(compression), *strip, *more], data)
 
 
 def tiled(data: bytes, compression: int, side: int) -> bytes:
     """Makes a TIFF of 16 x 16 bytes in one tile of side x side."""
-    shape: Tags = [
-        (256, 4, 1, 16),
-        (257, 4, 1, 16),
-        (258, 3, 1, 8),
-        (259, 3, 1, compression),
-        (262, 3, 1, 1),
-        (277, 3, 1, 1),
-    ]
-    return tif([*shape, (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(data))], data)
+    return tif(
+        [*sixteen(compression), (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(data))], data
+    )
 
 
 for SIDE in (30_000, 60_000):
