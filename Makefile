@@ -65,16 +65,17 @@ install = ($(PIP) uv 2>$(VENV)/pip.log && $(UV) $(WHAT) 2>&1 | tee $(VENV)/uv.lo
 train: $(TRAINING)
 	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)
 
-# what starts Ray's nodes has the machine to itself; all else goes two at a time
+# what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
+# wait for one another for half as long again
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
 	$(addprefix jobs/test_,compare end_to_end local_training preemption) $(addprefix jobs/prediction/test_,memory resuming)))
 
 test: setup lint
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
 	@$(VENV)/bin/python -m pytest $(ALONE)
 
 test-fast: setup
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not faults and not browser and not slow' \
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not faults and not browser and not slow' \
 	  tests/data_shards tests/deepskip tests/kernels tests/test_imports.py tests/jobs/test_settings.py tests/jobs/test_runs.py
 
 stress: setup

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -20,6 +21,7 @@ from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.stream import train_batches
 from deepskip.data_shards.writer import write_shards
 
+pytestmark = pytest.mark.slow
 SAMPLES, G = 103, 12
 
 

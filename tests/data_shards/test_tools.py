@@ -34,6 +34,7 @@ write_shards(samples(), Path(sys.argv[1]), num_classes=1, samples_per_shard=2, s
 """
 
 
+@pytest.mark.slow
 def test_a_killed_pack_leaves_no_split_and_the_next_one_clears_up(tmp_path: Path) -> None:
     target = tmp_path / "train"
     killed = subprocess.Popen([sys.executable, "-c", SLOW_PACK, str(target), "slow"], stdout=subprocess.PIPE, text=True)

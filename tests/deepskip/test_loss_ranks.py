@@ -51,6 +51,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.slow
 def test_uneven_shares(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with socket.socket() as free:

@@ -94,9 +94,14 @@ def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -
     assert overlap_of(network).margin >= radius
 
 
-@pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize(
-    ("encoder", "upsample", "enlarge"), [("vgg16", "bilinear", 1), ("resnet34", "nearest", 1), ("vgg16", "bilinear", 3)]
+    ("encoder", "upsample", "enlarge", "flips"),
+    [
+        ("vgg16", "bilinear", 1, False),
+        ("vgg16", "bilinear", 1, True),
+        ("resnet34", "nearest", 1, True),
+        pytest.param("vgg16", "bilinear", 3, False, marks=pytest.mark.slow),
+    ],
 )
 def test_tiles_equal_the_whole_image(
     monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str, enlarge: int, flips: bool

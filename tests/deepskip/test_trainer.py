@@ -312,6 +312,7 @@ def two_more_steps(folder: Path, rank: int, world_size: int) -> Any:
     return losses(folder, config(norm="group"), stop_at=2 * world_size, rank=rank, world_size=world_size)
 
 
+@pytest.mark.slow
 def test_the_same_training_on_one_then_two_then_three_workers(tmp_path: Path) -> None:
     alone, summary = losses(tmp_path / "alone", config(norm="group"))
     seen, _ = losses(tmp_path / "run", config(norm="group"), stop_at=2)
@@ -354,6 +355,7 @@ def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
     return unbroken, first, state["step"], part("broken", measured[1]), measured
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_workers(tmp_path: Path) -> None:
     # batch norm: the running statistics of the ranks differ, and validation must not depend on whose they are
     results = on_ranks(2, tmp_path, preempted_by_a_signal)

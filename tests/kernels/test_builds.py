@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> str:
     """Run Python without the interpreter that the tests ask Triton for."""

@@ -30,8 +30,8 @@ def case(b: int, factors: tuple[int, ...], H: int, W: int, dtype: torch.dtype, N
 @pytest.mark.parametrize(
     ("b", "factors", "H", "W"),
     [
-        (8, (2, 4, 8, 2), 16, 40),
-        (4, (2, 4, 8, 16, 2), 16, 32),
+        pytest.param(8, (2, 4, 8, 2), 16, 40, marks=pytest.mark.slow),
+        pytest.param(4, (2, 4, 8, 16, 2), 16, 32, marks=pytest.mark.slow),
         (20, (2,), 6, 62),
         (64, (4, 2), 4, 8),
         (5, (2, 2), 2, 2),
@@ -61,6 +61,7 @@ def test_values_and_gradients(
     assert (out - expected).abs().max() <= 8 * TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_the_same_bits_every_time(triton_deep_skip: ModuleType) -> None:
     inputs, weights = case(8, (2, 4, 2), 16, 16, torch.float32)
     leaves = [x.requires_grad_() for x in (*inputs, *weights)]
@@ -95,6 +96,7 @@ def test_nothing_upsampled_is_kept(triton_deep_skip: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("last", [True, False])
+@pytest.mark.slow
 def test_the_operators_keep_torchs_rules(triton_deep_skip: ModuleType, last: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(2, 8, 8, 12, generator=generator).to(DEVICE)
@@ -164,6 +166,7 @@ def test_a_second_derivative_is_refused(triton_deep_skip: ModuleType) -> None:
         first.sum().backward()
 
 
+@pytest.mark.slow
 def test_the_whole_network_and_its_loss_compile_into_one_graph(
     triton_deep_skip: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

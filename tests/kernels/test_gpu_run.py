@@ -15,6 +15,7 @@ import torch
 
 from deepskip.kernels.bench import gpu, gpu_page, gpu_part, gpu_phases, journal
 
+pytestmark = pytest.mark.slow
 PHASES = {"machine", "bandwidth", "gate", "launches", "candidates", "contenders", "network", "autotune", "other types"}
 
 
