@@ -128,7 +128,8 @@ class OptimConfig:
     clip_norm: float = setting(1.0, 0)
     """largest norm of the gradient; 0 does not clip"""
     ema_decay: float = setting(0.98, 0, 0.99999999)
-    """decay a step of the moving average of the weights that is validated and kept; 0 keeps the weights themselves"""
+    """decay a step of the moving average of the weights that is validated and kept; 0 keeps the weights themselves. At step t
+    the decay is (1 + t) / (10 + t) at most, so that the average of a short training is not one of its first weights"""
 
 
 @dataclass

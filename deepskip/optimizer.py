@@ -45,6 +45,15 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
+def averaging_decay(config: OptimConfig, step: int) -> float:
+    """Return the decay of the weights' moving average at a step, 0 first: it rises to ema_decay with the steps.
+
+    By step t it is (1 + t) / (10 + t) at most, as in TensorFlow's ExponentialMovingAverage and in diffusers' EMAModel: an
+    average of few steps then is one of late weights, not of those at the start.
+    """
+    return min(config.ema_decay, (1 + step) / (10 + step))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets the learning rate of all parameters."""
     for group in optimizer.param_groups:

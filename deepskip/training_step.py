@@ -18,7 +18,7 @@ from deepskip.config import Config
 from deepskip.inference import normalize, to_labels
 from deepskip.loss import BCEDiceLoss, LossParts
 from deepskip.network import DeepSkipUNet
-from deepskip.optimizer import build_optimizer, learning_rate, set_learning_rate
+from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 
 # image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
 Batch = dict[str, Any]
@@ -80,8 +80,9 @@ class TrainingStep:
         self.own_loss = networks.brings_loss(network)
         self.optimizer = build_optimizer(config.optim, self.network)
         self.ema: AveragedModel | None = None
-        if decay := config.optim.ema_decay:
-            self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        if config.optim.ema_decay:
+            # `average` gives it the decay of each step
+            self.ema = AveragedModel(self.network, use_buffers=True)
         loss = config.loss
         self.criterion = BCEDiceLoss(loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps)
         self.step = 0
@@ -156,8 +157,9 @@ class TrainingStep:
         self.optimizer.zero_grad()
 
     def average(self) -> None:
-        """Move the average of the weights."""
+        """Move the average of the weights, which begins as those of the first step, by the decay of this step."""
         if self.ema is not None:
+            self.ema.multi_avg_fn = get_ema_multi_avg_fn(averaging_decay(self.config.optim, self.step))
             self.ema.update_parameters(self.network)
 
     def __call__(self, batch: Batch) -> StepResult:

@@ -20,6 +20,7 @@ from torch import nn
 from deepskip import checkpoint, ranks
 from deepskip.config import Config, OptimConfig
 from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, learning_rate, train
+from deepskip.training_step import TrainingStep
 
 DATA = DataInfo(2, 1, 255, [0.0, 0.0], [1.0, 1.0], {"bands": None, "longest_side": None})
 
@@ -155,6 +156,43 @@ def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
         else:
             schedulers[1].step()
     np.testing.assert_allclose([learning_rate(optim, step) for step in range(50)], expected, rtol=1e-6)
+
+
+def test_the_average_is_that_of_tensorflows_decay_by_steps_in_float64() -> None:
+    """ExponentialMovingAverage(decay, num_updates) of TensorFlow, from the weights of each step; buffers are averaged too."""
+    settings = config(steps=40)
+    settings.optim.ema_decay = 0.7
+    training, stream = TrainingStep(settings, DATA, torch.device("cpu")), batches(0)
+    expected: dict[str, np.ndarray] = {}
+    decays = []
+    for num_updates in range(30):
+        training(next(stream))
+        # the first average is the first step's weights
+        decays.append(min(0.7, (1 + num_updates) / (10 + num_updates)) if expected else 0.0)
+        for name, value in training.network.state_dict().items():
+            new = value.double().numpy()
+            expected[name] = expected[name] * decays[-1] + new * (1 - decays[-1]) if name in expected else new.copy()
+    assert [round(decays[t], 4) for t in (1, 2, 9, 19, 20, 29)] == [0.1818, 0.25, 0.5263, 0.6897, 0.7, 0.7]
+    found = training.averaged.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if found[name].is_floating_point():
+            np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-4, atol=1e-6, err_msg=name)
+    first = next(iter(expected))
+    assert not np.allclose(found[first].numpy(), training.network.state_dict()[first].numpy(), rtol=1e-3)
+
+
+def test_a_short_trial_validates_what_it_trained(tmp_path: Path) -> None:
+    settings = config(steps=40)
+    settings.optim.ema_decay, settings.run.validate_every = OptimConfig.ema_decay, 40
+    seen, averaged = losses(tmp_path / "averaged", settings)
+    settings.optim.ema_decay = 0.0
+    seen_without, last = losses(tmp_path / "last", settings)
+    # the average changes what is validated, not what is trained
+    assert seen == seen_without
+    # by a decay of 0.98 from the first step on the average's IoU would be 0
+    assert last["val"]["iou"] == pytest.approx(0.16, abs=0.03)
+    assert averaged["val"]["iou"] == pytest.approx(last["val"]["iou"], abs=0.03)
 
 
 @pytest.mark.parametrize(
