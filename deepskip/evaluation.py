@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepskip.inference import normalize, predict_logits, to_labels
 from deepskip.loss import BCEDiceLoss
-from deepskip.metrics import SegmentationMetrics
+from deepskip.metrics import SegmentationMetrics, ThresholdScores
 
 
 @torch.inference_mode()
@@ -25,10 +25,12 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[dict[str, Tensor | str]]]:
     """Measures the network on whole images and returns the metrics (over all ranks) and this rank's first `panels` images.
 
-    "loss" and "soft_dice" are of the whole split, from sums over it (eq. 5). "images" is the number of images.
+    "loss" and "soft_dice" are of the whole split, from sums over it (eq. 5). "images" is the number of images. Of a binary task
+    there are "best_threshold" and "iou_best_threshold" too; all other metrics are at a probability of 0.5.
     """
     network.eval()
     metrics = SegmentationMetrics(num_classes, ignore_index, device)
+    thresholds = ThresholdScores(ignore_index).to(device) if num_classes == 1 else None
     sums = torch.zeros(2 + 3 * num_classes, dtype=torch.float64, device=device)
     panel: list[dict[str, Tensor | str]] = []
     count = torch.zeros((), device=device)
@@ -40,6 +42,8 @@ def evaluate(
         labels = to_labels(logits, 0).long()
         sums += criterion.sums(logits, mask).double()
         metrics.update(labels[0], mask[0])
+        if thresholds is not None:
+            thresholds.update(logits[0, 0], mask[0])
         count += 1
         if len(panel) < panels:
             shown = {name: batch[name][0] for name in ("image", "mask", "key")}
@@ -51,6 +55,8 @@ def evaluate(
         raise ValueError("the validation split is empty")
     parts = criterion.from_sums(sums)
     result = metrics.compute()
+    if thresholds is not None:
+        result |= {name: value.item() for name, value in thresholds.compute().items()}
     return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": int(count)}, panel
 
 

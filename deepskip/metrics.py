@@ -14,6 +14,9 @@ torchvision_ops.declare()
 from torchmetrics import Metric  # noqa: E402
 from torchmetrics.classification import BinaryStatScores, MulticlassStatScores  # noqa: E402
 
+# probabilities above which validation would take pixels of a binary task for foreground
+THRESHOLDS = tuple(step / 20 for step in range(1, 20))
+
 
 class ObjectScores(Metric):
     """Counts objects found and false alarms by 8-connected components of each foreground class.
@@ -51,6 +54,42 @@ class ObjectScores(Metric):
             "object_recall": self.found / self.objects,
             "false_alarms_per_image": self.false_alarms / self.images,
         }
+
+
+class ThresholdScores(Metric):
+    """Counts the pixels of a binary task by how many of THRESHOLDS their probability is above.
+
+    update: logits and true labels (H, W) of one image; ignored pixels count nowhere. compute: best_threshold, whose IoU over
+    all images is highest (of equals the nearest to 0.5), and iou_best_threshold, that IoU. Without foreground they are 0.5
+    and nan.
+    """
+
+    full_state_update = False
+
+    def __init__(self, ignore_index: int) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        # by truth; the logit of 0.5 is 0, so that IoU at 0.5 is that of SegmentationMetrics
+        self.add_state("counts", default=torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.register_buffer("edges", torch.tensor(THRESHOLDS, dtype=torch.float64).logit().float(), persistent=False)
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        counted = target != self.ignore_index
+        # how many edges lie below each logit
+        places = torch.bucketize(logits[counted].float(), self.edges)
+        places += (len(THRESHOLDS) + 1) * (target[counted] != 0)
+        self.counts += torch.bincount(places, minlength=self.counts.numel()).view_as(self.counts)
+
+    def compute(self) -> dict[str, Tensor]:
+        counts = self.counts.cpu().double()
+        foreground = counts[1].sum()
+        # above each threshold
+        fp, tp = counts.flip(1).cumsum(1).flip(1)[:, 1:]
+        iou = tp / (foreground + fp) if foreground else torch.full_like(tp, torch.nan)
+        thresholds = torch.tensor(THRESHOLDS, dtype=torch.float64)
+        is_best = iou.isnan() | (iou == iou.max())
+        best = torch.where(is_best, (thresholds - 0.5).abs(), torch.inf).argmin()
+        return {"best_threshold": thresholds[best], "iou_best_threshold": iou[best]}
 
 
 def confusion_counts(

@@ -20,9 +20,9 @@ METRICS = {
     "object_recall": "object recall",
     "false_alarms_per_image": "false alarms per image",
 }
-
-
 WIDTH = max(len(name) for name in METRICS.values())
+# where validation and training disagree: IoU near 0 at a threshold of 0.5, and good at another and in training
+IOU_NEAR_0, IOU_GOOD = 0.1, 0.5
 
 
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
@@ -44,14 +44,34 @@ def print_table(summary: dict[str, Any]) -> None:
     print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps{early}")
     print_metrics(values)
     print(f"  {'parameters':<{WIDTH}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
-    print(f"  {'images/s':<{WIDTH}}  {summary['images_per_second']:.1f}")
+    # a training that was resumed at its end has done no steps
+    speed = format(summary["images_per_second"], ".1f") if summary["images_per_second"] else "-"
+    print(f"  {'images/s':<{WIDTH}}  {speed}")
     print(f"  {'seconds':<{WIDTH}}  {summary['seconds']:.0f}\n")
 
 
 def print_metrics(values: dict[str, float | None]) -> None:
-    """Prints the metrics of METRICS, a line each."""
+    """Prints the metrics of METRICS, a line each, and below IoU that of the best threshold where it is known."""
     for key, name in METRICS.items():
         print(f"  {name:<{WIDTH}}  {number(values[key])}")
+        if key == "iou" and (best := values.get("iou_best_threshold")) is not None and not math.isnan(best):
+            print(f"  {'IoU, best threshold':<{WIDTH}}  {number(best)} at {values['best_threshold']:.2f}")
+
+
+def disagreement(step: int, training: dict[str, Any], validation: dict[str, Any]) -> str | None:
+    """Return one line on a validation whose IoU at a threshold of 0.5 misleads, or None: metrics as the trainer observes them.
+
+    It misleads where the IoU is near 0, while it is good at another threshold and in training.
+    """
+    trained, best = training.get("iou", 0.0), validation.get("iou_best_threshold", 0.0)
+    # nan is neither
+    if not (validation["iou"] < IOU_NEAR_0 and best >= IOU_GOOD and trained >= IOU_GOOD):
+        return None
+    return (
+        f"validation after step {step} has IoU {validation['iou']:.3f} at threshold 0.5, but {best:.3f} at "
+        f"{validation['best_threshold']:.2f}, and training has {trained:.3f}: the network finds the objects, and "
+        "its probabilities are too low or too high. Train longer, or predict with that --threshold"
+    )
 
 
 def number(value: float | None, form: str = ".4f") -> str:

@@ -13,13 +13,19 @@ class Console:
     def __init__(self, config: Config, run: runs.Run, tracker: Any) -> None:
         self.steps, self.tracker = config.optim.steps, tracker
         self.bad_samples = journal.BadSamples(run.folder)
+        self.training: dict[str, Any] = {}
+        self.disagreed = False
 
     def take(self, event: Event) -> None:
         """Pass on one event."""
         match event:
             case Measured(kind, step, values, stamp):
                 if kind == "train":
+                    self.training = values
                     print(report.progress_line(step, self.steps, values), flush=True)
+                elif not self.disagreed and (text := report.disagreement(step, self.training, values)):
+                    self.disagreed = True
+                    print(f"warning: {text}", flush=True)
                 if self.tracker:
                     self.tracker.take(kind, step, values, stamp)
             case Panel(step, images):

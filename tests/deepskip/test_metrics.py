@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepskip.metrics import SegmentationMetrics
+from deepskip.metrics import THRESHOLDS, SegmentationMetrics, ThresholdScores
 
 
 def test_binary_pixels_against_counting() -> None:
@@ -26,6 +26,48 @@ def test_binary_pixels_against_counting() -> None:
     assert result["precision"] == pytest.approx(tp / (tp + fp))
     assert result["recall"] == pytest.approx(tp / (tp + fn))
     assert result["pixel_accuracy"] == pytest.approx((tp + tn) / (tp + fp + fn + tn))
+
+
+@pytest.mark.parametrize(("centre", "expected"), [(-2.0, 0.1), (0.0, 0.5), (1.5, 0.8)])
+def test_the_best_threshold_against_torchmetrics_at_every_threshold(centre: float, expected: float) -> None:
+    # deepskip.metrics prepares torchmetrics' import
+    from torchmetrics.classification import BinaryJaccardIndex
+
+    rng = np.random.default_rng(1)
+    scores, metrics = ThresholdScores(255), SegmentationMetrics(1, 255)
+    at_each = {threshold: BinaryJaccardIndex(threshold, ignore_index=255) for threshold in THRESHOLDS}
+    for _ in range(3):
+        truth = rng.integers(0, 2, (24, 31))
+        # foreground lies above the centre, background below
+        logits = torch.tensor(rng.normal(centre - 1 + 2 * truth, 1.0), dtype=torch.float32)
+        truth[rng.random(truth.shape) < 0.2] = 255
+        target = torch.tensor(truth)
+        scores.update(logits, target)
+        metrics.update(logits > 0, target)
+        for metric in at_each.values():
+            metric.update(logits.double().sigmoid(), target)
+    found = {name: value.item() for name, value in scores.compute().items()}
+    ious = {threshold: metric.compute().item() for threshold, metric in at_each.items()}
+    assert found["iou_best_threshold"] == pytest.approx(max(ious.values()), abs=1e-6)
+    assert ious[found["best_threshold"]] == max(ious.values())
+    assert found["best_threshold"] == pytest.approx(expected, abs=0.051)
+    at_half = metrics.compute()["iou"]
+    assert at_half == pytest.approx(ious[0.5], abs=1e-6)
+    if found["best_threshold"] == 0.5:
+        assert found["iou_best_threshold"] == pytest.approx(at_half, rel=1e-12)
+
+
+def test_a_logit_on_a_threshold_is_background_and_equal_thresholds_are_nearest_to_half() -> None:
+    scores = ThresholdScores(255)
+    # at 0.5 as to_labels has it; foreground is above 0.7 alone, so that 0.5 to 0.7 are as good as one another
+    scores.update(torch.tensor([[0.0, 0.9, -3.0]]), torch.tensor([[0, 1, 255]]))
+    assert {name: value.item() for name, value in scores.compute().items()} == {
+        "best_threshold": 0.5, "iou_best_threshold": 1.0,
+    }  # fmt: skip
+    empty = ThresholdScores(255)
+    empty.update(torch.tensor([[4.0, -4.0]]), torch.tensor([[0, 0]]))
+    assert empty.compute()["best_threshold"] == 0.5
+    assert math.isnan(empty.compute()["iou_best_threshold"])
 
 
 def test_classes_are_averaged_over_foreground_that_occurs() -> None:

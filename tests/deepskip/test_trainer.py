@@ -364,6 +364,9 @@ def test_the_same_training_on_one_then_two_then_three_workers(tmp_path: Path) ->
     assert list(seen) == list(alone)
     np.testing.assert_allclose(list(seen.values()), list(alone.values()), rtol=1e-4)
     assert last["val"] == pytest.approx(summary["val"], rel=1e-3, nan_ok=True)
+    # counted over all ranks' images
+    assert last["val"]["images"] == 5
+    assert last["val"]["iou_best_threshold"] > last["val"]["iou"]
 
 
 def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
