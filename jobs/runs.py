@@ -50,11 +50,12 @@ class RunFinished(RunError):
 
 @dataclass
 class Run:
-    """A run that this process holds: its folder, the MLflow run of an earlier part, and the lock."""
+    """A run that this process holds: its folder, the MLflow run of an earlier part, the lock, and digests of its data."""
 
     folder: Path
     mlflow_run_id: str | None
     lock: IO[bytes]
+    data: dict[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -62,11 +63,13 @@ class Run:
         return self.folder.name
 
 
-def claim(folder_of_runs: Path, name: str | None, stem: str, config: dict[str, Any]) -> Run:
+def claim(
+    folder_of_runs: Path, name: str | None, stem: str, config: dict[str, Any], data: dict[str, str] | None = None
+) -> Run:
     """Finds the folder of a training, makes it if need be, and locks it for as long as this process lives.
 
     A run of the same settings that is not finished goes on. With a name given, any other run of that name is an error,
-    except that optim.steps may grow. Without one the name is `stem`, numbered on past other runs.
+    except that optim.steps may grow. Without one the name is `stem`, numbered on past other runs. data: a digest of each split.
     Raises RunFinished for a given name of a finished run of these settings, else RunError.
     """
     names = [name] if name else (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
@@ -89,18 +92,36 @@ def claim(folder_of_runs: Path, name: str | None, stem: str, config: dict[str, A
         except (BrokenFile, OSError) as error:
             lock.close()
             raise RunError(str(error)) from error
-        refusal = reason_against(folder, earlier, config, grow=name is not None)
+        refusal = reason_against(folder, earlier, config, grow=name is not None, data=data)
         if refusal is None:
-            return Run(folder, earlier.get("mlflow_run_id"), lock)
+            return Run(folder, earlier.get("mlflow_run_id"), lock, data)
         lock.close()
         if name:
-            message = f"run {name} in {folder_of_runs} {refusal}; choose another run.name or remove {folder}"
-            raise RunFinished(message, folder) if refusal == FINISHED else RunError(message)
+            raise refused(folder, refusal)
     raise AssertionError("names do not end")
 
 
-def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any], grow: bool) -> str | None:
-    """Says why a training of these settings cannot be, or go on, in a folder; None where it can."""
+def check_name(folder: Path, config: dict[str, Any], data: dict[str, str] | None) -> None:
+    """Raise RunError where a named run's folder holds a run of other settings or data; nothing is made, locked or mended."""
+    try:
+        earlier = read_record(folder)
+    except (BrokenFile, OSError) as error:
+        raise RunError(str(error)) from error
+    refusal = reason_against(folder, earlier, config, grow=True, data=data)
+    if refusal not in (None, FINISHED):
+        raise refused(folder, refusal)
+
+
+def refused(folder: Path, refusal: str) -> RunError:
+    """Make the error of a named run that is not to be trained."""
+    message = f"run {folder.name} in {folder.parent} {refusal}; choose another run.name or remove {folder}"
+    return RunFinished(message, folder) if refusal == FINISHED else RunError(message)
+
+
+def reason_against(
+    folder: Path, earlier: dict[str, Any], config: dict[str, Any], grow: bool, data: dict[str, str] | None = None
+) -> str | None:
+    """Says why a training of these settings, and data, cannot be, or go on, in a folder; None where it can."""
     if not earlier:
         return None
     before, now = UNKNOWN_BEFORE | flatten(earlier["config"]), flatten(config)
@@ -108,17 +129,21 @@ def reason_against(folder: Path, earlier: dict[str, Any], config: dict[str, Any]
         key for key in differences(earlier["config"], config) if not is_free(key) and before.get(key) != now.get(key)
     ]
     longer = config["optim"]["steps"] > earlier["config"]["optim"]["steps"]
-    if grow and longer and changed == ["optim.steps"]:
-        return None
-    if changed:
+    may_grow = grow and longer and changed == ["optim.steps"]
+    if changed and not may_grow:
         return f"has other settings ({', '.join(changed)})"
+    # runs of earlier versions have not noted it
+    if data and (noted := earlier.get("data")) and noted != data:
+        return "was trained on other shards, which were at the same data.path"
+    if may_grow:
+        return None
     return FINISHED if (folder / SUMMARY).is_file() else None
 
 
 def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:
     """Writes what the run is; a summary of an earlier, shorter part no longer holds and is removed."""
     run.mlflow_run_id = mlflow_run_id
-    write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id})
+    write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id, "data": run.data})
     (run.folder / SUMMARY).unlink(missing_ok=True)
 
 
@@ -172,6 +197,11 @@ def check_files(folder: Path) -> dict[str, Any]:
         read_json(folder / name)
     read_measured(folder / JOURNAL)
     BadSamples(folder)
+    return read_record(folder)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what a run is, {} where there is none; raises BrokenFile, or OSError."""
     earlier = read_json(folder / RECORD)
     config = earlier.get("config")
     if earlier and not (

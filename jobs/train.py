@@ -4,6 +4,8 @@ Started by `deepskip train`, by any `ray job submit -- python -m deepskip.jobs.t
 a Ray of its own; with --local it trains in this process, without Ray, and without MLflow where that is not installed.
 """
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,26 +18,54 @@ from deepskip import networks
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage, trouble
-from deepskip.data_shards.index import BrokenIndex, MissingIndex, load_index
+from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.jobs import report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
 from deepskip.jobs.training.tracked import log_model, send_late, tracked
 
 
 def check(argv: list[str]) -> None:
-    """Reads the settings and looks at the data; ends the program with `error:` lines where they cannot be trained on."""
+    """Reads the settings and looks at the data, and at the run of that name on this machine, with no Ray started.
+
+    Ends the program with `error:` lines where they cannot be trained on, or the run is one of other settings or data.
+    """
     config, _, local = parse("train", argv)
     if local:
         stop("--local trains in the process itself, with no job to submit: deepskip train --local ...")
-    check_data(config)
+    data = check_data(config)
+    # on a cluster the folder may be another one
+    if config.run.name and of_loopback(os.environ.get("RAY_ADDRESS")):
+        folder = absolute_paths(config)
+        try:
+            runs.check_name(folder / config.run.name, asdict(config), data)
+        except runs.RunError as error:
+            stop(str(error))
 
 
-def check_data(config: Config) -> None:
-    """Ends the program where there are no shards (and none to be packed), or they do not fit the model."""
+def absolute_paths(config: Config) -> Path:
+    """Make data.path absolute, as a run's record has it, and return the folder of runs."""
+    folder = absolute(config.run.storage, "run.storage")
+    config.data.path = config.data.path.removeprefix("file://")
+    if not storage.is_remote(config.data.path):
+        config.data.path = str(absolute(config.data.path, "data.path"))
+    return folder
+
+
+def digest_of(split: Index) -> str:
+    """Return a digest of what a split holds; packing the same samples again leaves it as it is."""
+    shards = [[shard.sha256, shard.samples] for shard in split.shards]
+    return hashlib.sha256(json.dumps([split.bands, split.num_classes, split.ignore_index, shards]).encode()).hexdigest()
+
+
+def check_data(config: Config) -> dict[str, str] | None:
+    """Ends the program where there are no shards (and none to be packed), or they do not fit the model.
+
+    Returns a digest of each split, or None where it is still to be packed.
+    """
     path = config.data.path
     if config.data.builtin and not Path(path).exists():
         check_network(config, 3, 1)
-        return
+        return None
     try:
         train, validation = (load_index(storage.join(path, split), cache_of(config)) for split in ("train", "val"))
     except (MissingIndex, BrokenIndex, storage.StorageError) as error:
@@ -64,6 +94,7 @@ def check_data(config: Config) -> None:
     if faults:
         stop("\n".join(faults))
     check_network(config, train.bands, train.num_classes)
+    return {"train": digest_of(train), "val": digest_of(validation)}
 
 
 def check_network(config: Config, bands: int, num_classes: int) -> None:
@@ -123,19 +154,16 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
     stem: the run's name where the settings have none. argv: of the command line, for what is said at the end. With `fit` in
     this process MLflow may be missing. Ends the program, with `error:` lines, where the training cannot be.
     """
-    folder = absolute(config.run.storage, "run.storage")
-    config.data.path = config.data.path.removeprefix("file://")
-    if not storage.is_remote(config.data.path):
-        config.data.path = str(absolute(config.data.path, "data.path"))
+    folder = absolute_paths(config)
     if config.data.builtin and not Path(config.data.path).exists():
         from deepskip.data_shards.commands import pack_coins
 
         print(f"packing the built-in {config.data.builtin} into {config.data.path}", flush=True)
         pack_coins(Path(config.data.path))
-    check_data(config)
+    data = check_data(config)
     settings = asdict(config)
     try:
-        run = runs.claim(folder, config.run.name, stem, settings)
+        run = runs.claim(folder, config.run.name, stem, settings, data)
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
         summary = runs.read_json(error.folder / runs.SUMMARY)

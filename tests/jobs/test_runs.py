@@ -76,3 +76,36 @@ def test_how_often_a_run_looks_up_may_change(tmp_path: Path) -> None:
     runs.claim(tmp_path, "mine", "x", config() | {"run": {"name": None, **other}}).lock.close()
     with pytest.raises(runs.RunError, match=r"has other settings \(run\.seed\)"):
         runs.claim(tmp_path, "mine", "x", config() | {"run": {"name": None, **other, "seed": 1}})
+
+
+def test_other_shards_at_the_same_path_are_another_run(tmp_path: Path) -> None:
+    mine, other = {"train": "a", "val": "b"}, {"train": "a", "val": "c"}
+    # a run of an earlier version has noted none
+    trained(tmp_path, "mine", config(), finish=True)
+    run = runs.claim(tmp_path, "mine", "x", config(steps=20), mine)
+    runs.record(run, config(steps=20), "mlflow-id")
+    run.lock.close()
+    for steps in (20, 30):
+        with pytest.raises(runs.RunError, match=r"was trained on other shards, which were at the same data\.path"):
+            runs.claim(tmp_path, "mine", "x", config(steps), other)
+        with pytest.raises(runs.RunError, match="was trained on other shards"):
+            runs.check_name(tmp_path / "mine", config(steps), other)
+        runs.check_name(tmp_path / "mine", config(steps), mine)
+        runs.claim(tmp_path, "mine", "x", config(steps), mine).lock.close()
+    # a name that is chosen here is numbered on
+    run = runs.claim(tmp_path, None, "mine", config(steps=20), other)
+    assert run.name == "mine-2"
+    run.lock.close()
+
+
+def test_a_look_at_a_name_leaves_nothing(tmp_path: Path) -> None:
+    runs.check_name(tmp_path / "new", config(), None)
+    assert not list(tmp_path.iterdir())
+    trained(tmp_path, "mine", config(), finish=True)
+    # finished is no fault: the job prints its result
+    runs.check_name(tmp_path / "mine", config(), None)
+    with pytest.raises(runs.RunError, match=r"has other settings \(optim\.steps\); choose another run\.name") as fault:
+        runs.check_name(tmp_path / "mine", config(steps=5), None)
+    with pytest.raises(runs.RunError) as claimed:
+        runs.claim(tmp_path, "mine", "x", config(steps=5))
+    assert str(fault.value) == str(claimed.value)

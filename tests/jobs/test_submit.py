@@ -1,8 +1,11 @@
+import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from deepskip.jobs import submit
+from deepskip.data_shards.commands import pack_coins
+from deepskip.jobs import submit, train
 from deepskip.jobs.settings import NotHere
 from deepskip.jobs.submit import Screen, look, main
 
@@ -78,3 +81,61 @@ def test_a_cluster_whose_agents_still_start_is_asked_again(tmp_path: Path, monke
     with pytest.raises(submit.SubmitError, match="Request failed with status code 500: out of order"):
         submit.hand_over(["sh", "-c", say.format("out of order")], "http://127.0.0.1:1")
     assert asked.read_text().count("\n") == 1
+
+
+def test_a_run_of_other_data_or_settings_is_found_before_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(submit, "start_head", started)
+    for name, seed_images in (("one", 4), ("other", 6)):
+        pack_coins(tmp_path / name, {"train": seed_images, "val": 2})
+    settings = ["--run.name", "mine", "--optim.steps", "1", "--data.crop", "32", "--model.base_channels", "4"]
+    settings += ["--model.levels", "3", "--run.tracking_uri", "none", "--cluster.gpu", "false", "--run.panels", "0"]
+    train.main(["--local", "--data.path", "one", *settings])
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    noted = json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["data"]
+    assert noted.keys() == {"train", "val"}
+    same = ["train", "--data.path", "one", *settings]
+    # what differs, and what is said of it
+    cases = [
+        (["train", "--data.path", "other", *settings], "has other settings (data.path)"),
+        (
+            [*same, "--optim.learning_rate", "0.1", "--run.seed", "3"],
+            "has other settings (optim.learning_rate, run.seed)",
+        ),
+    ]
+    capsys.readouterr()
+    for arguments, reason in cases:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        said = capsys.readouterr()
+        assert stopped.value.code == 2
+        folder = tmp_path / "runs"
+        assert (
+            said.err == f"error: run mine in {folder} {reason}; choose another run.name or remove {folder / 'mine'}\n"
+        )
+        assert said.out == ""
+    # the same shards, packed again, are the same data; the job is handed to Ray
+    pack_coins(tmp_path / "again", {"train": 4, "val": 2})
+    (tmp_path / "one").rename(tmp_path / "first")
+    (tmp_path / "again").rename(tmp_path / "one")
+    for arguments in (same, [*same, "--run.log_every", "3"], [*same, "--optim.steps", "2"]):
+        with pytest.raises(AssertionError, match="Ray was started"):
+            main(arguments)
+    # others at the same path
+    (tmp_path / "one").rename(tmp_path / "again")
+    (tmp_path / "other").rename(tmp_path / "one")
+    with pytest.raises(SystemExit):
+        main(same)
+    assert "was trained on other shards, which were at the same data.path" in capsys.readouterr().err
+    # another name, or machines where the folder may be another
+    with pytest.raises(AssertionError, match="Ray was started"):
+        main([*same, "--run.name", "new"])
+    monkeypatch.setenv("RAY_ADDRESS", "http://head.example:8265")
+    submit.look("deepskip.jobs.train", same[1:])
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
