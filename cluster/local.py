@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS
+from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 
 HOST = "127.0.0.1"
 # every process of a head carries this variable, workers and jobs too, and is found by it
@@ -60,7 +60,7 @@ def environment(head: Head) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": head.token,
         "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    } | past_proxies(os.environ)
 
 
 def start_head(
@@ -104,13 +104,15 @@ def start_head(
     head_environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("RAY_ADDRESS", "RAY_AUTH"))
     }
-    head_environment |= NODE_SETTINGS | DRIVER_SETTINGS | LOOPBACK_ONLY
+    head_environment |= NODE_SETTINGS | DRIVER_SETTINGS | LOOPBACK_ONLY | past_proxies(os.environ)
     head_environment |= {
         MARK: temporary,
         # jobs run `python`: ours, whether this environment is activated or not
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
+        # a head whose reports are turned off would still report that they are, to Ray's makers; nothing listens here
+        "RAY_USAGE_STATS_REPORT_URL": f"http://{HOST}:9/",
         # a job that is stopped has this long to end its mlflow run; ray's own 3 s are too few
         "RAY_JOB_STOP_WAIT_TIME_S": "20",
     }
@@ -134,10 +136,12 @@ def start_head(
 def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
     """Waits until the head takes jobs; raises HeadError when it ends or START_SECONDS pass."""
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+    # the token is for nobody else
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=5):
+            with direct.open(request, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)

@@ -1,5 +1,7 @@
 """Settings of Ray, as environment variables, under which lost workers and machines are noticed soon."""
 
+from collections.abc import Mapping
+
 # of the head, and of every machine that joins it
 NODE_SETTINGS = {
     # a machine that does not answer for 2 to 3 s is lost; by ray's defaults it is after 16
@@ -31,6 +33,29 @@ LOOPBACK_ONLY = {
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
 }
+# what Python, curl and gRPC ask by a proxy that the environment names
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def past_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables under which no program asks a proxy for loopback; {} where the environment names no proxy.
+
+    A company's http_proxy would be asked for the head's page, with its token, and Ray would never be ready. no_proxy and
+    NO_PROXY keep what they have: programs read either one, the small letters first.
+    """
+    exceptions = ("no_proxy", "no_grpc_proxy")
+    named = {name.lower() for name, value in environment.items() if name.lower().endswith("_proxy") and value}
+    if not named - {*exceptions}:
+        return {}
+    found = {}
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "")):
+        before = environment.get(name) or environment.get(other) or ""
+        # gRPC reads its own where that is set, and else no_proxy; * alone is all hosts
+        if (name == "no_grpc_proxy" and not before) or before.strip() == "*":
+            continue
+        hosts = [host.strip() for host in before.split(",") if host.strip()]
+        found[name] = ",".join([*hosts, *(host for host in LOOPBACK_HOSTS if host not in hosts)])
+    return found
 
 
 def of_loopback(address: str | None) -> dict[str, str]:

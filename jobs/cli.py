@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from deepskip.cluster.settings import past_proxies
 from deepskip.data_shards import trouble
 
 # command: (where its settings are, what it does)
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         refuse(command)
+    os.environ.update(past_proxies(os.environ))
     try:
         with trouble.told():
             run(command, rest)

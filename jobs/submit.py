@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepskip.cluster.local import Head, HeadError, environment, start_head, stop_head
+from deepskip.cluster.settings import past_proxies
 from deepskip.jobs.settings import NotHere
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def submit(module: str, arguments: list[str], port: int = 0, dashboard_port: int = 0) -> int:
     """Checks a job's arguments, runs `python -m module arguments` as a Ray job and gives the exit status."""
+    os.environ.update(past_proxies(os.environ))
     # bad arguments end here, within a second, with no cluster started
     look(module, arguments)
     try:
@@ -154,12 +156,15 @@ def cluster(port: int, dashboard_port: int) -> Iterator[Head | None]:
         return
     say("starting Ray on 127.0.0.1")
     head = start_head(port, dashboard_port, die_with_parent=True)
+    before = {name: os.environ.get(name) for name in environment(head)}
     try:
         os.environ.update(environment(head))
         yield head
     finally:
-        for name in environment(head):
+        for name, value in before.items():
             os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         stop_head(head)
 
 

@@ -20,6 +20,11 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
+from deepskip.cluster.settings import past_proxies
+
+# a server on loopback is reached by no proxy
+os.environ.update(past_proxies(os.environ))
+
 import mlflow
 import numpy as np
 import torch
@@ -33,6 +38,8 @@ from deepskip.jobs.journal import read_measured
 from deepskip.jobs.settings import flatten
 
 VARIABLE = "MLFLOW_TRACKING_URI"
+# seconds that a request may take, and one without which no training begins
+TIMEOUT, SECONDS, START_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", "10", "30"
 DATABASE = "mlflow.db"
 # what a run's model is called in it
 MODEL = "model"
@@ -68,14 +75,31 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
                 print(f"warning: MLflow at {uri} does not answer, the training goes on: {in_short(error)}", flush=True)
                 return run_id
     try:
-        run = client.create_run(experiment_id(uri, storage, experiment), run_name=name)
-        parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
-        client.log_batch(run.info.run_id, params=parameters)
-        client.log_dict(run.info.run_id, config, "config.yaml")
+        with patience():
+            run = client.create_run(experiment_id(uri, storage, experiment), run_name=name)
+            parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
+            client.log_batch(run.info.run_id, params=parameters)
+            client.log_dict(run.info.run_id, config, "config.yaml")
         return run.info.run_id
     # requests, sqlalchemy and mlflow each have their own errors for this
     except Exception as error:
         raise unreachable(uri, error) from error
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Gives a slow server more time in a block, unless a user has said how much.
+
+    Later, what it does not answer is asked again; a training that cannot begin its run does not begin.
+    """
+    usual = os.environ.get(TIMEOUT)
+    if usual == SECONDS:
+        os.environ[TIMEOUT] = START_SECONDS
+    try:
+        yield
+    finally:
+        if usual is not None:
+            os.environ[TIMEOUT] = usual
 
 
 def experiment_id(uri: str, storage: Path, experiment: str) -> str:

@@ -14,7 +14,7 @@ import ray.exceptions
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS
+from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 from deepskip.config import ClusterConfig, workers_range
 from deepskip.jobs import runs
 from deepskip.jobs.settings import stop
@@ -41,8 +41,9 @@ def own_ray() -> dict[str, Any]:
     """Return what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback.
 
     Sets in the environment what it is started with: a token of its own above all, without which any user of the machine
-    could run code in it.
+    could run code in it. To a head on loopback too no proxy is asked the way.
     """
+    os.environ.update(past_proxies(os.environ))
     if os.environ.get("RAY_ADDRESS"):
         return {}
     if os.environ.get("RAY_AUTH_MODE") != "token" or not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:

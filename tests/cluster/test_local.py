@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
 from deepskip.cluster.local import MARK, Head, PortTaken, environment, head_processes, start_head, stop_head
-from deepskip.cluster.settings import of_loopback
+from deepskip.cluster.settings import of_loopback, past_proxies
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,47 @@ def test_a_job_and_a_driver_started_by_hand_have_its_python_and_reach_it(head: H
 )  # fmt: skip
 def test_what_is_on_loopback(address: str | None, loopback: bool) -> None:
     assert bool(of_loopback(address)) is loopback
+
+
+@pytest.mark.parametrize("named", ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    ("before", "direct"),
+    [
+        ({}, []), ({"no_proxy": ".corp.example,10.0.0.7"}, ["a.corp.example", "10.0.0.7"]),
+        ({"NO_PROXY": "corp.example"}, ["corp.example"]), ({"no_proxy": "localhost, 127.0.0.1"}, []),
+        ({"no_proxy": "*"}, ["pypi.org"]), ({"NO_PROXY": "*"}, ["pypi.org"]),
+    ],
+)  # fmt: skip
+def test_loopback_goes_past_every_proxy_by_urllib_and_requests(
+    monkeypatch: pytest.MonkeyPatch, named: str, before: dict[str, str], direct: list[str]
+) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    proxies = {named: "http://proxy.example:3128"}
+    for name, value in (proxies | before | past_proxies(proxies | before)).items():
+        monkeypatch.setenv(name, value)
+    for host in ("127.0.0.1", "localhost", *direct):
+        assert urllib.request.proxy_bypass_environment(f"{host}:8265"), host
+        assert not requests.utils.get_environ_proxies(f"http://{host}:8265/api/jobs/"), host
+    assert urllib.request.proxy_bypass_environment("::1")
+    assert not requests.utils.get_environ_proxies("http://[::1]:5000/")
+    # all others go where they went
+    if "*" not in before.values():
+        assert not urllib.request.proxy_bypass_environment("pypi.org")
+        found = requests.utils.get_environ_proxies("https://pypi.org/")
+        assert {value for name, value in found.items() if name != "no"} == {"http://proxy.example:3128"}
+    # said again it is the same
+    assert past_proxies(os.environ).items() <= os.environ.items()
+
+
+def test_where_no_proxy_is_named_nothing_is_set() -> None:
+    assert past_proxies({"PATH": "/bin", "no_proxy": "corp.example", "http_proxy": ""}) == {}
+    grpc = past_proxies({"grpc_proxy": "http://proxy.example:3128", "no_grpc_proxy": "corp.example"})
+    assert grpc["no_grpc_proxy"] == "corp.example,127.0.0.1,localhost,::1"
+    # where gRPC has no list of its own it reads no_proxy
+    assert past_proxies({"https_proxy": "http://proxy.example:3128"}) == {
+        "no_proxy": "127.0.0.1,localhost,::1", "NO_PROXY": "127.0.0.1,localhost,::1",
+    }  # fmt: skip
 
 
 def test_a_taken_port_is_named_at_once(head: Head) -> None:

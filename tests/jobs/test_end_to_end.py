@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,22 +43,52 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(home: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("RAY_", "MLFLOW_")) and key.lower() not in proxies
+    }
     options = {"cwd": home, "env": variables | {"HOME": str(home)}, "text": True}
     return [sys.executable, "-m", *arguments], options
 
 
-def call(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def call(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     line, options = command(home, *arguments)
+    options["env"] |= variables
     return subprocess.run(line, capture_output=True, timeout=280, check=False, **options)
 
 
 @pytest.fixture(scope="module")
-def trained(home: Path) -> tuple[Path, str]:
+def proxy() -> Iterator[tuple[str, list[bytes]]]:
+    """A company's proxy: its URL, and the first bytes of every connection to it, which it closes."""
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def listen() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    connection.settimeout(5)
+                    with connection, suppress(TimeoutError):
+                        asked.append(connection.recv(200))
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def behind(proxy: tuple[str, list[bytes]]) -> dict[str, str]:
+    """Where all there is of the network is a proxy."""
+    return {name: proxy[0] for each in ("http", "https", "all") for name in (f"{each}_proxy", f"{each.upper()}_PROXY")}
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path, proxy: tuple[str, list[bytes]]) -> tuple[Path, str]:
     settings = [*SMALL, "--run.name", "small", "--optim.steps", "12", "--run.log_every", "2"]
     settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
-    done = call(home, "deepskip.jobs.submit", "train", *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = call(home, "deepskip.jobs.submit", "train", *settings, **behind(proxy))
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{proxy[1]}"
     return home / "runs" / "small", done.stdout
 
 
@@ -71,10 +103,26 @@ def test_the_terminal(trained: tuple[Path, str]) -> None:
         assert any(line.startswith(start) for line in lines), start
 
 
+@pytest.mark.usefixtures("trained")
+def test_nothing_on_loopback_asked_the_proxy(proxy: tuple[str, list[bytes]]) -> None:
+    url, asked = proxy
+    # Ray's dashboard looks whether it is in a cloud
+    clouds = (b"GET http://169.254.169.254/", b"GET http://metadata.google.internal/")
+    assert [line for line in asked if not line.startswith(clouds)] == []
+    asked.clear()
+    # it would have been seen
+    with suppress(OSError):
+        urllib.request.build_opener(urllib.request.ProxyHandler({"http": url})).open(
+            "http://127.0.0.1:9/api/jobs/", timeout=5
+        )
+    assert [line.split(b"\r\n")[0] for line in asked] == [b"GET http://127.0.0.1:9/api/jobs/ HTTP/1.1"]
+
+
 def test_the_summary_is_what_the_checkpoint_gives(trained: tuple[Path, str], home: Path) -> None:
     summary = json.loads((trained[0] / "summary.json").read_text())
     assert summary["conv_weights"] == conv_weights(3, 1, 4, 3)
     assert (summary["name"], summary["steps"]) == ("small", 12)
+    assert summary["val"]["iou_best_threshold"] >= (summary["val"]["iou"] or 0.0)
     # measured again from the best checkpoint, image by image, without the trainer
     segmenter = deepskip.load(trained[0])
     assert summary["parameters"] == sum(p.numel() for p in segmenter.network.parameters())
@@ -115,7 +163,9 @@ def test_the_mlflow_run_is_complete(trained: tuple[Path, str], home: Path) -> No
     np.testing.assert_allclose(model.predict(image)[0], expected, atol=1e-5)
 
 
-def test_the_finished_run_answers_again_and_may_grow(trained: tuple[Path, str], home: Path) -> None:
+def test_the_finished_run_answers_again_and_may_grow(
+    trained: tuple[Path, str], home: Path, proxy: tuple[str, list[bytes]]
+) -> None:
     summary = json.loads((trained[0] / "summary.json").read_text())
     state, _ = checkpoint.newest(trained[0])
     assert state is not None
@@ -124,8 +174,10 @@ def test_the_finished_run_answers_again_and_may_grow(trained: tuple[Path, str], 
     wrong = call(home, "deepskip.jobs.train", *settings, "--optim.learning_rate", "0.1")
     assert wrong.returncode == 2
     assert "has other settings (optim.steps, optim.learning_rate)" in wrong.stderr
-    done = call(home, "deepskip.jobs.train", *settings)
+    proxy[1].clear()
+    done = call(home, "deepskip.jobs.train", *settings, **behind(proxy))
     assert done.returncode == 0, done.stderr
+    assert proxy[1] == []
     assert "step 14/16" in done.stdout
     assert "step 12/" not in done.stdout
     longer = json.loads((trained[0] / "summary.json").read_text())
