@@ -8,7 +8,8 @@ from typing import Any
 from deepskip.data_shards import storage, trouble
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.indexing import BAD_SAMPLES, IndexingError
-from deepskip.data_shards.labels import KINDS
+from deepskip.data_shards.labels import KINDS, NAN_LABEL, WHITE_IS_ZERO
+from deepskip.data_shards.pictures import ALPHA, ORIENTATION
 from deepskip.data_shards.sample import LAYOUTS, ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.sources.split import SPLITS, PackError
@@ -59,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask", help="what masks are called after the key: png, seg, mask (found from the first shard)"
     )
     add_labels(index)
+    add_reading(index)
+    add_values(index)
     index.add_argument("--bands", type=int, help="bring every image to so many bands when it is read")
     index.add_argument(
         "--on_bad_sample",
@@ -116,6 +119,14 @@ def add_sources(pack: Any) -> None:
     folder.add_argument(
         "--mask_suffix", default="", help="what mask stems end with beyond the image's, as in a_mask.png"
     )
+    folder.add_argument(
+        "--channel_suffix",
+        default="",
+        help="where an image's channels are files of their own: what the first ends with (_0000, others count up from it), or "
+        "a list (_red,_green)",
+    )
+    add_reading(folder)
+    add_values(folder)
     folder.set_defaults(run="run_pack_folder")
 
     coco = pack.add_parser("coco", help="a folder of images and a COCO file of objects")
@@ -127,6 +138,14 @@ def add_sources(pack: Any) -> None:
     coco.add_argument("--binary", action="store_true", help="all categories are one foreground")
     add_split(coco)
     add_preparation(coco)
+    add_reading(coco)
+    coco.add_argument("--by_basename", action="store_true", help="look for images by the last part of their names")
+    coco.add_argument(
+        "--on_bad_annotation",
+        choices=ON_BAD_SAMPLE,
+        default="error",
+        help="skip: leave out annotations that outline nothing, and list them",
+    )
     coco.set_defaults(run="run_pack_coco")
 
     arrays = pack.add_parser("arrays", help="one array of images and one of masks")
@@ -138,6 +157,8 @@ def add_sources(pack: Any) -> None:
     add_labels(arrays)
     arrays.add_argument("--bands", type=int, help="bring every image to so many bands")
     arrays.add_argument("--samples_per_shard", type=int, default=256, help="samples a shard (256)")
+    arrays.add_argument("--nodata", type=float, help="value that stands for none in images; nan too")
+    add_values(arrays)
     arrays.set_defaults(run="run_pack_arrays")
 
     built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
@@ -175,4 +196,42 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_classes", type=int, help="1 for binary, else classes with the background; default: from the masks"
     )
-    parser.add_argument("--ignore_label", type=int, help="mask value that takes no part")
+    parser.add_argument("--ignore_label", type=mask_value, help="mask value that takes no part; nan too")
+
+
+def mask_value(text: str) -> int:
+    """Reads a mask's value, which may be nan."""
+    return NAN_LABEL if text.lower() == "nan" else int(text)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how image files are read."""
+    parser.add_argument(
+        "--alpha",
+        choices=ALPHA,
+        default="auto",
+        help="bands flagged as transparency; auto: kept where any holds data, else dropped",
+    )
+    parser.add_argument(
+        "--orientation",
+        choices=ORIENTATION,
+        default="auto",
+        help="images that EXIF or TIFF says are turned: apply turns them, ignore leaves them; auto: as masks' sizes tell",
+    )
+    parser.add_argument(
+        "--nodata", type=float, help="value that stands for none in images, beside what their files say; nan too"
+    )
+
+
+def add_values(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how mask files are read."""
+    parser.add_argument(
+        "--threshold", type=float, help="value from which on a pixel is foreground, for masks of soft edges"
+    )
+    parser.add_argument("--colors", type=Path, help="CSV of columns color,label (#ff0000,1), for masks of colours")
+    parser.add_argument(
+        "--white_is_zero",
+        choices=WHITE_IS_ZERO,
+        default="ask",
+        help="masks whose files say that 0 is white: turn their values round, or keep them; of 1 bit they are turned",
+    )

@@ -14,13 +14,15 @@ from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
 from deepskip.data_shards.index import FILE, load_index
 from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
 from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
+from deepskip.data_shards.labels import Values
+from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.sources.arrays import pack_arrays
 from deepskip.data_shards.sources.coco import pack_coco
 from deepskip.data_shards.sources.coins import coins
 from deepskip.data_shards.sources.folder import pack_folder
-from deepskip.data_shards.sources.split import SPLITS
+from deepskip.data_shards.sources.split import SPLITS, PackError, read_colours
 from deepskip.data_shards.writer import write_shards
 
 CACHE_GB = 50
@@ -42,14 +44,18 @@ def run_pack_coins(arguments: argparse.Namespace) -> None:
 
 def run_pack_folder(arguments: argparse.Namespace) -> None:
     """Packs a folder and says what came of it."""
-    options = options_of(arguments, "labels", "num_classes", "ignore_label", "bands", "longest_side", "mask_suffix")
+    options = options_of(
+        arguments, "labels", "num_classes", "ignore_label", "bands", "longest_side", "mask_suffix", "channel_suffix"
+    )
+    options |= {"reading": reading_of(arguments), "values": values_of(arguments)}
     pack_folder(arguments.images, arguments.masks or arguments.images, arguments.out, **options)
     show(arguments.out)
 
 
 def run_pack_coco(arguments: argparse.Namespace) -> None:
     """Packs a COCO file and says what came of it."""
-    options = options_of(arguments, "categories", "binary", "split_name", "bands", "longest_side")
+    options = options_of(arguments, "categories", "binary", "split_name", "bands", "longest_side", "by_basename")
+    options |= {"on_bad_annotation": arguments.on_bad_annotation, "reading": reading_of(arguments)}
     pack_coco(arguments.images, arguments.annotations, arguments.out, **options)
     show(arguments.out)
 
@@ -57,6 +63,7 @@ def run_pack_coco(arguments: argparse.Namespace) -> None:
 def run_pack_arrays(arguments: argparse.Namespace) -> None:
     """Packs arrays and says what came of it."""
     options = options_of(arguments, "layout", "labels", "num_classes", "ignore_label", "bands")
+    options |= {"reading": Reading(nodata=arguments.nodata), "values": values_of(arguments)}
     pack_arrays(arguments.images, arguments.masks, arguments.out, **options)
     show(arguments.out)
 
@@ -64,7 +71,23 @@ def run_pack_arrays(arguments: argparse.Namespace) -> None:
 def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Gives the named options, with those that all sources have."""
     common = ("split", "val_share", "seed", "samples_per_shard")
-    return {name: getattr(arguments, name) for name in (*common, *names)} | {"progress": progress("samples")}
+    return {name: getattr(arguments, name) for name in (*common, *names)} | {
+        "progress": progress("samples"),
+        "say": print,
+    }
+
+
+def reading_of(arguments: argparse.Namespace) -> Reading:
+    """Gives how image files are read."""
+    return Reading(arguments.alpha, arguments.orientation, nodata=arguments.nodata)
+
+
+def values_of(arguments: argparse.Namespace) -> Values:
+    """Gives how mask files are read; raises PackError for a file of colours that is none."""
+    colours = read_colours(arguments.colors) if arguments.colors else ()
+    if arguments.threshold is not None and (arguments.threshold != arguments.threshold or colours):
+        raise PackError("--threshold is a number, and does not go with --colors")
+    return Values(arguments.white_is_zero, arguments.threshold, colours)
 
 
 def show(path: Path | str, cache: storage.Cache | None = None) -> None:
@@ -78,6 +101,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     names = ("image", "mask", "labels", "num_classes", "ignore_label", "bands", "on_bad_sample", "workers")
     options = {name: getattr(arguments, name) for name in names}
     shards = list(braceexpand(arguments.shards)) if arguments.shards else None
+    options |= {"reading": reading_of(arguments), "values": values_of(arguments), "say": print}
     index = index_shards(arguments.path, arguments.out, shards=shards, progress=progress("shards"), **options)
     print(
         f"{storage.join(index.location, FILE)}: {index.num_samples} samples in {len(index.shards)} shards, "

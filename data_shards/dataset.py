@@ -15,7 +15,9 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops, Item, donor_of, pasted, random_crop
 from deepskip.data_shards.decoding import decode_image, decode_mask, npy_header
 from deepskip.data_shards.index import Index, SampleEntry, load_index
+from deepskip.data_shards.labels import AS_LABELS
 from deepskip.data_shards.order import Slot
+from deepskip.data_shards.pictures import filled
 from deepskip.data_shards.preparation import band_statistics, resample_bands
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard, digest
@@ -115,7 +117,7 @@ class Shards(Dataset[Batch]):
         Gives images (N, H, W, bands) and masks (N, H, W); None where the samples are of another kind, or anything is wrong
         with one: reading them one by one says what.
         """
-        if self.crops is None or self.crops.paste or self.index.labels is not None:
+        if self.crops is None or self.crops.paste or self.index.labels is not None or self.index.reading.missing:
             return None
         if any((entry.image.format, entry.mask.format) != ("npy", "npy") for entry in entries):
             return None
@@ -171,7 +173,11 @@ class Shards(Dataset[Batch]):
     def whole(self, entry: SampleEntry) -> Item:
         """Gives a sample as it is stored, with its statistics."""
         image, mask = self.read(entry)
-        return Item(image, mask, *self.statistics(image))
+        mean, std = self.statistics(image)
+        if self.index.reading.missing:
+            image, nowhere = filled(image, mean if self.normalize != "none" else self.mean)
+            mask[nowhere] = self.index.ignore_index
+        return Item(image, mask, mean, std)
 
     def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
         """Cuts a sample to the crops' size."""
@@ -201,7 +207,7 @@ class Shards(Dataset[Batch]):
         return {"shard": shard, "key": entry.key, "epoch": slot.epoch, "reason": reason}
 
     def read(self, entry: SampleEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Reads and checks one sample: image (H, W, bands) and mask (H, W) uint8."""
+        """Reads and checks one sample: image (H, W, bands), nan where it has no value, and mask (H, W) uint8."""
         descriptor = self.open_shard(entry.shard)
         try:
             image, mask = decode_sample(descriptor, entry, self.index)
@@ -310,8 +316,9 @@ def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np
             raise ValueError(f"ends after {len(part)} of {member.length} bytes")
     if digest(parts) != entry.digest:
         raise ValueError("has other bytes than when it was indexed (xxh3 differs)")
-    image = decode_image(entry.image.format, parts[0])
-    mask = decode_mask(entry.mask.format, parts[1])
+    bands = index.bands if index.preparation["bands"] is None else None
+    image = decode_image(entry.image.format, parts[0], bands=bands, reading=index.reading)
+    mask = decode_mask(entry.mask.format, parts[1], index.labels.values if index.labels else AS_LABELS)
     if image.shape[:2] != mask.shape:
         raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
     if image.shape[2] != index.bands:
@@ -320,4 +327,5 @@ def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np
         image = resample_bands(image, index.bands)
     if index.labels is not None:
         mask = index.labels.apply(mask)
-    return image, mask.astype(np.uint8, copy=False)
+    # a view of the file's bytes cannot be written to, and ignored pixels are
+    return image, mask.astype(np.uint8, copy=index.reading.missing)

@@ -3,23 +3,29 @@
 import io
 import math
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageOps
+from PIL import Image
 
 from deepskip.data_shards import png, tiff
-from deepskip.data_shards.sample import EXTENSIONS, IMAGE_KEYS, MASK_KEYS
+from deepskip.data_shards.index import FORMATS
+from deepskip.data_shards.labels import AS_LABELS, Values
+from deepskip.data_shards.pictures import AS_IT_COMES, ORIENTATION_TAG, Picture, Reading, image_of
 
+EXTENSIONS = FORMATS
+# of an array in a .npz
+IMAGE_KEYS = ("image", "cube", "data")
+MASK_KEYS = ("mask", "masks", "label", "labels")
 # bounds what a small file may unpack to
 MAX_PIXELS = 2**28
 MAX_BYTES = 2**31
 # scans of a JPEG: progressive ones have about ten, and each takes as long as a whole image; of the largest images fewer
 MAX_SCANS, LARGEST_SCANS = 100, 20
+PICTURES = ("png", "jpg", "jpeg", "bmp", "gif")
 # as numpy writes archives
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # the most that deflate can make of a byte
@@ -56,58 +62,54 @@ class TooLarge(ValueError):
     """An image that unpacks to more than is read; says how much."""
 
 
-def decode_image(extension: str, data: Data, limits: Limits = LIMITS) -> np.ndarray:
+def decode_image(
+    extension: str, data: Data, limits: Limits = LIMITS, bands: int | None = None, reading: Reading = AS_IT_COMES
+) -> np.ndarray:
     """Decodes an image into (height, width, bands); raises ValueError that says what is wrong with it, TooLarge among them.
 
-    Transparency is dropped, palettes are applied, EXIF orientation is applied, pages of a TIFF are bands.
+    bands: how many are expected, which tells transparency from data. Palettes are applied, pages of a TIFF are bands, an image
+    is turned as its file says. reading: what becomes of transparency, orientation and what has no value.
     """
-    array = _decode(extension, data, _picture, IMAGE_KEYS, limits)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or 0 in array.shape:
+    return image_of(read_image(extension, data, limits), reading, bands)
+
+
+def read_image(extension: str, data: Data, limits: Limits = LIMITS) -> Picture:
+    """Decodes an image as its file has it; raises ValueError that says what is wrong with it, TooLarge among them."""
+    picture = _decode(extension, data, False, IMAGE_KEYS, limits)
+    array = picture.array
+    if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"has shape {array.shape}; an image is (height, width) or (height, width, bands)")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"has dtype {array.dtype}; an image is of integers or real numbers")
     limits.check(array.shape[0], array.shape[1])
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("has values that are nan or infinite")
-    return array.astype(np.uint8) if array.dtype == bool else array
+    return picture
 
 
-def decode_mask(extension: str, data: Data) -> np.ndarray:
-    """Decodes a mask into integer labels (height, width), uint8 where they fit, else int32; raises ValueError.
+def read_mask(extension: str, data: Data) -> Picture:
+    """Decodes a mask as its file has it; raises ValueError that says what is wrong with it."""
+    return _decode(extension, data, True, MASK_KEYS, LIMITS)
 
-    A palette's indices are the labels. Colour channels must be equal to each other.
+
+def decode_mask(extension: str, data: Data, values: Values = AS_LABELS) -> np.ndarray:
+    """Decodes a mask into integer values (height, width), uint8 where they fit, else int32; raises ValueError.
+
+    A palette's indices are the values, but for a palette of black and white. values: what is made of colours, of soft edges,
+    and of files in which 0 is white.
     """
-    array = _decode(extension, data, _label_picture, MASK_KEYS, LIMITS)
-    if array.ndim == 3 and (array == array[..., :1]).all():
-        array = array[..., 0]
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"has shape {array.shape}; a mask is (height, width) of integer labels, not of colours")
-    if array.dtype.kind == "f" and not (array == np.round(array)).all():
-        raise ValueError("holds values that are no integers; a mask holds labels")
-    kind = array.dtype.kind
-    if kind not in "biuf" or (array.dtype != np.uint8 and (array.min() < 0 or array.max() > 2**31 - 1)):
-        raise ValueError(f"holds labels of dtype {array.dtype} that are negative or too large")
-    return array.astype(np.uint8 if array.dtype == np.uint8 or array.max() <= 255 else np.int32, copy=False)
+    return values.of(read_mask(extension, data))
 
 
-def _decode(
-    extension: str,
-    data: Data,
-    picture: Callable[[Image.Image], np.ndarray],
-    keys: tuple[str, ...],
-    limits: Limits,
-) -> np.ndarray:
+def _decode(extension: str, data: Data, labels: bool, keys: tuple[str, ...], limits: Limits) -> Picture:
+    """Decodes a file. labels: palettes' indices are wanted. keys: names of an array in a .npz."""
     try:
-        if extension in ("png", "jpg", "jpeg"):
-            return _read_picture(bytes(data), picture, limits)
+        if extension in PICTURES:
+            return _read_picture(bytes(data), labels, limits)
         if extension in ("tif", "tiff"):
-            return _read_tiff(data, picture is _picture, limits)
+            return _read_tiff(data, labels, limits)
         if extension == "npy":
-            return _read_npy(data)
+            return Picture(_read_npy(data))
         if extension == "npz":
-            return read_npz(io.BytesIO(data), keys, limits)
+            return Picture(read_npz(io.BytesIO(data), keys, limits))
     except TooLarge as error:
         raise TooLarge(f"the {extension} file does not decode: {error}") from error
     # decoders fail in many ways on bytes that are no image
@@ -116,37 +118,55 @@ def _decode(
     raise ValueError(f"is a .{extension} file; images and masks are {', '.join(EXTENSIONS)}")
 
 
-def _picture(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("1", "L", "RGB", "F", "I") or image.mode.startswith("I;16"):
-        return np.asarray(image)
-    return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
-
-
-def _label_picture(image: Image.Image) -> np.ndarray:
-    if image.mode == "1":
-        image = image.convert("L")
-    elif image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])
-    return np.asarray(image)
-
-
-def _read_picture(data: bytes, picture: Callable[[Image.Image], np.ndarray], limits: Limits) -> np.ndarray:
-    """Decodes a PNG or a JPEG, whatever it is called; of several pictures in a JPEG the first."""
+def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
+    """Decodes a PNG, JPEG, BMP or GIF, whatever it is called; of several pictures in a JPEG the first."""
     if data.startswith(png.MAGIC):
-        data, turned = png.essential(data)
-        if not turned and png.is_plain(data):
+        data, orientation = png.essential(data)
+        if png.is_plain(data):
             limits.check(*png.shape(data))
-            return png.decode_plain(data)
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            array = png.decode_plain(data)
+            return Picture(array, (array.shape[2] - 1,) if png.has_alpha(data) else (), True, orientation)
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF")) as image:
         limits.check(image.height, image.width)
-        if image.format != "PNG":
+        if image.format == "JPEG":
             pixels = max(1, image.height * image.width)
             tiff.check_scans(data, min(MAX_SCANS, LARGEST_SCANS * limits.pixels // pixels))
-        return picture(image)
+        if image.format == "GIF" and getattr(image, "is_animated", False):
+            raise ValueError("it holds several pictures; write the one that is meant to a file of its own")
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        # who writes GIF numbers colours anew: its indices mean nothing
+        array, alpha = _pixels(image, labels and image.format != "GIF")
+        if image.format == "GIF" and array.ndim == 3 and (array == array[..., :1]).all():
+            array, alpha = array[..., 0], ()
+    return Picture(array, alpha, True, orientation if orientation in range(1, 9) else 1)
 
 
-def _read_tiff(data: Data, palette: bool, limits: Limits) -> np.ndarray:
+def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Gives Pillow's pixels (H, W) or (H, W, bands), and which of them are transparency."""
+    if image.mode == "P" and labels:
+        return two_tone(np.asarray(image), np.array(image.getpalette("RGB") or []).reshape(-1, 3)), ()
+    if image.mode == "1":
+        return np.asarray(image) if not labels else np.asarray(image.convert("L")), ()
+    if image.mode in ("LA", "RGBA"):
+        return np.asarray(image), (len(image.mode) - 1,)
+    if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
+        return np.asarray(image), ()
+    # a palette with transparent colours
+    if image.mode == "P" and "transparency" in image.info:
+        return np.asarray(image.convert("RGBA")), (3,)
+    return np.asarray(image.convert("RGB")), ()
+
+
+def two_tone(indices_HW: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Gives a mask's palette indices, but 1 for white where the palette is white, black: their order is the writer's whim."""
+    if indices_HW.max(initial=0) > 1 or len(colours) < 2:
+        return indices_HW
+    first, second = (tuple(colour.tolist()) for colour in colours[:2])
+    swapped = first == (255, 255, 255) and second == (0, 0, 0)
+    return 1 - indices_HW if swapped else indices_HW
+
+
+def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
     with tiff.open_tiff(data, limits.pixels) as file:
         series = file.series[0]
         page = file.pages.first
@@ -163,12 +183,11 @@ def _read_tiff(data: Data, palette: bool, limits: Limits) -> np.ndarray:
         array = series.asarray().reshape([length for _, length in axes])
         # bands last, wherever they were
         array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
-        if palette and page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
-            return (page.colormap[:, array] >> 8).astype(np.uint8).transpose(1, 2, 0)
-        # extra samples of kind 1 and 2 are alpha
-        if array.ndim == 3 and any(int(kind) in (1, 2) for kind in page.extrasamples):
-            array = array[..., : -len(page.extrasamples)]
-        return array
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
+            colours = (page.colormap >> 8).astype(np.uint8).T
+            array = two_tone(array, colours) if labels else colours[array]
+        said = tiff.said(page, array.shape[2] if array.ndim == 3 else 1)
+        return Picture(array, **said)
 
 
 def _read_npy(data: Data) -> np.ndarray:

@@ -7,6 +7,7 @@ million, are columns of an Arrow file that it names, mapped into memory and not 
 import contextlib
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from deepskip.data_shards import index_check, storage
-from deepskip.data_shards.labels import Labels
+from deepskip.data_shards.labels import AS_LABELS, Labels, Values
+from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 
 FILE = "index.json"
 FORMAT = "deepskip-shards"
 VERSION = 2
-FORMATS = ("png", "jpg", "jpeg", "tif", "tiff", "npy", "npz")
+FORMATS = ("png", "jpg", "jpeg", "tif", "tiff", "npy", "npz", "bmp", "gif")
 
 SCHEMA = pa.schema(
     [
@@ -76,9 +78,10 @@ class Index:
     samples: an Arrow table of SCHEMA. formats: what its format columns mean. bands: of every image. dtype: "uint8" when
     every image is, else "float32". num_classes: 1 for binary, else classes with background 0. ignore_index: label that takes
     no part. mean, std: of each band over all pixels of the split, in the images' own units. preparation: what was done to
-    the source images, and must be done to new ones: "bands" and "longest_side", each a number or None. labels: how mask
-    values become labels when they are read; None where they are labels. base: where the shards lie, if not beside the
-    index. source: fingerprint of what it was packed from.
+    the source images, and must be done to new ones: "bands" and "longest_side", each a number or None; "nodata" where a value
+    was named that stands for none. labels: how mask values become labels when they are read; None where they are labels.
+    base: where the shards lie, if not beside the index. source: fingerprint of what it was packed from. reading: how images
+    are read.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -89,12 +92,13 @@ class Index:
     ignore_index: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    preparation: dict[str, int | None]
+    preparation: dict[str, Any]
     formats: tuple[str, ...] = FORMATS
     labels: Labels | None = None
     base: str | None = None
     source: str | None = None
     location: str = field(default="", compare=False)
+    reading: Reading = AS_IT_COMES
 
     @property
     def num_samples(self) -> int:
@@ -196,8 +200,8 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
         return Index(
             tuple(ShardEntry(**shard) for shard in raw["shards"]), _load_samples(location, raw, cache), raw["bands"],
             raw["dtype"], raw["num_classes"], raw["ignore_index"], tuple(raw["mean"]), tuple(raw["std"]),
-            raw["preparation"], tuple(raw["formats"]), Labels(**raw["labels"]) if raw["labels"] else None, raw["base"],
-            raw["source"], location,
+            raw["preparation"], tuple(raw["formats"]), labels_of(raw["labels"]), raw["base"],
+            raw["source"], location, reading_of(raw.get("reading")),
         )  # fmt: skip
     except (ValueError, RecursionError, FileNotFoundError, storage.ChangedFile) as error:
         raise BrokenIndex(
@@ -236,10 +240,12 @@ def save_index(index: Index, folder: str | Path) -> None:
         "format": FORMAT,
         "version": VERSION,
         **properties,
-        "labels": asdict(index.labels) if index.labels else None,
+        "labels": plain_labels(index.labels),
         "samples": {"file": name, "bytes": len(data), "sha256": sha256, "count": len(table)},
         "shards": [asdict(shard) for shard in index.shards],
     }
+    if index.reading != AS_IT_COMES:
+        raw["reading"] = asdict(index.reading) | {"nodata": plain_number(index.reading.nodata)}
     older = _samples_file(location)
     storage.write_bytes(storage.join(location, name), data)
     storage.write_bytes(storage.join(location, FILE), json.dumps(raw).encode())
@@ -247,6 +253,37 @@ def save_index(index: Index, folder: str | Path) -> None:
         # one that cannot be removed, where only reading is allowed, is left
         with contextlib.suppress(OSError, NotImplementedError):
             storage.remove(storage.join(location, str(older)))
+
+
+def plain_number(value: float | None) -> float | str | None:
+    """Gives a number as JSON has it, which knows no nan."""
+    return "nan" if value is not None and math.isnan(value) else value
+
+
+def plain_labels(labels: Labels | None) -> dict[str, Any] | None:
+    """Gives labels as plain values; what is as always is left out, as it was before there was anything else."""
+    if labels is None:
+        return None
+    plain = asdict(labels)
+    if labels.values == AS_LABELS:
+        del plain["values"]
+    return plain
+
+
+def labels_of(raw: dict[str, Any] | None) -> Labels | None:
+    """Makes labels of plain values that were checked."""
+    if raw is None:
+        return None
+    values = dict(raw.get("values") or asdict(AS_LABELS))
+    values["colours"] = tuple(tuple(colour) for colour in values["colours"])
+    return Labels(raw["binary"], raw["num_classes"], raw["ignore_label"], Values(**values))
+
+
+def reading_of(raw: dict[str, Any] | None) -> Reading:
+    """Makes a reading of plain values that were checked."""
+    if raw is None:
+        return AS_IT_COMES
+    return Reading(**{**raw, "nodata": None if raw["nodata"] is None else float(raw["nodata"])})
 
 
 def _samples_file(location: str) -> str | None:

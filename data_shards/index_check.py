@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from deepskip.data_shards.labels import WHITE_IS_ZERO
+from deepskip.data_shards.pictures import ALPHA, ORIENTATION
+
 # files beyond this many bytes are looked through once a machine, smaller ones each time: that takes less than a second
 REMEMBERED_BYTES = 2**26
 MAX_BANDS = 2**16
@@ -46,6 +49,31 @@ def nothing_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def truth(value: Any) -> bool:
+    """Says whether a value is true or false."""
+    return isinstance(value, bool)
+
+
+def finite(value: Any) -> bool:
+    """Says whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number_or_nan(value: Any) -> bool:
+    """Says whether a value is a finite number, or the word for none."""
+    return finite(value) or (isinstance(value, str) and value == "nan")
+
+
+def colours(value: Any) -> bool:
+    """Says whether a value is a list of red, green, blue and label."""
+    one = whole(0, 255)
+    return (
+        isinstance(value, list)
+        and len(value) <= 2**16
+        and all(isinstance(row, list) and len(row) == 4 and all(map(one, row)) for row in value)
+    )
+
+
 # what each field must be, by the words for it
 SAMPLES = {
     "file": ("a plain file name", plain_name), "bytes": ("a number of bytes", whole(0, MAX_COUNT)),
@@ -56,8 +84,18 @@ SHARD = {
     "sha256": ("64 hexadecimal digits", digest), "samples": ("a number of samples", whole(0, MAX_COUNT)),
 }  # fmt: skip
 LABELS = {
-    "binary": ("true or false", lambda value: isinstance(value, bool)), "num_classes": ("1 to 255", whole(1, 255)),
+    "binary": ("true or false", truth), "num_classes": ("1 to 255", whole(1, 255)),
     "ignore_label": ("an integer or null", nothing_or(whole(-(2**31), 2**31))),
+}  # fmt: skip
+VALUES = {
+    "white_is_zero": (f"one of {', '.join(WHITE_IS_ZERO)}", WHITE_IS_ZERO.__contains__),
+    "threshold": ("a number or null", nothing_or(finite)), "colours": ("rows of four numbers 0 to 255", colours),
+    "orientation": (f"one of {', '.join(ORIENTATION)}", ORIENTATION.__contains__),
+}  # fmt: skip
+READING = {
+    "alpha": (f"one of {', '.join(ALPHA)}", ALPHA.__contains__), "missing": ("true or false", truth),
+    "orientation": (f"one of {', '.join(ORIENTATION)}", ORIENTATION.__contains__),
+    "nodata": ('a number, "nan" or null', nothing_or(number_or_nan)),
 }  # fmt: skip
 PREPARATION = {
     "bands": ("a number of bands or null", nothing_or(whole(1, MAX_BANDS))),
@@ -97,9 +135,22 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
     # what others have added is theirs
     check_fields({name: raw[name] for name in PROPERTIES}, PROPERTIES, "it")
     check_fields(raw["samples"], SAMPLES, "samples")
-    check_fields(raw["preparation"], PREPARATION, "preparation")
+    # older indexes have it not
+    if isinstance(raw["preparation"], dict) and "nodata" in raw["preparation"]:
+        check_fields(raw["preparation"], PREPARATION | {"nodata": READING["nodata"]}, "preparation")
+    else:
+        check_fields(raw["preparation"], PREPARATION, "preparation")
     if raw["labels"] is not None:
-        check_fields(raw["labels"], LABELS, "labels")
+        plain = (
+            {k: v for k, v in raw["labels"].items() if k != "values"}
+            if isinstance(raw["labels"], dict)
+            else raw["labels"]
+        )
+        check_fields(plain, LABELS, "labels")
+        if "values" in raw["labels"]:
+            check_fields(raw["labels"]["values"], VALUES, "labels.values")
+    if raw.get("reading") is not None:
+        check_fields(raw["reading"], READING, "reading")
     if not isinstance(raw["shards"], list):
         raise ValueError("shards is no list")
     for number, shard in enumerate(raw["shards"]):
@@ -111,7 +162,7 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
         values = raw[name]
         if not isinstance(values, list) or len(values) != raw["bands"]:
             raise ValueError(f"{name} is no list of {raw['bands']} numbers, one for each band")
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        if not all(map(finite, values)):
             raise ValueError(f"{name} holds what is no finite number")
     if min(raw["std"]) < 0:
         raise ValueError("std holds a negative number")

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepskip.data_shards import storage
-from deepskip.data_shards.decoding import decode_image, decode_mask
-from deepskip.data_shards.index import SCHEMA, Index, SampleEntry, ShardEntry, sample_table, save_index, tars_in
-from deepskip.data_shards.labels import IGNORE_INDEX, decide_labels, listed
+from deepskip.data_shards.decoding import read_image, read_mask
+from deepskip.data_shards.index import (
+    SCHEMA,
+    Index,
+    SampleEntry,
+    ShardEntry,
+    plain_number,
+    sample_table,
+    save_index,
+    tars_in,
+)
+from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, Seen, Values, decide_labels, listed
+from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
 from deepskip.data_shards.preparation import band_statistics, resample_bands
-from deepskip.data_shards.progress import Progress, no_progress
+from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.scan import BrokenShard, choose_names, member_name, sample_entry, scan_tar
+from deepskip.data_shards.survey import Survey, foreground_note
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -29,18 +40,20 @@ class IndexingError(ValueError):
     """Shards that cannot be indexed as they are; lists what is wrong."""
 
 
+Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 @dataclass
 class ShardReport:
-    """What was found in one shard. moments: pixels, and for each band the sum and the sum of squares."""
+    """What was found in one shard. moments: with transparency kept or dropped, of each band pixels, sum and sum of squares."""
 
     shard: ShardEntry | None = None
     samples: pa.Table = field(default_factory=lambda: sample_table([]))
     bad: list[dict[str, str]] = field(default_factory=list)
-    bands: Counter[int] = field(default_factory=Counter)
     dtypes: set[str] = field(default_factory=set)
-    moments: tuple[int, np.ndarray, np.ndarray] | None = None
-    values: set[int] = field(default_factory=set)
-    highest: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
+    survey: Survey = field(default_factory=Survey)
 
 
 @contextmanager
@@ -55,11 +68,18 @@ def local_copy(location: str) -> Iterator[Path]:
 
 
 def read_shard(
-    base: str, name: str, names: tuple[str, str], bands: int | None, ignore_label: int | None
+    base: str,
+    name: str,
+    names: tuple[str, str],
+    bands: int | None,
+    ignore_label: int | None,
+    reading: Reading,
+    values: Values,
 ) -> ShardReport:
     """Reads every sample of a shard once; what is wrong with it is in the report.
 
     names: what image and mask are called. bands: what every image is brought to. ignore_label: mask value that takes no part.
+    reading, values: how images and masks are read.
     """
     report = ShardReport()
     location = storage.join(base, name)
@@ -72,17 +92,20 @@ def read_shard(
             for key, members in found.samples.items():
                 try:
                     entry, (image_bytes, mask_bytes) = sample_entry(key, members, names, file.fileno())
-                    image = decode_image(entry.image.format, image_bytes)
-                    mask = decode_mask(entry.mask.format, mask_bytes)
-                    if image.shape[:2] != mask.shape:
-                        raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
+                    picture = read_image(entry.image.format, image_bytes)
+                    stored_mask = read_mask(entry.mask.format, mask_bytes)
+                    one = Survey()
+                    one.look(key, picture, stored_mask, reading)
+                    if one.sizes:
+                        raise ValueError(one.sizes[0])
+                    mask = values.of(stored_mask)
                 except (ValueError, MemoryError) as error:
                     report.bad.append({"shard": name, "key": key, "reason": str(error)})
                     continue
-                if bands is not None:
-                    image = resample_bands(image, bands)
+                report.survey.merge(one)
                 entries.append(entry)
-                measure(report, entry.key, image, mask, ignore_label)
+                measure(report, picture, reading, bands)
+                report.seen.add(entry.key, mask, ignore_label)
             if not found.samples and not found.bad:
                 raise BrokenShard(f"{name} holds no samples")
             size = os.fstat(file.fileno()).st_size
@@ -94,22 +117,24 @@ def read_shard(
     return report
 
 
-def measure(
-    report: ShardReport, key: str, image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_label: int | None
-) -> None:
-    """Adds one sample's bands, moments and mask values to a report."""
-    report.bands[image_HWC.shape[2]] += 1
-    report.dtypes.add(image_HWC.dtype.name)
-    pixels = mask_HW.size
-    mean, std = band_statistics(image_HWC)
-    if report.moments is None or len(report.moments[1]) == len(mean):
-        before = report.moments or (0, np.zeros(len(mean)), np.zeros(len(mean)))
-        report.moments = (before[0] + pixels, before[1] + pixels * mean, before[2] + pixels * (std**2 + mean**2))
-    values = set(np.unique(mask_HW).tolist()) - {ignore_label}
-    report.values |= values
-    # the highest few are enough to name
-    if len(report.highest) < 100 or max(values, default=0) > 254:
-        report.highest[key] = max(values, default=0)
+def measure(report: ShardReport, picture: Picture, reading: Reading, bands: int | None) -> None:
+    """Adds one image's moments to a report, with transparency kept and dropped, for that is decided by all images."""
+    found: Moments | None = None
+    for way in ("keep", "drop"):
+        if found is None or picture.alpha:
+            image = image_of(picture, replace(reading, alpha=way))
+            report.dtypes.add(image.dtype.name)
+            if bands is not None:
+                image = resample_bands(image, bands)
+            mean, std = band_statistics(image)
+            pixels = np.full(len(mean), image.shape[0] * image.shape[1])
+            if image.dtype.kind == "f":
+                pixels -= np.isnan(image).sum((0, 1))
+            found = pixels, pixels * mean, pixels * (std**2 + mean**2)
+        before = report.moments.setdefault(way, (np.zeros(1, int), np.zeros(1), np.zeros(1)))
+        # of another number of bands it is refused in the end
+        if len(before[0]) in (1, len(found[0])):
+            report.moments[way] = before[0] + found[0], before[1] + found[1], before[2] + found[2]
 
 
 def index_shards(
@@ -124,8 +149,11 @@ def index_shards(
     ignore_label: int | None = None,
     bands: int | None = None,
     on_bad_sample: str = "error",
+    reading: Reading = AS_IT_COMES,
+    values: Values = AS_LABELS,
     workers: int | None = None,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = no_word,
 ) -> Index:
     """Makes and saves the index of a folder or URL of .tar shards, reading every sample once, and returns it.
 
@@ -133,7 +161,8 @@ def index_shards(
     image, mask: what the members are called ("jpg", "seg.png", "image"); found from the first shard by default. labels,
     num_classes, ignore_label: as for `pack folder`. bands: what every image is brought to when it is read.
     on_bad_sample: "error" lists all faults; "skip" leaves faulty samples and shards out and lists them in
-    bad_samples.jsonl beside the index. workers: processes. progress: wraps the reports as they come.
+    bad_samples.jsonl beside the index. reading, values, say: as for `pack folder`. workers: processes. progress: wraps the
+    reports as they come.
     Raises IndexingError.
     """
     try:
@@ -145,14 +174,17 @@ def index_shards(
     if not found:
         raise IndexingError(f"{location} holds no .tar files")
     names = (image, mask) if image and mask else detect_names(location, found, image, mask)
-    arguments = ((location, name, names, bands, ignore_label) for name in found)
+    reading = replace(reading, missing=True)
+    arguments = ((location, name, names, bands, ignore_label, reading, values) for name in found)
     workers = min(len(found), workers or os.cpu_count() or 1)
     if workers == 1:
         reports = list(progress((read_shard(*a) for a in arguments), len(found)))
     else:
         with ProcessPoolExecutor(workers) as pool:
             reports = list(progress(pool.map(read_shard, *zip(*arguments, strict=True)), len(found)))
-    index, bad = merge(reports, labels, num_classes, ignore_label, bands, on_bad_sample)
+    index, bad, notes = merge(reports, labels, num_classes, ignore_label, bands, on_bad_sample, reading, values)
+    for note in notes:
+        say(note)
     target = out or location
     if out is not None and out != location:
         base = location if "://" in location else str(Path(location).absolute())
@@ -199,15 +231,21 @@ def merge(
     ignore_label: int | None,
     bands: int | None,
     on_bad_sample: str,
-) -> tuple[Index, list[dict[str, str]]]:
-    """Makes one index of the reports, and the list of what was left out; raises IndexingError."""
+    reading: Reading,
+    values: Values,
+) -> tuple[Index, list[dict[str, str]], list[str]]:
+    """Makes one index of the reports, the list of what was left out, and what is to be said; raises IndexingError."""
     reports = list(reports)
     bad = [fault for report in reports for fault in report.bad]
     whole = [report for report in reports if report.shard is not None]
-    counts = sum((report.bands for report in whole), Counter[int]())
-    if len(counts) > 1:
-        seen = ", ".join(f"{n} bands: {count} images" for n, count in sorted(counts.items()))
-        raise IndexingError(f"images differ in their number of bands ({seen}); bring them to one number with --bands N")
+    survey, seen = Survey(), Seen()
+    for report in whole:
+        survey.merge(report.survey)
+        seen.merge(report.seen)
+    if faults := survey.faults(reading, bands):
+        raise IndexingError("\n".join(faults))
+    reading, values = survey.decided(reading, values)
+    counts = survey.kept if reading.alpha == "keep" else survey.dropped
     bad += repeated_keys(whole)
     if bad and on_bad_sample == "error":
         told = listed([f"{f['shard']}{': sample ' + f['key'] if f['key'] else ''}: {f['reason']}" for f in bad])
@@ -216,30 +254,32 @@ def merge(
         )
     if not counts:
         raise IndexingError("no shard holds a sample that can be used")
-    values = set[int]().union(*(report.values for report in whole))
-    highest = {key: value for report in whole for key, value in report.highest.items()}
     try:
-        how = decide_labels(values, labels, num_classes, ignore_label, highest)
+        how = decide_labels(seen, labels, num_classes, ignore_label, values)
     except ValueError as error:
         raise IndexingError(str(error)) from error
-    moments = [report.moments for report in whole if report.moments is not None]
-    pixels = sum(m[0] for m in moments)
+    way = "keep" if reading.alpha == "keep" else "drop"
+    moments = [report.moments[way] for report in whole if way in report.moments]
+    pixels = np.maximum(np.sum([m[0] for m in moments], axis=0), 1)
     mean = np.sum([m[1] for m in moments], axis=0) / pixels
     std = np.sqrt(np.maximum(np.sum([m[2] for m in moments], axis=0) / pixels - mean**2, 0))
-    as_they_stand = ignore_label in (None, IGNORE_INDEX) and (not how.binary or max(values, default=0) <= 1)
+    as_they_stand = ignore_label in (None, IGNORE_INDEX) and (not how.binary or max(seen.pixels, default=0) <= 1)
     index = Index(
         shards=tuple(report.shard for report in whole if report.shard is not None),
         samples=pa.concat_tables([report.samples for report in whole]).combine_chunks(),
-        bands=next(iter(counts)),
+        bands=bands or next(iter(counts)),
         dtype="uint8" if set().union(*(r.dtypes for r in whole)) == {"uint8"} else "float32",
         num_classes=how.num_classes,
         ignore_index=IGNORE_INDEX,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        preparation={"bands": bands, "longest_side": None},
-        labels=None if as_they_stand else how,
+        preparation={"bands": bands, "longest_side": None}
+        | ({} if reading.nodata is None else {"nodata": plain_number(reading.nodata)}),
+        labels=None if as_they_stand and values == AS_LABELS else how,
+        # a file's own nodata value counts where any has it: shards that have none are read as ever
+        reading=replace(reading, missing=bool(survey.empty or survey.tagged or reading.nodata is not None)),
     )
-    return index, bad
+    return index, bad, [*survey.notes(reading), *foreground_note(seen.pixels, how.binary)]
 
 
 def repeated_keys(reports: list[ShardReport]) -> list[dict[str, str]]:

@@ -112,7 +112,9 @@ def describe(index: Index, found: Contents) -> str:
         most = found.objects.max()
         for edge, below, count in zip(SIZE_EDGES, (0.0, *SIZE_EDGES), found.objects, strict=False):
             bar = "#" * round(40 * count / most)
-            lines.append(f"    {below:>7.2%} to {edge:<7.2%} {count:>8}  {bar}")
+            # what is not there is not told
+            if count:
+                lines.append(f"    {below:>7.2%} to {edge:<7.2%} {count:>8}  {bar}")
     return "\n".join(lines)
 
 

@@ -11,11 +11,20 @@ ROWS = 512
 
 
 def band_statistics(image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the mean and the deviation of each band over all pixels: two arrays (bands,) float64."""
+    """Computes the mean and the deviation of each band over all pixels that have a value: two arrays (bands,) float64.
+
+    Without one, nan, is a pixel where nodata was; a band that has none at all gets 0 and 0.
+    """
     bands = image_HWC.shape[2]
     flat = image_HWC.reshape(-1, bands)
     if image_HWC.dtype != np.uint8:
-        return flat.mean(0, dtype=np.float64), flat.std(0, dtype=np.float64)
+        mean = flat.mean(0, dtype=np.float64)
+        if not np.isnan(mean).any():
+            return mean, flat.std(0, dtype=np.float64)
+        seen = ~np.isnan(flat)
+        counts = np.maximum(seen.sum(0), 1)
+        mean = np.where(seen, flat, 0).sum(0, dtype=np.float64) / counts
+        return mean, np.sqrt((np.where(seen, flat - mean, 0) ** 2).sum(0) / counts)
     # exact, and ten times as fast: count how often each value occurs
     counts = np.stack([np.bincount(flat[:, band], minlength=256) for band in range(bands)]).astype(np.float64)
     values = np.arange(256.0)
@@ -27,6 +36,7 @@ def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
     """Brings an image to a number of bands: one is repeated, more are averaged over equal shares of the spectrum.
 
     Bands are taken as equally spaced. Fewer than asked for are interpolated linearly between their centres. The dtype stays.
+    Where some bands have no value (nan) the others are averaged.
     """
     have = image_HWC.shape[2]
     if have == bands:
@@ -45,7 +55,17 @@ def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
         low = np.minimum(centres.astype(int), have - 2)
         weights[low, np.arange(bands)] = 1 - (centres - low)
         weights[low + 1, np.arange(bands)] += centres - low
-    return as_dtype(image_HWC.astype(np.float64) @ weights, image_HWC.dtype)
+    wide = image_HWC.astype(np.float64)
+    if image_HWC.dtype.kind == "f" and np.isnan(wide).any():
+        return as_dtype(weighted(wide, lambda values: values @ weights), image_HWC.dtype)
+    return as_dtype(wide @ weights, image_HWC.dtype)
+
+
+def weighted(image: np.ndarray, mean_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Takes weighted means of what has a value, nan where most of the weight has none. mean_of: by weights that add up to 1."""
+    missing = np.isnan(image)
+    share = mean_of((~missing).astype(image.dtype))
+    return np.where(share >= 0.5, mean_of(np.where(missing, 0, image)) / np.maximum(share, 1e-6), np.nan)
 
 
 def resize_longest_side(
@@ -80,10 +100,15 @@ def shrunk(
     for top in range(0, H, ROWS):
         rows = rows_of(top, min(top + ROWS, H))
         for c in range(C):
-            picture = Image.fromarray(rows[..., c].astype(np.float32))
-            narrow[c, top : top + len(rows)] = np.asarray(picture.resize((width, len(rows)), TRIANGLE))
-    bands = [np.asarray(Image.fromarray(band).resize((width, height), TRIANGLE)) for band in narrow]
-    return as_dtype(np.stack(bands, axis=-1), dtype)
+            narrow[c, top : top + len(rows)] = filtered(rows[..., c].astype(np.float32), width, len(rows))
+    return as_dtype(np.stack([filtered(band, width, height) for band in narrow], axis=-1), dtype)
+
+
+def filtered(band: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Shrinks a band (H, W) float32 by the triangle filter; what has no value (nan) takes no part."""
+    if np.isnan(band).any():
+        return weighted(band, lambda values: filtered(values, width, height))
+    return np.asarray(Image.fromarray(band).resize((width, height), TRIANGLE))
 
 
 def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

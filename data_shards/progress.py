@@ -10,3 +10,7 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 def no_progress(items: Iterable[Any], total: int) -> Iterable[Any]:
     """Shows nothing."""
     return items
+
+
+def no_word(line: str) -> None:
+    """Says nothing."""

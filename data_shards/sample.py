@@ -1,4 +1,4 @@
-"""What a sample is, and how one is encoded."""
+"""What a sample is, and how one is encoded; decoding stands beside."""
 
 import io
 from dataclasses import dataclass
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from deepskip.data_shards.index import FORMATS
+from deepskip.data_shards.decoding import EXTENSIONS, IMAGE_KEYS, MASK_KEYS, decode_image, decode_mask
+from deepskip.data_shards.preparation import band_statistics
 
-EXTENSIONS = FORMATS
-IMAGE_KEYS = ("image", "cube", "data")
-MASK_KEYS = ("mask", "masks", "label", "labels")
+__all__ = [
+    "EXTENSIONS", "IMAGE_KEYS", "LAYOUTS", "MASK_KEYS", "ON_BAD_SAMPLE", "BadSample", "Sample", "band_statistics",
+    "decode_image", "decode_mask", "encode_image", "encode_mask",
+]  # fmt: skip
 # what becomes of a sample that cannot be used
 ON_BAD_SAMPLE = ("error", "skip")
 # axes of arrays of images

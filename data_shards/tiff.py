@@ -17,6 +17,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from deepskip.data_shards import png
+from deepskip.data_shards.pictures import ORIENTATION_TAG
 
 # pages: bands, mostly
 MAX_PAGES = 4096
@@ -35,6 +36,9 @@ TILE_SCANS = 20
 # tags that hold the place of more directories: SubIFDs, EXIF, GPS, interoperability
 NESTED = (330, 34665, 34853, 40965)
 DESCRIPTION = 270
+GDAL_NODATA = 42113
+# kinds of extra samples that are transparency
+ALPHA = (1, 2)
 # bytes of a value by its type; 1, 2 and 7 are read as bytes
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 AS_BYTES = (1, 2, 7)
@@ -158,6 +162,31 @@ def numbers(text: str, name: str) -> list[int]:
     """Gives the values of an XML attribute, wherever it stands; what is no plain number counts as too large."""
     found = re.findall(rf"\b{name}\s*=\s*[\"']([^\"']*)[\"']", text)
     return [int(value) if re.fullmatch(r"\d{1,9}", value) else 2**31 for value in found]
+
+
+def said(page: Any, bands: int) -> dict[str, Any]:
+    """Gives what a page says of its numbers, as a Picture has it. bands: of the image.
+
+    How the image is turned counts where the file does not say where on a map it lies: GDAL turns none.
+    """
+    first = bands - len(page.extrasamples)
+    nodata = page.tags.get(GDAL_NODATA)
+    turned = page.tags.get(ORIENTATION_TAG)
+    on_a_map = any(page.tags.get(code) is not None for code in (34264, 33922))
+    return {
+        "alpha": tuple(first + i for i, kind in enumerate(page.extrasamples) if int(kind) in ALPHA and bands > 1),
+        "orientation": int(turned.value) if turned and not on_a_map and turned.value in range(1, 9) else 1,
+        "white_is_zero": page.bitspersample if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE else 0,
+        "nodata": number(nodata.value) if nodata is not None else None,
+    }
+
+
+def number(text: Any) -> float | None:
+    """Reads GDAL's nodata value; None for what is no number."""
+    try:
+        return float(str(text).strip("\0 "))
+    except ValueError:
+        return None
 
 
 def guard(series: Any, size: int) -> None:

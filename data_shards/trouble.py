@@ -10,6 +10,8 @@ from pathlib import Path
 
 # of the program then
 STATUS = 2
+# a path that cannot be a file or folder there, whatever rights there are
+NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 # what torch says of it, whose workers die of it
 TOLD_OF_SHARED_MEMORY = (
@@ -60,6 +62,8 @@ def cause(error: BaseException) -> tuple[str, str] | None:
         return f"nothing can be written{where}: the file system is read-only", "Name another place"
     if number in (errno.EACCES, errno.EPERM):
         return f"permission denied{where}", "Give this user the right, or name another place"
+    if isinstance(error, OSError) and number in NO_PLACE:
+        return f"{os.strerror(number or 0).lower()}{where}", "Name another place"
     if any(told in text for told in TOLD_OF_SHARED_MEMORY) or (number == errno.ENOSPC and SHARED_MEMORY in text):
         return (
             f"{SHARED_MEMORY} is too small: it has {shared_memory()}",

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import fcntl
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -23,6 +25,7 @@ from deepskip.data_shards.index import (
     save_index,
 )
 from deepskip.data_shards.labels import IGNORE_INDEX
+from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.data_shards.sample import Sample, encode_image, encode_mask
 from deepskip.data_shards.scan import sample_entry, scan_tar
 
@@ -35,7 +38,7 @@ def write_shards(
     *,
     num_classes: int,
     ignore_index: int = IGNORE_INDEX,
-    preparation: dict[str, int | None] | None = None,
+    preparation: dict[str, Any] | None = None,
     samples_per_shard: int = 256,
     source: str | None = None,
 ) -> Index:
@@ -43,8 +46,8 @@ def write_shards(
 
     Shards are the same bytes for the same samples. source: fingerprint of what they are made of; where `folder` holds
     shards of the same one, they are left as they are and their index is returned. What a killed process left half-written is
-    removed. Raises ValueError for samples of different bands, labels that num_classes does not have, keys that occur twice
-    or hold a dot or slash; FileExistsError when the folder is there.
+    removed. Pixels of images that are nan have no value. Raises ValueError for samples of different bands, labels that
+    num_classes does not have, keys that occur twice or hold a dot or slash; FileExistsError when the folder is there.
     """
     if folder.exists():
         with contextlib.suppress(MissingIndex, BrokenIndex):
@@ -84,14 +87,14 @@ def _write(
     folder: Path,
     num_classes: int,
     ignore_index: int,
-    preparation: dict[str, int | None] | None,
+    preparation: dict[str, Any] | None,
     samples_per_shard: int,
     source: str | None,
 ) -> Index:
     paths: list[Path] = []
     keys: set[str] = set()
-    bands, dtypes = 0, set()
-    pixels, total, squares = 0, np.zeros(0), np.zeros(0)
+    bands, dtypes, missing = 0, set(), False
+    pixels, total, squares = np.zeros(0), np.zeros(0), np.zeros(0)
     writer: webdataset.TarWriter | None = None
     try:
         for number, sample in enumerate(samples):
@@ -99,11 +102,15 @@ def _write(
             check_sample(sample, keys, bands, num_classes, ignore_index)
             if number == 0:
                 bands = image.shape[2]
-                total, squares = np.zeros(bands), np.zeros(bands)
+                pixels, total, squares = np.zeros(bands), np.zeros(bands), np.zeros(bands)
             keys.add(sample.key)
             dtypes.add(image.dtype)
             flat = image.reshape(-1, bands).astype(np.float64)
             pixels += len(flat)
+            if image.dtype.kind == "f" and (nowhere := np.isnan(flat)).any():
+                missing = True
+                pixels -= nowhere.sum(0)
+                flat[nowhere] = 0
             total += flat.sum(0)
             squares += (flat**2).sum(0)
             if number % samples_per_shard == 0:
@@ -123,6 +130,7 @@ def _write(
             writer.close()
     if not keys:
         raise ValueError("there are no samples to write")
+    pixels = np.maximum(pixels, 1)
     mean = total / pixels
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
     entries: list[SampleEntry] = []
@@ -142,6 +150,7 @@ def _write(
         std=tuple(std.tolist()),
         preparation=preparation or {"bands": None, "longest_side": None},
         source=source,
+        reading=Reading(missing=True, nodata=math.nan) if missing else AS_IT_COMES,
     )
 
 

@@ -93,6 +93,9 @@ def check_data(data: Mapping[str, Any]) -> None:
     for name, high in (("bands", 2**16), ("longest_side", 2**31)):
         if prepared.get(name) is not None and not is_whole(prepared[name], 1, high):
             raise Unsound(f"preparation.{name} is {prepared[name]!r:.100}; it must be 1 to {high}, or nothing")
+    told = prepared.get("nodata")
+    if told not in (None, "nan") and (isinstance(told, bool) or not isinstance(told, int | float)):
+        raise Unsound(f"preparation.nodata is {told!r:.100}; it must be a number, nan or nothing")
 
 
 def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int) -> dict[str, torch.Size]:

@@ -29,6 +29,33 @@ def normalize(image_NCHW: Tensor, mean_NC: Tensor, std_NC: Tensor) -> Tensor:
     return (image_NCHW.float() - mean_NC[..., None, None]) / std_NC[..., None, None]
 
 
+def missing_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives each band's mean and deviation over the pixels that have a value, that are not nan: two tensors (N, bands)."""
+    wide = image_NCHW.double()
+    seen = ~wide.isnan()
+    counts = seen.sum((2, 3)).clamp(min=1)
+    mean_NC = torch.where(seen, wide, 0).sum((2, 3)) / counts
+    squares = torch.where(seen, wide - mean_NC[..., None, None], 0).square().sum((2, 3))
+    return mean_NC.float(), (squares / counts).sqrt().float()
+
+
+def filled(image_NCHW: Tensor, mean_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts a band's mean where it has no value (nan); gives the image, and where (N, H, W) no band has one."""
+    missing = image_NCHW.isnan()
+    return torch.where(missing, mean_NC[..., None, None].to(image_NCHW.dtype), image_NCHW), missing.all(1)
+
+
+def without_values(p_NVHW: Tensor, nowhere_NHW: Tensor | None) -> Tensor:
+    """Makes all background, with certainty, where an image has no value."""
+    if nowhere_NHW is None:
+        return p_NVHW
+    nowhere = nowhere_NHW.to(p_NVHW.device)[:, None].expand_as(p_NVHW)
+    background = torch.zeros_like(p_NVHW)
+    if p_NVHW.shape[1] > 1:
+        background[:, 0] = 1
+    return torch.where(nowhere, background, p_NVHW)
+
+
 def to_probabilities(logits: Tensor) -> Tensor:
     """Turns logits (N, V, H, W) into probabilities: sigmoid for V = 1, else softmax over the classes."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
@@ -83,6 +110,14 @@ class Segmenter(nn.Module):
         self.bands, self.num_classes = len(mean), num_classes
         self.register_buffer("mean", torch.tensor([mean]))
         self.register_buffer("std", torch.tensor([std]))
+
+    def normalized_where_seen(self, image_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalises raw images that are nan where they have no value; gives them, and where (N, H, W) no band has one."""
+        if not image_NCHW.is_floating_point() or not bool(image_NCHW.isnan().any()):
+            return self.normalized(image_NCHW), None
+        mean, std = missing_statistics(image_NCHW) if self.how == "image" else (self.mean, self.std)
+        image_NCHW, nowhere_NHW = filled(image_NCHW, mean)
+        return image_NCHW.float() if self.how == "none" else normalize(image_NCHW, mean, std), nowhere_NHW
 
     def normalized(self, image_NCHW: Tensor) -> Tensor:
         """Normalises raw images in the way the network was trained on."""

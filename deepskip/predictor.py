@@ -1,5 +1,6 @@
 """A trained network from image to labels, as scikit-learn has them: the one way for Python, files and HTTP."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from deepskip import checkpoint, inference
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.flips import Flipped
-from deepskip.inference import build_segmenter, predict_logits, to_labels, to_probabilities
+from deepskip.inference import build_segmenter, predict_logits, to_labels, to_probabilities, without_values
 
 Image = np.ndarray | Tensor
 
@@ -44,9 +45,9 @@ class Predictor:
         self.segmenter = build_segmenter(state).to(device)
         data = state["data"]
         self.bands, self.num_classes = data["in_channels"], data["num_classes"]
-        self.preparation: dict[str, int | None] = {"bands": None, "longest_side": None} | (
-            data.get("preparation") or {}
-        )
+        self.preparation: dict[str, Any] = {"bands": None, "longest_side": None} | (data.get("preparation") or {})
+        told = self.preparation.get("nodata")
+        self.nodata = None if told is None else float(told)
         self.flips, self.precision = flips, precision
 
     @property
@@ -67,21 +68,24 @@ class Predictor:
     def __call__(self, image: Image) -> Any:
         return self.predict(image)
 
-    def predict(self, image: Image, threshold: float = 0.5, flips: bool | None = None) -> Any:
+    def predict(
+        self, image: Image, threshold: float = 0.5, flips: bool | None = None, nodata: float | None = None
+    ) -> Any:
         """Segments into labels uint8 (H, W), or (N, H, W) of several: 0 is background.
 
         threshold: probability above which a pixel is foreground; with classes the likeliest is taken. flips: averages the
         probabilities of the image and its mirrorings, which takes four times as long; null does as the predictor's own.
+        nodata: value that stands for none, nan too: left out of statistics, and background; null takes the training data's.
         """
-        labels = to_labels(self._of_images(image, flips), threshold)
+        labels = to_labels(self._of_images(image, flips, nodata), threshold)
         return self._as_given(labels.to(torch.uint8), image)
 
-    def predict_proba(self, image: Image, flips: bool | None = None) -> Any:
+    def predict_proba(self, image: Image, flips: bool | None = None, nodata: float | None = None) -> Any:
         """Gives probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes.
 
-        flips: as in `predict`.
+        flips, nodata: as in `predict`.
         """
-        p_NVHW = self._of_images(image, flips)
+        p_NVHW = self._of_images(image, flips, nodata)
         return self._as_given(p_NVHW.permute(0, 2, 3, 1) if isinstance(image, np.ndarray) else p_NVHW, image)
 
     def prepared(self, image_HWC: np.ndarray) -> np.ndarray:
@@ -95,9 +99,12 @@ class Predictor:
 
     @torch.inference_mode()
     def probabilities(self, raw_NCHW: Tensor, flips: bool | None = None) -> Tensor:
-        """Computes the probabilities (N, V, H, W) fp32, on the device, of prepared images; large ones go through in tiles."""
-        normalized = self.segmenter.normalized(raw_NCHW.to(self.device))
-        return to_probabilities(self.logits(normalized, flips))
+        """Computes the probabilities (N, V, H, W) fp32, on the device, of prepared images; large ones go through in tiles.
+
+        Where all bands of an image are nan it has no value, and all is background.
+        """
+        normalized, nowhere_NHW = self.segmenter.normalized_where_seen(raw_NCHW.to(self.device))
+        return without_values(to_probabilities(self.logits(normalized, flips)), nowhere_NHW)
 
     @torch.inference_mode()
     def logits(self, normalized_NCHW: Tensor, flips: bool | None = None, in_tiles: bool = True) -> Tensor:
@@ -107,8 +114,8 @@ class Predictor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return (predict_logits(network, x) if in_tiles else network(x)).float()
 
-    def _checked(self, image: Image) -> Tensor:
-        """Checks what was given and makes (N, C, H, W) fp32 of it, where it is."""
+    def _checked(self, image: Image, nodata: float | None) -> Tensor:
+        """Checks what was given and makes (N, C, H, W) fp32 of it, where it is, nan where it has no value."""
         C = f"{self.bands}" if self.preparation["bands"] is None else "bands"
         if isinstance(image, np.ndarray):
             if image.dtype.kind not in "biuf":
@@ -133,19 +140,26 @@ class Predictor:
                 x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32))
         else:
             x = (image if image.ndim == 4 else image[None]).detach().float()
-        bad = x.numel() - int(torch.isfinite(x).sum())
+        missing = torch.zeros((), dtype=torch.bool, device=x.device)
+        if nodata is not None:
+            missing = x.isnan() if math.isnan(nodata) else x == float(np.float32(nodata))
+        bad = x.numel() - int((torch.isfinite(x) | missing).sum())
         if bad:
-            raise ValueError(f"the image has {bad} values that are nan, infinite or beyond fp32; fill them in first")
-        return x
+            raise ValueError(
+                f"the image has {bad} values that are nan, infinite or beyond fp32; fill them in, or name the value that "
+                "stands for none: nodata=math.nan"
+            )
+        return torch.where(missing, math.nan, x) if bool(missing.any()) else x
 
-    def _of_images(self, image: Image, flips: bool | None) -> Tensor:
+    def _of_images(self, image: Image, flips: bool | None, nodata: float | None) -> Tensor:
         """Gives the probabilities (N, V, H, W) of what was given, in its own size."""
-        x = self._checked(image)
+        x = self._checked(image, self.nodata if nodata is None else nodata)
         H, W = x.shape[-2:]
         bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
         if (bands or x.shape[1]) != x.shape[1] or max(H, W) > (longest_side or max(H, W)):
             # in its own dtype: integers stay integers, as in packed images
-            images = [self.prepared(one) for one in as_arrays(image)]
+            given = as_arrays(image) if not bool(x.isnan().any()) else as_arrays(x.permute(0, 2, 3, 1).cpu().numpy())
+            images = [self.prepared(one) for one in given]
             x = torch.from_numpy(np.stack([np.moveaxis(one, 2, 0).astype(np.float32) for one in images]))
         # as many at a time as one large image would have pixels
         few = max(1, inference.most_pixels(self.network) // (x.shape[2] * x.shape[3]))

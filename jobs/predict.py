@@ -25,6 +25,7 @@ from deepskip.jobs.settings import NotHere, parse_settings, stop
 # exit status of a program that its user has stopped
 INTERRUPTED = 128 + signal.SIGINT
 # the settings that decide what is in the outputs; --tile does with other norms than batch norm
+READING = ("nodata", "alpha", "orientation")
 DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
@@ -75,6 +76,8 @@ def fingerprint(state: dict[str, Any], options: Options) -> str:
     if options.flips:
         # without them it is the digest that it was before there were any
         deciding.append("flips")
+    if told := {name: getattr(options, name) for name in READING if getattr(options, name) != getattr(Options, name)}:
+        deciding.append(repr(told))
     digest = hashlib.sha256(json.dumps([*settings, deciding]).encode())
     for name, tensor in sorted(state["model"].items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -100,11 +103,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(items) - len(left)} of {len(items)} images are done already", flush=True)
     progress = Progress(len(left))
     faults = []
+    notes: dict[str, list[str]] = {}
     try:
         for outcome in outcomes(left, state, options, out, made_by, progress):
             progress.count(outcome.pixels)
             if outcome.fault:
                 faults.append(outcome.fault)
+            elif outcome.note:
+                notes.setdefault(outcome.note, []).append(outcome.name)
     except KeyboardInterrupt:
         progress.end()
         print(f"stopped after {progress.done} of {len(left)} images; the same command goes on", file=sys.stderr)
@@ -119,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(left) - len(faults)} of {len(left)} images segmented into {out} in {seconds:.1f} s, "
         f"{progress.pixels / seconds / 1e6:.2f} MPixel/s"
     )
+    for note, names in notes.items():
+        print(f"note: {len(names)} images, such as {names[0]}: each {note}")
     for fault in sorted(faults):
         print(f"error: {fault}", file=sys.stderr)
     if faults:

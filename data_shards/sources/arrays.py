@@ -1,16 +1,19 @@
 """Packs arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from deepskip.data_shards.decoding import Limits, read_npz
-from deepskip.data_shards.labels import Labels, decide_labels
-from deepskip.data_shards.progress import Progress, no_progress
+from deepskip.data_shards.labels import AS_LABELS, Labels, Seen, Values, decide_labels
+from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
+from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.sample import IMAGE_KEYS, LAYOUTS, MASK_KEYS, Sample
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import PackError, split_stems
+from deepskip.data_shards.survey import Survey, foreground_note
 
 # a data set of one's own may be of any size, as long as its files are as large as they claim
 WHOLE = Limits(2**62, 2**62)
@@ -29,14 +32,17 @@ def pack_arrays(
     num_classes: int | None = None,
     ignore_label: int | None = None,
     bands: int | None = None,
+    reading: Reading = AS_IT_COMES,
+    values: Values = AS_LABELS,
     samples_per_shard: int = 256,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
     """Packs two .npy files (mapped, not read), or .npz files, into splits of `out`; gives samples by split.
 
     layout: of the images, "NHWC", "NCHW" or "NHW". split: CSV of columns stem,split, where stems are the numbers of the
-    samples. labels, num_classes, ignore_label, bands: as in pack_folder. Keys are the numbers of the samples.
-    Raises PackError.
+    samples. labels, num_classes, ignore_label, bands, reading, values, say: as in pack_folder. Keys are the numbers of the
+    samples. Raises PackError.
     """
     if layout not in LAYOUTS:
         raise PackError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
@@ -49,31 +55,34 @@ def pack_arrays(
                 "NHW": pictures[..., None]}[layout]  # fmt: skip
     if pictures.shape[:3] != targets.shape or 0 in pictures.shape:
         raise PackError(f"{images} has {pictures.shape} (N, height, width, bands), {masks} {targets.shape}")
-    values: set[int] = set()
-    highest: dict[str, int] = {}
+    reading = replace(reading, missing=True)
+    survey, seen = Survey(), Seen()
     for number in progress(range(len(targets)), len(targets)):
-        mask = targets[number]
-        if mask.dtype.kind == "f" and not (np.isfinite(mask) & (mask == np.round(mask))).all():
-            raise PackError(f"{masks}: number {number} holds values that are no integers; a mask holds labels")
-        here = {int(value) for value in np.unique(mask)} - {ignore_label}
-        if min(here, default=0) < 0:
-            raise PackError(f"{masks}: number {number} has label {min(here)}; labels are 0 or more")
-        values |= here
-        highest[str(number)] = max(here, default=0)
+        try:
+            survey.look(str(number), Picture(pictures[number]), Picture(targets[number]), reading)
+        except ValueError as error:
+            raise PackError(f"{images}: number {number} {error}") from error
+        try:
+            seen.add(str(number), values.of(Picture(targets[number])), ignore_label)
+        except ValueError as error:
+            raise PackError(f"{masks}: number {number} {error}") from error
     try:
-        how = decide_labels(values, labels, num_classes, ignore_label, highest)
+        how = decide_labels(seen, labels, num_classes, ignore_label, values)
     except ValueError as error:
-        raise PackError(str(error)) from error
+        raise PackError(f"{masks}: {error}") from error
+    for line in [*survey.notes(reading), *foreground_note(seen.pixels, how.binary)]:
+        say(line)
     stems = split_stems([str(number) for number in range(len(targets))], split, val_share, seed)
     return write_splits(
         {name: [int(stem) for stem in members] for name, members in stems.items()},
         out,
-        lambda members: read_samples(pictures, targets, members, how, bands, images),
+        lambda members: read_samples(pictures, targets, members, how, reading, bands),
         lambda members: [images, masks],
-        (stems, layout, how),
+        (stems, layout, how, reading),
         num_classes=how.num_classes,
         bands=bands,
         longest_side=None,
+        nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
         progress=progress,
     )
@@ -96,15 +105,11 @@ def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
 
 
 def read_samples(
-    images: np.ndarray, masks: np.ndarray, numbers: list[int], how: Labels, bands: int | None, path: Path
+    images: np.ndarray, masks: np.ndarray, numbers: list[int], how: Labels, reading: Reading, bands: int | None
 ) -> Iterator[Sample]:
-    """Yields samples by their numbers, brought to `bands`; raises PackError for values that are nan or infinite."""
+    """Yields samples by their numbers, brought to `bands`."""
     digits = len(str(len(images) - 1))
     for number in numbers:
-        image = np.array(images[number])
-        if image.dtype == bool:
-            image = image.astype(np.uint8)
-        if image.dtype.kind == "f" and not np.isfinite(image).all():
-            raise PackError(f"{path}: number {number} has values that are nan or infinite")
-        mask = how.apply(np.array(masks[number]))
+        image = image_of(Picture(np.array(images[number])), reading)
+        mask = how.apply(how.values.of(Picture(np.array(masks[number]))))
         yield prepared_sample(f"{number:0{digits}d}", image, mask, None, bands, None)

@@ -3,8 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,21 +12,27 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 
-from deepskip.data_shards.decoding import decode_image
-from deepskip.data_shards.labels import IGNORE_INDEX, listed
-from deepskip.data_shards.progress import Progress, no_progress
-from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.decoding import read_image
+from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, SHOWN, listed
+from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
+from deepskip.data_shards.progress import Progress, no_progress, no_word
+from deepskip.data_shards.sample import ON_BAD_SAMPLE, Sample
+from deepskip.data_shards.sources.folder import is_read_as, named
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import SPLITS, PackError, split_stems
+from deepskip.data_shards.survey import Survey
 
+BASENAME = "; where they lie there without what comes before the last part of their names: --by_basename"
 # groups of five bits, low ones first, a bit that says whether more follow; seven of them hold any run
 RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")
 # outlines may be as long as so many of an image's pixels, and some: pycocotools takes memory for every step
 OUTLINE_SHARE, FREE_STEPS = 2, 2**20
+# annotations left out that are named in a line
+SKIPPED_SHOWN = 3
 
 
 @dataclass
-class Picture:
+class CocoImage:
     """An image of the file, and its annotations; its stem is the path in the folder without the ending."""
 
     stem: str
@@ -54,21 +60,27 @@ def pack_coco(
     seed: int = 0,
     bands: int | None = None,
     longest_side: int | None = None,
+    by_basename: bool = False,
+    on_bad_annotation: str = "error",
+    reading: Reading = AS_IT_COMES,
     samples_per_shard: int = 256,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
     """Packs a COCO file and its folder of images into splits of `out`; gives samples by split.
 
-    categories: names, as classes 1, 2, ... (by default all of the file, in the order of their ids). binary: all of them are
-    one foreground; so they are where there is only one. split_name: all goes into that split, for COCO has a file a split;
-    else by `split` or at random, as in pack_folder. Crowd regions take no part; where objects overlap the smaller one shows.
+    categories: names, as classes 1, 2, ... (by default all of the file, in the order of their ids, but for one that only names
+    others' group). binary: all of them are one foreground; so they are where there is only one. split_name: all goes into that
+    split, for COCO has a file a split; else by `split` or at random, as in pack_folder. by_basename: images are looked for by
+    the last part of their names. on_bad_annotation: "error", or "skip" to leave out annotations that outline nothing, and list
+    them. reading, say: as in pack_folder. Crowd regions take no part; where objects overlap the smaller one shows.
     Raises PackError.
     """
     if split_name is not None and (split is not None or split_name not in SPLITS):
         raise PackError(
             f"split_name is {split_name!r}; it must be one of {', '.join(SPLITS)}, and without a split file"
         )
-    pictures, numbers = read_coco(images, annotations, categories)
+    pictures, numbers, lines = read_coco(images, annotations, categories, by_basename)
     by_stem = {picture.stem: picture for picture in pictures}
     num_classes = max(numbers.values()) + 1
     binary = binary or num_classes == 2
@@ -77,57 +89,66 @@ def pack_coco(
             f"{num_classes - 1} categories; a mask holds 254, name those to take or make all one foreground"
         )
     stems = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
+    reading, found = examine(pictures, bands, replace(reading, missing=True), on_bad_annotation, progress)
+    for line in [*lines, *found]:
+        say(line)
     return write_splits(
         {name: [by_stem[stem] for stem in members] for name, members in stems.items()},
         out,
-        lambda members: read_samples(members, numbers, binary, bands, longest_side),
+        lambda members: read_samples(members, numbers, binary, reading, bands, longest_side),
         lambda members: [annotations, *(picture.path for picture in members)],
-        (sorted(numbers.items()), binary),
+        (sorted(numbers.items()), binary, reading, on_bad_annotation),
         num_classes=1 if binary else num_classes,
         bands=bands,
         longest_side=longest_side,
+        nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
         progress=progress,
     )
 
 
-def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> tuple[list[Picture], dict[int, int]]:
-    """Reads a COCO file: its pictures with their annotations, and the label of each category id; raises PackError."""
+def read_coco(
+    images: Path, annotations: Path, categories: list[str] | None, by_basename: bool
+) -> tuple[list[CocoImage], dict[int, int], list[str]]:
+    """Reads a COCO file: its images with their annotations, the label of each category id, and what is to be said.
+
+    Raises PackError.
+    """
     try:
         raw = json.loads(annotations.read_text())
         names = {entry["id"]: entry["name"] for entry in raw["categories"]}
         found = {
-            entry["id"]: Picture(
-                str(PurePosixPath(entry["file_name"]).with_suffix("")),
-                images / entry["file_name"], entry["height"], entry["width"],
+            entry["id"]: CocoImage(
+                stem_of(entry["file_name"], by_basename), path_of(images, entry["file_name"], by_basename),
+                whole(entry["height"]), whole(entry["width"]),
             )
             for entry in raw["images"]
         }  # fmt: skip
-        objects = [
-            (entry["image_id"], entry["category_id"], entry["segmentation"], entry) for entry in raw["annotations"]
-        ]
+        objects = [(entry["image_id"], entry["category_id"], entry) for entry in raw["annotations"]]
         ordered = [names[key] for key in sorted(names)]
-        escaping = [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
+        escaping = [] if by_basename else [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
     except FileNotFoundError as error:
         raise PackError(f"{annotations} does not exist") from error
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackError(f"{annotations} is no COCO file of objects: {error!r}") from error
     faults = []
     if escaping:
-        faults.append(f"file names that lead out of {images}: {listed(escaping)}")
+        faults.append(f"file names that lead out of {images}: {listed(escaping)}{BASENAME}")
     for what, given, kept in (("images", raw["images"], found), ("categories", raw["categories"], names)):
         if len(given) != len(kept):
             faults.append(f"{len(given) - len(kept)} {what} have the id of another")
-    wanted = categories if categories is not None else ordered
+    roots = root_categories(raw["categories"], {category for _, category, _ in objects})
+    wanted = categories if categories is not None else [name for name in ordered if name not in roots]
     if not wanted or len(set(wanted)) != len(wanted):
         faults.append(f"categories must be at least one, and each once: {listed(wanted)}")
     if unknown := [name for name in wanted if name not in names.values()]:
         faults.append(f"no such categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
     if missing := [str(p.path.name) for p in found.values() if not escaping and not p.path.is_file()]:
-        faults.append(f"{len(missing)} images are not in {images}: {listed(sorted(missing))}")
-    if lost := sorted({str(entry.get("id")) for image, _, _, entry in objects if image not in found}):
+        cure = "" if by_basename else BASENAME
+        faults.append(f"{len(missing)} images are not in {images}: {listed(sorted(missing))}{cure}")
+    if lost := sorted({str(entry.get("id")) for image, _, entry in objects if image not in found}):
         faults.append(f"{len(lost)} annotations of images that {annotations} does not have: {listed(lost)}")
-    if odd := sorted({str(category) for _, category, _, _ in objects if category not in names}):
+    if odd := sorted({str(category) for _, category, _ in objects if category not in names}):
         faults.append(f"annotations of category ids that {annotations} does not have: {listed(odd)}")
     keys = Counter(picture.key for picture in found.values())
     if twice := sorted(key for key, count in keys.items() if count > 1):
@@ -137,10 +158,44 @@ def read_coco(images: Path, annotations: Path, categories: list[str] | None) -> 
     if faults:
         raise PackError("\n".join(faults))
     numbers = {key: wanted.index(name) + 1 for key, name in names.items() if name in wanted}
-    for image, category, _, entry in objects:
+    for image, category, entry in objects:
         if category in numbers:
             found[image].annotations.append(entry)
-    return list(found.values()), numbers
+    lines = []
+    if categories is None and roots:
+        lines.append(f"left out, for it only names others' group and has no annotations: category {listed(roots)}")
+    if empty := [name for key, name in names.items() if key in numbers and all(c != key for _, c, _ in objects)]:
+        lines.append(f"categories without annotations here, which are classes all the same: {listed(empty)}")
+    return list(found.values()), numbers, lines
+
+
+def root_categories(categories: list[dict[str, Any]], used: set[int]) -> list[str]:
+    """Names the categories that no annotation has and that others give as what they belong to."""
+    above = {entry.get("supercategory") for entry in categories if entry.get("supercategory") != entry["name"]}
+    return [entry["name"] for entry in categories if entry["name"] in above and entry["id"] not in used]
+
+
+def whole(value: Any) -> int:
+    """Gives a size as an integer, which some tools write as 64.0; raises ValueError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"size {value!r} is no whole number")
+    return int(value)
+
+
+def path_of(images: Path, name: str, by_basename: bool) -> Path:
+    """Gives the path of an image; by its name's last part, without the code that Label Studio puts before it if need be."""
+    if not by_basename:
+        return images / name
+    last = PurePosixPath(name.replace("\\", "/")).name
+    found = images / last
+    uploaded = re.fullmatch("[0-9a-f]{8}-(.+)", last)
+    return images / uploaded[1] if uploaded and not found.is_file() else found
+
+
+def stem_of(name: str, by_basename: bool) -> str:
+    """Gives an image's name without its ending, and its folders where they are looked into."""
+    path = PurePosixPath(name.replace("\\", "/") if by_basename else name)
+    return path.stem if by_basename else str(path.with_suffix(""))
 
 
 def is_inside(name: str) -> bool:
@@ -150,43 +205,80 @@ def is_inside(name: str) -> bool:
 
 
 def read_samples(
-    pictures: list[Picture], numbers: dict[int, int], binary: bool, bands: int | None, longest_side: int | None
+    pictures: list[CocoImage],
+    numbers: dict[int, int],
+    binary: bool,
+    reading: Reading,
+    bands: int | None,
+    longest_side: int | None,
 ) -> Iterator[Sample]:
-    """Yields pictures as samples, brought to `bands` and `longest_side`; raises PackError that names the file."""
-    first = 0
+    """Yields images as samples, brought to `bands` and `longest_side`; raises PackError that names the file."""
     for picture in pictures:
-        extension = picture.path.suffix[1:].lower()
-        contents = picture.path.read_bytes()
-        try:
-            image = decode_image(extension, contents)
-            if image.shape[:2] != (picture.height, picture.width):
-                raise ValueError(
-                    f"is {image.shape[0]} x {image.shape[1]} (height x width), "
-                    f"its annotations {picture.height} x {picture.width}"
-                )
-            first = first or image.shape[2]
-            if bands is None and image.shape[2] != first:
-                raise ValueError(
-                    f"has {image.shape[2]} bands, those before it {first}; bring all to one with --bands N"
-                )
+        extension, contents = picture.path.suffix[1:].lower(), picture.path.read_bytes()
+        with named(picture.path):
+            stored = read_image(extension, contents)
+            image = image_of(stored, reading)
             mask = draw(picture, numbers, binary)
-        except ValueError as error:
-            raise PackError(f"{picture.path} {error}") from error
-        yield prepared_sample(picture.key, image, mask, (extension, contents), bands, longest_side)
+        kept = (extension, contents) if is_read_as(stored, image) else None
+        yield prepared_sample(picture.key, image, mask, kept, bands, longest_side)
 
 
-def draw(picture: Picture, numbers: dict[int, int], binary: bool) -> np.ndarray:
-    """Draws a picture's annotations into labels (height, width) uint8; raises ValueError that names the annotation."""
+def examine(
+    pictures: list[CocoImage], bands: int | None, reading: Reading, on_bad_annotation: str, progress: Progress
+) -> tuple[Reading, list[str]]:
+    """Reads every image once and decides how all are read; gives that and what is to be said.
+
+    Annotations that outline nothing are taken out where on_bad_annotation is "skip". Raises PackError that lists all faults.
+    """
+    if on_bad_annotation not in ON_BAD_SAMPLE:
+        raise PackError(f"on_bad_annotation is {on_bad_annotation!r}; it must be one of {', '.join(ON_BAD_SAMPLE)}")
+    survey, faults, bad = Survey(), [], []
+    for picture in progress(pictures, len(pictures)):
+        try:
+            with named(picture.path):
+                stored = read_image(picture.path.suffix[1:].lower(), picture.path.read_bytes())
+                drawn = Picture(np.broadcast_to(np.False_, (picture.height, picture.width)))
+                survey.look(picture.stem, stored, drawn, reading)
+        except PackError as error:
+            faults.append(str(error))
+            continue
+        whole_ones = []
+        for entry in picture.annotations:
+            try:
+                region_of(entry, picture)
+                whole_ones.append(entry)
+            except ValueError as error:
+                bad.append(f"{picture.path} {error}")
+        picture.annotations = whole_ones
+    faults += survey.faults(reading, bands)
+    if bad and on_bad_annotation == "error":
+        faults += [*bad[:SHOWN], f"{len(bad)} annotations outline nothing; --on_bad_annotation skip leaves them out"]
+    if faults:
+        raise PackError("\n".join(faults[-2 * SHOWN :]))
+    reading, _ = survey.decided(reading, AS_LABELS)
+    lines = [
+        f"{len(bad)} annotations are left out: {'; '.join(bad[:SKIPPED_SHOWN])}{' ...' * (len(bad) > SKIPPED_SHOWN)}"
+    ] * bool(bad)
+    return reading, [*lines, *survey.notes(reading)]
+
+
+def region_of(entry: dict[str, Any], picture: CocoImage) -> Any:
+    """Makes pycocotools' run lengths of an annotation; raises ValueError that names it where it outlines nothing."""
+    try:
+        return decode_region(entry.get("segmentation"), picture.height, picture.width)
+    # pycocotools has errors of many kinds for what is no region
+    except Exception as error:
+        raise ValueError(f"has annotation {entry.get('id')} that is no region: {error}") from error
+
+
+def draw(picture: CocoImage, numbers: dict[int, int], binary: bool) -> np.ndarray:
+    """Draws an image's annotations into labels (height, width) uint8; raises ValueError that names the annotation."""
     size = picture.height, picture.width
     crowd = np.zeros(size, bool)
     # run lengths, since a mask of each object of a large picture would take all memory
     objects: list[tuple[int, Any, int]] = []
     for entry in picture.annotations:
-        try:
-            region = decode_region(entry["segmentation"], *size)
-        # pycocotools has errors of many kinds for what is no region
-        except Exception as error:
-            raise ValueError(f"has annotation {entry.get('id')} that is no region: {error}") from error
+        region = region_of(entry, picture)
         if entry.get("iscrowd"):
             crowd |= pycocotools.mask.decode(region).astype(bool)
         else:
@@ -203,7 +295,7 @@ def decode_region(segmentation: Any, height: int, width: int) -> Any:
     """Makes pycocotools' run lengths of polygons, or of run lengths compressed or not; raises ValueError."""
     size = [height, width]
     if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != size:
+        if list(map(whole, segmentation["size"])) != size:
             raise ValueError(f"of size {segmentation['size']}, its image {size}")
         counts = segmentation["counts"]
         lengths = run_lengths(counts) if isinstance(counts, str) else counts
@@ -213,6 +305,9 @@ def decode_region(segmentation: Any, height: int, width: int) -> Any:
         return segmentation if lengths is not counts else pycocotools.mask.frPyObjects(segmentation, height, width)
     if not segmentation:
         raise ValueError("it has no outline, only a box")
+    # a polygon that is in no list
+    if isinstance(segmentation, list) and all(isinstance(value, int | float) for value in segmentation):
+        segmentation = [segmentation]
     if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
         raise ValueError("a polygon is x, y of at least three points")
     # pycocotools takes memory for every step along an outline: a point far away or nan takes all there is

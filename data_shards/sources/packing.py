@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from deepskip.data_shards.index import plain_number
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample
@@ -49,14 +50,19 @@ def write_splits(
     num_classes: int,
     bands: int | None,
     longest_side: int | None,
+    nodata: float | None = None,
     samples_per_shard: int,
     progress: Progress,
 ) -> dict[str, int]:
     """Writes the members of each split into out/SPLIT and gives samples by split.
 
     read: makes the samples of members. files_of, options: what the shards are made of; a split that was packed from the same
-    is left as it is. bands, longest_side: what images are brought to, for the index. Raises PackError.
+    is left as it is. bands, longest_side: what images are brought to, for the index; nodata: value named for none.
+    Raises PackError.
     """
+    preparation: dict[str, Any] = {"bands": bands, "longest_side": longest_side}
+    if nodata is not None:
+        preparation["nodata"] = plain_number(nodata)
     for name, members in parts.items():
         made_of = (*options, num_classes, bands, longest_side, samples_per_shard)
         try:
@@ -64,7 +70,7 @@ def write_splits(
                 progress(read(members), len(members)),
                 out / name,
                 num_classes=num_classes,
-                preparation={"bands": bands, "longest_side": longest_side},
+                preparation=preparation,
                 samples_per_shard=samples_per_shard,
                 source=fingerprint(files_of(members), *made_of),
             )

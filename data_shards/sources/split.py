@@ -2,6 +2,7 @@
 
 import csv
 import random
+import re
 from pathlib import Path
 
 from deepskip.data_shards.labels import listed
@@ -55,3 +56,24 @@ def draw_split(stems: list[str], val_share: float, seed: int) -> dict[str, list[
         "train": [stem for i, stem in enumerate(stems) if i not in chosen],
         "val": [stem for i, stem in enumerate(stems) if i in chosen],
     }
+
+
+def read_colours(path: Path) -> tuple[tuple[int, int, int, int], ...]:
+    """Reads color,label: red, green, blue and label of each row, "#ff0000,1"; raises PackError that names the row."""
+    if not path.is_file():
+        raise PackError(f"the file of colours {path} does not exist")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if not reader.fieldnames or not {"color", "label"} <= set(reader.fieldnames):
+            raise PackError(f"{path} has columns {reader.fieldnames}; it needs color,label")
+        found: dict[tuple[int, int, int], int] = {}
+        for number, row in enumerate(reader, 2):
+            colour, label = (row["color"] or "").strip().removeprefix("#"), (row["label"] or "").strip()
+            if not re.fullmatch("[0-9a-fA-F]{6}", colour) or not re.fullmatch("[0-9]{1,3}", label) or int(label) > 255:
+                raise PackError(f"{path} has in line {number} {row['color']},{row['label']}; a row is #ff0000,1")
+            red, green, blue = bytes.fromhex(colour)
+            if found.setdefault((red, green, blue), int(label)) != int(label):
+                raise PackError(f"{path} gives #{colour} two labels, in line {number} again")
+    if not found:
+        raise PackError(f"{path} has no rows")
+    return tuple((*colour, label) for colour, label in found.items())

@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 
 from deepskip.data_shards import storage
 from deepskip.jobs.polygons import outlines
+from deepskip.jobs.prediction import georeference
 from deepskip.jobs.prediction.objects import Object, Objects
 from deepskip.jobs.prediction.rasters import Raster
 from deepskip.jobs.prediction.writers import PART, remove
@@ -36,9 +37,8 @@ class Features:
         head: dict[str, Any] = {"image": {"file_name": name, "height": raster.height, "width": raster.width}}
         if kind == "geojson":
             head = {"type": "FeatureCollection"}
-            if raster.transform and raster.crs:
-                urn = f"urn:ogc:def:crs:{raster.crs.replace(':', '::')}"
-                head["crs"] = {"type": "name", "properties": {"name": urn}}
+            if raster.place.transform and raster.place.crs:
+                head["crs"] = {"type": "name", "properties": {"name": georeference.named(raster.place.crs)}}
         # the list comes last and is left open
         self.file.write(f'{json.dumps(head)[:-1]}, "{"features" if kind == "geojson" else "annotations"}": [\n')
 
@@ -78,8 +78,8 @@ def geojson(each: Object, raster: Raster) -> dict[str, Any]:
     """Describes an object as a GeoJSON feature, in the map's coordinates where the image lies on one."""
     coordinates = []
     for rings in outlined(*each.whole()):
-        if raster.transform:
-            a, b, c, d, e, f = raster.transform
+        if raster.place.transform:
+            a, b, c, d, e, f = raster.place.transform
             # outer rings counterclockwise, as the format wants, where the map's y goes up
             turned = [ring[::-1] if a * e - b * d < 0 else ring for ring in rings]
             rings = [np.stack([a * x + b * y + c, d * x + e * y + f], axis=1) for x, y in (ring.T for ring in turned)]

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote, urlsplit
 from deepskip.data_shards import index, storage, trouble
 from deepskip.data_shards.decoding import decode_image
 from deepskip.data_shards.index import FORMATS, Index
+from deepskip.data_shards.pictures import Reading
 from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster
 from deepskip.jobs.settings import NotHere, stop
 
@@ -180,10 +181,15 @@ def plain(name: str) -> str:
 
 
 @contextmanager
-def opened(item: Item, bands: int | None) -> Iterator[Raster]:
+def opened(item: Item, bands: int | None, reading: Reading) -> Iterator[Raster]:
     """Opens an image; remote files are fetched into a temporary one. Raises ValueError or OSError, which say why not."""
     if item.sample is not None:
-        yield in_memory(decode_image(item.extension, sample_bytes(item.location, item.sample)))
+        stored = index_of(item.location).reading
+        # as the shards are read, and what was named beside
+        own = replace(stored, missing=True, nodata=reading.nodata if stored.nodata is None else stored.nodata)
+        yield in_memory(
+            decode_image(item.extension, sample_bytes(item.location, item.sample), bands=bands, reading=own)
+        )
         return
     with contextlib.ExitStack() as stack:
         location = item.location.removeprefix("file://")
@@ -192,7 +198,7 @@ def opened(item: Item, bands: int | None) -> Iterator[Raster]:
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="deepskip-", suffix=suffix))
             storage.download(location, Path(file.name))
             location = file.name
-        yield stack.enter_context(open_raster(location, item.extension, bands))
+        yield stack.enter_context(open_raster(location, item.extension, bands, reading))
 
 
 def sample_bytes(folder: str, number: int) -> bytes:

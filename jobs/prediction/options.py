@@ -20,6 +20,12 @@ class Options:
     """probability above which a pixel is foreground, for models of one class"""
     flips: bool = False
     """average the probabilities of each image and its mirrorings, which takes four times as long"""
+    nodata: float | None = None
+    """value of the images that stands for none, beside what their files say; nan too; null takes the training data's"""
+    alpha: Literal["auto", "keep", "drop"] = "auto"
+    """bands that are flagged as transparency; auto: as many are taken as the model has"""
+    orientation: Literal["apply", "ignore"] = "apply"
+    """images that EXIF or TIFF says are turned: apply turns them, and their masks come out turned; ignore leaves both"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """what the network computes in"""
     device: str | None = None

@@ -6,7 +6,7 @@ import numpy as np
 
 from deepskip.figures import overlay
 from deepskip.inference import to_labels
-from deepskip.jobs.prediction import done, features
+from deepskip.jobs.prediction import done, features, georeference
 from deepskip.jobs.prediction.features import Features
 from deepskip.jobs.prediction.inputs import Item
 from deepskip.jobs.prediction.options import Options
@@ -29,7 +29,7 @@ class Outputs:
         # a png of 0 and 1 looks black in every viewer
         self.foreground = 255 if kind == "png" and num_classes == 1 else 1
         size = raster.height, raster.width
-        tags = tuple(raster.tags)
+        tags = tuple(raster.place.tags)
         self.sinks: list[Sink | Features] = []
         ending = item.extension if kind == "tif" else kind
         self.mask = Sink(out / "masks" / f"{item.name}.{ending}", kind, Layout(size, np.dtype(np.uint8), tags))
@@ -71,6 +71,10 @@ class Outputs:
             self.overlay.put(overlay(self.picture.image, self.picture.labels))
         for sink in self.sinks:
             sink.finish()
+        place = self.raster.place
+        if place.world and place.transform is not None and self.mask.path.suffix == ".png":
+            world = self.mask.path.with_name(f"{self.item.name.rsplit('/', 1)[-1]}.pgw")
+            world.write_text(georeference.world_file(place.transform))
         done.place(self.out, self.item, made_by, self.sinks)
 
     def discard(self) -> None:
@@ -100,4 +104,6 @@ class Picture:
         step = max(every, PICTURE_ROWS // every * every)
         for first in range(-(-top // every) * every, bottom, step):
             seen = self.raster.read(slice(first, min(first + step, bottom)), columns)[::every, ::every]
+            # where there is no value the picture is black
+            seen = np.nan_to_num(seen) if self.raster.nodata else seen
             self.image[first // every : first // every + len(seen)] = seen

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,26 @@ import numpy as np
 import tifffile
 
 from deepskip.data_shards import tiff
-from deepskip.data_shards.decoding import MAX_PIXELS, decode_image
+from deepskip.data_shards.decoding import MAX_PIXELS, decode_image, read_image
+from deepskip.data_shards.pictures import Picture, Reading, dropped_alpha, image_of, turned, without_nodata
 from deepskip.jobs.prediction import zarr_codecs
+from deepskip.jobs.prediction.georeference import Georeference, of_tiff, of_world_file
 
+READING = Reading(missing=True)
 # an image that unpacks to no more is read whole
 WHOLE_BYTES = 2**26
 # what one read of a window may unpack along with it
 MAX_CHUNK_BYTES = 2**30
-# tags of a GeoTIFF that say where it lies: scale, tie points, matrix, the keys with their numbers and texts; GDAL's RPC
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
-Tag = tuple[int, int, int, Any, bool]
+# windows of a large image that are looked at to tell transparency from data, and their sides
+LOOKS, LOOK_SIDE = 8, 256
 
 
 @dataclass
 class Raster:
     """An image somewhere. read: rows and columns (slices) -> (rows, columns, bands), the whole image where it is small.
 
-    by_rows: reading some columns costs as much as reading whole rows. tags: where a GeoTIFF lies, as tifffile writes them.
-    transform: from x, y of pixel corners to the map, as (a, b, c, d, e, f) of x' = a x + b y + c, y' = d x + e y + f.
-    crs: "EPSG:..." of the map.
+    by_rows: reading some columns costs as much as reading whole rows. place: where on a map it lies. nodata: values that stand
+    for none; where there are any, windows are of real numbers, and nan there.
     """
 
     height: int
@@ -39,12 +40,17 @@ class Raster:
     read_raw: Callable[[slice, slice], np.ndarray]
     whole: np.ndarray | None = None
     by_rows: bool = False
-    tags: list[Tag] = field(default_factory=list)
-    transform: tuple[float, ...] | None = None
-    crs: str | None = None
+    place: Georeference = field(default_factory=Georeference)
+    nodata: tuple[float, ...] = ()
+
+    def mark_missing(self, said: float | None, reading: Reading) -> None:
+        """Takes note of the values that stand for none: what the file says, and what was named."""
+        self.nodata = tuple(value for value in (said, reading.nodata) if value is not None and reading.missing)
+        if self.nodata and self.dtype != np.float64:
+            self.dtype = np.dtype(np.float32)
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
-        """Reads a window (rows, columns, bands); raises ValueError where it does not decode or is not finite."""
+        """Reads a window (rows, columns, bands), nan where there is no value; raises ValueError that says what is wrong."""
         try:
             window = self.read_raw(rows, columns)
         except OSError:
@@ -54,31 +60,34 @@ class Raster:
             raise ValueError(
                 f"does not decode in rows {rows.start} to {rows.stop}: {type(error).__name__}: {error}"
             ) from error
-        if window.dtype.kind == "f" and not np.isfinite(window).all():
+        try:
+            return without_nodata(window, *self.nodata).astype(self.dtype, copy=False)
+        except ValueError as error:
+            what, mark, cure = str(error).partition(";")
             raise ValueError(
-                f"has values that are nan or infinite in rows {rows.start} to {rows.stop}, columns {columns.start} to "
-                f"{columns.stop}"
-            )
-        return window
+                f"{what} in rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}{mark}{cure}"
+            ) from error
 
 
 def in_memory(image_HWC: np.ndarray) -> Raster:
     """Makes a raster of an array (H, W, bands)."""
     H, W, C = image_HWC.shape
-    return Raster(H, W, C, image_HWC.dtype, lambda rows, columns: image_HWC[rows, columns], image_HWC)
+    # what has no value is nan already
+    nodata = (math.nan,) if image_HWC.dtype.kind == "f" and np.isnan(image_HWC).any() else ()
+    return Raster(H, W, C, image_HWC.dtype, lambda rows, columns: image_HWC[rows, columns], image_HWC, nodata=nodata)
 
 
 @contextmanager
-def open_raster(path: Path | str, extension: str, bands: int | None) -> Iterator[Raster]:
+def open_raster(path: Path | str, extension: str, bands: int | None, reading: Reading = READING) -> Iterator[Raster]:
     """Opens an image of a kind ("png", "tif", "npy", "zarr", ...); a path, or for Zarr a URL too.
 
     bands: how many the model takes, which tells the axes of a Zarr array without names, and whether a TIFF's fourth band is
-    transparency; None for any.
+    transparency; None for any. reading: what becomes of transparency, orientation and what has no value.
     Raises ValueError that says what is wrong with it, or OSError.
     """
     with ExitStack() as stack:
         try:
-            raster = raster_of(Path(path), str(path), extension, bands, stack)
+            raster = raster_of(Path(path), str(path), extension, bands, reading, stack)
         except OSError:
             raise
         # libraries fail in many ways on bytes that are no image
@@ -89,15 +98,19 @@ def open_raster(path: Path | str, extension: str, bands: int | None) -> Iterator
         yield raster
 
 
-def raster_of(path: Path, location: str, extension: str, bands: int | None, stack: ExitStack) -> Raster:
+def raster_of(
+    path: Path, location: str, extension: str, bands: int | None, reading: Reading, stack: ExitStack
+) -> Raster:
     """Opens an image by its kind; what must be closed goes onto the stack."""
-    if extension == "zarr":
-        return open_zarr(location, bands)
     if extension in ("tif", "tiff"):
-        return open_tiff(stack.enter_context(tiff.open_tiff(path, MAX_PIXELS)), path, bands)
-    if extension == "npy" and path.stat().st_size > WHOLE_BYTES:
-        return open_npy(path)
-    return in_memory(decode_image(extension, path.read_bytes()))
+        return open_tiff(stack.enter_context(tiff.open_tiff(path, MAX_PIXELS)), path, bands, reading)
+    if extension == "zarr" or (extension == "npy" and path.stat().st_size > WHOLE_BYTES):
+        raster = open_zarr(location, bands) if extension == "zarr" else open_npy(path)
+        raster.mark_missing(None, reading)
+        return raster
+    raster = in_memory(decode_image(extension, path.read_bytes(), bands=bands, reading=reading))
+    raster.place = of_world_file(path)
+    return raster
 
 
 def open_npy(path: Path) -> Raster:
@@ -138,33 +151,32 @@ def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise ValueError(f"has dtype {dtype}; an image is of integers or real numbers")
 
 
-def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None) -> Raster:
-    """Opens a TIFF: its first series; pages or planes are bands, palettes are applied.
-
-    Transparency is dropped, but where the model takes as many bands as there are with it: GDAL calls a fourth band
-    transparency by default, whatever it is.
-    """
+def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: Reading) -> Raster:
+    """Opens a TIFF: its first series; pages or planes are bands, palettes are applied, transparency goes as in decode_image."""
     series, page = file.series[0], file.pages.first
     tiff.guard(series, path.stat().st_size)
-    opaque = bool(page.extrasamples) and page.samplesperpixel == bands
-    if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES and not opaque:
-        raster = in_memory(decode_image("tif", path.read_bytes()))
+    if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES:
+        picture = read_image("tif", path.read_bytes())
+        raster = in_memory(image_of(picture, reading, bands))
+        raster.place = of_tiff(file, path)
+        return raster
+    kept = [i for i, (axis, n) in enumerate(zip(series.axes, series.shape, strict=True)) if n > 1 or axis in "YX"]
+    shape = tuple(series.shape[i] for i in kept)
+    axes = "".join({"Y": "H", "X": "W"}.get(series.axes[i], "C") for i in kept)
+    if sorted(axes) not in (["H", "W"], ["C", "H", "W"]):
+        raise ValueError(f"has axes {series.axes} of {series.shape}; height, width and one axis of bands are read")
+    check(shape, series.dtype)
+    if series.dataoffset is not None:
+        dtype = np.dtype(file.byteorder + series.dtype.char)
+        raster = from_file(path, {"dtype": dtype, "offset": series.dataoffset, "shape": shape}, axes, by_rows=False)
     else:
-        kept = [i for i, (axis, n) in enumerate(zip(series.axes, series.shape, strict=True)) if n > 1 or axis in "YX"]
-        shape = tuple(series.shape[i] for i in kept)
-        axes = "".join({"Y": "H", "X": "W"}.get(series.axes[i], "C") for i in kept)
-        if sorted(axes) not in (["H", "W"], ["C", "H", "W"]):
-            raise ValueError(f"has axes {series.axes} of {series.shape}; height, width and one axis of bands are read")
-        check(shape, series.dtype)
-        if series.dataoffset is not None:
-            dtype = np.dtype(file.byteorder + series.dtype.char)
-            raster = from_file(path, {"dtype": dtype, "offset": series.dataoffset, "shape": shape}, axes, by_rows=False)
-        else:
-            raster = open_tiff_by_chunks(series, page, shape, axes)
-        if not opaque:
-            apply_palette_and_alpha(raster, page)
-    read_georeference(file, raster)
-    return raster
+        raster = open_tiff_by_chunks(series, page, shape, axes)
+    said = tiff.said(page, raster.bands)
+    apply_palette(raster, page)
+    drop_alpha(raster, said["alpha"], bands, reading)
+    raster.mark_missing(said["nodata"], reading)
+    raster.place = of_tiff(file, path)
+    return raster if reading.orientation == "ignore" else turned_raster(raster, said["orientation"])
 
 
 def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: str) -> Raster:
@@ -191,41 +203,48 @@ def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: st
     return Raster(sizes["H"], sizes["W"], sizes.get("C", 1), series.dtype, read, by_rows=not page.is_tiled)
 
 
-def apply_palette_and_alpha(raster: Raster, page: Any) -> None:
-    """Has windows come as decode_image gives whole images."""
-    raw = raster.read_raw
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and raster.bands == 1:
-        colours = (page.colormap >> 8).astype(np.uint8).T
-        raster.read_raw, raster.bands, raster.dtype = (
-            lambda rows, columns: colours[raw(rows, columns)[..., 0]],
-            3,
-            np.dtype(np.uint8),
-        )
-    elif raster.bands > 1 and any(int(kind) in (1, 2) for kind in page.extrasamples):
-        bands = raster.bands - len(page.extrasamples)
-        raster.read_raw, raster.bands = lambda rows, columns: raw(rows, columns)[..., :bands], bands
+def apply_palette(raster: Raster, page: Any) -> None:
+    """Has windows come in the colours of a palette."""
+    if page.photometric != tifffile.PHOTOMETRIC.PALETTE or raster.bands != 1:
+        return
+    raw, colours = raster.read_raw, (page.colormap >> 8).astype(np.uint8).T
+    raster.read_raw = lambda rows, columns: colours[raw(rows, columns)[..., 0]]
+    raster.bands, raster.dtype = 3, np.dtype(np.uint8)
 
 
-def read_georeference(file: tifffile.TiffFile, raster: Raster) -> None:
-    """Notes where a GeoTIFF lies: its tags as they are, the map's transform and EPSG code."""
-    page = file.pages.first
-    for code in GEO_TAGS:
-        if (tag := page.tags.get(code)) is not None:
-            count = 0 if isinstance(tag.value, str) else tag.count
-            raster.tags.append((code, int(tag.dtype), count, tag.value, True))
-    found = file.geotiff_metadata or {}
-    if "ModelTransformation" in found:
-        a, b, _, c, d, e, _, f = np.asarray(found["ModelTransformation"], float).ravel()[:8]
-        raster.transform = a, b, c, d, e, f
-    elif "ModelPixelScale" in found and "ModelTiepoint" in found:
-        (sx, sy), tie = found["ModelPixelScale"][:2], np.ravel(found["ModelTiepoint"])
-        raster.transform = sx, 0.0, tie[3] - tie[0] * sx, 0.0, -sy, tie[4] + tie[1] * sy
-    if raster.transform and int(found.get("GTRasterTypeGeoKey", 1)) == 2:
-        # the numbers are of pixels' centres
-        a, b, c, d, e, f = raster.transform
-        raster.transform = a, b, c - (a + b) / 2, d, e, f - (d + e) / 2
-    epsg = int(found.get("ProjectedCSTypeGeoKey", found.get("GeographicTypeGeoKey", 0)))
-    raster.crs = f"EPSG:{epsg}" if 0 < epsg < 32767 else None
+def drop_alpha(raster: Raster, alpha: tuple[int, ...], bands: int | None, reading: Reading) -> None:
+    """Has windows come without the bands that are transparency, as image_of decides it, by windows all over the image."""
+    if not alpha:
+        return
+    raw, tops = raster.read_raw, np.linspace(0, raster.height - 1, LOOKS).astype(int)
+    lefts = np.linspace(0, raster.width - 1, LOOKS).astype(int)
+    seen = [
+        raw(slice(top, min(top + LOOK_SIDE, raster.height)), slice(left, min(left + LOOK_SIDE, raster.width)))
+        for top, left in zip(tops.tolist(), lefts.tolist(), strict=True)
+    ]
+    sample = np.concatenate([window.reshape(-1, raster.bands) for window in seen])[None]
+    dropped = dropped_alpha(Picture(sample, alpha), reading.alpha, bands)
+    if dropped:
+        kept = [band for band in range(raster.bands) if band not in dropped]
+        raster.read_raw, raster.bands = lambda rows, columns: raw(rows, columns)[..., kept], len(kept)
+
+
+def turned_raster(raster: Raster, orientation: int) -> Raster:
+    """Makes a raster whose windows come turned, as EXIF's orientation says."""
+    if orientation == 1:
+        return raster
+    swapped, raw = orientation > 4, raster.read_raw
+    H, W = (raster.width, raster.height) if swapped else (raster.height, raster.width)
+    from_below, from_right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        if from_below:
+            rows = slice(H - rows.stop, H - rows.start)
+        if from_right:
+            columns = slice(W - columns.stop, W - columns.start)
+        return turned(raw(columns, rows) if swapped else raw(rows, columns), orientation)
+
+    return replace(raster, height=H, width=W, read_raw=read, by_rows=raster.by_rows and not swapped)
 
 
 def open_zarr(location: str, bands: int | None) -> Raster:

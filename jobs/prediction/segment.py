@@ -14,8 +14,9 @@ from torch import Tensor
 
 from deepskip.allocator import give_back_freed_memory
 from deepskip.data_shards import trouble
+from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.preparation import band_statistics, resample_bands, shrunk
-from deepskip.inference import normalize, to_probabilities
+from deepskip.inference import filled, normalize, to_probabilities, without_values
 from deepskip.jobs.prediction import memory
 from deepskip.jobs.prediction.done import is_done
 from deepskip.jobs.prediction.inputs import Item, opened
@@ -38,12 +39,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: pixels, and why it could not be segmented, if so. skipped: it was done before."""
+    """What became of an image: pixels, and why it could not be segmented. skipped: it was done before. note: to be told."""
 
     name: str
     pixels: int = 0
     fault: str | None = None
     skipped: bool = False
+    note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Gives it as plain values."""
@@ -98,6 +100,8 @@ class PredictionWorker:
         self.predictor = Predictor(state, self.device, options.flips, precision)
         self.segmenter, self.preparation = self.predictor.segmenter, self.predictor.preparation
         self.options, self.out, self.made_by = options, out, made_by
+        nodata = self.predictor.nodata if options.nodata is None else options.nodata
+        self.reading = Reading(options.alpha, options.orientation, missing=True, nodata=nodata)
         self.plan = memory.plan(self.segmenter, options, self.device, processes)
 
     @property
@@ -146,7 +150,7 @@ class PredictionWorker:
         open_files = contextlib.ExitStack()
         try:
             bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
-            raster = open_files.enter_context(opened(item, None if bands else self.segmenter.bands))
+            raster = open_files.enter_context(opened(item, None if bands else self.segmenter.bands, self.reading))
             if not bands and raster.bands != self.segmenter.bands:
                 raise ValueError(f"has {raster.bands} bands; the model takes {self.segmenter.bands}")
             ready = raster.whole
@@ -195,7 +199,8 @@ class PredictionWorker:
     def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:
         """Computes the probabilities (N, V, H, W) of whole images."""
         images = torch.from_numpy(images_NHWC).to(self.device).permute(0, 3, 1, 2)
-        return to_probabilities(self.logits(self.segmenter.normalized(images))).cpu().numpy()
+        normalized, nowhere_NHW = self.segmenter.normalized_where_seen(images)
+        return without_values(to_probabilities(self.logits(normalized)), nowhere_NHW).cpu().numpy()
 
     def logits(self, normalized_NCHW: Tensor) -> Tensor:
         """Computes logits in fp32; tiles are as the plan has them."""
@@ -249,7 +254,8 @@ class PredictionWorker:
         except BaseException:
             outputs.discard()
             raise
-        return Outcome(image.item.name, image.raster.height * image.raster.width)
+        note = image.raster.place.note if self.options.polygons == "geojson" else None
+        return Outcome(image.item.name, image.raster.height * image.raster.width, note=note)
 
     def tiled(self, image: Loaded, told: Told) -> Iterator[tuple[int, np.ndarray]]:
         """Computes an image's probabilities in stripes of rows (V, rows, width), from overlapping tiles."""
@@ -272,6 +278,8 @@ class PredictionWorker:
 
         def logits_of(row: Span, group: Sequence[Span]) -> Tensor:
             images = torch.from_numpy(next(coming)).to(self.device).permute(0, 3, 1, 2)
+            if image.raster.nodata:
+                images, _ = filled(images, mean if mean is not None else self.segmenter.mean)
             if mean is not None and std is not None:
                 images = normalize(images, mean, std)
             return self.logits(images)
@@ -279,7 +287,12 @@ class PredictionWorker:
         with ThreadPoolExecutor(1, "tiles") as reader:
             coming = one_ahead(windows(), reader)
             for top, logits_VrW in stitched(logits_of, rows, columns, self.num_classes, batch):
-                yield top, to_probabilities(logits_VrW[None])[0].numpy()
+                p_VrW = to_probabilities(logits_VrW[None])
+                if image.raster.nodata:
+                    bottom = top + logits_VrW.shape[1]
+                    nowhere = np.isnan(self.window(image, slice(top, bottom))).all(2)
+                    p_VrW = without_values(p_VrW, torch.from_numpy(nowhere[None]))
+                yield top, p_VrW[0].numpy()
                 told((top + logits_VrW.shape[1]) / H, (top + logits_VrW.shape[1]) * W)
 
     def statistics(self, image: Loaded, tile: int) -> tuple[Tensor | None, Tensor | None]:
@@ -291,17 +304,19 @@ class PredictionWorker:
         H, W = image.size
         # a window at a time, in fp64: sums of squares around the mean add up by Chan's rule
         step = W if image.ready is None and image.raster.by_rows else tile
-        count, mean_C, squares_C = 0, np.zeros(self.segmenter.bands), np.zeros(self.segmenter.bands)
+        count, mean_C, squares_C = (np.zeros(self.segmenter.bands) for _ in range(3))
         for top in range(0, H, ROWS):
             for left in range(0, W, step):
                 window = self.window(image, slice(top, min(top + ROWS, H)), slice(left, min(left + step, W)))
                 here_C, deviation_C = band_statistics(window)
-                new = window.shape[0] * window.shape[1]
-                apart = here_C - mean_C
-                squares_C += deviation_C**2 * new + apart**2 * (count * new / (count + new))
+                new = np.full(self.segmenter.bands, window.shape[0] * window.shape[1])
+                if image.raster.nodata:
+                    new -= np.isnan(window).sum((0, 1))
+                apart, together = here_C - mean_C, np.maximum(count + new, 1)
+                squares_C += deviation_C**2 * new + apart**2 * (count * new / together)
                 count += new
-                mean_C += apart * (new / count)
-        std_C = np.sqrt(squares_C / count)
+                mean_C += apart * (new / together)
+        std_C = np.sqrt(squares_C / np.maximum(count, 1))
         mean, std = (torch.tensor(values[None], dtype=torch.float32, device=self.device) for values in (mean_C, std_C))
         return mean, std
 

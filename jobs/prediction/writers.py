@@ -16,7 +16,8 @@ import tifffile
 from PIL import Image
 
 from deepskip.data_shards.decoding import npy_header
-from deepskip.jobs.prediction.rasters import Tag, zarr_of
+from deepskip.jobs.prediction.georeference import Tag
+from deepskip.jobs.prediction.rasters import zarr_of
 
 # side of the tiles of a TIFF and of the chunks of a Zarr array that are written, pixels
 TIFF_TILE = 512

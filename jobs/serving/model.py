@@ -13,6 +13,7 @@ import torch
 
 from deepskip import inference
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
+from deepskip.data_shards.pictures import Reading
 from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
@@ -77,10 +78,12 @@ class Model:
 
     def read(self, body: bytes, extension: str) -> np.ndarray:
         """Decodes an image and looks whether the model can take it; raises ValueError."""
-        image = decode_image(extension, body, self.limits)
+        bands = self.predictor.bands if self.predictor.preparation["bands"] is None else None
+        reading = Reading(missing=True, nodata=self.predictor.nodata)
+        image = decode_image(extension, body, self.limits, bands, reading)
         if self.predictor.preparation["bands"] is None and image.shape[2] != self.predictor.bands:
             raise ValueError(f"has {image.shape[2]} bands; the model takes {self.predictor.bands}")
-        if image.dtype.kind == "f" and np.abs(image).max() > LARGEST_VALUE:
+        if image.dtype.kind == "f" and np.abs(image).max(initial=0, where=~np.isnan(image)) > LARGEST_VALUE:
             raise ValueError(f"has values beyond {LARGEST_VALUE:g}")
         return image
 

@@ -75,7 +75,7 @@ class Folder:
         n, columns = len(self.table), [column.chunk(0) for column in self.table.columns]
         for name, value in (
             ("image_offset", -1), ("image_offset", 2**62), ("image_offset", 2**63 - 1), ("image_length", 2**32 - 1),
-            ("mask_offset", -5), ("mask_length", 2**31), ("image_format", 200), ("mask_format", 7), ("image_offset", None),
+            ("mask_offset", -5), ("mask_length", 2**31), ("image_format", 200), ("mask_format", 9), ("image_offset", None),
         ):  # fmt: skip
             made = list(columns)
             field = SCHEMA.get_field_index(name)

@@ -111,7 +111,7 @@ def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, 
         (lambda c: c["images"][0].update(file_name="../a.png"), r"lead out of .*: \.\./a\.png"),
         (lambda c: c["images"][0].update(file_name="/etc/passwd"), r"lead out of .*: /etc/passwd"),
         (lambda c: c["images"][0].update(file_name="none.png"), r"1 images are not in .*: none\.png"),
-        (lambda c: c["images"][0].update(height=21), r"a\.png is 20 x 30 \(height x width\), its annotations 21 x 30"),
+        (lambda c: c["images"][0].update(height=21), r"the mask of a is 21 x 30 \(height x width\), its image 20 x 30"),
         (lambda c: c["annotations"][0].update(image_id=9), "1 annotations of images that .* does not have: 1"),
         (lambda c: c["annotations"][0].update(category_id=9), "category ids that .* does not have: 9"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), r"a\.png has annotation 1 that is no region"),
@@ -158,8 +158,56 @@ def test_grey_among_colour_and_dots_in_a_split_file(tmp_path: Path, coco: dict[s
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "images" / "sub" / "b.c.png")
     path, split = write(tmp_path, coco), tmp_path / "split.csv"
     split.write_text("stem,split\na,train\nsub/b.c,train\nempty,val\n")
-    with pytest.raises(PackError, match=r"b\.c\.png has 1 bands, those before it 3; .*--bands N"):
+    with pytest.raises(PackError, match=r"\(1 bands: 1 images such as sub/b\.c, 3 bands: .*--bands N"):
         pack_coco(tmp_path / "images", path, tmp_path / "out", split=split)
     assert pack_coco(tmp_path / "images", path, tmp_path / "out", split=split, bands=3) == {"train": 2, "val": 1}
     with pytest.raises(PackError, match=r"split_name is '\.\./up'"):
         pack_coco(tmp_path / "images", path, tmp_path / "out", split_name="../up")
+
+
+def test_what_other_tools_write(tmp_path: Path, coco: dict[str, Any]) -> None:
+    said: list[str] = []
+    for image in coco["images"]:
+        image.update(width=30.0, height=20.0)
+    # Roboflow's first category only names the group
+    coco["categories"] = [{"id": 0, "name": "cells", "supercategory": "none"},
+                          {"id": 7, "name": "cell", "supercategory": "cells"}]  # fmt: skip
+    flat = [2, 4, 10, 4, 10, 12, 2, 12]
+    coco["annotations"] = [
+        {"id": 1, "image_id": 0, "category_id": 7, "segmentation": flat},
+        {"id": 2, "image_id": 0, "category_id": 7},
+        {"id": 3, "image_id": 1, "category_id": 7, "segmentation": []},
+        {"id": 4, "image_id": 1, "category_id": 7, "segmentation": [[1, 1, 5, 5]]},
+        {"id": 5, "image_id": 1, "category_id": 7, "segmentation": None},
+    ]
+    path = write(tmp_path, coco)
+    with pytest.raises(PackError, match=r"(?s)annotation 2 .*annotation 5 .*4 annotations.*--on_bad_annotation skip"):
+        pack_coco(tmp_path / "images", path, tmp_path / "out", split_name="train")
+    pack_coco(
+        tmp_path / "images", path, tmp_path / "out", split_name="train", on_bad_annotation="skip", say=said.append
+    )
+    assert load_index(tmp_path / "out" / "train").num_classes == 1
+    expected = np.zeros((20, 30), np.uint8)
+    expected[4:12, 2:10] = 1
+    found = masks(tmp_path / "out" / "train")
+    np.testing.assert_array_equal(found["a"], expected)
+    assert not found["sub__b_c"].any()
+    assert "left out, for it only names others' group and has no annotations: category cells" in said
+    assert any(line.startswith("4 annotations are left out: ") for line in said)
+    # one that is asked for by name is a class
+    pack_coco(
+        tmp_path / "images", path, tmp_path / "two", split_name="train", on_bad_annotation="skip",
+        categories=["cells", "cell"],
+    )  # fmt: skip
+    assert load_index(tmp_path / "two" / "train").num_classes == 3
+
+
+def test_images_are_found_by_the_last_part_of_their_names(tmp_path: Path, coco: dict[str, Any]) -> None:
+    for image, prefix in zip(coco["images"], ("/data/upload/1/3f2a9c01-", "../../media/", "C:\\x\\"), strict=True):
+        image["file_name"] = prefix + image["file_name"].rpartition("/")[2]
+    (tmp_path / "images" / "sub" / "b.c.png").rename(tmp_path / "images" / "b.c.png")
+    path = write(tmp_path, coco)
+    with pytest.raises(PackError, match="--by_basename"):
+        pack_coco(tmp_path / "images", path, tmp_path / "out", split_name="train")
+    pack_coco(tmp_path / "images", path, tmp_path / "out", split_name="train", by_basename=True)
+    assert masks(tmp_path / "out" / "train").keys() == {"3f2a9c01-a", "b_c", "empty"}

@@ -79,7 +79,10 @@ def test_pictures_of_every_kind() -> None:
         ("png", imagecodecs.png_encode(rgb16), rgb16),
         ("tif", tif(grey16), grey16[..., None]),
         ("tiff", tif(rgb, photometric="rgb"), rgb),
-        ("tif", tif(alpha, photometric="rgb", extrasamples=["unassalpha"]), rgb),
+        ("png", imagecodecs.png_encode(np.dstack([grey16, np.full_like(grey16, 65535)])), grey16[..., None]),
+        ("png", imagecodecs.png_encode(np.dstack([rgb16, rgb16[..., :1]])), rgb16),
+        ("bmp", pil(Image.fromarray(rgb), "BMP"), rgb),
+        ("gif", pil(Image.fromarray(grey // 9 * 9), "GIF"), (grey // 9 * 9)[..., None]),
         ("tif", tif(random(4, 6, 9) * 0 + grey, photometric="minisblack"), np.repeat(grey[..., None], 4, 2)),
         ("npy", npy(grey > 100), (grey > 100)[..., None].astype(np.uint8)),
         ("npz", npz(cube=rgb16, mask=grey), rgb16),
@@ -227,7 +230,7 @@ def test_masks() -> None:
     for array, message in (
         (three, "not of colours"),
         (labels - 0.5, "no integers"),
-        (labels.astype(int) - 300, "negative"),
+        (labels.astype(int) + 2**31, "too large"),
     ):
         with pytest.raises(ValueError, match=message):
             decode_mask("npy", npy(array))

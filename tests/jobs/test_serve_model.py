@@ -66,9 +66,9 @@ def test_images_of_one_size_go_together_and_come_out_as_alone(bands: int, classe
 def test_large_images_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [np.random.default_rng(n).normal(size=(32, 32, 1)).astype(np.float32) for n in range(5)]
     monkeypatch.setattr(inference, "TILE", 46)
-    # the last has no fellow and waits all that time; on a busy machine another's fellow may take some of it
+    # one has no fellow and waits all that time: the last, unless the machine was busy
     model = Model(state(1, 1), "cpu", 10_000, 16, 3.0, 2)
-    assert [answer.batch for answer in ask(model, images)] == [2, 2, 2, 2, 1]
+    assert sorted(answer.batch for answer in ask(model, images)) == [1, 2, 2, 2, 2]
     # enlarged each has as many pixels as four
     larger = state(1, 1)
     larger["config"]["model"]["enlarge"] = 2

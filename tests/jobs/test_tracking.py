@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -91,6 +92,27 @@ def train(tracker: tracking.Tracker, journal: Path, steps: range) -> None:
     for step in steps:
         values = {"loss": 1 / step}
         tracker.take("train", step, values, write_down(journal, "train", step, values))
+
+
+def test_a_slow_server_has_more_time_for_the_start(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # which itself takes the server from here
+    from tests.stress import SlowWay
+
+    way = SlowWay(server.port, 0)
+    monkeypatch.setattr(way, "rng", SimpleNamespace(uniform=lambda low, high: 1.6))
+    # as if these were ten and thirty seconds
+    monkeypatch.setattr(tracking, "SECONDS", "1")
+    monkeypatch.setenv(tracking.TIMEOUT, "1")
+    monkeypatch.setattr(tracking, "START_SECONDS", "30")
+    run_id = tracking.start_run(way.uri, tmp_path, "slow", "a", None, CONFIG)
+    assert mlflow.MlflowClient(server.uri).get_run(run_id).data.params
+    assert os.environ[tracking.TIMEOUT] == "1"
+    # what a user has said stays
+    monkeypatch.setattr(tracking, "SECONDS", "10")
+    with pytest.raises(tracking.TrackingUnreachable):
+        tracking.start_run(way.uri, tmp_path, "slow", "b", None, CONFIG)
 
 
 def test_what_is_measured_while_the_server_hangs_or_is_away_arrives_later_and_once(

@@ -1,0 +1,27 @@
+"""The table of docs/files.md, made of the cases that are tried: `python -m tests.field.page`."""
+
+import sys
+from pathlib import Path
+
+from tests.field.cases import CASES
+
+PAGE = Path(__file__).parents[2] / "docs" / "files.md"
+BEGIN, END = "<!-- made by tests.field.page -->", "<!-- end -->"
+
+
+def table() -> str:
+    """Gives the table as Markdown."""
+    lines = ["| what you have | what becomes of it | otherwise |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {what} | {becomes} | {options} |" for what, becomes, options, _ in CASES.values())])
+
+
+def main() -> None:
+    """Writes the table into the page."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    sys.stdout.write(f"{PAGE}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from deepskip.data_shards.command_line import main
+from tests.field import page
+from tests.field.cases import CASES, gap
+from tests.field.folders import scene, write
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_becomes_of(name: str, tmp_path: Path) -> None:
+    CASES[name][3](tmp_path)
+
+
+def test_the_page_has_what_is_tried() -> None:
+    assert f"{page.BEGIN}\n{page.table()}\n{page.END}" in page.PAGE.read_text(), "python -m tests.field.page"
+
+
+def test_a_folder_of_all_of_it_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, lambda path, made: gap(path, made, int(path.name) < 3), count=6, height=64, width=80)
+    flagged = np.dstack([scene(9)[0][..., :2], np.full((64, 80), 255, np.uint8)])
+    tifffile.imwrite(
+        tmp_path / "i" / "9.tif", flagged, photometric="minisblack", planarconfig="contig", extrasamples=[0, 2]
+    )
+    Image.fromarray(scene(9)[1] * 255).save(tmp_path / "m" / "9.png")
+    tifffile.imwrite(
+        tmp_path / "i" / "8.tif",
+        np.moveaxis(scene(8)[0][..., :2], 2, 0),
+        photometric="miniswhite",
+        planarconfig="separate",
+    )
+    Image.fromarray(scene(8)[1] * 255).save(tmp_path / "m" / "8.png")
+    for name in ("._a.tif", "notes.txt", "a.xml", "b.xml", "scan.nii.gz"):
+        (tmp_path / "i" / name).touch()
+    (tmp_path / "m" / "old").mkdir()
+    main(
+        [
+            "pack",
+            "folder",
+            "--images",
+            f"{tmp_path / 'i'}",
+            "--masks",
+            f"{tmp_path / 'm'}",
+            "--out",
+            f"{tmp_path / 'o'}",
+        ]
+    )
+    said = capsys.readouterr().out
+    for words in (
+        "left out, since they are none of", "2 .xml", "1 .nii.gz", "1 hidden files", "1 folders",
+        "transparency of 1 images is dropped", "1 of 8 images say that 0 is white",
+        "nodata, as the files say: -9999 in 3 images", "of all pixels have no value",
+        "warning: -9999 in 3 images looks as if it stood for no value",
+    ):  # fmt: skip
+        assert words in said
+    assert len(said.splitlines()) < 30

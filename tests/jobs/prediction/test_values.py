@@ -1,0 +1,99 @@
+"""What a file says of its numbers counts in predictions too: no values, transparency, orientation; whole and in tiles."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import deepskip
+from deepskip.data_shards.pictures import turned
+from deepskip.jobs import predict
+from deepskip.jobs.prediction import rasters
+from tests.jobs.prediction.models import save_model
+from tests.jobs.prediction.test_predict import TILE, picture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+H, W, GAP = 300, 420, 100
+
+
+@pytest.fixture(autouse=True)
+def by_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def run(model: Path, image: Path, out: Path, *words: Any) -> np.ndarray:
+    """Predicts one TIFF; gives its probabilities."""
+    arguments = ["--model", model, "--images", image, "--out", out, "--probabilities", "true", *words]
+    predict.main([str(argument) for argument in arguments])
+    return tifffile.imread(out / "probabilities" / image.name)
+
+
+def by_hand(model: Path, image_HWC: np.ndarray, how: str) -> np.ndarray:
+    """Computes probabilities (H, W) of an image that is nan where it has no value, in float64 up to the network."""
+    predictor = deepskip.load(model)
+    mean, std = np.nanmean(image_HWC, (0, 1)), np.nanstd(image_HWC, (0, 1))
+    if how == "dataset":
+        mean, std = predictor.segmenter.mean[0].numpy(), predictor.segmenter.std[0].numpy()
+    missing = np.isnan(image_HWC)
+    normalized = np.where(missing, 0, (image_HWC - mean) / std)
+    with torch.inference_mode():
+        logits = predictor.network(torch.from_numpy(normalized.transpose(2, 0, 1)[None].astype(np.float32)))
+    return np.where(missing.all(2), 0, logits.sigmoid()[0, 0].numpy())
+
+
+@pytest.mark.parametrize("how", ["image", "dataset"])
+@pytest.mark.parametrize("tag", [True, False])
+def test_nothing_is_predicted_where_there_is_no_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, tag: bool
+) -> None:
+    model = save_model(tmp_path / "run", 3, normalize=how)
+    image = picture(H, W, 3, np.float32)
+    image[:, :GAP] = -9999
+    # one band of three is missing elsewhere
+    image[200:230, 300:340, 1] = -9999
+    truth = by_hand(model, np.where(image == -9999, np.nan, image).astype(np.float64), how)
+    tags = [(42113, "s", 0, "-9999", True)] if tag else []
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", extratags=tags)
+    words = [] if tag else ["--nodata", "-9999"]
+    whole = run(model, tmp_path / "a.tif", tmp_path / "whole", *words)
+    np.testing.assert_allclose(whole, truth, atol=1e-4)
+    assert (tifffile.imread(tmp_path / "whole" / "masks" / "a.tif")[:, :GAP] == 0).all()
+    monkeypatch.setattr(rasters, "WHOLE_BYTES", 0)
+    np.testing.assert_allclose(run(model, tmp_path / "a.tif", tmp_path / "tiled", *words, *TILE), truth, atol=1e-4)
+    p_HWV = deepskip.load(model).predict_proba(image, nodata=-9999)
+    np.testing.assert_allclose(p_HWV[..., 0], truth, atol=1e-4)
+    image[image == -9999] = np.nan
+    np.testing.assert_allclose(deepskip.load(model).predict_proba(image, nodata=math.nan)[..., 0], truth, atol=1e-4)
+    with pytest.raises(ValueError, match=r"nan, infinite or beyond fp32.*nodata=math\.nan"):
+        deepskip.load(model).predict(image)
+
+
+def test_as_many_bands_are_taken_as_the_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(H, W, 4)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", extrasamples=["unassalpha"])
+    for bands in (3, 4):
+        model = save_model(tmp_path / f"run{bands}", bands)
+        expected = deepskip.load(model).predict_proba(image[..., :bands])[..., 0]
+        for side, words in ((2**26, []), (0, TILE)):
+            monkeypatch.setattr(rasters, "WHOLE_BYTES", side)
+            found = run(model, tmp_path / "a.tif", tmp_path / f"{bands}-{side}", *words)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6, 7, 8])
+def test_turned_images_have_turned_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int) -> None:
+    model, image = save_model(tmp_path / "run", 3), picture(H, W, 3)
+    tags = [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", extratags=tags, compression="zlib")
+    expected = deepskip.load(model).predict_proba(np.ascontiguousarray(turned(image, orientation)))[..., 0]
+    stored = deepskip.load(model).predict_proba(image)[..., 0]
+    for side, words in ((2**26, []), (0, TILE)):
+        monkeypatch.setattr(rasters, "WHOLE_BYTES", side)
+        found = run(model, tmp_path / "a.tif", tmp_path / f"out{side}", *words)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        ignored = run(model, tmp_path / "a.tif", tmp_path / f"as{side}", "--orientation", "ignore", *words)
+        np.testing.assert_allclose(ignored, stored, atol=1e-4)
