@@ -29,6 +29,8 @@ TOLD_OF_MEMORY = (
     "bad_alloc",
     "failed to map segment",
     "not enough memory",
+    # of an import for which there was no room
+    "returned NULL without setting an exception",
 )
 
 
@@ -100,6 +102,8 @@ def told(again: str = "the same command goes on") -> Iterator[None]:
     except Exception as error:
         if text := in_words(error, again):
             say(f"error: {text}")
+            # what goes wrong while libraries put themselves away, for the same reason, is not told again
+            sys.unraisablehook = lambda _: None
             ended = SystemExit(STATUS)
             ended.add_note(text)
             raise ended from error

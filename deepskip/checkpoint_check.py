@@ -107,7 +107,7 @@ def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int
             name: tensor.shape
             for name, tensor in networks.outline(model, in_channels, num_classes).state_dict().items()
         }
-    except ImportError:
+    except (ImportError, MemoryError, SystemError):
         raise
     # libraries of networks fail in many ways on settings that they do not know
     except Exception as error:

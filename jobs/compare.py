@@ -136,9 +136,9 @@ def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[
     import ray
     import ray.exceptions
 
-    from deepskip.jobs.training.allocation import own_ray
+    from deepskip.jobs.training.allocation import start_ray
 
-    ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
+    start_ray()
     remote = ray.remote(num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=3)(run_cell)
     running = {remote.remote(file): cell for file, cell in zip(files, left, strict=True)}
     while running:

@@ -19,7 +19,7 @@ from deepskip.jobs.prediction.inputs import Item
 from deepskip.jobs.prediction.options import Options
 from deepskip.jobs.prediction.segment import Outcome, PredictionWorker
 from deepskip.jobs.settings import stop
-from deepskip.jobs.training.allocation import own_ray
+from deepskip.jobs.training.allocation import start_ray
 
 # small images that an actor gets at once, and the bytes of their files
 GROUP, GROUP_BYTES = 64, 2**24
@@ -49,7 +49,7 @@ def over_ray(
 
     A machine that is lost costs its groups a second try on another, which passes over what was done.
     """
-    ray.init(log_to_driver=False, logging_level="ERROR", **own_ray())
+    start_ray()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     gpu = bool(gpus) and (options.device is None or options.device.startswith("cuda"))

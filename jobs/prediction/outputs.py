@@ -16,8 +16,9 @@ from deepskip.jobs.prediction.writers import Layout, Sink
 # longest side of an overlay, and rows that are read at once for it
 PICTURE_SIDE, PICTURE_ROWS = 2048, 256
 # pictures become PNG, and their probabilities arrays: neither survives what the input's own format does to them
-MASK_KIND = {"png": "png", "jpg": "png", "jpeg": "png", "tiff": "tif"}
-PROBABILITY_KIND = {"png": "npy", "jpg": "npy", "jpeg": "npy", "npz": "npy", "tiff": "tif"}
+# what masks of each kind are; of those that are not named, the same
+MASK_KIND = dict.fromkeys(("png", "jpg", "jpeg", "bmp", "gif"), "png") | {"tiff": "tif"}
+PROBABILITY_KIND = dict.fromkeys(("png", "jpg", "jpeg", "bmp", "gif", "npz"), "npy") | {"tiff": "tif"}
 
 
 class Outputs:

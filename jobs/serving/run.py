@@ -49,7 +49,7 @@ def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
 
     from deepskip.jobs.training import allocation
 
-    ray.init(log_to_driver=False, logging_level="ERROR", **allocation.own_ray())
+    allocation.start_ray()
     try:
         yield deploy(config, state)
     finally:

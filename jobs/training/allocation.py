@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import secrets
 import time
 from contextlib import suppress
@@ -16,9 +17,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 from deepskip.config import ClusterConfig, workers_range
+from deepskip.data_shards import trouble
 from deepskip.jobs import runs
-from deepskip.jobs.settings import stop
+from deepskip.jobs.settings import NotHere, stop
 
+# files and sockets that a Ray of one machine has open
+LEAST_DESCRIPTORS = 200
 POLL_SECONDS = 0.5
 
 
@@ -35,6 +39,27 @@ class WorkerAllocation:
     def __str__(self) -> str:
         many = str(self.most) if self.fewest == self.most else f"{self.fewest} to {self.most}"
         return f"{many} {'GPU' if self.gpu else 'CPU'} worker{'s' * (self.most > 1)}"
+
+
+def start_ray() -> None:
+    """Start Ray on this machine, or join the one at RAY_ADDRESS; ends the program with a line where that fails."""
+    settings = own_ray()
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if settings and allowed < LEAST_DESCRIPTORS:
+        stop(f"this process may open {allowed} files, and Ray needs {LEAST_DESCRIPTORS}: allow more (ulimit -n 4096)")
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **settings)
+    # ray has errors of every kind for what its processes lack
+    except Exception as error:
+        if trouble.in_words(error):
+            raise
+        what = " ".join(str(error).split()).split(". ")[0][:200]
+        if not settings:
+            stop(f"Ray at {os.environ.get('RAY_ADDRESS')} cannot be joined: {what}", NotHere)
+        stop(
+            f"Ray does not start on this machine: {what}. It needs memory that is not bounded by ulimit -v{trouble.limit()}, "
+            "and room in /tmp/ray; what its processes said is there"
+        )
 
 
 def own_ray() -> dict[str, Any]:

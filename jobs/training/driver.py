@@ -129,7 +129,7 @@ class Driver:
 def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
     """Run the training on Ray and pass on what it tells while it runs; returns the trainer's summary."""
     requested = config.cluster
-    ray.init(log_to_driver=False, logging_level="ERROR", **allocation.own_ray())
+    allocation.start_ray()
     # ray has put itself before our handler, and would abort the process 3 s after the signal
     listen_to_sigterm()
     allocated = allocation.resources(requested)

@@ -106,7 +106,9 @@ SHORTAGES = {
     "40 descriptors": Shortage("exec prlimit --nofile=40:40 COMMAND", may_pass=True),
     "4 GB of addresses": Shortage("exec prlimit --as=4000000000 COMMAND", may_pass=True),
     "1 GB of addresses": Shortage("exec prlimit --as=1000000000 COMMAND", may_pass=True),
-    "a full /tmp": Shortage("mkdir -p /tmp/ray && mount -t tmpfs -o size=512k none /tmp/ray && exec COMMAND"),
+    "a full /tmp": Shortage(
+        "mkdir -p /tmp/ray && mount -t tmpfs -o size=512k none /tmp/ray && exec COMMAND", may_pass=True
+    ),
     "a read-only /tmp": Shortage("mkdir -p /tmp/ray && mount -t tmpfs -o ro none /tmp/ray && exec COMMAND"),
 }
 

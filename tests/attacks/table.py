@@ -16,7 +16,6 @@ from tests.jobs.test_serve_front import NO_HTTP, SITES
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- made by tests.attacks.table -->", "<!-- end -->"
-FORMATS = ("png", "jpg", "tif", "npy", "npz")
 
 
 def rows() -> list[tuple[str, int, str]]:
@@ -28,7 +27,7 @@ def rows() -> list[tuple[str, int, str]]:
     named = "an error that names the file"
     return [
         ("images that claim to be small, or take long", len(images.CASES), f"{named}, or the image that it says to be"),
-        ("damaged images, of png, jpg, tif, npy and npz each", DAMAGES, f"{named}, or an image"),
+        ("damaged images, of png, jpg, tif, npy, npz, bmp and gif each", DAMAGES, f"{named}, or an image"),
         ("Zarr chunks that unpack to more than their shape", len(BOMBS), f"{named}, read no further than a chunk"),
         ("Zarr codecs that run code, or are not known", len(STRANGE), "refused by name, before anything is read"),
         (

@@ -79,6 +79,9 @@ def pictures() -> dict[str, list[bytes]]:
         Image.fromarray(colour).convert("RGBA"),
     ]
     made["png"] = [pillow("PNG", shape) for shape in shapes]
+    plain = [*shapes[:3], shapes[0].convert("1")]
+    made["bmp"] = [pillow("BMP", shape) for shape in plain]
+    made["gif"] = [pillow("GIF", shape, interlace=i % 2) for i, shape in enumerate([*plain, *plain])]
     made["jpg"] = [pillow("JPEG", shape.convert("RGB"), progressive=i > 1) for i, shape in enumerate(shapes)]
     for options in (
         {}, {"compression": "deflate"}, {"compression": "lzw", "predictor": True}, {"tile": (16, 16)}, {"compression": "jpeg"},
@@ -101,7 +104,7 @@ def pictures() -> dict[str, list[bytes]]:
     return made
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz", "bmp", "gif"])
 def test_damaged_images(extension: str) -> None:
     whole = pictures()[extension]
 

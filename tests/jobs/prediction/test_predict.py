@@ -65,6 +65,8 @@ def test_pictures(three: Path, tmp_path: Path) -> None:
         Image.fromarray(image).save(images / f"{name}.png")
     Image.fromarray(picture(40, 60, 3)).save(images / "d.jpg")
     pictures["d"] = np.asarray(Image.open(images / "d.jpg"))
+    pictures["e"] = picture(40, 60, 3, seed=3)
+    Image.fromarray(pictures["e"]).save(images / "e.bmp")
     run("--checkpoint", three, "--images", images, "--out", tmp_path / "out", "--probabilities", "true", *TILE)
     for name, image in pictures.items():
         expected = segmenter.predict(image)
