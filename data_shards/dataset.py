@@ -17,7 +17,7 @@ from deepskip.data_shards.decoding import decode_image, decode_mask, npy_header
 from deepskip.data_shards.index import Index, SampleEntry, load_index
 from deepskip.data_shards.labels import AS_LABELS
 from deepskip.data_shards.order import Slot
-from deepskip.data_shards.pictures import filled
+from deepskip.data_shards.pictures import filled, without_values
 from deepskip.data_shards.preparation import band_statistics, resample_bands
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard, digest
@@ -175,8 +175,7 @@ class Shards(Dataset[Batch]):
         image, mask = self.read(entry)
         mean, std = self.statistics(image)
         if self.index.reading.missing:
-            image, nowhere = filled(image, mean if self.normalize != "none" else self.mean)
-            mask[nowhere] = self.index.ignore_index
+            image = filled(image, mean if self.normalize != "none" else self.mean)
         return Item(image, mask, mean, std)
 
     def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
@@ -327,5 +326,6 @@ def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np
         image = resample_bands(image, index.bands)
     if index.labels is not None:
         mask = index.labels.apply(mask)
-    # a view of the file's bytes cannot be written to, and ignored pixels are
-    return image, mask.astype(np.uint8, copy=index.reading.missing)
+    if not index.reading.missing:
+        return image, mask.astype(np.uint8, copy=False)
+    return image, without_values(image, mask.astype(np.uint8), index.ignore_index)

@@ -157,7 +157,7 @@ def preview(folder: str | Path, out: Path, count: int, cache: storage.Cache | No
     sheet = Image.new("RGB", (columns * side, max(1, -(-count // columns)) * (side + 14)), "white")
     for i in range(count):
         entry = shards.index.entries([i * len(shards) // count])[0]
-        image, mask = shards.read(entry)
+        image, mask, *_ = shards.whole(entry)
         place = (i % columns) * side, (i // columns) * (side + 14)
         picture = Image.fromarray(outlined(image, mask, shards.index.ignore_index)).resize((side - 4, side - 4))
         sheet.paste(picture, place)

@@ -144,7 +144,14 @@ def suspected_nodata(image_HWC: np.ndarray) -> float | None:
     return None
 
 
-def filled(image_HWC: np.ndarray, mean_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Puts a band's mean where it has no value; gives the image, and where (H, W) no band has one."""
-    missing = np.isnan(image_HWC)
-    return np.where(missing, mean_C.astype(image_HWC.dtype), image_HWC), missing.all(axis=2)
+def filled(image_HWC: np.ndarray, mean_C: np.ndarray) -> np.ndarray:
+    """Puts a band's mean where it has no value (nan)."""
+    if image_HWC.dtype.kind != "f":
+        return image_HWC
+    return np.where(np.isnan(image_HWC), mean_C.astype(image_HWC.dtype), image_HWC)
+
+
+def without_values(image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Labels pixels ignored in which no band has a value; gives a mask of its own where there are any."""
+    nowhere = np.isnan(image_HWC).all(axis=2) if image_HWC.dtype.kind == "f" else np.zeros((), bool)
+    return np.where(nowhere, mask_HW.dtype.type(ignore_index), mask_HW) if nowhere.any() else mask_HW

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deepskip.data_shards.index import plain_number
+from deepskip.data_shards.labels import IGNORE_INDEX
+from deepskip.data_shards.pictures import without_values
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample
@@ -27,8 +29,8 @@ def prepared_sample(
 ) -> Sample:
     """Makes a sample brought to `bands` and `longest_side`; None leaves as it is.
 
-    stored_image: the image's own file as (extension, bytes). It goes in where nothing was done to the image: no second loss
-    from JPEG, no growth.
+    Where no band of the image has a value (nan) the mask is labelled ignored. stored_image: the image's own file as
+    (extension, bytes). It goes in where nothing was done to the image: no second loss from JPEG, no growth.
     """
     image, mask = image_HWC, mask_HW
     if bands is not None:
@@ -37,7 +39,7 @@ def prepared_sample(
         image, resized = resize_longest_side(image, mask, longest_side)
         assert resized is not None
         mask = resized
-    return Sample(key, image, mask, stored_image if image is image_HWC else None)
+    return Sample(key, image, without_values(image, mask, IGNORE_INDEX), stored_image if image is image_HWC else None)
 
 
 def write_splits(

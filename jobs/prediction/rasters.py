@@ -21,6 +21,8 @@ READING = Reading(missing=True)
 WHOLE_BYTES = 2**26
 # what one read of a window may unpack along with it
 MAX_CHUNK_BYTES = 2**30
+# in which arrays of xarray, NetCDF and GDAL say what stands for no value
+FILL_ATTRIBUTES = ("_FillValue", "missing_value", "nodata")
 # windows of a large image that are looked at to tell transparency from data, and their sides
 LOOKS, LOOK_SIDE = 8, 256
 
@@ -105,8 +107,8 @@ def raster_of(
     if extension in ("tif", "tiff"):
         return open_tiff(stack.enter_context(tiff.open_tiff(path, MAX_PIXELS)), path, bands, reading)
     if extension == "zarr" or (extension == "npy" and path.stat().st_size > WHOLE_BYTES):
-        raster = open_zarr(location, bands) if extension == "zarr" else open_npy(path)
-        raster.mark_missing(None, reading)
+        raster, said = open_zarr(location, bands) if extension == "zarr" else (open_npy(path), None)
+        raster.mark_missing(said, reading)
         return raster
     raster = in_memory(decode_image(extension, path.read_bytes(), bands=bands, reading=reading))
     raster.place = of_world_file(path)
@@ -247,8 +249,11 @@ def turned_raster(raster: Raster, orientation: int) -> Raster:
     return replace(raster, height=H, width=W, read_raw=read, by_rows=raster.by_rows and not swapped)
 
 
-def open_zarr(location: str, bands: int | None) -> Raster:
-    """Opens a Zarr array, or of a group the one called image, data or 0; axes by their names, else by their lengths."""
+def open_zarr(location: str, bands: int | None) -> tuple[Raster, float | None]:
+    """Opens a Zarr array, or of a group the one called image, data or 0; axes by their names, else by their lengths.
+
+    Gives what stands for no value too, where the array's attributes say so (xarray's and NetCDF's _FillValue).
+    """
     try:
         store = zarr_of(lambda zarr: zarr.open(location, mode="r"))
     # stores and codecs have errors of their own
@@ -275,10 +280,12 @@ def open_zarr(location: str, bands: int | None) -> Raster:
         with zarr_codecs.within(chunk):
             return cut(store, axes, rows, columns)
 
-    return Raster(
+    raster = Raster(
         shape["H"], shape["W"], shape.get("C", 1), np.dtype(store.dtype), read,
         by_rows=store.chunks[axes.index("W")] >= shape["W"],
     )  # fmt: skip
+    told = next((store.attrs[name] for name in FILL_ATTRIBUTES if name in store.attrs), None)
+    return raster, tiff.number(told)
 
 
 def zarr_axes(array: Any, bands: int | None) -> str:
