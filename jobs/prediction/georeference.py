@@ -58,9 +58,14 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
     if place.transform is None:
         return of_world_file(path, place)
     epsg = int(found.get("ProjectedCSTypeGeoKey", found.get("GeographicTypeGeoKey", 0)))
-    place.crs = (
-        f"EPSG:{epsg}" if 0 < epsg < OWN_CODE else in_words(path) if epsg == OWN_CODE or has_keys(found) else None
-    )
+    if 0 < epsg < OWN_CODE:
+        place.crs = f"EPSG:{epsg}"
+    elif epsg == OWN_CODE or has_keys(found):
+        try:
+            place.crs = in_words(path)
+        except ImportError:
+            place.note = "names its map by no code of EPSG's, which rasterio reads: pip install '.[geo]'"
+            return place
     if place.crs is None:
         place.note = "has a place on a map but does not say on which: its outlines are in that map's units"
     return place
@@ -72,11 +77,9 @@ def has_keys(found: dict[str, Any]) -> bool:
 
 
 def in_words(path: Path) -> str | None:
-    """Names a map that has no code of EPSG's, as WKT by rasterio; None where a file names none, or rasterio is missing."""
-    try:
-        import rasterio  # type: ignore[import-untyped]
-    except ImportError:
-        return None
+    """Names a map that has no code of EPSG's, as WKT by rasterio; None where a file names none. Raises ImportError."""
+    import rasterio  # type: ignore[import-untyped]
+
     with rasterio.open(path) as file:
         return file.crs.to_wkt() if file.crs else None
 

@@ -1,14 +1,18 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import tifffile
 from PIL import Image
 
 from deepskip.data_shards.command_line import main
+from deepskip.data_shards.sources.split import PackError
 from tests.field import page
 from tests.field.cases import CASES, gap
-from tests.field.folders import scene, write
+from tests.field.folders import packed, scene, write
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,3 +62,21 @@ def test_a_folder_of_all_of_it_is_summed_up(tmp_path: Path, capsys: pytest.Captu
     ):  # fmt: skip
         assert words in said
     assert len(said.splitlines()) < 30
+
+
+@pytest.mark.parametrize("ending", ["mat", "webp"])
+def test_the_command_that_converts_does(tmp_path: Path, ending: str) -> None:
+    write(tmp_path, lambda path, made: None)
+    for key in "0123":
+        path = tmp_path / "i" / f"{key}.{ending}"
+        if ending == "mat":
+            scipy.io.savemat(path, {"cube": scene(int(key))[0]})
+        else:
+            Image.fromarray(scene(int(key))[0]).save(path, lossless=True)
+    with pytest.raises(PackError) as error:
+        packed(tmp_path)
+    code = str(error.value).partition('python -c "')[2].rpartition('"')[0]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "i", check=True)
+    for key, (image, mask) in packed(tmp_path)[0].items():
+        np.testing.assert_array_equal(image, scene(int(key))[0])
+        np.testing.assert_array_equal(mask, scene(int(key))[1])

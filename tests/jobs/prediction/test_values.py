@@ -1,5 +1,6 @@
 """What a file says of its numbers counts in predictions too: no values, transparency, orientation; whole and in tiles."""
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,16 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
+from PIL import Image
 
 import deepskip
+from deepskip import checkpoint
 from deepskip.data_shards.pictures import turned
+from deepskip.data_shards.sources.folder import pack_folder
 from deepskip.jobs import predict
 from deepskip.jobs.prediction import rasters
+from deepskip.jobs.serving.model import Model
 from tests.jobs.prediction.models import save_model
 from tests.jobs.prediction.test_predict import TILE, picture
 
@@ -97,3 +103,42 @@ def test_turned_images_have_turned_masks(tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(found, expected, atol=1e-4)
         ignored = run(model, tmp_path / "a.tif", tmp_path / f"as{side}", "--orientation", "ignore", *words)
         np.testing.assert_allclose(ignored, stored, atol=1e-4)
+
+
+def test_zarr_and_shards_and_a_server_leave_the_same_out(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "run", 3)
+    image = picture(H, W, 3, np.float32)
+    image[:, :GAP] = -9999
+    truth = by_hand(model, np.where(image == -9999, np.nan, image).astype(np.float64), "image")
+    array = zarr.create_array(tmp_path / "a.zarr", shape=image.shape, chunks=(100, 90, 3), dtype=image.dtype)
+    array[:] = image
+    array.attrs["_FillValue"] = -9999
+    words = ["--probabilities", "true", "--model", str(model), "--out", str(tmp_path / "out")]
+    predict.main(["--images", str(tmp_path / "a.zarr"), *words, *TILE])
+    found = zarr.open_array(tmp_path / "out" / "probabilities" / "a.zarr", mode="r")
+    np.testing.assert_allclose(found[:], truth, atol=1e-4)
+
+    (tmp_path / "i").mkdir()
+    (tmp_path / "m").mkdir()
+    for name in "ab":
+        tifffile.imwrite(
+            tmp_path / "i" / f"{name}.tif", image, photometric="rgb", extratags=[(42113, "s", 0, "-9999", True)]
+        )
+        Image.fromarray((image[..., 0] > 120).astype(np.uint8) * 255).save(tmp_path / "m" / f"{name}.png")
+    pack_folder(tmp_path / "i", tmp_path / "m", tmp_path / "set", val_share=0.5)
+    predict.main(["--images", str(tmp_path / "set" / "val"), *words])
+    (shown,) = (tmp_path / "out" / "probabilities").glob("*.tif")
+    np.testing.assert_allclose(tifffile.imread(shown), truth, atol=1e-4)
+
+    state = checkpoint.read_model(model / checkpoint.FOLDER / checkpoint.BEST)
+    state["data"]["preparation"] = {"bands": None, "longest_side": None, "nodata": -9999}
+    served = Model(state, "cpu", 10**6, 4, 0.0, 1)
+    prepared = served.predictor.prepared(served.read(tif_of(image), "tif"))
+    np.testing.assert_allclose(served.forward([prepared])[0][0], truth, atol=1e-4)
+
+
+def tif_of(image_HWC: np.ndarray) -> bytes:
+    """Gives the bytes of a TIFF that says nothing of its values."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, image_HWC, photometric="rgb")
+    return file.getvalue()
