@@ -15,8 +15,8 @@ SHOWN = 20
 MANY = 20
 # what nan in a mask of real numbers is read as, and named by --ignore_label nan
 NAN_LABEL = -(2**31)
-# of a mask with soft edges, most values are near one end or the other
-NEAR, NEAR_SHARE = 40, 0.8
+# of a mask with soft edges, most values are near one end or the other; where the highest is lower they are rather classes
+NEAR, NEAR_SHARE, SOFTEST = 0.16, 0.8, 50
 # colours of a mask that are named in a message
 COLOURS_SHOWN = 12
 
@@ -269,10 +269,11 @@ def doubt(seen: Seen, kind: str, binary: bool, num_classes: int | None) -> str |
 def is_soft(pixels: Mapping[int, int]) -> bool:
     """Says whether values look like a mask of 0 and its highest value with soft edges: most near one end, some between."""
     highest = max(pixels, default=0)
-    if not 128 <= highest <= 255 or len(pixels) < 4:
+    if not SOFTEST <= highest <= 255 or len(pixels) < 4:
         return False
-    near = sum(count for value, count in pixels.items() if min(value, highest - value) <= NEAR)
-    beside = sum(1 for value in pixels if 0 < value <= NEAR or highest - NEAR <= value < highest)
+    reach = NEAR * highest
+    near = sum(count for value, count in pixels.items() if min(value, highest - value) <= reach)
+    beside = sum(1 for value in pixels if 0 < value <= reach or highest - reach <= value < highest)
     return beside > 1 and near >= NEAR_SHARE * sum(pixels.values())
 
 

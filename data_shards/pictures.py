@@ -11,9 +11,9 @@ ORIENTATION = ("auto", "apply", "ignore")
 ORIENTATION_TAG = 274
 # of the pixels of a transparency mask, so many are wholly there or not at all: the rest are soft edges
 PLAIN_SHARE = 0.95
-# what writers put where there is no value, and say so nowhere; the last three are of NetCDF and of floats' ends
-SUSPECTED = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -2147483648.0, 9.96920996838687e36, -3.4028234663852886e38,
-             3.4028234663852886e38)  # fmt: skip
+# what writers put where there is no value, and say so nowhere; the last are of NetCDF and of floats' ends
+SUSPECTED = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -2147483648.0, 65535.0, 1e20, -1e30, 9.96920996838687e36,
+             -3.4028234663852886e38, 3.4028234663852886e38)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ from deepskip.data_shards import index, storage, trouble
 from deepskip.data_shards.decoding import decode_image
 from deepskip.data_shards.index import FORMATS, Index
 from deepskip.data_shards.pictures import Reading
+from deepskip.data_shards.sources.elsewhere import how_to_convert, kind_of
 from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster
 from deepskip.jobs.settings import NotHere, stop
 
 EXTENSIONS = (*FORMATS, "zarr")
+WORLD_FILES = (".tfw", ".tifw", ".pgw", ".pngw", ".jgw", ".jpgw", ".bpw", ".wld", ".aux.xml")
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,25 @@ def found_at(place: str) -> list[Item]:
         stop(f"--images: {place} does not exist", NotHere)
     if next(path.glob("*.tar"), None):
         stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: deepskip index {place}")
+    others: Counter[str] = Counter()
     items = [
         zarr_item(str(each), name) if each.suffix == ".zarr" else file_item(each, name)
-        for each in walk(path)
+        for each in walk(path, others=others)
         for name in [each.relative_to(path).with_suffix("").as_posix()]
     ]
     if not items:
-        stop(f"--images: {place} holds no images ({', '.join(EXTENSIONS)})")
+        stop(f"--images: {place} holds no images ({', '.join(EXTENSIONS)}){how_to_convert(others, path)}")
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(12))
+        print(f"left out of {place}, since they are none of {', '.join(EXTENSIONS)}: {kinds}", flush=True)
     return items
 
 
-def walk(folder: Path, above: Set[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+def walk(folder: Path, above: Set[tuple[int, int]] = frozenset(), others: Counter[str] | None = None) -> Iterator[Path]:
     """Gives the images of a folder and of those in it, sorted; nothing hidden, and no inner parts of a Zarr array.
 
-    above: the folders that led here, of which a link back to one is passed over, as are pipes and links to nowhere.
+    others: counts the files that are none, by kind. above: the folders that led here, of which a link back to one is passed
+    over, as are pipes and links to nowhere.
     """
     above = {*above, identity(folder)}
     for each in sorted(folder.iterdir()):
@@ -91,12 +99,15 @@ def walk(folder: Path, above: Set[tuple[int, int]] = frozenset()) -> Iterator[Pa
             if identity(each) in above:
                 trouble.passed_over(each, "a link back to a folder that it is in")
             else:
-                yield from walk(each, above)
+                yield from walk(each, above, others)
         elif extension_of(each.name) in EXTENSIONS:
             if each.is_file() or each.is_dir():
                 yield each
             else:
                 trouble.passed_over(each, "no file" if each.exists() else "a link to nothing")
+        # world files are of the image beside them
+        elif others is not None and not each.name.lower().endswith(WORLD_FILES):
+            others[kind_of(each)] += 1
 
 
 def identity(folder: Path) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("five") / "run", 5, num_classes=3)
 
 
-def test_pictures(three: Path, tmp_path: Path) -> None:
+def test_pictures(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = tmp_path / "images"
     (images / "deeper").mkdir(parents=True)
     segmenter = deepskip.load(three)
@@ -67,7 +67,11 @@ def test_pictures(three: Path, tmp_path: Path) -> None:
     pictures["d"] = np.asarray(Image.open(images / "d.jpg"))
     pictures["e"] = picture(40, 60, 3, seed=3)
     Image.fromarray(pictures["e"]).save(images / "e.bmp")
+    for name in ("notes.txt", "deeper/a.xml", "deeper/b.xml", "a.pgw"):
+        (images / name).touch()
     run("--checkpoint", three, "--images", images, "--out", tmp_path / "out", "--probabilities", "true", *TILE)
+    assert f"left out of {images}, since they are none of" in (said := capsys.readouterr().out)
+    assert ": 2 .xml, 1 .txt\n" in said
     for name, image in pictures.items():
         expected = segmenter.predict(image)
         assert 0.02 < expected.mean() < 0.98
