@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
     # what the tests start must not see it
     del os.environ["TRITON_INTERPRET"]
 
+# torchmetrics, which some test imports before anything of ours, takes torchvision along
+importlib.import_module("deepskip.kernels.torchvision_ops").declare()
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
