@@ -25,6 +25,8 @@ MAX_PIXELS = 2**28
 MAX_BYTES = 2**31
 # scans of a JPEG: progressive ones have about ten, and each takes as long as a whole image; of the largest images fewer
 MAX_SCANS, LARGEST_SCANS = 100, 20
+# bits of a grey PNG, and by what its values are stretched
+SHORT = {2: 85, 4: 17}
 PICTURES = ("png", "jpg", "jpeg", "bmp", "gif")
 # as numpy writes archives
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -135,18 +137,23 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
             raise ValueError("it holds several pictures; write the one that is meant to a file of its own")
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
         # who writes GIF numbers colours anew: its indices mean nothing
-        array, alpha = _pixels(image, labels and image.format != "GIF")
+        by_index = labels and image.format != "GIF"
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if by_index and image.mode == "P" else None
+        array, alpha = _pixels(image, by_index)
+        if labels and image.format == "PNG" and data[25] == 0 and data[24] in SHORT:
+            # which pillow stretches over 8 bits
+            array = array // SHORT[data[24]]
         if image.format == "GIF" and array.ndim == 3 and (array == array[..., :1]).all():
             array, alpha = array[..., 0], ()
-    return Picture(array, alpha, True, orientation if orientation in range(1, 9) else 1)
+    return Picture(array, alpha, True, orientation if orientation in range(1, 9) else 1, palette=palette)
 
 
 def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ...]]:
     """Gives Pillow's pixels (H, W) or (H, W, bands), and which of them are transparency."""
     if image.mode == "P" and labels:
-        return two_tone(np.asarray(image), np.array(image.getpalette("RGB") or []).reshape(-1, 3)), ()
+        return np.asarray(image), ()
     if image.mode == "1":
-        return np.asarray(image) if not labels else np.asarray(image.convert("L")), ()
+        return np.asarray(image.convert("L")), ()
     if image.mode in ("LA", "RGBA"):
         return np.asarray(image), (len(image.mode) - 1,)
     if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
@@ -155,15 +162,6 @@ def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ..
     if image.mode == "P" and "transparency" in image.info:
         return np.asarray(image.convert("RGBA")), (3,)
     return np.asarray(image.convert("RGB")), ()
-
-
-def two_tone(indices_HW: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Gives a mask's palette indices, but 1 for white where the palette is white, black: their order is the writer's whim."""
-    if indices_HW.max(initial=0) > 1 or len(colours) < 2:
-        return indices_HW
-    first, second = (tuple(colour.tolist()) for colour in colours[:2])
-    swapped = first == (255, 255, 255) and second == (0, 0, 0)
-    return 1 - indices_HW if swapped else indices_HW
 
 
 def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
@@ -185,9 +183,18 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
         array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
             colours = (page.colormap >> 8).astype(np.uint8).T
-            array = two_tone(array, colours) if labels else colours[array]
-        said = tiff.said(page, array.shape[2] if array.ndim == 3 else 1)
-        return Picture(array, **said)
+            said = tiff.said(page, 1)
+            if labels:
+                return Picture(array, palette=colours, **said)
+            if said["nodata"] is not None and (missing := array == said["nodata"]).any():
+                # an index stands for no value, and no number of a colour
+                array, said["nodata"] = (
+                    np.where(missing[..., None], np.nan, colours[array]).astype(np.float32),
+                    math.nan,
+                )
+                return Picture(array, **said)
+            return Picture(colours[array], **(said | {"nodata": None}))
+        return Picture(array, **tiff.said(page, array.shape[2] if array.ndim == 3 else 1))
 
 
 def _read_npy(data: Data) -> np.ndarray:

@@ -91,6 +91,7 @@ VALUES = {
     "white_is_zero": (f"one of {', '.join(WHITE_IS_ZERO)}", WHITE_IS_ZERO.__contains__),
     "threshold": ("a number or null", nothing_or(finite)), "colours": ("rows of four numbers 0 to 255", colours),
     "orientation": (f"one of {', '.join(ORIENTATION)}", ORIENTATION.__contains__),
+    "ignore": ("an integer or null", nothing_or(whole(-(2**31), 2**31))),
 }  # fmt: skip
 READING = {
     "alpha": (f"one of {', '.join(ALPHA)}", ALPHA.__contains__), "missing": ("true or false", truth),

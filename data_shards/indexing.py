@@ -174,7 +174,7 @@ def index_shards(
     if not found:
         raise IndexingError(f"{location} holds no .tar files")
     names = (image, mask) if image and mask else detect_names(location, found, image, mask)
-    reading = replace(reading, missing=True)
+    reading, values = replace(reading, missing=True), replace(values, ignore=ignore_label)
     arguments = ((location, name, names, bands, ignore_label, reading, values) for name in found)
     workers = min(len(found), workers or os.cpu_count() or 1)
     if workers == 1:
@@ -242,7 +242,7 @@ def merge(
     for report in whole:
         survey.merge(report.survey)
         seen.merge(report.seen)
-    if faults := survey.faults(reading, bands):
+    if faults := survey.faults(reading, bands) + survey.faults_of_masks(labels, ignore_label, values):
         raise IndexingError("\n".join(faults))
     reading, values = survey.decided(reading, values)
     counts = survey.kept if reading.alpha == "keep" else survey.dropped
@@ -275,7 +275,7 @@ def merge(
         std=tuple(std.tolist()),
         preparation={"bands": bands, "longest_side": None}
         | ({} if reading.nodata is None else {"nodata": plain_number(reading.nodata)}),
-        labels=None if as_they_stand and values == AS_LABELS else how,
+        labels=None if as_they_stand and replace(values, ignore=None) == AS_LABELS else how,
         # a file's own nodata value counts where any has it: shards that have none are read as ever
         reading=replace(reading, missing=bool(survey.empty or survey.tagged or reading.nodata is not None)),
     )

@@ -26,7 +26,8 @@ class Values:
     """How a mask's numbers are read.
 
     white_is_zero: whether values are turned round in a file that says that 0 is white ("ask": where it is of one bit, as every
-    viewer does; more bits are refused). threshold: value from which on a pixel is foreground, of masks with soft edges.
+    viewer does; more bits are refused). threshold: value from which on a pixel is foreground, of masks with soft edges; ignore:
+    value that it leaves as it is, as it does the file's own for no value.
     colours: the label of each colour (red, green, blue), for masks of colours. orientation: "ignore" leaves them as stored.
     """
 
@@ -34,10 +35,18 @@ class Values:
     threshold: float | None = None
     colours: tuple[tuple[int, int, int, int], ...] = ()
     orientation: str = "auto"
+    ignore: int | None = None
 
     def of(self, picture: Picture) -> np.ndarray:
         """Makes integers (H, W) of a mask, uint8 where they fit, else int32; raises ValueError that says what it is instead."""
-        array = np.delete(picture.array, picture.alpha, axis=2) if picture.alpha else picture.array
+        array = picture.array
+        if picture.palette is not None:
+            array = self.of_palette(array, picture.palette)
+        if picture.alpha:
+            alpha, array = array[..., picture.alpha[0]], np.delete(array, picture.alpha, axis=2)
+            # a mask that is nothing but transparency
+            if (array == array[:1, :1]).all() and alpha.min() != alpha.max():
+                array = alpha
         if self.orientation != "ignore":
             array = turned(array, picture.orientation)
         if array.ndim == 3 and (array == array[..., :1]).all():
@@ -45,14 +54,30 @@ class Values:
         if self.colours:
             array = self.of_colours(array)
         elif array.ndim == 3 and self.threshold is not None:
-            array = array.mean(axis=2)
+            # as bright as a colour's brightest
+            array = array.max(axis=2)
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(not_labels(array))
         if picture.white_is_zero:
             array = self.of_white_is_zero(array, picture.white_is_zero)
         if self.threshold is not None:
-            return thresholded(array, self.threshold)
+            return thresholded(array, self.threshold, (self.ignore, picture.nodata or None))
         return as_integers(array)
+
+    def of_palette(self, indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
+        """Gives the colours of indices where they are asked for, brightness where greys are out of order, else the indices."""
+        used = np.unique(indices)
+        if used[-1] >= len(palette):
+            raise ValueError(f"has index {used[-1]} of a palette of {len(palette)} colours")
+        if self.colours:
+            return palette[indices]
+        greys = palette[used, 0]
+        if (palette[used] != greys[:, None]).any() or (np.diff(greys.astype(int)) > 0).all():
+            # white alone may be index 0
+            alone = len(used) == 1 and used[0] == 0 and len(palette) > 1 and (palette[:2] == [[255] * 3, [0] * 3]).all()
+            return np.ones_like(indices) if alone else indices
+        brightness = palette[indices, 0]
+        return (brightness == greys.max()).astype(np.uint8) if len(used) == 2 else brightness
 
     def of_white_is_zero(self, array: np.ndarray, bits: int) -> np.ndarray:
         """Turns values round where that is asked for, or plain."""
@@ -113,13 +138,15 @@ def not_labels(array: np.ndarray) -> str:
     )
 
 
-def thresholded(array: np.ndarray, threshold: float) -> np.ndarray:
-    """Gives 1 where a value is as high as a threshold, else 0; nan stays a value of its own."""
+def thresholded(array: np.ndarray, threshold: float, kept: tuple[float | None, ...] = ()) -> np.ndarray:
+    """Gives 1 where a value is as high as a threshold, else 0; nan, and the values of `kept`, stay values of their own."""
     found = (array >= threshold).astype(np.int32)
-    if array.dtype.kind == "f" and np.isnan(array).any():
+    for value in kept:
+        if value is not None and value == round(value):
+            found[array == value] = int(value)
+    if array.dtype.kind == "f":
         found[np.isnan(array)] = NAN_LABEL
-        return found
-    return found.astype(np.uint8)
+    return found.astype(np.uint8) if found.min() >= 0 and found.max() <= 255 else found
 
 
 def as_integers(array: np.ndarray) -> np.ndarray:
@@ -255,8 +282,10 @@ def doubt(seen: Seen, kind: str, binary: bool, num_classes: int | None) -> str |
     # a model of so many classes would train without a word
     if len(foreground) > MANY:
         return f"masks have {len(foreground)} values beside 0: {either}"
-    if seen.numbered and not seen.others:
-        return f"in every mask the values count its regions, 1 to {foreground[-1]}, each in one piece: {either}"
+    if seen.numbered and seen.numbered >= seen.others:
+        return (
+            f"in {seen.numbered} masks the values count its regions, 1 to {foreground[-1]}, each in one piece: {either}"
+        )
     if foreground and foreground[-1] > 2 * len(foreground) + 10:
         return (
             f"masks have the values {', '.join(map(str, foreground))} beside 0, which as labels would make "

@@ -22,7 +22,8 @@ class Picture:
 
     array: (H, W) or (H, W, bands). alpha: bands that are flagged as transparency; sure: by a format that has it for nothing
     else, unlike TIFF, where GDAL flags a fourth band whatever it is. orientation: EXIF's number, 1 for as stored.
-    white_is_zero: bits of a number where 0 is white, else 0. nodata: what stands for no value, of all bands.
+    white_is_zero: bits of a number where 0 is white, else 0. nodata: what stands for no value, of all bands. palette: colours
+    (n, 3) of a mask whose numbers are indices.
     """
 
     array: np.ndarray
@@ -31,6 +32,7 @@ class Picture:
     orientation: int = 1
     white_is_zero: int = 0
     nodata: float | None = None
+    palette: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

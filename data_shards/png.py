@@ -82,7 +82,8 @@ def decode_plain(data: bytes) -> np.ndarray:
     else:
         # unlike libpng it leaves what comes after the last row packed
         array = imagecodecs.spng_decode(data)
-    return array
+    # a colour that is transparent is no band
+    return array if array.ndim == 2 else array[..., : SAMPLES[data[25]]]
 
 
 def check_rows(data: bytes) -> None:

@@ -1,5 +1,6 @@
 """What the files of a data set say of themselves, what is decided by it, and what a person is told."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from deepskip.data_shards.pictures import (
     turned,
 )
 
+NAN, BLACK = math.nan, "#000000"
 # of a data set: with more foreground the mask is rather the wrong way round
 MOST_FOREGROUND = 0.5
 
@@ -28,7 +30,8 @@ class Survey:
     that is neither all nor nothing. kept, dropped: numbers of bands with and without it, with an example of each. apply,
     ignore, unclear: turned by their files, where the mask's size tells that it was drawn on the turned image, on the stored
     one, or tells nothing. sizes: of images and masks that do not fit. white: images where 0 is white. tagged, suspected: by
-    the value that stands for none, or looks so. empty: pixels without a value.
+    the value that stands for none, or looks so. empty: pixels without a value. mask_nodata: masks by the value that stands for
+    none. palette, palettes_differ: of masks, the colour of each index, and those that have others.
     """
 
     images: int = 0
@@ -47,6 +50,9 @@ class Survey:
     suspected: Counter[float] = field(default_factory=Counter)
     empty: int = 0
     pixels: int = 0
+    mask_nodata: Counter[float] = field(default_factory=Counter)
+    palette: dict[int, str] = field(default_factory=dict)
+    palettes_differ: list[str] = field(default_factory=list)
 
     def look(self, name: str, image: Picture, mask: Picture, reading: Reading) -> None:
         """Takes note of an image and its mask, as they are stored."""
@@ -65,14 +71,56 @@ class Survey:
         if image.white_is_zero:
             self.white.append(name)
         self.look_at_sizes(name, image, mask, reading.orientation)
-        values = image_of(image, replace(reading, alpha="keep", orientation="ignore"))
+        self.look_at_mask(name, mask)
+        way = "keep" if reading.alpha == "keep" else "drop"
+        values = image_of(image, replace(reading, alpha=way, orientation="ignore"))
         if image.nodata is not None and values.dtype.kind == "f" and np.isnan(values).any():
-            self.tagged[image.nodata] += 1
+            # nan is no equal of itself
+            self.tagged[NAN if math.isnan(image.nodata) else image.nodata] += 1
         elif (found := suspected_nodata(values)) is not None:
             self.suspected[found] += 1
         if values.dtype.kind == "f":
             self.empty += int(np.isnan(values).all(axis=2).sum())
         self.pixels += values.shape[0] * values.shape[1]
+
+    def look_at_mask(self, name: str, mask: Picture) -> None:
+        """Takes note of what a mask says of its values: which stands for none, and what colours its indices have."""
+        if mask.nodata not in (None, 0) and (mask.array == mask.nodata).any():
+            self.mask_nodata[float(mask.nodata or 0)] += 1
+        if mask.palette is None:
+            return
+        used = [index for index in np.unique(mask.array).tolist() if index < len(mask.palette)]
+        # greys are taken by their brightness
+        if (mask.palette[used] == mask.palette[used][:, :1]).all() and len(used) > 1:
+            return
+        for index in used:
+            colour = "#{:02x}{:02x}{:02x}".format(*mask.palette[index])
+            if self.palette.setdefault(index, colour) != colour:
+                self.palettes_differ.append(name)
+                return
+
+    def faults_of_masks(self, labels: str, ignore_label: int | None, values: Values) -> list[str]:
+        """Lists what masks say that cannot be meant, each with the option that decides it."""
+        found = []
+        if self.mask_nodata and labels == "auto" and set(self.mask_nodata) != {ignore_label}:
+            value, count = self.mask_nodata.most_common(1)[0]
+            found.append(
+                f"{count} masks say that {shown(value)} stands for no value: --ignore_label={shown(value)} has it take no part"
+                ", --labels binary or classes takes it as any other"
+            )
+        first = self.palette.get(0)
+        odd = first not in (None, BLACK) and BLACK in self.palette.values()
+        if labels == "auto" and not values.colours and (self.palettes_differ or odd):
+            what = (
+                f"palettes give the same index other colours in {len(self.palettes_differ)} masks, such as "
+                f"{self.palettes_differ[0]}"
+                if self.palettes_differ
+                else f"palettes have black at another index than 0, which is {first}"
+            )
+            found.append(
+                f"{what}: --colors FILE says what each colour means; --labels binary or classes takes the indices as they are"
+            )
+        return found
 
     def look_at_sizes(self, name: str, image: Picture, mask: Picture, orientation: str) -> None:
         """Takes note of which way round an image fits its mask."""
@@ -94,6 +142,8 @@ class Survey:
             if isinstance(own, Counter):
                 own.update(value)
             elif isinstance(own, dict):
+                if name == "palette" and any(own.get(index, colour) != colour for index, colour in value.items()):
+                    self.palettes_differ.append(next(iter(other.examples.values()), "one"))
                 setattr(self, name, value | own)
             else:
                 setattr(self, name, own + value)
@@ -172,7 +222,7 @@ class Survey:
         named = dict(self.tagged)
         if named:
             words = ", ".join(
-                f"{value:g} in {count}" for value, count in sorted(named.items(), key=lambda item: -item[1])
+                f"{shown(value)} in {count}" for value, count in sorted(named.items(), key=lambda item: -item[1])
             )
             lines.append(f"nodata, as the files say: {words} images")
         if self.empty:
@@ -181,15 +231,24 @@ class Survey:
             )
         for value, count in self.suspected.items():
             lines.append(
-                f"warning: {value:g} in {count} images looks as if it stood for no value, and counts as one; "
-                f"--nodata {value:g} leaves it out"
+                f"warning: {shown(value)} in {count} images looks as if it stood for no value, and counts as one; "
+                f"--nodata={shown(value)} leaves it out"
             )
         return lines
+
+
+def shown(value: float) -> str:
+    """Writes a number so that it is read back as the same one."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 2**53 else repr(value)
 
 
 def foreground_note(pixels: dict[int, int], binary: bool) -> list[str]:
     """Warns where more than half of all pixels are foreground."""
     total = sum(pixels.values())
+    if not any(pixels[value] for value in pixels if value):
+        return ["warning: no mask has any foreground"]
+    if 0 not in pixels:
+        return ["warning: no mask has the value 0, which is background: classes begin at 1"]
     share = 1 - pixels.get(0, 0) / max(1, total)
     if not binary or share <= MOST_FOREGROUND:
         return []

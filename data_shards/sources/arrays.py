@@ -55,7 +55,7 @@ def pack_arrays(
                 "NHW": pictures[..., None]}[layout]  # fmt: skip
     if pictures.shape[:3] != targets.shape or 0 in pictures.shape:
         raise PackError(f"{images} has {pictures.shape} (N, height, width, bands), {masks} {targets.shape}")
-    reading = replace(reading, missing=True)
+    reading, values = replace(reading, missing=True), replace(values, ignore=ignore_label)
     survey, seen = Survey(), Seen()
     for number in progress(range(len(targets)), len(targets)):
         try:

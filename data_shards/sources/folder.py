@@ -218,8 +218,7 @@ def examine(
     Raises PackError that lists all that cannot be packed.
     """
     faults: list[str] = []
-    survey, seen = Survey(), Seen()
-    nodata_masks: Counter[float] = Counter()
+    survey, seen, values = Survey(), Seen(), replace(values, ignore=ignore_label)
     for pair in progress(pairs, len(pairs)):
         try:
             picture, mask = read_pair(pair)
@@ -231,15 +230,7 @@ def examine(
             faults.append(str(error))
             continue
         seen.add(pair.mask.name, found, ignore_label)
-        if mask.nodata not in (None, 0, ignore_label) and (found == mask.nodata).any():
-            nodata_masks[mask.nodata] += 1
-    faults += survey.faults(reading, bands)
-    if nodata_masks and labels == "auto":
-        value, count = nodata_masks.most_common(1)[0]
-        faults.append(
-            f"{count} masks say that {value:g} stands for no value: --ignore_label {value:g} has it take no part, "
-            "--labels binary or classes takes it as any other"
-        )
+    faults += survey.faults(reading, bands) + survey.faults_of_masks(labels, ignore_label, values)
     reading, values = survey.decided(reading, values)
     try:
         how = decide_labels(seen, labels, num_classes, ignore_label, values)
@@ -272,7 +263,11 @@ def is_read_as(picture: Picture, image_HWC: np.ndarray) -> bool:
     """Says whether a file is read as this image where nothing is said of how to read it."""
     if not picture.alpha and picture.orientation == 1 and picture.nodata is None:
         return image_HWC.dtype.kind != "f" or not np.isnan(image_HWC).any()
-    default = image_of(picture, Reading(missing=True), image_HWC.shape[2])
+    try:
+        default = image_of(picture, Reading(missing=True), image_HWC.shape[2])
+    # of nan that only an option names
+    except ValueError:
+        return False
     return default.dtype == image_HWC.dtype and np.array_equal(default, image_HWC, equal_nan=default.dtype.kind == "f")
 
 

@@ -110,9 +110,10 @@ def raster_of(
         raster, said = open_zarr(location, bands) if extension == "zarr" else (open_npy(path), None)
         raster.mark_missing(said, reading)
         return raster
-    raster = in_memory(decode_image(extension, path.read_bytes(), bands=bands, reading=reading))
-    raster.place = of_world_file(path)
-    return raster
+    place = of_world_file(path)
+    # what lies on a map is not turned, as GDAL has it
+    reading = replace(reading, orientation="ignore") if place.transform else reading
+    return replace(in_memory(decode_image(extension, path.read_bytes(), bands=bands, reading=reading)), place=place)
 
 
 def open_npy(path: Path) -> Raster:
@@ -155,13 +156,13 @@ def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: Reading) -> Raster:
     """Opens a TIFF: its first series; pages or planes are bands, palettes are applied, transparency goes as in decode_image."""
-    series, page = file.series[0], file.pages.first
+    series, page, place = file.series[0], file.pages.first, of_tiff(file, path)
     tiff.guard(series, path.stat().st_size)
+    # what lies on a map is not turned, as GDAL has it
+    reading = replace(reading, orientation="ignore") if place.transform else reading
     if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES:
         picture = read_image("tif", path.read_bytes())
-        raster = in_memory(image_of(picture, reading, bands))
-        raster.place = of_tiff(file, path)
-        return raster
+        return replace(in_memory(image_of(picture, reading, bands)), place=place)
     kept = [i for i, (axis, n) in enumerate(zip(series.axes, series.shape, strict=True)) if n > 1 or axis in "YX"]
     shape = tuple(series.shape[i] for i in kept)
     axes = "".join({"Y": "H", "X": "W"}.get(series.axes[i], "C") for i in kept)
@@ -174,10 +175,12 @@ def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: R
     else:
         raster = open_tiff_by_chunks(series, page, shape, axes)
     said = tiff.said(page, raster.bands)
-    apply_palette(raster, page)
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and raster.bands == 1:
+        apply_palette(raster, page, said["nodata"])
+        said["nodata"] = None if said["nodata"] is None else math.nan
     drop_alpha(raster, said["alpha"], bands, reading)
     raster.mark_missing(said["nodata"], reading)
-    raster.place = of_tiff(file, path)
+    raster.place = place
     return raster if reading.orientation == "ignore" else turned_raster(raster, said["orientation"])
 
 
@@ -205,13 +208,17 @@ def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: st
     return Raster(sizes["H"], sizes["W"], sizes.get("C", 1), series.dtype, read, by_rows=not page.is_tiled)
 
 
-def apply_palette(raster: Raster, page: Any) -> None:
-    """Has windows come in the colours of a palette."""
-    if page.photometric != tifffile.PHOTOMETRIC.PALETTE or raster.bands != 1:
-        return
+def apply_palette(raster: Raster, page: Any, nodata: float | None) -> None:
+    """Has windows come in the colours of a palette, nan where the index stands for no value."""
     raw, colours = raster.read_raw, (page.colormap >> 8).astype(np.uint8).T
-    raster.read_raw = lambda rows, columns: colours[raw(rows, columns)[..., 0]]
-    raster.bands, raster.dtype = 3, np.dtype(np.uint8)
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        indices = raw(rows, columns)[..., 0]
+        if nodata is None:
+            return colours[indices]
+        return np.where((indices == nodata)[..., None], np.nan, colours[indices]).astype(np.float32)
+
+    raster.read_raw, raster.bands, raster.dtype = read, 3, np.dtype(np.uint8)
 
 
 def drop_alpha(raster: Raster, alpha: tuple[int, ...], bands: int | None, reading: Reading) -> None:

@@ -1,5 +1,7 @@
 """Files that people really have: each case packs a folder and asserts numbers; docs/files.md says what becomes of each."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,3 +393,81 @@ def gaps_between_classes(root: Path) -> None:
     with pytest.raises(PackError, match=r"would make 201 classes.*--labels binary.*--labels classes"):
         packed(root)
     assert set(np.unique(packed(root, labels="classes")[0]["0"][1])) == {0, 100, 200}
+
+
+@case(
+    "masks of colours by a palette",
+    "indices are labels; refused where the palettes differ, or black is not first",
+    "`--colors FILE`",
+)
+def palettes(root: Path) -> None:
+    def mask(path: Path, made: Scene, swapped: bool) -> None:
+        drawn = Image.fromarray(1 - made[1] if swapped else made[1], "P")
+        drawn.putpalette([255, 0, 0, 0, 0, 0] if swapped else [0, 0, 0, 255, 0, 0])
+        drawn.save(path.with_suffix(".png"))
+
+    made = write(root / "same", mask=lambda path, found: mask(path, found, False))
+    equal_masks(packed(root / "same")[0], made)
+    for name, swapped in (("mixed", lambda path: path.name in "01"), ("other", lambda path: True)):
+        made = write(root / name, mask=lambda path, found, swapped=swapped: mask(path, found, swapped(path)))
+        with pytest.raises(PackError, match=r"palettes .*--colors FILE"):
+            packed(root / name)
+        equal_masks(packed(root / name, values=Values(colours=((0, 0, 0, 0), (255, 0, 0, 1))))[0], made)
+
+
+@case("masks that are nothing but transparency", "the transparency is the mask")
+def transparency_as_mask(root: Path) -> None:
+    def mask(path: Path, made: Scene) -> None:
+        Image.fromarray(np.dstack([np.full((*made[1].shape, 3), 255, np.uint8), made[1] * 255])).save(
+            path.with_suffix(".png")
+        )
+
+    made = write(root, mask=mask)
+    equal_masks(packed(root)[0], made)
+
+
+@case("grey PNG masks of 2 or 4 bits", "the values as they are stored")
+def short_masks(root: Path) -> None:
+    def mask(path: Path, made: Scene) -> None:
+        labels = made[1].copy()
+        labels[:2] = 2
+        # a grey header of two bits, as optimizers write
+        rows = np.packbits(np.unpackbits(labels[..., None], axis=2)[..., 6:].reshape(labels.shape[0], -1), axis=1)
+        raw = b"".join(b"\0" + row.tobytes() for row in rows)
+        parts = [
+            (b"IHDR", struct.pack(">IIBBBBB", *labels.shape[::-1], 2, 0, 0, 0, 0)),
+            (b"IDAT", zlib.compress(raw)),
+            (b"IEND", b""),
+        ]
+        data = b"\x89PNG\r\n\x1a\n"
+        for kind, body in parts:
+            data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        path.with_suffix(".png").write_bytes(data)
+
+    made = write(root, mask=mask)
+    for key, (_, labels) in packed(root, labels="classes")[0].items():
+        np.testing.assert_array_equal(labels[2:], made[key][1][2:])
+        assert (labels[:2] == 2).all()
+
+
+@case("ignored values in masks that take a threshold", "stay ignored")
+def threshold_and_ignored(root: Path) -> None:
+    for value, words in ((255, {"ignore_label": 255}), (-1, {"ignore_label": -1})):
+
+        def mask(path: Path, made: Scene, value: int = value) -> None:
+            labels = made[1].astype(np.int16) * 200
+            labels[:2] = value
+            tifffile.imwrite(path.with_suffix(".tif"), labels)
+
+        made = write(root / str(value), mask=mask)
+        for key, (_, labels) in packed(root / str(value), values=Values(threshold=128), **words)[0].items():
+            assert (labels[:2] == 255).all()
+            np.testing.assert_array_equal(labels[2:], made[key][1][2:])
+
+
+@case("masks of which none has any foreground, or that have no 0", "packed, with a warning")
+def nothing_to_find(root: Path) -> None:
+    write(root / "none", mask=lambda path, found: Image.fromarray(found[1] * 0).save(path.with_suffix(".png")))
+    assert "warning: no mask has any foreground" in packed(root / "none")[1]
+    write(root / "ones", mask=lambda path, found: Image.fromarray(found[1] + 1).save(path.with_suffix(".png")))
+    assert "warning: no mask has the value 0" in packed(root / "ones", labels="classes")[1]
