@@ -99,8 +99,10 @@ def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -
     [
         ("vgg16", "bilinear", 1, False),
         ("vgg16", "bilinear", 1, True),
+        ("resnet34", "nearest", 1, False),
         ("resnet34", "nearest", 1, True),
         pytest.param("vgg16", "bilinear", 3, False, marks=pytest.mark.slow),
+        pytest.param("vgg16", "bilinear", 3, True, marks=pytest.mark.slow),
     ],
 )
 def test_tiles_equal_the_whole_image(
