@@ -152,7 +152,7 @@ class RunConfig:
     """newest checkpoints that stay, beside the best"""
     patience: int = setting(0, 0, free=True)
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
-    kernels: Literal["auto", "triton", "reference"] = setting("auto", free=True)
+    kernels: Literal["auto", "triton", "next", "reference"] = setting("auto", free=True)
     """operators: auto takes Triton's on GPUs that can run them, on CPUs forms for CPUs, else plain PyTorch's"""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting("none", free=True)
     """torch.compile of the training step's network by this mode; the last two replay it as CUDA graphs. Crops have one size, so

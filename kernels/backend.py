@@ -1,6 +1,7 @@
 """Which implementation an operator takes for a tensor: Triton's for CUDA tensors, one for CPUs, else plain PyTorch's.
 
-DEEPSKIP_KERNELS=reference or =triton overrides the choice, and `choose` (the config's run.kernels) overrides both.
+DEEPSKIP_KERNELS=reference, =triton or =next overrides the choice, and `choose` (the config's run.kernels) overrides both.
+"next" is Triton's with the launches that no GPU has timed yet in the place of those that one has.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "next", "reference")
 # bf16 and the instructions that the kernels are tuned for
 OLDEST = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,16 +43,26 @@ def chosen(name: str) -> Iterator[None]:
 
 
 def implementation(x: Tensor) -> str:
-    """Gives "triton", "cpu" or "reference" for a tensor; raises ValueError for an unknown name in DEEPSKIP_KERNELS."""
-    asked = _chosen if _chosen != "auto" else os.environ.get("DEEPSKIP_KERNELS", "auto")
-    if asked not in BACKENDS:
-        raise ValueError(f"DEEPSKIP_KERNELS is {asked!r}; it must be one of {', '.join(BACKENDS)}")
+    """Return "triton", "cpu" or "reference" for a tensor; raises ValueError for an unknown name in DEEPSKIP_KERNELS."""
+    asked = _requested()
     if asked == "reference" or x.dtype not in DTYPES:
         return "reference"
-    if asked == "triton" or (x.is_cuda and _usable(x.device.index or 0)):
+    if asked in ("triton", "next") or (x.is_cuda and _usable(x.device.index or 0)):
         return "triton"
     # a compiler does better with the plain form than with one in blocks
     return "cpu" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
+
+
+def uses_next() -> bool:
+    """Return whether Triton's launches are the new ones, that no GPU has timed yet; raises ValueError as `implementation`."""
+    return _requested() == "next"
+
+
+def _requested() -> str:
+    name = _chosen if _chosen != "auto" else os.environ.get("DEEPSKIP_KERNELS", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"DEEPSKIP_KERNELS is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    return name
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -24,8 +24,11 @@ def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_chosen", "reference")
     assert backend.implementation(x) == "reference"
     monkeypatch.setattr(backend, "_chosen", "auto")
+    assert not backend.uses_next()
+    monkeypatch.setenv("DEEPSKIP_KERNELS", "next")
+    assert (backend.implementation(x), backend.uses_next()) == ("triton", True)
     monkeypatch.setenv("DEEPSKIP_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="DEEPSKIP_KERNELS is 'cuda'; it must be one of auto, triton, reference"):
+    with pytest.raises(ValueError, match="DEEPSKIP_KERNELS is 'cuda'; it must be one of auto, triton, next, reference"):
         backend.implementation(x)
     with pytest.raises(ValueError, match="backend is 'fast'"):
         backend.choose("fast")
