@@ -25,7 +25,10 @@ from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTI
 HOST = "127.0.0.1"
 # every process of a head carries this variable, workers and jobs too, and is found by it
 MARK = "DEEPSKIP_HEAD"
-START_SECONDS = 90.0
+START_SECONDS = 300.0
+# Ray gives its own processes 30 s to find each other, too few on a machine that does other work: they are started again then
+STARTS = 3
+STARTED_SLOWLY = "node timed out during startup"
 STOP_SECONDS = 3.0
 
 
@@ -75,6 +78,18 @@ def start_head(
     A port of 0 is chosen. num_cpus: as many as this process may use by default; num_gpus: as many as Ray finds.
     die_with_parent: the head ends when this process does, however it ends. Raises PortTaken or HeadError.
     """
+    for left in reversed(range(STARTS)):
+        try:
+            return _start_head(port, dashboard_port, num_cpus, num_gpus, die_with_parent)
+        except HeadError as error:
+            if not left or STARTED_SLOWLY not in str(error):
+                raise
+    raise AssertionError
+
+
+def _start_head(
+    port: int, dashboard_port: int, num_cpus: int | None, num_gpus: int | None, die_with_parent: bool
+) -> Head:
     for name, asked in (("port", port), ("dashboard_port", dashboard_port)):
         if asked and not is_free(asked):
             raise PortTaken(
@@ -150,8 +165,10 @@ def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None
         else f"was not ready after {START_SECONDS:g} s"
     )
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise HeadError(f"the Ray head {state}. The end of its log:\n{tail}")
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # of a traceback the last line says what it is
+    tail = lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines[-15:]
+    raise HeadError("\n".join([f"the Ray head {state}. The end of its log:", *tail]))
 
 
 def stop_head(head: Head) -> None:

@@ -15,6 +15,7 @@ import ray.exceptions
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deepskip.cluster.local import STARTED_SLOWLY, STARTS
 from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 from deepskip.config import ClusterConfig, workers_range
 from deepskip.data_shards import trouble
@@ -48,7 +49,7 @@ def start_ray() -> None:
     if settings and allowed < LEAST_DESCRIPTORS:
         stop(f"this process may open {allowed} files, and Ray needs {LEAST_DESCRIPTORS}: allow more (ulimit -n 4096)")
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **settings)
+        _init_ray(settings)
     # ray has errors of every kind for what its processes lack
     except Exception as error:
         if trouble.in_words(error):
@@ -60,6 +61,16 @@ def start_ray() -> None:
             f"Ray does not start on this machine: {what}. It needs memory that is not bounded by ulimit -v{trouble.limit()}, "
             "and room in /tmp/ray; what its processes said is there"
         )
+
+
+def _init_ray(settings: dict[str, Any]) -> None:
+    for left in reversed(range(STARTS if settings else 1)):
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **settings)
+            return
+        except Exception as error:
+            if not left or STARTED_SLOWLY not in str(error):
+                raise
 
 
 def own_ray() -> dict[str, Any]:

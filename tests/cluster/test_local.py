@@ -13,7 +13,8 @@ import psutil
 import pytest
 import requests
 
-from deepskip.cluster.local import MARK, Head, PortTaken, environment, head_processes, start_head, stop_head
+from deepskip.cluster import local
+from deepskip.cluster.local import MARK, Head, HeadError, PortTaken, environment, head_processes, start_head, stop_head
 from deepskip.cluster.settings import of_loopback, past_proxies
 
 
@@ -115,6 +116,31 @@ def test_a_taken_port_is_named_at_once(head: Head) -> None:
         port = other.getsockname()[1]
         with pytest.raises(PortTaken, match=f"--port {port} is taken"):
             start_head(port=port)
+
+
+def test_a_start_that_ray_finds_too_slow_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log, process = tmp_path / "start.log", subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    log.write_text(
+        "starting\nTraceback (most recent call last):\n  File x\nException: The current node timed out during startup.\n"
+    )
+    wanted = Head(1, 2, "token", "folder", 3)
+    starts: list[int] = []
+
+    def slowly(*_: object) -> Head:
+        starts.append(1)
+        if len(starts) < 3:
+            local.wait_for(wanted, process, log)
+        return wanted
+
+    monkeypatch.setattr(local, "_start_head", slowly)
+    assert start_head() == wanted
+    # what would not be better the next time is said at once, in one line
+    log.write_text("Traceback (most recent call last):\n  File x\nOSError: no space\n")
+    starts.clear()
+    with pytest.raises(HeadError, match=r"ended with status 0\. The end of its log:\nOSError: no space$"):
+        start_head()
+    assert len(starts) == 1
 
 
 def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
