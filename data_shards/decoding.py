@@ -111,9 +111,9 @@ def read_image(extension: str, data: Data, limits: Limits = LIMITS) -> Picture:
     picture = _decode(extension, data, False, IMAGE_KEYS, limits)
     array = picture.array
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"has shape {array.shape}; an image must be (height, width) or (height, width, bands)")
+        raise ValueError(f"has shape {array.shape}; an image is (height, width) or (height, width, bands)")
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"has dtype {array.dtype}; an image must hold integers or real numbers")
+        raise ValueError(f"has dtype {array.dtype}; an image is of integers or real numbers")
     limits.check(array.shape[0], array.shape[1])
     return picture
 
@@ -231,9 +231,7 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
         ]
         names = "".join(axis for axis, _ in axes)
         if len(names) > 3 or "Y" not in names or "X" not in names:
-            raise ValueError(
-                f"has axes {series.axes} of {series.shape}; only height, width and one axis of bands can be read"
-            )
+            raise ValueError(f"has axes {series.axes} of {series.shape}; height, width and one axis of bands are read")
         sides = dict(axes)
         limits.check(sides["Y"], sides["X"])
         tiff.guard(series, len(data))
@@ -298,7 +296,7 @@ def read_npz(stream: BinaryIO, keys: tuple[str, ...], limits: Limits) -> np.ndar
         names = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         found = [key for key in keys if key in names] or (list(names) if len(names) == 1 else [])
         if not found:
-            raise ValueError(f"holds {', '.join(names) or 'no arrays'}; expected one of {', '.join(keys)}")
+            raise ValueError(f"holds {', '.join(names) or 'no arrays'}; looked for {', '.join(keys)}")
         member = archive.getinfo(names[found[0]])
         limits.check_bytes(member.file_size)
         # With other methods a small piece may unpack to any size.

@@ -59,24 +59,24 @@ def cause(error: BaseException) -> tuple[str, str] | None:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many files are open{where}: this process may have {allowed}", "Allow more (ulimit -n 4096)"
     if number == errno.ENFILE:
-        return f"this machine has too many files open{where}", "End other programs"
+        return f"this machine has too many files open{where}", "Close other programs"
     if number in (errno.ENOSPC, errno.EDQUOT) and SHARED_MEMORY not in text:
-        return f"the disk is full{where}", "Make room"
+        return f"the disk is full{where}", "Free some space"
     if number == errno.EROFS:
-        return f"nothing can be written{where}: the file system is read-only", "Name another place"
+        return f"nothing can be written{where}: the file system is read-only", "Choose another location"
     if number in (errno.EACCES, errno.EPERM):
-        return f"permission denied{where}", "Give this user the right, or name another place"
+        return f"permission denied{where}", "Give this user the permission, or choose another location"
     if isinstance(error, OSError) and number in NO_PLACE:
-        return f"{os.strerror(number or 0).lower()}{where}", "Name another place"
+        return f"{os.strerror(number or 0).lower()}{where}", "Choose another location"
     if any(told in text for told in TOLD_OF_SHARED_MEMORY) or (number == errno.ENOSPC and SHARED_MEMORY in text):
         return (
             f"{SHARED_MEMORY} is too small: it has {shared_memory()}",
-            "Give it more (docker run --shm-size=2g), or read in the process itself (--data.loader_workers 0)",
+            "Make it larger (docker run --shm-size=2g), or load samples in the main process (--data.loader_workers 0)",
         )
     if isinstance(error, MemoryError) or number == errno.ENOMEM or any(told in text for told in TOLD_OF_MEMORY):
         return (
             f"there is not enough memory{limit()}",
-            "Make room, or take smaller crops, batches or tiles, or fewer workers",
+            "Free some memory, or use smaller crops, batches or tiles, or fewer workers",
         )
     return None
 

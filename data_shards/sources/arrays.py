@@ -133,7 +133,7 @@ def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
     except Exception as error:
         raise PackError(f"{path} cannot be read: {error}") from error
     if array.dtype.kind not in "biuf":
-        raise PackError(f"{path} has dtype {array.dtype}; it must hold integers or real numbers")
+        raise PackError(f"{path} has dtype {array.dtype}; it must be of integers or real numbers")
     return array
 
 

@@ -40,7 +40,7 @@ def kind_of(path: Path) -> str:
     return (
         "".join(path.suffixes[-2:]).lower()
         if path.name.endswith(".nii.gz")
-        else path.suffix.lower() or "without ending"
+        else path.suffix.lower() or "without extension"
     )
 
 
