@@ -1,4 +1,4 @@
-"""Samples in WebDataset shards: written, indexed, read in an exact order."""
+"""Write, index and read samples in WebDataset shards, in an exact order."""
 
 if __name__ == "data_shards":
     from deepskip.old_names import alias

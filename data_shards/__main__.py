@@ -1,4 +1,4 @@
-"""python -m deepskip.data_shards: what `deepskip pack`, `index`, `verify`, `info`, `preview` and `order` do."""
+"""Run `deepskip pack`, `index`, `verify`, `info`, `preview` and `plan` as `python -m deepskip.data_shards`."""
 
 from deepskip.data_shards.command_line import main
 

@@ -1,4 +1,4 @@
-"""What the data commands do: pack, index, verify, describe and look at shards; say who takes which sample."""
+"""The data commands: pack, index, verify, describe, preview and plan shards."""
 
 import argparse
 import json
@@ -29,7 +29,13 @@ CACHE_GB = 50
 
 
 def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = COINS_SEED) -> None:
-    """Packs the built-in coins into out/train, out/val and out/test."""
+    """Pack the built-in coins into out/train, out/val and out/test.
+
+    Args:
+        out: Folder to make.
+        counts: Number of images by split.
+        seed: Seed of the coins' images.
+    """
     for split, count in counts.items():
         samples = (Sample(key, image, mask) for key, image, mask in coins(split, count, seed))
         write_shards(
@@ -38,12 +44,12 @@ def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = CO
 
 
 def run_pack_coins(arguments: argparse.Namespace) -> None:
-    """Packs the built-in data."""
+    """Pack the built-in data."""
     pack_coins(arguments.out, {split: getattr(arguments, split) for split in COINS_DEFAULT}, arguments.seed)
 
 
 def run_pack_folder(arguments: argparse.Namespace) -> None:
-    """Packs a folder and says what came of it."""
+    """Pack a folder of images and masks, and print what each split holds."""
     options = options_of(
         arguments, "labels", "num_classes", "ignore_label", "bands", "longest_side", "mask_suffix", "channel_suffix"
     )
@@ -53,7 +59,7 @@ def run_pack_folder(arguments: argparse.Namespace) -> None:
 
 
 def run_pack_coco(arguments: argparse.Namespace) -> None:
-    """Packs a COCO file and says what came of it."""
+    """Pack a COCO file with its images, and print what each split holds."""
     options = options_of(arguments, "categories", "binary", "split_name", "bands", "longest_side", "by_basename")
     options |= {"on_bad_annotation": arguments.on_bad_annotation, "reading": reading_of(arguments)}
     pack_coco(arguments.images, arguments.annotations, arguments.out, **options)
@@ -61,7 +67,7 @@ def run_pack_coco(arguments: argparse.Namespace) -> None:
 
 
 def run_pack_arrays(arguments: argparse.Namespace) -> None:
-    """Packs arrays and says what came of it."""
+    """Pack two arrays, and print what each split holds."""
     options = options_of(arguments, "layout", "labels", "num_classes", "ignore_label", "bands")
     options |= {"reading": Reading(nodata=arguments.nodata), "values": values_of(arguments)}
     pack_arrays(arguments.images, arguments.masks, arguments.out, **options)
@@ -69,7 +75,7 @@ def run_pack_arrays(arguments: argparse.Namespace) -> None:
 
 
 def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Gives the named options, with those that all sources have."""
+    """Return the named options together with those that all sources share."""
     common = ("split", "val_share", "seed", "samples_per_shard")
     return {name: getattr(arguments, name) for name in (*common, *names)} | {
         "progress": progress("samples"),
@@ -78,26 +84,35 @@ def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def reading_of(arguments: argparse.Namespace) -> Reading:
-    """Gives how image files are read."""
+    """Return how image files are read, from the command line."""
     return Reading(arguments.alpha, arguments.orientation, nodata=arguments.nodata)
 
 
 def values_of(arguments: argparse.Namespace) -> Values:
-    """Gives how mask files are read; raises PackError for a file of colours that is none."""
+    """Return how mask files are read, from the command line.
+
+    Raises:
+        PackError: If --threshold is nan or comes with --colors, or the colour file is not valid.
+    """
     colours = read_colours(arguments.colors) if arguments.colors else ()
     if arguments.threshold is not None and (arguments.threshold != arguments.threshold or colours):
-        raise PackError("--threshold is a number, and does not go with --colors")
+        raise PackError("--threshold must be a number, and cannot be combined with --colors")
     return Values(arguments.white_is_zero, arguments.threshold, colours)
 
 
 def show(path: Path | str, cache: storage.Cache | None = None) -> None:
-    """Says what is in each split of a data set."""
+    """Print what is in each split of a data set.
+
+    Args:
+        path: The data set, or one split of it: folder or URL.
+        cache: Where copies of remote shards are kept.
+    """
     for folder in splits_of(str(path)):
         print(describe(load_index(folder, cache), contents(folder, cache, progress("samples"))))
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    """Makes an index of shards that others wrote, and says what came of it."""
+    """Make an index of shards that another program wrote, and print a summary."""
     names = ("image", "mask", "labels", "num_classes", "ignore_label", "bands", "on_bad_sample", "workers")
     options = {name: getattr(arguments, name) for name in names}
     shards = list(braceexpand(arguments.shards)) if arguments.shards else None
@@ -108,25 +123,30 @@ def run_index(arguments: argparse.Namespace) -> None:
         f"{index.bands} bands, {index.dtype}, {'binary' if index.num_classes == 1 else f'{index.num_classes} classes'}"
     )
     if storage.exists(storage.join(index.location, BAD_SAMPLES)):
-        print(f"what was left out is listed in {storage.join(index.location, BAD_SAMPLES)}")
+        print(f"skipped samples are listed in {storage.join(index.location, BAD_SAMPLES)}")
 
 
 def splits_of(path: str) -> list[str]:
-    """Gives the splits of a data set, or the split itself; raises MissingIndex where there is neither."""
+    """Return the splits of a data set, or the path itself if it is a split.
+
+    Raises:
+        MissingIndex: If the path is neither.
+        BrokenIndex: If the path has an index that cannot be read.
+    """
     found = [folder for name in ("", *SPLITS) if storage.exists(storage.join(folder := split_of(path, name), FILE))]
-    # where there is nothing, this says so
+    # With no split found, load_index raises the error that explains it.
     if not found:
         load_index(path)
     return found
 
 
 def split_of(path: str, name: str) -> str:
-    """Gives the place of a split in a data set; the data set itself for no name."""
+    """Return the location of a split in a data set, or of the data set itself for an empty name."""
     return storage.join(path, name) if name else path
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    """Verifies each split; exits with 1 when something is wrong."""
+    """Verify each split, and exit with status 1 if anything is wrong."""
     faults = 0
     for folder in splits_of(arguments.path):
         for fault in verify(folder, cache_of(arguments), progress("shards")):
@@ -135,22 +155,22 @@ def run_verify(arguments: argparse.Namespace) -> None:
     if faults:
         print(f"{arguments.path}: {faults} faults")
         sys.exit(1)
-    print(f"{arguments.path}: every shard is what its index says, every sample can be read")
+    print(f"{arguments.path}: every shard matches its index, every sample can be read")
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    """Says what is in each split."""
+    """Print what is in each split."""
     show(arguments.path, cache_of(arguments))
 
 
 def run_preview(arguments: argparse.Namespace) -> None:
-    """Draws a contact sheet."""
+    """Draw a contact sheet of samples."""
     preview(arguments.path, arguments.out, arguments.count, cache_of(arguments))
     print(f"wrote {arguments.out}")
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
-    """Prints a JSON line a step."""
+    """Print the samples of a rank as one JSON line for each step."""
     folder = arguments.path.removesuffix(f"/{FILE}") if arguments.path != FILE else "."
     names = ("seed", "window", "global_batch_size", "world_size", "rank", "epoch", "from_step", "steps")
     for line in plan(load_index(folder), **{name: getattr(arguments, name) for name in names}):
@@ -158,10 +178,14 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def cache_of(arguments: argparse.Namespace) -> storage.Cache:
-    """Gives the cache that the command line names."""
+    """Return the cache that the command line names, or the default one."""
     return storage.Cache(Path(getattr(arguments, "cache", None) or storage.DEFAULT_CACHE), int(CACHE_GB * 1e9))
 
 
 def progress(unit: str) -> Progress:
-    """Gives what shows a progress bar around items, on a terminal."""
+    """Return a function that wraps items in a progress bar, which shows only on a terminal.
+
+    Args:
+        unit: What one item is, such as "samples".
+    """
     return lambda items, total: tqdm(items, total=total, unit=f" {unit}", disable=None, leave=False)

@@ -1,4 +1,4 @@
-"""Training crops: where they are cut, and other samples' objects laid on them (copy-paste, Ghiasi et al. 2021)."""
+"""Training crops: cut at random places, with objects of other samples pasted on (copy-paste, Ghiasi et al. 2021)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,9 +8,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Crops:
-    """How training crops are cut: size in pixels, share laid around a foreground pixel, seed.
+    """How training crops are cut.
 
-    paste: share that another sample of their shard is drawn for, whose objects are laid on.
+    Attributes:
+        size: Side of the square crop in pixels.
+        foreground: Share of crops, 0 to 1, that are placed around a foreground pixel.
+        seed: Seed of the random numbers.
+        paste: Share of crops, 0 to 1, for which another sample of the same shard is drawn, whose objects are pasted on.
     """
 
     size: int
@@ -20,7 +24,14 @@ class Crops:
 
 
 class Item(NamedTuple):
-    """A sample to train on: image (H, W, bands), mask (H, W) uint8, the image's mean and std (bands,) float32."""
+    """One sample to train on.
+
+    Attributes:
+        image: Image (H, W, bands).
+        mask: Labels (H, W) uint8.
+        mean: Mean of each band to normalise by, (bands,) float32.
+        std: Standard deviation of each band to normalise by, (bands,) float32.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -31,9 +42,20 @@ class Item(NamedTuple):
 def random_crop(
     image_HWC: np.ndarray, mask_HW: np.ndarray, crops: Crops, ignore_index: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a square crop; a smaller image is padded by its edge and its mask by ignore_index.
+    """Cut a random square crop out of an image and its mask.
 
+    A smaller image is padded at the bottom and right: the image with its edge values, the mask with ignore_index.
     With probability crops.foreground the crop holds a random pixel of a random foreground class of the image.
+
+    Args:
+        image_HWC: Image (H, W, bands).
+        mask_HW: Labels (H, W).
+        crops: Size and share of foreground crops.
+        ignore_index: Label of ignored pixels.
+        rng: Source of random numbers; each call draws the same number of values, whatever the image holds.
+
+    Returns:
+        Image (size, size, bands) and mask (size, size), views where no padding was needed.
     """
     size = crops.size
     H, W = mask_HW.shape
@@ -42,7 +64,7 @@ def random_crop(
         image_HWC = np.pad(image_HWC, (*pad, (0, 0)), mode="edge")
         mask_HW = np.pad(mask_HW, pad, constant_values=ignore_index)
         H, W = mask_HW.shape
-    # all are drawn whether used or not, so that the image's contents do not shift the stream of random numbers
+    # All numbers are drawn whether used or not, so that the image's contents do not shift the random stream.
     around, share, y, x = rng.random(4)
     which = rng.random()
     top, left = int(y * (H - size + 1)), int(x * (W - size + 1))
@@ -51,7 +73,7 @@ def random_crop(
         if classes:
             pixels = np.flatnonzero(mask_HW == classes[int(which * len(classes))])
             row, column = divmod(int(pixels[int(share * len(pixels))]), W)
-            # the pixel lies anywhere in the crop with equal chance, as far as the image's border lets it
+            # The pixel lies anywhere in the crop with equal probability, as far as the image's border allows.
             top = min(max(row - int(y * size), 0), H - size)
             left = min(max(column - int(x * size), 0), W - size)
     window = slice(top, top + size), slice(left, left + size)
@@ -59,9 +81,16 @@ def random_crop(
 
 
 def donor_of(sample: int, shard: range, share: float, rng: np.random.Generator) -> int | None:
-    """Draws the sample whose objects are laid on a sample: another one of its shard, which is at hand; or none.
+    """Draw the sample whose objects are pasted onto another sample.
 
-    share: of samples that get any.
+    Args:
+        sample: Number of the sample that is pasted onto.
+        shard: Sample numbers of its shard; donors come from the same shard, which is already open.
+        share: Share of samples, 0 to 1, that get a donor.
+        rng: Source of random numbers.
+
+    Returns:
+        The number of another sample of the shard, or None for no donor.
     """
     chance, which = rng.random(2)
     if chance >= share or len(shard) < 2:
@@ -71,9 +100,18 @@ def donor_of(sample: int, shard: range, share: float, rng: np.random.Generator) 
 
 
 def pasted(item: Item, donor: Item, ignore_index: int, turn: int) -> Item:
-    """Lays a donor's foreground on a crop of the same size, normalised by its own image's statistics; gives float32.
+    """Paste the foreground of a donor onto a crop of the same size.
 
-    turn: the donor's position, 0 to 7: quarter turns, from 4 on of its mirror image. Ignored pixels stay ignored.
+    The donor's pixels are normalised by the donor's own statistics. Ignored pixels, in either mask, are not changed.
+
+    Args:
+        item: Crop with image (size, size, bands) and mask (size, size).
+        donor: Crop of the same shape, whose objects are taken.
+        ignore_index: Label of ignored pixels.
+        turn: Orientation of the donor, 0 to 7: number of quarter turns; from 4 on, of its mirror image.
+
+    Returns:
+        A new item with a float32 image and the statistics of `item`.
     """
     objects, values = donor.mask, donor.image
     if turn >= 4:
@@ -81,9 +119,9 @@ def pasted(item: Item, donor: Item, ignore_index: int, turn: int) -> Item:
     objects, values = np.rot90(objects, turn % 4), np.rot90(values, turn % 4)
     laid_on = (objects != 0) & (objects != ignore_index) & (item.mask != ignore_index)
     found = values[laid_on].astype(np.float32)
-    # where all are normalised alike the values stay as they are, to the bit
+    # Without this branch, rounding would change values that need no scaling.
     if not (np.array_equal(item.mean, donor.mean) and np.array_equal(item.std, donor.std)):
-        # a band without contrast is normalised as if its deviation were 1
+        # A band without contrast is normalised as if its standard deviation were 1.
         own, other = (np.where(std > 0, std, 1) for std in (item.std, donor.std))
         found = (found - donor.mean) / other * own + item.mean
     image, mask = item.image.astype(np.float32), item.mask.copy()

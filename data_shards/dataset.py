@@ -1,4 +1,4 @@
-"""One split of shards as a dataset: a batch of samples by their numbers, read by their place in the tar and checked."""
+"""One split of shards as a dataset: batches of samples by number, read at their offsets in the tar and checked."""
 
 import os
 from collections import OrderedDict
@@ -24,21 +24,36 @@ from deepskip.data_shards.scan import BrokenShard, digest
 
 NORMALIZATIONS = ("image", "dataset", "none")
 OPEN_SHARDS = 64
-# bytes between image and mask that are read along
+# Largest number of bytes between image and mask that are read along in the same call.
 MAX_GAP = 65536
 Batch = dict[str, Any]
 
 
 class Shards(Dataset[Batch]):
-    """The samples of one split, read by their place in the tar and checked against the index.
+    """Samples of one split, read at their offsets in the tar and checked against the index.
 
-    folder: path or URL. normalize: whose mean and deviation go with each sample ("image": its own, over the whole image;
-    "dataset": the index's; "none": 0 and 1). num_classes: as the model's; the index's by default. crops: None gives whole
-    images. on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in the place and names the sample in the batch.
-    cache: where copies of remote shards are kept; needed for a URL.
-    `shards[slots]` is the batch of these places: {"image" (N, bands, H, W), in channels-last memory, "mask" (N, H, W) uint8,
-    "mean" and "std" (N, bands), "weight" (N,), "epoch", "sample", "key": lists of N, "bad": list of what was skipped}.
-    Raises BadSample or BrokenShard, which name shard and sample.
+    `shards[slots]` is the batch of these slots, a dictionary:
+
+    * "image": tensor (N, bands, H, W) uint8 or float32, in channels-last memory; "mask": tensor (N, H, W) uint8
+    * "mean", "std": tensors (N, bands) float32; "weight": tensor (N,) float32
+    * "epoch", "sample", "key": lists of N
+    * "bad": list of reports of skipped samples: {"shard", "key", "epoch", "reason"}
+
+    Args:
+        folder: Path or URL of the split.
+        normalize: Source of the mean and standard deviation of each sample. "image": its own, over the whole image;
+            "dataset": those of the index; "none": 0 and 1.
+        crops: How training crops are cut; None returns whole images.
+        num_classes: Number of classes of the model; that of the index by default.
+        on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in its place and reports the sample in the batch.
+        cache: Where copies of remote shards are kept; required for a URL.
+
+    Raises:
+        ValueError: If normalize or on_bad_sample is unknown.
+        MissingIndex: If there is no index at `folder`.
+        BrokenIndex: If the index cannot be read.
+        BadSample: On reading, for a sample that cannot be used; names shard and sample.
+        BrokenShard: On reading, for a shard that cannot be opened or has changed; names the shard.
     """
 
     def __init__(
@@ -61,10 +76,10 @@ class Shards(Dataset[Batch]):
         self.index: Index = load_index(folder, cache)
         self.num_classes = num_classes or self.index.num_classes
         paste = crops is not None and crops.paste > 0
-        # a byte cannot hold what another image's contrast makes of an object
+        # uint8 cannot hold an object's values after they are scaled to another image's contrast.
         self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" and not paste else np.float32)
         self.mean, self.std = (np.array(values, np.float32) for values in (self.index.mean, self.index.std))
-        # by process: descriptors do not survive being sent to a loader process
+        # Keyed by process: file descriptors are not valid in another loader process.
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._broken: dict[int, BrokenShard] = {}
 
@@ -96,7 +111,7 @@ class Shards(Dataset[Batch]):
             masks = np.stack([item.mask for item in whole])
             means, stds = np.stack([item.mean for item in whole]), np.stack([item.std for item in whole])
         return {
-            # (N, H, W, bands) as it lies in the files is channels-last memory: no transposition anywhere
+            # Files hold (N, H, W, bands), which is channels-last memory: no transposition is needed.
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
             "mask": torch.from_numpy(masks),
             "mean": torch.from_numpy(means),
@@ -108,14 +123,18 @@ class Shards(Dataset[Batch]):
             "bad": bad,
         }
 
-    # torch's loader asks for whole batches by this name
+    # torch's loader requests whole batches by this name.
     __getitems__ = __getitem__
 
     def read_straight(self, entries: list[SampleEntry]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Reads a batch of .npy samples that have the crops' size from the files into the batch's memory, in one call each.
+        """Read a batch of .npy samples of the crops' size straight into the batch's memory, with one call for each sample.
 
-        Gives images (N, H, W, bands) and masks (N, H, W); None where the samples are of another kind, or anything is wrong
-        with one: reading them one by one says what.
+        Args:
+            entries: Index entries of N samples.
+
+        Returns:
+            Images (N, H, W, bands) and masks (N, H, W) uint8, with H = W = crops.size. None if the samples are of another kind
+            or if anything is wrong with one of them: reading them one by one then finds out what.
         """
         if self.crops is None or self.crops.paste or self.index.labels is not None or self.index.reading.missing:
             return None
@@ -151,7 +170,12 @@ class Shards(Dataset[Batch]):
         return images, masks
 
     def item(self, slot: Slot, entry: SampleEntry) -> Item:
-        """Gives a sample, cropped and with another's objects laid on where crops are asked for."""
+        """Return one sample; with crops, it is cropped and may have objects of another sample pasted on.
+
+        Raises:
+            BadSample: If the sample, or its donor with on_bad_sample "error", cannot be used.
+            BrokenShard: If the shard cannot be opened.
+        """
         item = self.whole(entry)
         if self.crops is None:
             return item
@@ -159,19 +183,24 @@ class Shards(Dataset[Batch]):
         if item.mask.shape != (crops.size, crops.size):
             item = self.cropped(item, crops, np.random.default_rng([*place, 0]))
         if crops.paste:
-            # 1 is the augmentation's
+            # Stream 1 of random numbers belongs to the augmentation.
             rng = np.random.default_rng([*place, 2])
             donor = donor_of(slot.sample, self.index.shard_range(entry.shard), crops.paste, rng)
             if donor is not None and (other := self.donor(donor)) is not None:
                 turn = int(rng.integers(8))
-                # where its objects are
+                # The donor is cropped around its objects.
                 if other.mask.shape != (crops.size, crops.size):
                     other = self.cropped(other, replace(crops, foreground=1.0), rng)
                 item = pasted(item, other, self.index.ignore_index, turn)
         return item
 
     def whole(self, entry: SampleEntry) -> Item:
-        """Gives a sample as it is stored, with its statistics."""
+        """Return one sample uncropped, with the statistics to normalise it by; pixels without a value get the mean.
+
+        Raises:
+            BadSample: If the sample cannot be used.
+            BrokenShard: If the shard cannot be opened.
+        """
         image, mask = self.read(entry)
         mean, std = self.statistics(image)
         if self.index.reading.missing:
@@ -179,12 +208,23 @@ class Shards(Dataset[Batch]):
         return Item(image, mask, mean, std)
 
     def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
-        """Cuts a sample to the crops' size."""
+        """Return a sample cut to the crops' size."""
         image, mask = random_crop(item.image, item.mask, crops, self.index.ignore_index, rng)
         return item._replace(image=image, mask=mask)
 
     def donor(self, sample: int) -> Item | None:
-        """Gives a sample to take objects from, whole; None for a bad one that is skipped: its own turn reports it."""
+        """Return a whole sample to take objects from.
+
+        Args:
+            sample: Number of the sample.
+
+        Returns:
+            The sample, or None for a bad sample that is skipped; it is reported when its own place in the order comes.
+
+        Raises:
+            BadSample: If the sample cannot be used and on_bad_sample is "error".
+            BrokenShard: If the shard cannot be opened.
+        """
         try:
             return self.whole(self.index.entries([sample])[0])
         except BadSample:
@@ -193,20 +233,31 @@ class Shards(Dataset[Batch]):
             return None
 
     def blank(self) -> Item:
-        """Gives an item without contents, for a batch that has no good sample at all."""
+        """Return an item without contents, all of it ignored, for a batch that has no good sample at all."""
         side, bands = self.crops.size if self.crops else 32, self.index.bands
         mask = np.full((side, side), self.index.ignore_index, np.uint8)
         image = np.zeros((side, side, bands), self.image_dtype)
         return Item(image, mask, np.zeros(bands, np.float32), np.ones(bands, np.float32))
 
     def report(self, slot: Slot, entry: SampleEntry, error: BadSample | BrokenShard) -> dict[str, Any]:
-        """Says which sample was skipped where and why."""
+        """Return which sample was skipped and why: {"shard", "key", "epoch", "reason"}."""
         reason = error.reason if isinstance(error, BadSample) else str(error)
         shard = self.index.shard_location(entry.shard)
         return {"shard": shard, "key": entry.key, "epoch": slot.epoch, "reason": reason}
 
     def read(self, entry: SampleEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Reads and checks one sample: image (H, W, bands), nan where it has no value, and mask (H, W) uint8."""
+        """Read and check one sample.
+
+        Args:
+            entry: Index entry of the sample.
+
+        Returns:
+            Image (H, W, bands), nan where it has no value, and mask (H, W) uint8.
+
+        Raises:
+            BadSample: If the sample cannot be decoded, has changed or has a label that num_classes does not allow.
+            BrokenShard: If the shard cannot be opened.
+        """
         descriptor = self.open_shard(entry.shard)
         try:
             image, mask = decode_sample(descriptor, entry, self.index)
@@ -222,15 +273,22 @@ class Shards(Dataset[Batch]):
         return image, mask
 
     def open_shard(self, number: int) -> int:
-        """Opens a shard for reading by place and keeps it open; fetches it first where it is remote.
+        """Open a shard and keep it open; a remote one is fetched first.
 
-        Raises BrokenShard where it is gone or is not the file that was indexed.
+        Args:
+            number: Number of the shard in the index.
+
+        Returns:
+            A file descriptor for reads at given offsets.
+
+        Raises:
+            BrokenShard: If the shard is missing or is not the file that was indexed.
         """
         key = os.getpid(), number
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        # one that is gone is not tried again for each of its samples
+        # A missing shard is not tried again for each of its samples.
         if number in self._broken:
             raise self._broken[number]
         try:
@@ -255,7 +313,7 @@ class Shards(Dataset[Batch]):
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
-                    # another process made room in the cache in between
+                    # Another process removed the copy to make room in the cache.
                     if not storage.is_remote(location):
                         raise
         except storage.ChangedFile as error:
@@ -271,7 +329,15 @@ class Shards(Dataset[Batch]):
         return descriptor
 
     def local_path(self, number: int) -> Path:
-        """Gives the path of a shard, or of its copy in the cache, fetching it first where that is not there."""
+        """Return the path of a shard, or of its copy in the cache, which is fetched first if needed.
+
+        Args:
+            number: Number of the shard in the index.
+
+        Raises:
+            ValueError: If the shard is remote and there is no cache.
+            OSError: If the shard cannot be fetched; a StorageError if the remote file has changed or cannot be reached.
+        """
         location, shard = self.index.shard_location(number), self.index.shards[number]
         if not storage.is_remote(location):
             return Path(location.removeprefix("file://"))
@@ -280,7 +346,7 @@ class Shards(Dataset[Batch]):
         return self.cache.fetch(location, shard.bytes, shard.sha256)
 
     def batch_statistics(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gives the statistics of each image of a batch: two arrays (N, bands) float32."""
+        """Return the statistics of each image of a batch (N, H, W, bands): mean and std, each (N, bands) float32."""
         if self.normalize != "image":
             N = len(images_NHWC)
             mean, std = self.statistics(images_NHWC[0])
@@ -289,7 +355,7 @@ class Shards(Dataset[Batch]):
         return np.stack([mean for mean, _ in found]), np.stack([std for _, std in found])
 
     def statistics(self, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gives the mean and deviation of each band to normalise by: two arrays (bands,) float32."""
+        """Return the statistics that normalise an image (H, W, bands): mean and std of each band, each (bands,) float32."""
         bands = image_HWC.shape[2]
         if self.normalize == "none":
             return np.zeros(bands, np.float32), np.ones(bands, np.float32)
@@ -300,11 +366,23 @@ class Shards(Dataset[Batch]):
 
 
 def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a sample out of an open tar: image (H, W, bands) and mask (H, W) uint8 labels; raises ValueError."""
+    """Read and decode one sample from an open tar.
+
+    Args:
+        descriptor: File descriptor of the tar.
+        entry: Index entry of the sample.
+        index: The index, which defines bands, labels and how files are read.
+
+    Returns:
+        Image (H, W, bands) and mask (H, W) uint8 labels.
+
+    Raises:
+        ValueError: If bytes are missing or changed, a file does not decode, sizes differ or the bands are wrong.
+    """
     kinds = entry.image, entry.mask
     start = min(member.offset for member in kinds)
     span = max(member.offset + member.length for member in kinds) - start
-    # image and mask lie side by side as a rule: one read for both
+    # Image and mask mostly lie next to each other: one read for both.
     if span <= entry.image.length + entry.mask.length + MAX_GAP:
         data = memoryview(os.pread(descriptor, span, start))
         parts = [data[m.offset - start : m.offset - start + m.length] for m in kinds]

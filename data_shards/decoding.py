@@ -1,4 +1,4 @@
-"""Decodes images and masks of strangers into arrays: what a file unpacks to is known, and bounded, before it is unpacked."""
+"""Decode images and masks of untrusted files: the size that a file unpacks to is known, and bounded, before unpacking."""
 
 import io
 import math
@@ -17,23 +17,23 @@ from deepskip.data_shards.labels import AS_LABELS, Values
 from deepskip.data_shards.pictures import AS_IT_COMES, ORIENTATION_TAG, Picture, Reading, image_of
 
 EXTENSIONS = FORMATS
-# of an array in a .npz
+# Names of an array in a .npz.
 IMAGE_KEYS = ("image", "cube", "data")
 MASK_KEYS = ("mask", "masks", "label", "labels")
-# bounds what a small file may unpack to
+# Bounds on what a small file may unpack to.
 MAX_PIXELS = 2**28
 MAX_BYTES = 2**31
-# scans of a JPEG: progressive ones have about ten, and each takes as long as a whole image; of the largest images fewer
+# Scans of a JPEG: progressive files have about ten, and each takes as long as a whole image. Large images get fewer.
 MAX_SCANS, LARGEST_SCANS = 100, 20
-# bits of a grey PNG, and by what its values are stretched
+# Bits of a grey PNG, and the factor by which pillow stretches its values.
 SHORT = {2: 85, 4: 17}
 PICTURES = ("png", "jpg", "jpeg", "bmp", "gif")
-# as numpy writes archives
+# The compression methods that numpy uses for archives.
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# the most that deflate can make of a byte
+# The highest compression ratio of deflate.
 DEFLATE_RATIO = 1032
 
-# the bound is ours, checked before anything is unpacked; pillow's own would only warn
+# This module checks its own bound before unpacking; pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
 
 Data = bytes | memoryview
@@ -41,18 +41,23 @@ Data = bytes | memoryview
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may unpack to: pixels (height x width) and, where a small file could hide them, bytes."""
+    """Bounds on what an image may unpack to.
+
+    Attributes:
+        pixels: Largest number of pixels, height x width.
+        bytes: Largest number of bytes, checked for formats in which a small file can hide a large array.
+    """
 
     pixels: int = MAX_PIXELS
     bytes: int = MAX_BYTES
 
     def check(self, height: int, width: int) -> None:
-        """Raises TooLarge where there are more pixels."""
+        """Raise TooLarge if an image has more pixels than allowed."""
         if height * width > self.pixels:
             raise TooLarge(f"has {height} x {width} pixels; at most {self.pixels} are read")
 
     def check_bytes(self, count: int) -> None:
-        """Raises TooLarge where there are more bytes."""
+        """Raise TooLarge if an array has more bytes than allowed."""
         if count > self.bytes:
             raise TooLarge(f"unpacks to {count} bytes; at most {self.bytes} are read")
 
@@ -61,22 +66,48 @@ LIMITS = Limits()
 
 
 class TooLarge(ValueError):
-    """An image that unpacks to more than is read; says how much."""
+    """An image that unpacks to more than is read; the message says how much."""
 
 
 def decode_image(
     extension: str, data: Data, limits: Limits = LIMITS, bands: int | None = None, reading: Reading = AS_IT_COMES
 ) -> np.ndarray:
-    """Decodes an image into (height, width, bands); raises ValueError that says what is wrong with it, TooLarge among them.
+    """Decode an image into an array (height, width, bands).
 
-    bands: how many are expected, which tells transparency from data. Palettes are applied, pages of a TIFF are bands, an image
-    is turned as its file says. reading: what becomes of transparency, orientation and what has no value.
+    Palettes are applied, pages of a TIFF become bands, and an image is rotated as its file says.
+
+    Args:
+        extension: File extension without a dot, such as "png".
+        data: Contents of the file.
+        limits: Bounds on the size of the image.
+        bands: Expected number of bands, which helps to tell transparency from data.
+        reading: How transparency, orientation and missing values are handled.
+
+    Returns:
+        Image (height, width, bands) of the file's dtype; with reading.missing it may become float32 or float64.
+
+    Raises:
+        TooLarge: If the image unpacks to more than `limits`.
+        ValueError: If the file cannot be decoded or is not an image of real numbers; says why.
     """
     return image_of(read_image(extension, data, limits), reading, bands)
 
 
 def read_image(extension: str, data: Data, limits: Limits = LIMITS) -> Picture:
-    """Decodes an image as its file has it; raises ValueError that says what is wrong with it, TooLarge among them."""
+    """Decode an image as its file stores it.
+
+    Args:
+        extension: File extension without a dot, such as "png".
+        data: Contents of the file.
+        limits: Bounds on the size of the image.
+
+    Returns:
+        The numbers, (H, W) or (H, W, bands), and what the file says about them.
+
+    Raises:
+        TooLarge: If the image unpacks to more than `limits`.
+        ValueError: If the file cannot be decoded or is not an image of real numbers; says why.
+    """
     picture = _decode(extension, data, False, IMAGE_KEYS, limits)
     array = picture.array
     if array.ndim not in (2, 3) or 0 in array.shape:
@@ -88,21 +119,47 @@ def read_image(extension: str, data: Data, limits: Limits = LIMITS) -> Picture:
 
 
 def read_mask(extension: str, data: Data) -> Picture:
-    """Decodes a mask as its file has it; raises ValueError that says what is wrong with it."""
+    """Decode a mask as its file stores it.
+
+    Raises:
+        ValueError: If the file cannot be decoded or is too large; says why.
+    """
     return _decode(extension, data, True, MASK_KEYS, LIMITS)
 
 
 def decode_mask(extension: str, data: Data, values: Values = AS_LABELS) -> np.ndarray:
-    """Decodes a mask into integer values (height, width), uint8 where they fit, else int32; raises ValueError.
+    """Decode a mask into integer values.
 
-    A palette's indices are the values, but for a palette of black and white. values: what is made of colours, of soft edges,
-    and of files in which 0 is white.
+    The values of a palette image are its indices, except for a palette of black and white.
+
+    Args:
+        extension: File extension without a dot, such as "png".
+        data: Contents of the file.
+        values: How colours, soft edges and files in which 0 is white are handled.
+
+    Returns:
+        Mask (height, width), uint8 if the values fit, else int32.
+
+    Raises:
+        ValueError: If the file cannot be decoded or does not hold labels; says why.
     """
     return values.of(read_mask(extension, data))
 
 
 def _decode(extension: str, data: Data, labels: bool, keys: tuple[str, ...], limits: Limits) -> Picture:
-    """Decodes a file. labels: palettes' indices are wanted. keys: names of an array in a .npz."""
+    """Decode a file of any known format.
+
+    Args:
+        extension: File extension without a dot.
+        data: Contents of the file.
+        labels: Whether palette indices are wanted instead of colours.
+        keys: Names to look for in a .npz.
+        limits: Bounds on the size of the array.
+
+    Raises:
+        TooLarge: If the file unpacks to more than `limits`.
+        ValueError: If the file cannot be decoded, or the extension is unknown.
+    """
     try:
         if extension in PICTURES:
             return _read_picture(bytes(data), labels, limits)
@@ -114,14 +171,14 @@ def _decode(extension: str, data: Data, labels: bool, keys: tuple[str, ...], lim
             return Picture(read_npz(io.BytesIO(data), keys, limits))
     except TooLarge as error:
         raise TooLarge(f"the {extension} file does not decode: {error}") from error
-    # decoders fail in many ways on bytes that are no image
+    # Decoders fail in many ways on bytes that are not an image.
     except Exception as error:
         raise ValueError(f"the {extension} file does not decode: {error}") from error
     raise ValueError(f"is a .{extension} file; images and masks are {', '.join(EXTENSIONS)}")
 
 
 def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
-    """Decodes a PNG, JPEG, BMP or GIF, whatever it is called; of several pictures in a JPEG the first."""
+    """Decode a PNG, JPEG, BMP or GIF, whatever its extension; of several images in a JPEG the first."""
     if data.startswith(png.MAGIC):
         data, orientation = png.essential(data)
         if png.is_plain(data):
@@ -134,14 +191,14 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
             pixels = max(1, image.height * image.width)
             tiff.check_scans(data, min(MAX_SCANS, LARGEST_SCANS * limits.pixels // pixels))
         if image.format == "GIF" and getattr(image, "is_animated", False):
-            raise ValueError("it holds several pictures; write the one that is meant to a file of its own")
+            raise ValueError("it holds several images; write the one to use to a file of its own")
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
-        # who writes GIF numbers colours anew: its indices mean nothing
+        # GIF writers renumber colours, so their indices have no meaning.
         by_index = labels and image.format != "GIF"
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if by_index and image.mode == "P" else None
         array, alpha = _pixels(image, by_index)
         if labels and image.format == "PNG" and data[25] == 0 and data[24] in SHORT:
-            # which pillow stretches over 8 bits
+            # Undo pillow's stretching to 8 bits.
             array = array // SHORT[data[24]]
         if image.format == "GIF" and array.ndim == 3 and (array == array[..., :1]).all():
             array, alpha = array[..., 0], ()
@@ -149,7 +206,7 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
 
 
 def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Gives Pillow's pixels (H, W) or (H, W, bands), and which of them are transparency."""
+    """Return Pillow's pixels, (H, W) or (H, W, bands), and which of the bands are transparency."""
     if image.mode == "P" and labels:
         return np.asarray(image), ()
     if image.mode == "1":
@@ -158,7 +215,7 @@ def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ..
         return np.asarray(image), (len(image.mode) - 1,)
     if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
         return np.asarray(image), ()
-    # a palette with transparent colours
+    # A palette with transparent colours.
     if image.mode == "P" and "transparency" in image.info:
         return np.asarray(image.convert("RGBA")), (3,)
     return np.asarray(image.convert("RGB")), ()
@@ -179,7 +236,7 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
         limits.check(sides["Y"], sides["X"])
         tiff.guard(series, len(data))
         array = series.asarray().reshape([length for _, length in axes])
-        # bands last, wherever they were
+        # Move the bands to the last axis.
         array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
             colours = (page.colormap >> 8).astype(np.uint8).T
@@ -187,7 +244,7 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
             if labels:
                 return Picture(array, palette=colours, **said)
             if said["nodata"] is not None and (missing := array == said["nodata"]).any():
-                # an index stands for no value, and no number of a colour
+                # The index means "no value"; it is not a colour component.
                 array, said["nodata"] = (
                     np.where(missing[..., None], np.nan, colours[array]).astype(np.float32),
                     math.nan,
@@ -201,27 +258,40 @@ def _read_npy(data: Data) -> np.ndarray:
     start = _npy_start(data)
     shape, fortran_order, dtype = _npy_header(bytes(data[:start]))
     count = math.prod(shape)
-    # a pickle, or a claim that would make an array before anybody sees that the file is too short for it
+    # A pickle, or a claimed size that would allocate memory before the file turns out to be too short.
     if dtype.hasobject or start + count * dtype.itemsize > len(data):
         raise ValueError(f"claims shape {shape} of {dtype} in {len(data)} bytes")
     return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _npy_start(data: Data) -> int:
-    # where the array begins, from the length of the header and the version of the format before it
+    # The offset of the array, from the format version and the header's length that precedes it.
     return 12 + int.from_bytes(data[8:12], "little") if data[6] > 1 else 10 + int.from_bytes(data[8:10], "little")
 
 
 @lru_cache(maxsize=256)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    # parsing takes longer than all else; the samples of a data set mostly share one header
+    # Parsing is the slowest part; most samples of a data set share one header.
     file = io.BytesIO(header)
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     return read[min(2, np.lib.format.read_magic(file)[0])](file)
 
 
 def read_npz(stream: BinaryIO, keys: tuple[str, ...], limits: Limits) -> np.ndarray:
-    """Reads the array of one of the keys, or the only one, out of a .npz; raises ValueError, TooLarge among them."""
+    """Read one array from a .npz: the first of the keys that it has, or its only array.
+
+    Args:
+        stream: The open archive.
+        keys: Names to look for, in this order.
+        limits: Bounds on the array's pixels and bytes.
+
+    Returns:
+        The array, of any shape (*,) and dtype without objects.
+
+    Raises:
+        TooLarge: If the array unpacks to more than `limits`.
+        ValueError: If there is no such array, or the archive is not one that numpy writes.
+    """
     with zipfile.ZipFile(stream) as archive:
         names = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         found = [key for key in keys if key in names] or (list(names) if len(names) == 1 else [])
@@ -229,25 +299,25 @@ def read_npz(stream: BinaryIO, keys: tuple[str, ...], limits: Limits) -> np.ndar
             raise ValueError(f"holds {', '.join(names) or 'no arrays'}; looked for {', '.join(keys)}")
         member = archive.getinfo(names[found[0]])
         limits.check_bytes(member.file_size)
-        # of others one piece may unpack to any size
+        # With other methods a small piece may unpack to any size.
         if member.compress_type not in ZIP_METHODS:
-            raise ValueError("is compressed otherwise than numpy compresses")
+            raise ValueError("is compressed by a method that numpy does not use; save it with numpy.savez_compressed")
         if member.file_size > DEFLATE_RATIO * member.compress_size + DEFLATE_RATIO:
             raise ValueError(f"claims {member.file_size} bytes out of {member.compress_size}")
         with archive.open(member) as file:
-            # what it claims to be, before it is unpacked
+            # Check the claimed shape before anything is unpacked.
             start = file.read(12)
             start += file.read(_npy_start(start) - 12)
             shape, _, _ = _npy_header(start)
             if len(shape) > 1:
                 limits.check(*shape[:2])
-            # what is beyond the size that the archive's directory gives is not unpacked
+            # Nothing beyond the size in the archive's directory is unpacked.
             return _read_npy(start + file.read())
 
 
 @lru_cache(maxsize=64)
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """Gives the bytes that numpy writes before an array of this shape and dtype."""
+    """Return the bytes that numpy writes before an array of this shape and dtype."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(np.empty(shape, dtype)))
     return file.getvalue()

@@ -1,7 +1,7 @@
-"""What lies where in a folder of shards, and what a network must know of the data.
+"""Index of a folder of shards: where each sample lies, and the properties of the data that a network needs.
 
-Two files beside the shards: index.json has the split's properties and its shards; the samples, which may be a hundred
-million, are columns of an Arrow file that it names, mapped into memory and not read. index.json is written last.
+There are two files next to the shards. index.json holds the split's properties and its shards. It names an Arrow file with
+the samples, up to a hundred million, as columns that are mapped into memory and not read. index.json is written last.
 """
 
 import contextlib
@@ -34,17 +34,23 @@ SCHEMA = pa.schema(
         ("image_length", pa.uint32()),
         ("mask_offset", pa.int64()),
         ("mask_length", pa.uint32()),
-        # positions in the index's list of formats
+        # Positions in the index's list of formats.
         ("image_format", pa.uint8()),
         ("mask_format", pa.uint8()),
-        # xxh3_64 of the image's bytes, then the mask's
+        # xxh3_64 of the image's bytes followed by the mask's.
         ("digest", pa.uint64()),
     ]
 )
 
 
 class Member(NamedTuple):
-    """One file of a sample inside its tar: format ("png", ...), first byte and length in bytes."""
+    """One file of a sample inside its tar.
+
+    Attributes:
+        format: File format, such as "png".
+        offset: Offset of its first byte in the tar.
+        length: Length in bytes.
+    """
 
     format: str
     offset: int
@@ -52,7 +58,15 @@ class Member(NamedTuple):
 
 
 class SampleEntry(NamedTuple):
-    """One sample: its key, the places of its image and mask, the xxh3_64 of their bytes, and the number of its shard."""
+    """One sample in the index.
+
+    Attributes:
+        key: Key of the sample.
+        image: Where its image lies.
+        mask: Where its mask lies.
+        digest: xxh3_64 of the bytes of image and mask.
+        shard: Number of its shard; -1 if not known yet.
+    """
 
     key: str
     image: Member
@@ -63,7 +77,14 @@ class SampleEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file: name, bytes, sha256 and number of samples."""
+    """One tar file in the index.
+
+    Attributes:
+        name: File name.
+        bytes: Size in bytes.
+        sha256: sha256 of its contents, as hexadecimal digits.
+        samples: Number of samples.
+    """
 
     name: str
     bytes: int
@@ -75,13 +96,23 @@ class ShardEntry:
 class Index:
     """A split: its shards, its samples in the order of the tars, and their common properties.
 
-    samples: an Arrow table of SCHEMA. formats: what its format columns mean. bands: of every image. dtype: "uint8" when
-    every image is, else "float32". num_classes: 1 for binary, else classes with background 0. ignore_index: label that takes
-    no part. mean, std: of each band over all pixels of the split, in the images' own units. preparation: what was done to
-    the source images, and must be done to new ones: "bands" and "longest_side", each a number or None; "nodata" where a value
-    was named that stands for none. labels: how mask values become labels when they are read; None where they are labels.
-    base: where the shards lie, if not beside the index. source: fingerprint of what it was packed from. reading: how images
-    are read.
+    Attributes:
+        shards: The tar files.
+        samples: Arrow table of SCHEMA, one row for each sample.
+        bands: Number of bands of every image.
+        dtype: "uint8" if every image is uint8, else "float32".
+        num_classes: 1 for binary, else the number of classes, where class 0 is background.
+        ignore_index: Label of ignored pixels.
+        mean: Mean of each band over all pixels of the split, in the images' own units.
+        std: Standard deviation of each band, likewise.
+        preparation: What was done to the source images and must be done to new ones: "bands" and "longest_side", each a
+            number or None, and "nodata" if a no-data value was named.
+        formats: File formats that the format columns of `samples` refer to by position.
+        labels: How mask values become labels when they are read; None if they are labels.
+        base: Location of the shards, if they are not next to the index.
+        source: Fingerprint of the files and options that the split was packed from.
+        location: Where the index was read from.
+        reading: How images are read.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -102,12 +133,12 @@ class Index:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples in all shards."""
+        """Return the number of samples in all shards."""
         return len(self.samples)
 
     @cached_property
     def shard_sizes(self) -> np.ndarray:
-        """Samples of each shard: (shards,) int64."""
+        """Return the number of samples in each shard: (shards,) int64."""
         return np.array([shard.samples for shard in self.shards], np.int64)
 
     @cached_property
@@ -116,7 +147,7 @@ class Index:
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        # one chunk, so that this is no copy
+        # With a single chunk nothing is copied.
         return {name: self.samples[name].chunk(0).to_numpy() for name in SCHEMA.names[1:]} if len(self.samples) else {}
 
     @cached_property
@@ -124,21 +155,21 @@ class Index:
         return self.samples["key"]
 
     def shard_range(self, shard: int) -> range:
-        """Gives the sample numbers of a shard."""
+        """Return the sample numbers of a shard."""
         end = int(self._ends[shard])
         return range(end - self.shards[shard].samples, end)
 
     def shard_location(self, shard: int) -> str:
-        """Gives the path or URL of a shard."""
+        """Return the path or URL of a shard."""
         return storage.join(self.base or self.location, self.shards[shard].name)
 
     def keys(self, samples: list[int]) -> list[str]:
-        """Gives the keys of samples."""
+        """Return the keys of samples, by their numbers."""
         return self._keys.take(pa.array(samples, pa.int64())).to_pylist()
 
     def entries(self, samples: list[int]) -> list[SampleEntry]:
-        """Gives all that the index knows of samples."""
-        # a column at a time: single numbers out of arrays take longer than reading the sample
+        """Return the index entries of samples, by their numbers."""
+        # Column by column: taking single numbers out of arrays would take longer than reading the sample.
         taken = {name: values[samples].tolist() for name, values in self._columns.items()}
         shards = np.searchsorted(self._ends, samples, side="right").tolist()
         images, masks = (
@@ -154,15 +185,15 @@ class Index:
 
 
 class MissingIndex(FileNotFoundError):
-    """There are no shards, or no index of them, at the path."""
+    """There are no shards, or no index of them, at a location."""
 
 
 class BrokenIndex(ValueError):
-    """The index cannot be read."""
+    """An index that cannot be read."""
 
 
 def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
-    """Makes the columns of samples, in their order, with FORMATS as formats."""
+    """Build the Arrow table of samples, in their order, with format columns that refer to FORMATS."""
     rows = [
         (
             e.key,
@@ -181,9 +212,16 @@ def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
 
 
 def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
-    """Reads a split's index from a folder or URL; raises MissingIndex or BrokenIndex, which say what to do.
+    """Load a split's index from a folder or URL.
 
-    cache: where the samples of a remote index are kept; by default in a temporary file of this process.
+    Args:
+        folder: Path or URL of the split.
+        cache: Where the samples file of a remote index is kept; by default in a temporary file of this process.
+
+    Raises:
+        MissingIndex: If there is no index; says what is there and which command makes one.
+        BrokenIndex: If the index is damaged or of another version; says why.
+        OSError: If the location cannot be read.
     """
     location = str(folder)
     path = storage.join(location, FILE)
@@ -194,7 +232,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
     try:
         raw = json.loads(text)
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
-            said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "no object"
+            said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "not an object"
             raise ValueError(f"it is {said[:200]}, this reads {FORMAT} version {VERSION}")
         index_check.check_index(raw, FORMATS)
         return Index(
@@ -205,21 +243,29 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
         )  # fmt: skip
     except (ValueError, RecursionError, FileNotFoundError, storage.ChangedFile) as error:
         raise BrokenIndex(
-            f"{path} cannot be read: {error}. Make it anew: deepskip index {location}, or pack again."
+            f"{path} cannot be read: {error}. Make a new one: deepskip index {location}, or pack again."
         ) from error
 
 
 def save_index(index: Index, folder: str | Path) -> None:
-    """Writes a split's index into a folder or URL, whole or not at all; an older index stays valid until then."""
+    """Write a split's index into a folder or URL, whole or not at all; an older index stays valid until then.
+
+    Args:
+        index: The index.
+        folder: Path or URL of the split.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
     location = str(folder)
     sink = pa.BufferOutputStream()
     table = index.samples.combine_chunks()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        # a single batch, so that each column is one piece of memory
+        # A single batch, so that each column is one piece of memory.
         writer.write_table(table, max_chunksize=max(1, len(table)))
     data = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(data).hexdigest()
-    # named for its contents: the file that an older index.json names is never written over
+    # Named by its contents, so that the file of an older index.json is never overwritten.
     name = f"samples-{sha256[:16]}.arrow"
     properties = {
         f: getattr(index, f)
@@ -250,18 +296,18 @@ def save_index(index: Index, folder: str | Path) -> None:
     storage.write_bytes(storage.join(location, name), data)
     storage.write_bytes(storage.join(location, FILE), json.dumps(raw).encode())
     if older not in (None, name):
-        # one that cannot be removed, where only reading is allowed, is left
+        # Without permission to remove it, the older file stays.
         with contextlib.suppress(OSError, NotImplementedError):
             storage.remove(storage.join(location, str(older)))
 
 
 def plain_number(value: float | None) -> float | str | None:
-    """Gives a number as JSON has it, which knows no nan."""
+    """Return a number as JSON stores it; nan becomes the string "nan", since JSON has no nan."""
     return "nan" if value is not None and math.isnan(value) else value
 
 
 def plain_labels(labels: Labels | None) -> dict[str, Any] | None:
-    """Gives labels as plain values; what is as always is left out, as it was before there was anything else."""
+    """Return labels as plain values; default values are omitted, which keeps the format of older indexes."""
     if labels is None:
         return None
     plain = asdict(labels)
@@ -271,7 +317,7 @@ def plain_labels(labels: Labels | None) -> dict[str, Any] | None:
 
 
 def labels_of(raw: dict[str, Any] | None) -> Labels | None:
-    """Makes labels of plain values that were checked."""
+    """Convert plain values, which have been checked, to labels."""
     if raw is None:
         return None
     values = dict(raw.get("values") or asdict(AS_LABELS))
@@ -280,7 +326,7 @@ def labels_of(raw: dict[str, Any] | None) -> Labels | None:
 
 
 def reading_of(raw: dict[str, Any] | None) -> Reading:
-    """Makes a reading of plain values that were checked."""
+    """Convert plain values, which have been checked, to a reading."""
     if raw is None:
         return AS_IT_COMES
     return Reading(**{**raw, "nodata": None if raw["nodata"] is None else float(raw["nodata"])})
@@ -295,15 +341,15 @@ def _samples_file(location: str) -> str | None:
 
 
 def _load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | None) -> pa.Table:
-    """Maps the samples' columns, whose bytes and contents are checked: Arrow itself would follow any offset."""
+    """Map the samples' columns into memory, with bytes and contents checked, since Arrow itself would follow any offset."""
     told = raw["samples"]
     path = storage.join(location, told["file"])
     if not storage.is_remote(path):
         local = Path(path.removeprefix("file://"))
         if not local.is_file():
-            raise FileNotFoundError(f"{told['file']}, which it names, is not there")
+            raise FileNotFoundError(f"{told['file']}, which it names, is missing")
         if local.stat().st_size != told["bytes"]:
-            raise ValueError(f"{told['file']} has {local.stat().st_size} bytes where it says {told['bytes']}")
+            raise ValueError(f"{told['file']} has {local.stat().st_size} bytes, but it says {told['bytes']}")
         return _table_of(local, raw, known=False)
     if cache is not None:
         return _table_of(cache.fetch(path, told["bytes"], told["sha256"]), raw, known=True)
@@ -313,7 +359,13 @@ def _load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | Non
 
 
 def _table_of(path: Path, raw: dict[str, Any], known: bool) -> pa.Table:
-    """Reads and checks a local samples file, a large one once a machine. known: its sha256 has been compared."""
+    """Read and check a local samples file; a large one is checked once on each machine.
+
+    Args:
+        path: The samples file.
+        raw: Contents of index.json.
+        known: Whether its sha256 has been compared already.
+    """
     name, marker = raw["samples"]["file"], index_check.remembered(path, raw)
     checked = marker is not None and marker.exists()
     if not known and not checked and storage.file_sha256(path) != raw["samples"]["sha256"]:
@@ -321,7 +373,7 @@ def _table_of(path: Path, raw: dict[str, Any], known: bool) -> pa.Table:
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             table = reader.read_all()
-    # MemoryError and OSError among them
+    # Arrow raises MemoryError and OSError for some damaged files.
     except (pa.ArrowException, MemoryError, OSError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
     if table.schema != SCHEMA:
@@ -333,7 +385,13 @@ def _table_of(path: Path, raw: dict[str, Any], known: bool) -> pa.Table:
 
 
 def tars_in(location: str) -> list[str]:
-    """Lists the .tar files of a folder or URL; raises FileNotFoundError for no folder, or what the storage has against it."""
+    """Return the names of the .tar files in a folder or URL.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        OSError: If it cannot be listed.
+        NotImplementedError: If its file system has no listing.
+    """
     return [name for name in storage.names(location) if name.endswith(".tar")]
 
 
@@ -342,7 +400,7 @@ def _what_is_there(location: str) -> str:
     pack = f"Pack some: deepskip pack folder --images DIR --masks DIR --out {parent}"
     try:
         tars = len(tars_in(location))
-    # no listing over http, no such folder, no rights
+    # No listing over http, no such folder, or no permission.
     except Exception:
         return f"it does not exist or cannot be listed. {pack}"
     if tars:

@@ -1,4 +1,4 @@
-"""Whether an index can be trusted, for strangers make them: its JSON's fields, and that each sample lies within its shard."""
+"""Validate indexes, which may be untrusted: the fields of the JSON, and that each sample lies within its shard."""
 
 import hashlib
 import json
@@ -16,56 +16,56 @@ import pyarrow as pa
 from deepskip.data_shards.labels import WHITE_IS_ZERO
 from deepskip.data_shards.pictures import ALPHA, ORIENTATION
 
-# files beyond this many bytes are looked through once a machine, smaller ones each time: that takes less than a second
+# Larger files, in bytes, are checked once on each machine; smaller ones each time, which takes less than a second.
 REMEMBERED_BYTES = 2**26
 MAX_BANDS = 2**16
-# what does things to terminals
+# Characters that control terminals.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_COUNT = 2**62
 
 
 def whole(low: int, high: int) -> Callable[[Any], bool]:
-    """Makes a check of an integer."""
+    """Return a check for integers from low to high."""
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def text(value: Any) -> bool:
-    """Says whether a value is text of some length."""
+    """Return whether a value is a string of 1 to 4096 characters without control characters."""
     return isinstance(value, str) and 0 < len(value) <= 4096 and not CONTROL.search(value)
 
 
 def plain_name(value: Any) -> bool:
-    """Says whether a value is a file's name that does not lead out of its folder."""
+    """Return whether a value is a file name that does not lead out of its folder."""
     return text(value) and "/" not in value and "\\" not in value and not value.startswith(".")
 
 
 def digest(value: Any) -> bool:
-    """Says whether a value is a sha256."""
+    """Return whether a value is a sha256 in hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and not value.strip("0123456789abcdef")
 
 
 def nothing_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Makes a check of a value that may be null."""
+    """Return a check for values that pass another check or are null."""
     return lambda value: value is None or check(value)
 
 
 def truth(value: Any) -> bool:
-    """Says whether a value is true or false."""
+    """Return whether a value is true or false."""
     return isinstance(value, bool)
 
 
 def finite(value: Any) -> bool:
-    """Says whether a value is a finite number."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number_or_nan(value: Any) -> bool:
-    """Says whether a value is a finite number, or the word for none."""
+    """Return whether a value is a finite number or the string "nan"."""
     return finite(value) or (isinstance(value, str) and value == "nan")
 
 
 def colours(value: Any) -> bool:
-    """Says whether a value is a list of red, green, blue and label."""
+    """Return whether a value is a list of rows of red, green, blue and label, each 0 to 255."""
     one = whole(0, 255)
     return (
         isinstance(value, list)
@@ -74,7 +74,7 @@ def colours(value: Any) -> bool:
     )
 
 
-# what each field must be, by the words for it
+# For each field, its allowed values in words and the check for them.
 SAMPLES = {
     "file": ("a plain file name", plain_name), "bytes": ("a number of bytes", whole(0, MAX_COUNT)),
     "sha256": ("64 hexadecimal digits", digest), "count": ("a number of samples", whole(0, MAX_COUNT)),
@@ -106,37 +106,56 @@ PROPERTIES = {
     "bands": (f"1 to {MAX_BANDS}", whole(1, MAX_BANDS)),
     "dtype": ("uint8 or float32", lambda value: value in ("uint8", "float32")),
     "num_classes": ("1 to 255", whole(1, 255)), "ignore_index": ("0 to 255", whole(0, 255)),
-    "base": ("a place or null", nothing_or(text)), "source": ("text or null", nothing_or(text)),
+    "base": ("a path or URL, or null", nothing_or(text)), "source": ("text or null", nothing_or(text)),
 }  # fmt: skip
 INNER = ("samples", "shards", "labels", "preparation", "mean", "std", "formats")
 
 
 def check_fields(value: Any, fields: dict[str, tuple[str, Callable[[Any], bool]]], where: str) -> None:
-    """Raises ValueError where a JSON object lacks a field, has another, or has a value that a field cannot have."""
+    """Raise ValueError if a JSON object has missing, unknown or invalid fields.
+
+    Args:
+        value: The object, of any type.
+        fields: For each field, its allowed values in words and the check for them.
+        where: Name of the object in messages.
+
+    Raises:
+        ValueError: If `value` is not an object with exactly these fields and valid values; names the field.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {shown(value)}; it must be an object")
     if value.keys() != fields.keys():
         odd = sorted(map(str, value.keys() ^ fields.keys()))
-        raise ValueError(f"{where} has not the fields {', '.join(fields)}, but for {', '.join(odd)[:200]}")
+        raise ValueError(
+            f"{where} must have the fields {', '.join(fields)}; missing or unknown: {', '.join(odd)[:200]}"
+        )
     for name, (allowed, check) in fields.items():
         if not check(value[name]):
             raise ValueError(f"{where}.{name} is {shown(value[name])}; it must be {allowed}")
 
 
 def shown(value: Any) -> str:
-    """Shows a value in a message."""
+    """Return a value as text for a message, cut to 100 characters."""
     found = repr(value)
     return found if len(found) <= 100 else f"{found[:97]}..."
 
 
 def check_index(raw: Any, formats: tuple[str, ...]) -> None:
-    """Raises ValueError, which names the field, where the JSON of an index is none. formats: that there are."""
+    """Raise ValueError if the JSON of an index is not valid.
+
+    Args:
+        raw: The JSON object.
+        formats: Known file formats.
+
+    Raises:
+        ValueError: If a field is missing or invalid; names the field.
+    """
     if missing := [name for name in (*PROPERTIES, *INNER) if name not in raw]:
         raise ValueError(f"it has no {', '.join(missing)}")
-    # what others have added is theirs
+    # Additional fields of other programs are allowed.
     check_fields({name: raw[name] for name in PROPERTIES}, PROPERTIES, "it")
     check_fields(raw["samples"], SAMPLES, "samples")
-    # older indexes have it not
+    # Older indexes do not have it.
     if isinstance(raw["preparation"], dict) and "nodata" in raw["preparation"]:
         check_fields(raw["preparation"], PREPARATION | {"nodata": READING["nodata"]}, "preparation")
     else:
@@ -153,7 +172,7 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
     if raw.get("reading") is not None:
         check_fields(raw["reading"], READING, "reading")
     if not isinstance(raw["shards"], list):
-        raise ValueError("shards is no list")
+        raise ValueError("shards is not a list")
     for number, shard in enumerate(raw["shards"]):
         check_fields(shard, SHARD, f"shards[{number}]")
     counted = sum(shard["samples"] for shard in raw["shards"])
@@ -162,9 +181,9 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
     for name in ("mean", "std"):
         values = raw[name]
         if not isinstance(values, list) or len(values) != raw["bands"]:
-            raise ValueError(f"{name} is no list of {raw['bands']} numbers, one for each band")
+            raise ValueError(f"{name} is not a list of {raw['bands']} numbers, one for each band")
         if not all(map(finite, values)):
-            raise ValueError(f"{name} holds what is no finite number")
+            raise ValueError(f"{name} holds a value that is not a finite number")
     if min(raw["std"]) < 0:
         raise ValueError("std holds a negative number")
     listed = raw["formats"]
@@ -173,26 +192,36 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
 
 
 def check_table(table: pa.Table, raw: dict[str, Any]) -> None:
-    """Raises ValueError where a sample does not lie within its shard, or a column's memory is not what it says."""
+    """Raise ValueError if a sample does not lie within its shard, or a column's memory is not valid.
+
+    Args:
+        table: The samples, of index.SCHEMA.
+        raw: Contents of index.json, which has been checked.
+
+    Raises:
+        ValueError: If the table is damaged, does not match index.json, or has a sample outside its shard.
+    """
     try:
         table.validate(full=True)
     except pa.ArrowException as error:
         raise ValueError(f"{raw['samples']['file']} is damaged: {error}") from error
     if len(table) != raw["samples"]["count"] or any(column.null_count for column in table.columns):
-        raise ValueError(f"{raw['samples']['file']} has {len(table)} samples, or empty places")
+        raise ValueError(
+            f"{raw['samples']['file']} has {len(table)} samples, another number than index.json says, or null values"
+        )
     if not len(table):
         return
     columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
     for kind in ("image", "mask"):
         if columns[f"{kind}_format"].max() >= len(raw["formats"]):
-            raise ValueError(f"{raw['samples']['file']} names a format that there is not")
+            raise ValueError(f"{raw['samples']['file']} names an unknown format")
     begin = 0
     for shard in raw["shards"]:
         rows = slice(begin, begin + shard["samples"])
         begin = rows.stop
         for kind in ("image", "mask"):
             offsets, lengths = columns[f"{kind}_offset"][rows], columns[f"{kind}_length"][rows].astype(np.int64)
-            # the first two keep the sum from wrapping round
+            # The first two checks keep the sum from overflowing.
             if len(offsets) and (
                 offsets.min() < 0 or offsets.max() > shard["bytes"] or (offsets + lengths).max() > shard["bytes"]
             ):
@@ -200,7 +229,15 @@ def check_table(table: pa.Table, raw: dict[str, Any]) -> None:
 
 
 def remembered(path: Path, raw: dict[str, Any]) -> Path | None:
-    """Names the file that says, by being there, that a large samples file was looked through with these shards; None: small."""
+    """Return the path of the marker file whose existence means that a large samples file was checked with these shards.
+
+    Args:
+        path: The samples file.
+        raw: Contents of index.json.
+
+    Returns:
+        The path, or None for a small file, which is checked each time.
+    """
     status = path.stat()
     if status.st_size < REMEMBERED_BYTES:
         return None
@@ -211,7 +248,7 @@ def remembered(path: Path, raw: dict[str, Any]) -> Path | None:
 
 
 def remember(marker: Path | None) -> None:
-    """Notes that a file was looked through; where nothing can be written it is looked through again."""
+    """Create a marker file; if that is not possible, the samples file is checked again next time."""
     if marker is not None:
         with suppress(OSError):
             marker.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Makes the index of shards that others wrote: img2dataset, webdataset.ShardWriter, plain tar; local or remote."""
+"""Make the index of shards that another program wrote: img2dataset, webdataset.ShardWriter, plain tar; local or remote."""
 
 import json
 import os
@@ -37,7 +37,7 @@ BAD_SAMPLES = "bad_samples.jsonl"
 
 
 class IndexingError(ValueError):
-    """Shards that cannot be indexed as they are; lists what is wrong."""
+    """Shards that cannot be indexed unchanged; the message lists what is wrong."""
 
 
 Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -45,7 +45,18 @@ Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass
 class ShardReport:
-    """What was found in one shard. moments: with transparency kept or dropped, of each band pixels, sum and sum of squares."""
+    """What was found in one shard.
+
+    Attributes:
+        shard: Its entry in the index; None if the shard cannot be used.
+        samples: Arrow table of its good samples.
+        bad: Faulty samples: {"shard", "key", "reason"}, with an empty key for a fault of the whole shard.
+        dtypes: Names of the images' dtypes.
+        moments: With transparency kept ("keep") or dropped ("drop"): for each band the number of pixels, their sum and the
+            sum of their squares, (bands,) each.
+        seen: Values of its masks.
+        survey: What its files say about themselves.
+    """
 
     shard: ShardEntry | None = None
     samples: pa.Table = field(default_factory=lambda: sample_table([]))
@@ -58,7 +69,11 @@ class ShardReport:
 
 @contextmanager
 def local_copy(location: str) -> Iterator[Path]:
-    """Gives a path to read a shard at: its own, or that of a copy that is removed again."""
+    """Yield a local path of a shard: its own, or that of a temporary copy.
+
+    Raises:
+        OSError: If a remote shard cannot be fetched.
+    """
     if not storage.is_remote(location):
         yield Path(location.removeprefix("file://"))
         return
@@ -76,10 +91,19 @@ def read_shard(
     reading: Reading,
     values: Values,
 ) -> ShardReport:
-    """Reads every sample of a shard once; what is wrong with it is in the report.
+    """Read every sample of a shard once; faults are reported, not raised.
 
-    names: what image and mask are called. bands: what every image is brought to. ignore_label: mask value that takes no part.
-    reading, values: how images and masks are read.
+    Args:
+        base: Folder or URL of the shards.
+        name: Name of the shard.
+        names: Member names of image and mask.
+        bands: Number of bands that every image is resampled to, or None.
+        ignore_label: Mask value that is ignored, or None.
+        reading: How images are read.
+        values: How masks are read.
+
+    Returns:
+        The report of the shard.
     """
     report = ShardReport()
     location = storage.join(base, name)
@@ -112,13 +136,22 @@ def read_shard(
             report.shard = ShardEntry(name, size, storage.file_sha256(path), len(entries))
             report.samples = sample_table(entries)
     except (BrokenShard, OSError) as error:
-        # an OSError here is storage's: the network, a permission
+        # Here an OSError comes from storage: the network or a permission.
         report = ShardReport(bad=[{"shard": name, "key": "", "reason": str(error)}])
     return report
 
 
 def measure(report: ShardReport, picture: Picture, reading: Reading, bands: int | None) -> None:
-    """Adds one image's moments to a report, with transparency kept and dropped, for that is decided by all images."""
+    """Add one image's moments to a report.
+
+    They are computed both with transparency kept and dropped, since only all images together decide which applies.
+
+    Args:
+        report: Report of the shard.
+        picture: The image, (H, W) or (H, W, bands).
+        reading: How images are read; its alpha is not used.
+        bands: Number of bands that every image is resampled to, or None.
+    """
     found: Moments | None = None
     for way in ("keep", "drop"):
         if found is None or picture.alpha:
@@ -132,7 +165,7 @@ def measure(report: ShardReport, picture: Picture, reading: Reading, bands: int 
                 pixels -= np.isnan(image).sum((0, 1))
             found = pixels, pixels * mean, pixels * (std**2 + mean**2)
         before = report.moments.setdefault(way, (np.zeros(1, int), np.zeros(1), np.zeros(1)))
-        # of another number of bands it is refused in the end
+        # Images with differing numbers of bands are rejected at the end.
         if len(before[0]) in (1, len(found[0])):
             report.moments[way] = before[0] + found[0], before[1] + found[1], before[2] + found[2]
 
@@ -155,21 +188,38 @@ def index_shards(
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> Index:
-    """Makes and saves the index of a folder or URL of .tar shards, reading every sample once, and returns it.
+    """Make and save the index of a folder or URL of .tar shards, reading every sample once.
 
-    out: where the index goes; by default beside the shards. shards: their names, where the place cannot be listed (http).
-    image, mask: what the members are called ("jpg", "seg.png", "image"); found from the first shard by default. labels,
-    num_classes, ignore_label: as for `pack folder`. bands: what every image is brought to when it is read.
-    on_bad_sample: "error" lists all faults; "skip" leaves faulty samples and shards out and lists them in
-    bad_samples.jsonl beside the index. reading, values, say: as for `pack folder`. workers: processes. progress: wraps the
-    reports as they come.
-    Raises IndexingError.
+    Args:
+        location: Folder or URL of the shards.
+        out: Folder or URL to write the index to; by default next to the shards.
+        shards: Names of the shards, if the location cannot be listed (http).
+        image: Member name of images ("jpg", "image"); detected in the first shard by default.
+        mask: Member name of masks ("seg.png", "mask"); detected in the first shard by default.
+        labels: Meaning of mask values, as in `pack_folder`.
+        num_classes: Number of classes, as in `pack_folder`.
+        ignore_label: Mask value that is ignored, as in `pack_folder`.
+        bands: Number of bands that every image is resampled to when it is read.
+        on_bad_sample: "error" raises an error that lists the faults; "skip" skips faulty samples and shards, and lists
+            them in bad_samples.jsonl next to the index.
+        reading: How images are read, as in `pack_folder`.
+        values: How masks are read, as in `pack_folder`.
+        workers: Number of processes; one a core by default.
+        progress: Wraps the reports of the shards as they arrive.
+        say: Called with each line about what was decided.
+
+    Returns:
+        The index, as saved.
+
+    Raises:
+        IndexingError: If shards cannot be listed, read or indexed; lists the faults.
+        OSError: If the index cannot be written.
     """
     try:
         found = shards if shards is not None else tars_in(location)
     except (OSError, NotImplementedError) as error:
         raise IndexingError(
-            f"{location} cannot be listed ({error}); name the shards: --shards 'a-{{000..099}}.tar'"
+            f"{location} cannot be listed ({error}); give the names of the shards: --shards 'a-{{000..099}}.tar'"
         ) from error
     if not found:
         raise IndexingError(f"{location} holds no .tar files")
@@ -197,7 +247,17 @@ def index_shards(
 
 
 def detect_names(location: str, shards: list[str], image: str | None, mask: str | None) -> tuple[str, str]:
-    """Finds what image and mask are called in the first shard that can be read; raises IndexingError."""
+    """Return the member names of image and mask, detected in the first readable shard of the first five.
+
+    Args:
+        location: Folder or URL of the shards.
+        shards: Names of the shards.
+        image: Member name of images, if known.
+        mask: Member name of masks, if known.
+
+    Raises:
+        IndexingError: If no shard can be read or the names are ambiguous; says which options to give.
+    """
     reasons = []
     for name in shards[:5]:
         try:
@@ -213,7 +273,7 @@ def detect_names(location: str, shards: list[str], image: str | None, mask: str 
                 ]
                 if len(others) != 1:
                     raise ValueError(
-                        f"beside .{known} there are {', '.join(others) or 'no others'}; give --image and --mask"
+                        f"next to .{known} there are {', '.join(others) or 'no others'}; give --image and --mask"
                     )
                 return (str(image), others[0]) if image else (others[0], str(mask))
             return choose_names(counts, len(samples))
@@ -234,7 +294,24 @@ def merge(
     reading: Reading,
     values: Values,
 ) -> tuple[Index, list[dict[str, str]], list[str]]:
-    """Makes one index of the reports, the list of what was left out, and what is to be said; raises IndexingError."""
+    """Merge the reports of all shards into one index.
+
+    Args:
+        reports: One report for each shard, in the order of the index.
+        labels: Meaning of mask values, as in `pack_folder`.
+        num_classes: Number of classes, or None to take it from the masks.
+        ignore_label: Mask value that is ignored, or None.
+        bands: Number of bands that every image is resampled to, or None.
+        on_bad_sample: "error" or "skip".
+        reading: How images are read.
+        values: How masks are read.
+
+    Returns:
+        The index, the list of skipped samples, and lines about what was decided.
+
+    Raises:
+        IndexingError: If there are faults that are not skipped, or no usable sample.
+    """
     reports = list(reports)
     bad = [fault for report in reports for fault in report.bad]
     whole = [report for report in reports if report.shard is not None]
@@ -249,11 +326,9 @@ def merge(
     bad += repeated_keys(whole)
     if bad and on_bad_sample == "error":
         told = listed([f"{f['shard']}{': sample ' + f['key'] if f['key'] else ''}: {f['reason']}" for f in bad])
-        raise IndexingError(
-            f"{len(bad)} faults: {told}\nLeave such samples out, and have them listed, with --on_bad_sample skip"
-        )
+        raise IndexingError(f"{len(bad)} faults: {told}\nTo skip such samples and list them: --on_bad_sample skip")
     if not counts:
-        raise IndexingError("no shard holds a sample that can be used")
+        raise IndexingError("no shard holds a usable sample")
     try:
         how = decide_labels(seen, labels, num_classes, ignore_label, values)
     except ValueError as error:
@@ -276,14 +351,14 @@ def merge(
         preparation={"bands": bands, "longest_side": None}
         | ({} if reading.nodata is None else {"nodata": plain_number(reading.nodata)}),
         labels=None if as_they_stand and replace(values, ignore=None) == AS_LABELS else how,
-        # a file's own nodata value counts where any has it: shards that have none are read as ever
+        # The no-data value of files counts if any file has one; otherwise images are read as before.
         reading=replace(reading, missing=bool(survey.empty or survey.tagged or reading.nodata is not None)),
     )
     return index, bad, [*survey.notes(reading), *foreground_note(seen.pixels, how.binary)]
 
 
 def repeated_keys(reports: list[ShardReport]) -> list[dict[str, str]]:
-    """Takes samples whose key an earlier shard has out of the reports, and lists them."""
+    """Remove samples whose key occurs in an earlier shard from the reports, and return them as faults."""
     keys = pa.chunked_array([report.samples["key"].combine_chunks() for report in reports], SCHEMA.field("key").type)
     counted = pc.value_counts(keys)
     repeated = set(counted.filter(pc.greater(counted.field("counts"), 1)).field("values").to_pylist())
@@ -297,7 +372,7 @@ def repeated_keys(reports: list[ShardReport]) -> list[dict[str, str]]:
         for key in report.samples["key"].to_pylist():
             keep.append(key not in repeated or first.setdefault(key, report.shard.name) == report.shard.name)
             if not keep[-1]:
-                bad.append({"shard": report.shard.name, "key": key, "reason": f"the key is in {first[key]} too"})
+                bad.append({"shard": report.shard.name, "key": key, "reason": f"the key is also in {first[key]}"})
         report.samples = report.samples.filter(pa.array(keep))
         report.shard = ShardEntry(report.shard.name, report.shard.bytes, report.shard.sha256, len(report.samples))
     return bad

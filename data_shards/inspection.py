@@ -1,4 +1,4 @@
-"""What a person asks of shards: are they whole, what is in them, how do they look, who takes which sample when."""
+"""Inspect shards: verify them, describe their contents, draw samples, and list which rank takes which sample."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,15 +17,23 @@ from deepskip.data_shards.progress import Progress, no_progress
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 
-# upper ends of the object-size histogram, as shares of the image
+# Upper bounds of the bins of the object-size histogram, as shares of the image.
 SIZE_EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 
 
 def verify(folder: str | Path, cache: storage.Cache | None = None, progress: Progress = no_progress) -> Iterator[str]:
-    """Reads all of a split and gives a line for each fault, so none when all is well.
+    """Read all of a split and yield a line for each fault, so none if all is well.
 
-    A shard is compared with the index by size and sha256; then every sample is decoded and its labels are checked, in a
-    shard that has changed as well.
+    A shard is compared with the index by size and sha256. Then every sample is decoded and its labels are checked, even in a
+    shard whose contents have changed.
+
+    Args:
+        folder: Path or URL of the split.
+        cache: Where copies of remote shards are kept.
+        progress: Wraps the shards' numbers.
+
+    Yields:
+        One message for each fault.
     """
     shards = Shards(folder, normalize="none", cache=cache)
     index = shards.index
@@ -50,7 +58,17 @@ def verify(folder: str | Path, cache: storage.Cache | None = None, progress: Pro
 
 @dataclass
 class Contents:
-    """What is in a split. pixels: of each label. objects: of each share of the image up to SIZE_EDGES. bad: unreadable."""
+    """What is in a split.
+
+    Attributes:
+        heights: Height of each image in pixels.
+        widths: Width of each image in pixels.
+        pixels: Number of pixels of each label, (256,) int64.
+        objects: Number of objects in each bin of SIZE_EDGES, (bins,) int64.
+        shares: Area of each object, as a share of its image.
+        empty: Number of images without objects.
+        bad: Number of samples that cannot be read.
+    """
 
     heights: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
@@ -62,7 +80,13 @@ class Contents:
 
 
 def contents(folder: str | Path, cache: storage.Cache | None = None, progress: Progress = no_progress) -> Contents:
-    """Reads every mask of a split and counts; objects are 8-connected regions of one label."""
+    """Read every mask of a split and count pixels and objects; objects are 8-connected regions of one label.
+
+    Args:
+        folder: Path or URL of the split.
+        cache: Where copies of remote shards are kept.
+        progress: Wraps the samples' numbers.
+    """
     shards = Shards(folder, normalize="none", cache=cache)
     found = Contents()
     everywhere = np.ones((3, 3), bool)
@@ -87,7 +111,7 @@ def contents(folder: str | Path, cache: storage.Cache | None = None, progress: P
 
 
 def describe(index: Index, found: Contents) -> str:
-    """Says in some lines what is in a split."""
+    """Return a summary of a split as a few lines of text."""
     size = sum(shard.bytes for shard in index.shards) / 1e6
     classes = "binary" if index.num_classes == 1 else f"{index.num_classes} classes"
     lines = [
@@ -95,7 +119,7 @@ def describe(index: Index, found: Contents) -> str:
         f"{index.bands} bands, {index.dtype}, {classes}"
     ]
     if found.bad:
-        lines.append(f"  {found.bad} samples cannot be read; deepskip verify says why")
+        lines.append(f"  {found.bad} samples cannot be read; deepskip verify gives the reasons")
     if not found.heights:
         return "\n".join(lines)
     low, high = (f"{fold(found.heights)} x {fold(found.widths)}" for fold in (min, max))
@@ -112,7 +136,7 @@ def describe(index: Index, found: Contents) -> str:
         most = found.objects.max()
         for edge, below, count in zip(SIZE_EDGES, (0.0, *SIZE_EDGES), found.objects, strict=False):
             bar = "#" * round(40 * count / most)
-            # what is not there is not told
+            # Empty bins are not listed.
             if count:
                 lines.append(f"    {below:>7.2%} to {edge:<7.2%} {count:>8}  {bar}")
     return "\n".join(lines)
@@ -122,10 +146,24 @@ def plan(
     index: Index, *, seed: int, window: int, global_batch_size: int, world_size: int, rank: int,
     epoch: int, from_step: int, steps: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Gives what a rank takes in each step, from the index alone: {"epoch", "step", "keys", "repeats"}.
+    """Yield what a rank takes in each step, from the index alone.
 
-    step: counted within the epoch; where the epoch ends, the next begins at 0. keys: of samples of weight 1. repeats: keys of
-    weight 0 that only fill the batch. Raises ValueError for a step, rank or size that is not there.
+    Args:
+        index: The index of the split.
+        seed: Seed of the order.
+        window: Number of shards that are shuffled together.
+        global_batch_size: Number of samples in a step over all ranks.
+        world_size: Number of ranks.
+        rank: Rank, 0 to world_size - 1.
+        epoch: Epoch of the first step, counted from 0.
+        from_step: First step, counted within the epoch from 0.
+        steps: Number of steps; after the last step of an epoch comes step 0 of the next.
+
+    Yields:
+        {"epoch", "step", "keys", "repeats"}: keys of samples of weight 1, and repeats of weight 0 that only fill the batch.
+
+    Raises:
+        ValueError: If a number is out of range; names the option.
     """
     for name, value, low, high in (
         ("global-batch-size", global_batch_size, 1, None),
@@ -150,7 +188,18 @@ def plan(
 
 
 def preview(folder: str | Path, out: Path, count: int, cache: storage.Cache | None = None) -> None:
-    """Draws samples side by side, the mask's outline in red, into a picture file."""
+    """Draw samples in a grid, with their masks outlined in red, and write them as a picture.
+
+    Args:
+        folder: Path or URL of the split.
+        out: Picture file to write.
+        count: Number of samples, spread evenly over the split.
+        cache: Where copies of remote shards are kept.
+
+    Raises:
+        BadSample: If a sample cannot be used.
+        BrokenShard: If a shard cannot be opened.
+    """
     shards = Shards(folder, cache=cache)
     count = min(count, len(shards))
     side, columns = 192, max(1, min(8, count))
@@ -167,7 +216,16 @@ def preview(folder: str | Path, out: Path, count: int, cache: storage.Cache | No
 
 
 def outlined(image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Gives an RGB picture (H, W, 3) uint8 of an image's first, middle and last band with the mask's outline in red."""
+    """Return an RGB picture of an image with the mask's outline in red.
+
+    Args:
+        image_HWC: Image (H, W, bands); its first, middle and last band become red, green and blue.
+        mask_HW: Labels (H, W).
+        ignore_index: Label of ignored pixels, which are not outlined.
+
+    Returns:
+        Picture (H, W, 3) uint8.
+    """
     bands = [0, image_HWC.shape[2] // 2, image_HWC.shape[2] - 1]
     shown = image_HWC[..., bands].astype(np.float32)
     low, high = np.percentile(shown, (1, 99), axis=(0, 1))

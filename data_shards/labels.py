@@ -1,4 +1,4 @@
-"""What the values of masks mean: binary or classes, colours, soft edges, and which value takes no part."""
+"""Meaning of mask values: binary or classes, colours, soft edges, and ignored values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ KINDS = ("auto", "binary", "classes")
 WHITE_IS_ZERO = ("ask", "invert", "keep")
 IGNORE_INDEX = 255
 SHOWN = 20
-# with more classes they are rather numbers of objects
+# With more values than this, they are more likely object numbers than classes.
 MANY = 20
-# what nan in a mask of real numbers is read as, and named by --ignore_label nan
+# What nan in a floating-point mask is read as; `--ignore_label nan` stands for it.
 NAN_LABEL = -(2**31)
-# of a mask with soft edges, most values are near one end or the other; where the highest is lower they are rather classes
+# In a mask with soft edges, most values are near one end or the other. If the highest is lower, they are more likely classes.
 NEAR, NEAR_SHARE, SOFTEST = 0.16, 0.8, 50
-# colours of a mask that are named in a message
+# Number of a mask's colours that a message names.
 COLOURS_SHOWN = 12
 
 
@@ -25,10 +25,13 @@ COLOURS_SHOWN = 12
 class Values:
     """How a mask's numbers are read.
 
-    white_is_zero: whether values are turned round in a file that says that 0 is white ("ask": where it is of one bit, as every
-    viewer does; more bits are refused). threshold: value from which on a pixel is foreground, of masks with soft edges; ignore:
-    value that it leaves as it is, as it does the file's own for no value.
-    colours: the label of each colour (red, green, blue), for masks of colours. orientation: "ignore" leaves them as stored.
+    Attributes:
+        white_is_zero: What happens if a file declares that 0 is white: "invert" the values or "keep" them. "ask" inverts
+            1-bit files, as every viewer does, and rejects files with more bits.
+        threshold: Lowest value that is foreground, for masks with soft edges; None reads values as labels.
+        colours: Red, green, blue and label for each colour, for masks that hold colours.
+        orientation: "ignore" keeps masks as stored; otherwise they are rotated as their files say.
+        ignore: Value that the threshold leaves unchanged, as it does the file's own no-data value.
     """
 
     white_is_zero: str = "ask"
@@ -38,13 +41,23 @@ class Values:
     ignore: int | None = None
 
     def of(self, picture: Picture) -> np.ndarray:
-        """Makes integers (H, W) of a mask, uint8 where they fit, else int32; raises ValueError that says what it is instead."""
+        """Convert a mask file's numbers to integers.
+
+        Args:
+            picture: The mask as its file stores it, (H, W) or (H, W, bands).
+
+        Returns:
+            Integers (H, W), uint8 if they fit, else int32.
+
+        Raises:
+            ValueError: If the numbers cannot be read as labels; says what they are and what to do.
+        """
         array = picture.array
         if picture.palette is not None:
             array = self.of_palette(array, picture.palette)
         if picture.alpha:
             alpha, array = array[..., picture.alpha[0]], np.delete(array, picture.alpha, axis=2)
-            # a mask that is nothing but transparency
+            # A mask that is stored only in the transparency channel.
             if (array == array[:1, :1]).all() and alpha.min() != alpha.max():
                 array = alpha
         if self.orientation != "ignore":
@@ -54,7 +67,7 @@ class Values:
         if self.colours:
             array = self.of_colours(array)
         elif array.ndim == 3 and self.threshold is not None:
-            # as bright as a colour's brightest
+            # The brightness of a colour is its highest component.
             array = array.max(axis=2)
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(not_labels(array))
@@ -65,7 +78,21 @@ class Values:
         return as_integers(array)
 
     def of_palette(self, indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
-        """Gives the colours of indices where they are asked for, brightness where greys are out of order, else the indices."""
+        """Return the values of a palette image.
+
+        These are the colours if `colours` is set. If the used greys are not in rising order, it is their brightness, as 0 and
+        1 if there are two. Otherwise they are the indices.
+
+        Args:
+            indices: Palette indices (H, W).
+            palette: Colours (n, 3) uint8.
+
+        Returns:
+            Colours (H, W, 3), or values (H, W).
+
+        Raises:
+            ValueError: If an index is not in the palette.
+        """
         used = np.unique(indices)
         if used[-1] >= len(palette):
             raise ValueError(f"has index {used[-1]} of a palette of {len(palette)} colours")
@@ -73,27 +100,45 @@ class Values:
             return palette[indices]
         greys = palette[used, 0]
         if (palette[used] != greys[:, None]).any() or (np.diff(greys.astype(int)) > 0).all():
-            # white alone may be index 0
+            # In an image that is all white, white may have index 0.
             alone = len(used) == 1 and used[0] == 0 and len(palette) > 1 and (palette[:2] == [[255] * 3, [0] * 3]).all()
             return np.ones_like(indices) if alone else indices
         brightness = palette[indices, 0]
         return (brightness == greys.max()).astype(np.uint8) if len(used) == 2 else brightness
 
     def of_white_is_zero(self, array: np.ndarray, bits: int) -> np.ndarray:
-        """Turns values round where that is asked for, or plain."""
+        """Return the values of a file in which 0 is white, inverted if `white_is_zero` says so.
+
+        Args:
+            array: Values (H, W).
+            bits: Number of bits of a value in the file.
+
+        Raises:
+            ValueError: If white_is_zero is "ask" and a value has more than one bit.
+        """
         if self.white_is_zero == "invert" or (self.white_is_zero == "ask" and bits == 1):
             return (2**bits - 1 - array.astype(np.int64)).astype(np.uint8 if bits <= 8 else np.int64)
         if self.white_is_zero == "ask":
             raise ValueError(
-                f"says that 0 is white (PhotometricInterpretation 0, {bits} bits): --white_is_zero invert makes what viewers "
-                "show as white the highest value, --white_is_zero keep takes the values as they are stored"
+                f"declares that 0 is white (PhotometricInterpretation 0, {bits} bits): --white_is_zero invert makes what "
+                "viewers show as white the highest value, --white_is_zero keep takes the values as they are stored"
             )
         return array
 
     def of_colours(self, array: np.ndarray) -> np.ndarray:
-        """Gives each pixel the label of its colour; raises ValueError that lists the colours that have none."""
+        """Return the label of each pixel's colour.
+
+        Args:
+            array: Colours (H, W, 3) or grey (H, W), uint8.
+
+        Returns:
+            Labels (H, W) int32.
+
+        Raises:
+            ValueError: If a colour has no label, or the array does not hold 8-bit colours; lists the colours.
+        """
         if array.dtype != np.uint8:
-            raise ValueError(f"has dtype {array.dtype}; colours are of 8 bits")
+            raise ValueError(f"has dtype {array.dtype}; colours must have 8 bits")
         packed = colours_of(array)
         labels = np.full(packed.shape, -1, np.int32)
         for red, green, blue, label in self.colours:
@@ -107,7 +152,11 @@ AS_LABELS = Values()
 
 
 def colours_of(array: np.ndarray) -> np.ndarray:
-    """Packs colours (H, W, 3), or grey (H, W), into one integer each (H, W)."""
+    """Pack colours (H, W, 3), or grey (H, W), into one integer each: (H, W) int32, red in the highest byte.
+
+    Raises:
+        ValueError: If there are not three components.
+    """
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)
     if array.shape[2] != 3:
@@ -117,7 +166,11 @@ def colours_of(array: np.ndarray) -> np.ndarray:
 
 
 def shown_colours(packed: np.ndarray) -> str:
-    """Lists colours for a message, those of most pixels first."""
+    """Return a list of colours for a message, the most frequent first.
+
+    Args:
+        packed: Colours of any shape (*,), packed by `colours_of`.
+    """
     found, counts = np.unique(packed, return_counts=True)
     ordered = found[np.argsort(-counts, kind="stable")]
     more = f" and {len(ordered) - COLOURS_SHOWN} more" if len(ordered) > COLOURS_SHOWN else ""
@@ -125,21 +178,32 @@ def shown_colours(packed: np.ndarray) -> str:
 
 
 def not_labels(array: np.ndarray) -> str:
-    """Says of a mask of colours, or of no known shape, what it is and what to do."""
-    text = f"has shape {array.shape}; a mask is (height, width) of integer labels, not of colours"
+    """Return a message for a mask of colours or of an unexpected shape (*,): what it is and what to do."""
+    text = f"has shape {array.shape}; a mask must be (height, width) of integer labels, not colours"
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         return text
     packed = colours_of(array)
     if len(np.unique(packed)) > 255:
-        return f"{text}; of a lossy JPEG of a black and white mask, --threshold 128 makes all that is bright foreground"
+        return (
+            f"{text}; for a lossy JPEG of a black and white mask, --threshold 128 makes all that is bright foreground"
+        )
     return (
-        f"{text}: {shown_colours(packed)}; --colors FILE says what each means: a CSV of columns color,label with rows such as "
-        f"#ff0000,1 (a lossy JPEG of a black and white mask: --threshold 128)"
+        f"{text}: {shown_colours(packed)}; --colors FILE gives each a label: a CSV with columns color,label and rows such as "
+        f"#ff0000,1 (for a lossy JPEG of a black and white mask: --threshold 128)"
     )
 
 
 def thresholded(array: np.ndarray, threshold: float, kept: tuple[float | None, ...] = ()) -> np.ndarray:
-    """Gives 1 where a value is as high as a threshold, else 0; nan, and the values of `kept`, stay values of their own."""
+    """Return 1 where a value is at least the threshold, else 0.
+
+    Args:
+        array: Values of any shape (*,).
+        threshold: Lowest value that becomes 1.
+        kept: Values that stay as they are; nan becomes NAN_LABEL.
+
+    Returns:
+        Integers of the same shape (*,), uint8 if they fit, else int32.
+    """
     found = (array >= threshold).astype(np.int32)
     for value in kept:
         if value is not None and value == round(value):
@@ -150,15 +214,25 @@ def thresholded(array: np.ndarray, threshold: float, kept: tuple[float | None, .
 
 
 def as_integers(array: np.ndarray) -> np.ndarray:
-    """Gives values as integers; raises ValueError for what are none."""
+    """Convert the values of a mask to integers.
+
+    Args:
+        array: Values of any shape (*,); nan becomes NAN_LABEL.
+
+    Returns:
+        Integers of the same shape (*,), uint8 if they fit, else int32.
+
+    Raises:
+        ValueError: If values are not integers, or do not fit int32.
+    """
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"has dtype {array.dtype}; a mask holds integer labels")
+        raise ValueError(f"has dtype {array.dtype}; a mask must hold integer labels")
     if array.dtype.kind == "f":
         missing = np.isnan(array)
         if not (missing | (array == np.round(array))).all():
             raise ValueError(
-                "holds values that are no integers; a mask holds labels. Of probabilities, --threshold 0.5 makes all from "
-                "there on foreground"
+                "holds values that are not integers; a mask must hold labels. For probabilities, --threshold 0.5 makes all "
+                "values from 0.5 on foreground"
             )
         array = np.where(missing, NAN_LABEL, array)
     if array.dtype != np.uint8 and array.size and (array.min() < NAN_LABEL or array.max() > 2**31 - 1):
@@ -169,7 +243,14 @@ def as_integers(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Labels:
-    """How mask values become labels: binary (all that is not 0 is 1) or classes as they stand."""
+    """How mask values become labels.
+
+    Attributes:
+        binary: Whether every value other than 0 becomes 1; else values are class labels.
+        num_classes: 1 for binary, else the number of classes with background.
+        ignore_label: Mask value that becomes IGNORE_INDEX, or None.
+        values: How a mask's numbers are read.
+    """
 
     binary: bool
     num_classes: int
@@ -177,7 +258,7 @@ class Labels:
     values: Values = AS_LABELS
 
     def apply(self, mask_HW: np.ndarray) -> np.ndarray:
-        """Turns mask values (H, W) into labels (H, W) uint8."""
+        """Convert mask values (H, W) to labels (H, W) uint8."""
         labels = (mask_HW != 0).astype(np.uint8) if self.binary else mask_HW.astype(np.uint8)
         if self.ignore_label is not None:
             labels[mask_HW == self.ignore_label] = IGNORE_INDEX
@@ -186,8 +267,13 @@ class Labels:
 
 @dataclass
 class Seen:
-    """What was seen in masks. pixels: of each value. highest: value of each mask, by name. numbered: masks whose values count
-    their regions, each one piece; others: masks with regions whose values do not.
+    """Values that occur in masks.
+
+    Attributes:
+        pixels: Number of pixels of each value.
+        highest: Highest value of each mask by name, or its lowest if that is negative; not for every one of many masks.
+        numbered: Number of masks whose values number their regions 1, 2, ..., each in one piece.
+        others: Number of masks with regions whose values do not.
     """
 
     pixels: dict[int, int] = field(default_factory=dict)
@@ -196,12 +282,18 @@ class Seen:
     others: int = 0
 
     def add(self, name: str, mask_HW: np.ndarray, ignore_label: int | None = None) -> None:
-        """Counts one mask."""
+        """Count the values of one mask.
+
+        Args:
+            name: Name of the mask.
+            mask_HW: Integer values (H, W).
+            ignore_label: Value that is not counted.
+        """
         found, counts = np.unique(mask_HW, return_counts=True)
         here = {int(v): int(c) for v, c in zip(found, counts, strict=True) if v != ignore_label}
         for value, count in here.items():
             self.pixels[value] = self.pixels.get(value, 0) + count
-        # the highest few are enough to name
+        # A few of the highest are enough for messages.
         if len(self.highest) < 100 or max(here, default=0) > 254 or min(here, default=0) < 0:
             self.highest[name] = min(here) if min(here, default=0) < 0 else max(here, default=0)
         regions = sorted(here.keys() - {0})
@@ -211,7 +303,7 @@ class Seen:
             self.others += 1
 
     def merge(self, other: "Seen") -> None:
-        """Adds what was seen elsewhere."""
+        """Add the counts of other masks."""
         for value, count in other.pixels.items():
             self.pixels[value] = self.pixels.get(value, 0) + count
         self.highest |= other.highest
@@ -220,7 +312,7 @@ class Seen:
 
 
 def one_piece_each(mask_HW: np.ndarray, count: int) -> bool:
-    """Says whether each value 1 to count is a single 8-connected region."""
+    """Return whether each value from 1 to count is a single 8-connected region of the mask (H, W)."""
     from scipy import ndimage
 
     everywhere = np.ones((3, 3), bool)
@@ -234,11 +326,18 @@ def one_piece_each(mask_HW: np.ndarray, count: int) -> bool:
 def decide_labels(
     seen: Seen, kind: str, num_classes: int | None, ignore_label: int | None, values: Values = AS_LABELS
 ) -> Labels:
-    """Decides what the values that occur in masks mean.
+    """Decide what the values that occur in masks mean.
 
-    kind: "binary" (anything but 0 is foreground), "classes" (values are labels), "auto" (binary where a single value stands
-    beside 0). num_classes: as the model's, or None to find it. Raises ValueError that says which masks do not fit, and names
-    an option with which they do.
+    Args:
+        seen: Values that occur in the masks.
+        kind: "binary": every value other than 0 is foreground. "classes": values are labels. "auto": binary if only one value
+            other than 0 occurs, else classes.
+        num_classes: Number of classes of the model, or None to take it from the masks.
+        ignore_label: Value that is ignored, or None.
+        values: How the masks were read.
+
+    Raises:
+        ValueError: If values do not fit `kind`; names masks and an option with which they fit.
     """
     if kind not in KINDS:
         raise ValueError(f"labels is {kind!r}; it must be one of {', '.join(KINDS)}")
@@ -255,18 +354,25 @@ def decide_labels(
 
 
 def doubt(seen: Seen, kind: str, binary: bool, num_classes: int | None) -> str | None:
-    """Says why values cannot be taken as they are meant to be, and with which options they can; None where they can."""
+    """Return why values are unlikely to mean what `kind` says, and which options decide it; None without doubt.
+
+    Args:
+        seen: Values that occur in the masks.
+        kind: "auto", "binary" or "classes".
+        binary: Whether the values would be read as binary.
+        num_classes: Number of classes of the model, or None.
+    """
     foreground = sorted(seen.pixels.keys() - {0})
     if foreground and foreground[0] < 0:
         names = [f"{name} ({value})" for name, value in seen.highest.items() if value < 0]
         if foreground[0] == NAN_LABEL:
-            return "masks hold nan; where that takes no part: --ignore_label nan"
-        return f"labels below 0 in {listed(names)}; where such a value takes no part: --ignore_label {foreground[0]}"
+            return "masks hold nan; to ignore such pixels: --ignore_label nan"
+        return f"labels below 0 in {listed(names)}; to ignore such pixels: --ignore_label {foreground[0]}"
     if kind != "classes" and is_soft(seen.pixels):
         return (
             f"mask values between 0 and {foreground[-1]} look like the soft edges of a lossy JPEG or of resampling: "
-            f"--threshold {(foreground[-1] + 1) // 2} makes all from there on foreground (1: all but 0); where they are "
-            "classes, say --labels classes"
+            f"--threshold {(foreground[-1] + 1) // 2} makes all from there on foreground (1: all but 0); if they are "
+            "classes: --labels classes"
         )
     if binary:
         return None
@@ -274,29 +380,35 @@ def doubt(seen: Seen, kind: str, binary: bool, num_classes: int | None) -> str |
         what = "look like numbers of objects" if len(foreground) > MANY else "are too large for class labels"
         return (
             f"mask values up to {foreground[-1]} {what}; --labels binary makes all but 0 foreground, "
-            "--ignore_label names a value that takes no part"
+            "--ignore_label names a value to ignore"
         )
     if kind != "auto" or num_classes is not None:
         return None
-    either = "where they number objects, --labels binary makes all but 0 foreground; where they are classes: --labels classes"
-    # a model of so many classes would train without a word
+    either = "if they number objects, --labels binary makes all but 0 foreground; if they are classes: --labels classes"
+    # Otherwise a model with this many classes would train without a warning.
     if len(foreground) > MANY:
-        return f"masks have {len(foreground)} values beside 0: {either}"
+        return f"masks have {len(foreground)} values other than 0: {either}"
     if seen.numbered and seen.numbered >= seen.others:
         return (
             f"in {seen.numbered} masks the values count its regions, 1 to {foreground[-1]}, each in one piece: {either}"
         )
     if foreground and foreground[-1] > 2 * len(foreground) + 10:
         return (
-            f"masks have the values {', '.join(map(str, foreground))} beside 0, which as labels would make "
-            f"{foreground[-1] + 1} classes: --labels binary makes all but 0 foreground; --labels classes takes them as they "
-            "are; --ignore_label names one that takes no part"
+            f"masks have the values {', '.join(map(str, foreground))} other than 0, which as labels would make "
+            f"{foreground[-1] + 1} classes: --labels binary makes all but 0 foreground; --labels classes takes them unchanged; "
+            "--ignore_label names one to ignore"
         )
     return None
 
 
 def is_soft(pixels: Mapping[int, int]) -> bool:
-    """Says whether values look like a mask of 0 and its highest value with soft edges: most near one end, some between."""
+    """Return whether values look like a mask of 0 and its highest value with soft edges.
+
+    That is, most pixels are near one end, and some values lie in between.
+
+    Args:
+        pixels: Number of pixels of each value.
+    """
     highest = max(pixels, default=0)
     if not SOFTEST <= highest <= 255 or len(pixels) < 4:
         return False
@@ -307,5 +419,5 @@ def is_soft(pixels: Mapping[int, int]) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """Joins names for a message, the first 20 of many."""
+    """Join names for a message; of many, the first 20."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,4 +1,4 @@
-"""What an image file says of its numbers: transparency, how they are turned, what stands for no value; what comes of it."""
+"""What an image file says about its numbers (transparency, orientation, no-data value), and how it is applied."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,23 +7,27 @@ import numpy as np
 
 ALPHA = ("auto", "keep", "drop")
 ORIENTATION = ("auto", "apply", "ignore")
-# of EXIF, and of TIFF
+# The tag of EXIF and of TIFF.
 ORIENTATION_TAG = 274
-# of the pixels of a transparency mask, so many are wholly there or not at all: the rest are soft edges
+# At least this share of a transparency mask is fully transparent or fully opaque; the rest are soft edges.
 PLAIN_SHARE = 0.95
-# what writers put where there is no value, and say so nowhere; the last are of NetCDF and of floats' ends
+# Values that writers use for "no data" without declaring it; the last three are those of NetCDF and the limits of float32.
 SUSPECTED = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -2147483648.0, 65535.0, 1e20, -1e30, 9.96920996838687e36,
              -3.4028234663852886e38, 3.4028234663852886e38)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file's numbers as they are stored, and what the file says of them.
+    """The numbers of an image file as they are stored, and what the file says about them.
 
-    array: (H, W) or (H, W, bands). alpha: bands that are flagged as transparency; sure: by a format that has it for nothing
-    else, unlike TIFF, where GDAL flags a fourth band whatever it is. orientation: EXIF's number, 1 for as stored.
-    white_is_zero: bits of a number where 0 is white, else 0. nodata: what stands for no value, of all bands. palette: colours
-    (n, 3) of a mask whose numbers are indices.
+    Attributes:
+        array: Numbers (H, W) or (H, W, bands).
+        alpha: Bands that are flagged as transparency.
+        sure: Whether the format uses that flag for nothing else; in TIFF, GDAL flags a fourth band whatever it is.
+        orientation: Orientation as EXIF numbers it, 1 to 8; 1 is as stored.
+        white_is_zero: Number of bits of a value if 0 is white, else 0.
+        nodata: Value that means no data, for all bands.
+        palette: Colours (n, 3) uint8 of a mask whose numbers are indices.
     """
 
     array: np.ndarray
@@ -39,9 +43,12 @@ class Picture:
 class Reading:
     """How images are read.
 
-    alpha: bands flagged as transparency are kept or dropped; "auto": as many as `bands` are taken where that fits, else those
-    that hold no more than transparency are dropped. orientation: whether the image is turned as the file says ("auto" too).
-    missing: what has no value becomes nan: the file's own nodata value, and `nodata`.
+    Attributes:
+        alpha: Whether bands flagged as transparency are kept ("keep") or dropped ("drop"). "auto" takes as many as give the
+            expected number of bands; otherwise it drops bands that hold no more than transparency.
+        orientation: "apply" and "auto" rotate an image as its file says, "ignore" does not.
+        missing: Whether the file's own no-data value, and `nodata`, become nan.
+        nodata: Additional value that means no data.
     """
 
     alpha: str = "auto"
@@ -51,7 +58,7 @@ class Reading:
 
     @property
     def as_stored(self) -> bool:
-        """Whether files come as this by default."""
+        """Return whether this is how files are read by default, apart from missing values."""
         return replace(self, missing=False, nodata=None) == Reading()
 
 
@@ -59,9 +66,18 @@ AS_IT_COMES = Reading()
 
 
 def image_of(picture: Picture, reading: Reading = AS_IT_COMES, bands: int | None = None) -> np.ndarray:
-    """Makes the image (H, W, bands) of a picture; raises ValueError where it has values that are nan or infinite.
+    """Return the image of a picture.
 
-    bands: how many are expected. Where reading.missing is set, nan is where there is no value, in float32 or float64.
+    Args:
+        picture: The numbers of a file.
+        reading: How images are read.
+        bands: Expected number of bands, or None.
+
+    Returns:
+        Image (H, W, bands). If reading.missing is set, it is nan where there is no value, in float32 or float64.
+
+    Raises:
+        ValueError: If other values are nan or infinite.
     """
     array = picture.array if picture.array.ndim == 3 else picture.array[..., None]
     if picture.alpha:
@@ -77,7 +93,13 @@ def image_of(picture: Picture, reading: Reading = AS_IT_COMES, bands: int | None
 
 
 def dropped_alpha(picture: Picture, alpha: str = "auto", bands: int | None = None) -> list[int]:
-    """Lists the bands that are left out as transparency."""
+    """Return the bands that are dropped as transparency.
+
+    Args:
+        picture: The numbers of a file.
+        alpha: "auto", "keep" or "drop".
+        bands: Expected number of bands, or None.
+    """
     flagged, have = list(picture.alpha), picture.array.shape[2] if picture.array.ndim == 3 else 1
     if alpha == "keep" or (alpha == "auto" and have == bands) or have == len(flagged):
         return []
@@ -87,7 +109,7 @@ def dropped_alpha(picture: Picture, alpha: str = "auto", bands: int | None = Non
 
 
 def is_transparency(band_HW: np.ndarray) -> bool:
-    """Says whether a band holds what transparency does: all or nothing, but for soft edges."""
+    """Return whether a band (H, W) looks like transparency: all or nothing, apart from soft edges."""
     full = {1, 255, np.iinfo(band_HW.dtype).max if band_HW.dtype.kind in "iu" else 1}
     highest = band_HW.max(initial=0)
     if highest not in full | {0}:
@@ -96,7 +118,7 @@ def is_transparency(band_HW: np.ndarray) -> bool:
 
 
 def turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns rows and columns as EXIF's orientation says."""
+    """Return an array (H, W) or (H, W, bands) rotated as EXIF's orientation number says."""
     if orientation > 4:
         array = array.swapaxes(0, 1)
     rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
@@ -104,7 +126,18 @@ def turned(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def without_nodata(array: np.ndarray, *values: float | None) -> np.ndarray:
-    """Puts nan where a number is one of the values; raises ValueError where others are nan or infinite."""
+    """Replace the given values by nan.
+
+    Args:
+        array: Numbers of any shape (*,).
+        values: Values that mean no data; None and values that the dtype cannot hold are skipped.
+
+    Returns:
+        The array unchanged if it has no such value, else a copy in float32 or float64.
+
+    Raises:
+        ValueError: If other values are nan or infinite.
+    """
     missing = np.zeros(array.shape, bool)
     named = [value for value in values if value is not None]
     for value in named:
@@ -113,7 +146,7 @@ def without_nodata(array: np.ndarray, *values: float | None) -> np.ndarray:
         elif (found := cast(value, array.dtype)) is not None:
             missing |= array == found
     if array.dtype.kind == "f" and not (missing | np.isfinite(array)).all():
-        cure = "" if any(map(math.isnan, named)) else "; where nan stands for no value: --nodata nan"
+        cure = "" if any(map(math.isnan, named)) else "; if nan means no data: --nodata nan"
         raise ValueError(f"has values that are nan or infinite{cure}")
     if not missing.any():
         return array
@@ -123,7 +156,7 @@ def without_nodata(array: np.ndarray, *values: float | None) -> np.ndarray:
 
 
 def cast(value: float, dtype: np.dtype) -> np.generic | None:
-    """Gives a value as a type holds it, which for float32 is another number; None where it cannot hold it."""
+    """Return a value as a dtype holds it, which for float32 may be another number; None if it cannot hold it."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             return dtype.type(value)
@@ -134,7 +167,13 @@ def cast(value: float, dtype: np.dtype) -> np.generic | None:
 
 
 def suspected_nodata(image_HWC: np.ndarray) -> float | None:
-    """Gives the value that looks as if it stood for none: known for that, at an end, and far from all others; else None."""
+    """Return a value that probably means no data, or None.
+
+    It is a value that is often used so, is the lowest or highest of the image, and is far from all others.
+
+    Args:
+        image_HWC: Image (H, W, bands).
+    """
     if image_HWC.dtype == np.uint8 or image_HWC.size == 0:
         return None
     for end, others in ((image_HWC.min(), np.max), (image_HWC.max(), np.min)):
@@ -147,13 +186,30 @@ def suspected_nodata(image_HWC: np.ndarray) -> float | None:
 
 
 def filled(image_HWC: np.ndarray, mean_C: np.ndarray) -> np.ndarray:
-    """Puts a band's mean where it has no value (nan)."""
+    """Replace nan by the mean of its band.
+
+    Args:
+        image_HWC: Image (H, W, bands).
+        mean_C: Mean of each band, (bands,).
+
+    Returns:
+        Image (H, W, bands) of the same dtype; the image itself if its dtype cannot hold nan.
+    """
     if image_HWC.dtype.kind != "f":
         return image_HWC
     return np.where(np.isnan(image_HWC), mean_C.astype(image_HWC.dtype), image_HWC)
 
 
 def without_values(image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Labels pixels ignored in which no band has a value; gives a mask of its own where there are any."""
+    """Set mask pixels to ignore_index where no band of the image has a value.
+
+    Args:
+        image_HWC: Image (H, W, bands), nan where it has no value.
+        mask_HW: Labels (H, W).
+        ignore_index: Label of ignored pixels.
+
+    Returns:
+        A new mask (H, W) if there are such pixels, else the mask itself.
+    """
     nowhere = np.isnan(image_HWC).all(axis=2) if image_HWC.dtype.kind == "f" else np.zeros((), bool)
     return np.where(nowhere, mask_HW.dtype.type(ignore_index), mask_HW) if nowhere.any() else mask_HW

@@ -1,4 +1,4 @@
-"""What is done to an image before the network, when it is packed and when it is predicted on: bands, size, statistics."""
+"""Preparation of images before the network, for packing and for prediction: bands, size, statistics."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,18 @@ import numpy as np
 from PIL import Image
 
 TRIANGLE = Image.Resampling.BILINEAR
-# rows of a large image at a time
+# Number of rows of a large image that are processed at a time.
 ROWS = 512
 
 
 def band_statistics(image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the mean and the deviation of each band over all pixels that have a value: two arrays (bands,) float64.
+    """Compute the mean and standard deviation of each band over all pixels that have a value.
 
-    Without one, nan, is a pixel where nodata was; a band that has none at all gets 0 and 0.
+    Args:
+        image_HWC: Image (H, W, bands); nan means no value.
+
+    Returns:
+        Mean and standard deviation, each (bands,) float64; 0 and 0 for a band without any value.
     """
     bands = image_HWC.shape[2]
     flat = image_HWC.reshape(-1, bands)
@@ -25,7 +29,7 @@ def band_statistics(image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         counts = np.maximum(seen.sum(0), 1)
         mean = np.where(seen, flat, 0).sum(0, dtype=np.float64) / counts
         return mean, np.sqrt((np.where(seen, flat - mean, 0) ** 2).sum(0) / counts)
-    # exact, and ten times as fast: count how often each value occurs
+    # Counting each of the 256 values is exact and ten times as fast.
     counts = np.stack([np.bincount(flat[:, band], minlength=256) for band in range(bands)]).astype(np.float64)
     values = np.arange(256.0)
     mean = counts @ values / len(flat)
@@ -33,10 +37,18 @@ def band_statistics(image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
-    """Brings an image to a number of bands: one is repeated, more are averaged over equal shares of the spectrum.
+    """Resample an image to a number of bands.
 
-    Bands are taken as equally spaced. Fewer than asked for are interpolated linearly between their centres. The dtype stays.
-    Where some bands have no value (nan) the others are averaged.
+    Bands are taken as equally spaced. A single band is repeated; more bands are averaged over equal shares of the spectrum.
+    Fewer bands than requested are interpolated linearly between their centres. If some bands have no value (nan), the others
+    are averaged.
+
+    Args:
+        image_HWC: Image (H, W, bands).
+        bands: Requested number of bands.
+
+    Returns:
+        Image (H, W, bands) of the same dtype.
     """
     have = image_HWC.shape[2]
     if have == bands:
@@ -45,7 +57,7 @@ def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
         return np.repeat(image_HWC, bands, axis=2)
     weights = np.zeros((have, bands))
     if have > bands:
-        # share of input band i that falls into output band j
+        # Share of input band i that falls into output band j.
         edges = np.arange(bands + 1) * have / bands
         for j in range(bands):
             overlap = np.minimum(np.arange(1, have + 1), edges[j + 1]) - np.maximum(np.arange(have), edges[j])
@@ -62,7 +74,15 @@ def resample_bands(image_HWC: np.ndarray, bands: int) -> np.ndarray:
 
 
 def weighted(image: np.ndarray, mean_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Takes weighted means of what has a value, nan where most of the weight has none. mean_of: by weights that add up to 1."""
+    """Compute weighted means over pixels that have a value.
+
+    Args:
+        image: Values of any shape (*,) of a float dtype; nan means no value.
+        mean_of: Computes weighted means of an array, with weights that add up to 1.
+
+    Returns:
+        The means, in the shape that `mean_of` returns; nan where most of the weight has no value.
+    """
     missing = np.isnan(image)
     share = mean_of((~missing).astype(image.dtype))
     return np.where(share >= 0.5, mean_of(np.where(missing, 0, image)) / np.maximum(share, 1e-6), np.nan)
@@ -71,9 +91,17 @@ def weighted(image: np.ndarray, mean_of: Callable[[np.ndarray], np.ndarray]) -> 
 def resize_longest_side(
     image_HWC: np.ndarray, mask_HW: np.ndarray | None, longest_side: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Shrinks an image, and its mask, so that the longer side has at most so many pixels; never enlarges.
+    """Shrink an image and its mask so that the longer side has at most `longest_side` pixels; never enlarge.
 
-    The image by an antialiased triangle filter, the mask by nearest neighbour. The dtype stays.
+    The image is resampled by an antialiased triangle filter, the mask by nearest neighbour.
+
+    Args:
+        image_HWC: Image (H, W, bands).
+        mask_HW: Labels (H, W), or None.
+        longest_side: Largest allowed side in pixels.
+
+    Returns:
+        Image (h, w, bands) and mask (h, w) or None, of the same dtypes; the inputs themselves if they are small enough.
     """
     H, W, _ = image_HWC.shape
     if max(H, W) <= longest_side:
@@ -88,10 +116,18 @@ def resize_longest_side(
 def shrunk(
     rows_of: Callable[[int, int], np.ndarray], shape: tuple[int, ...], dtype: np.dtype, longest_side: int
 ) -> np.ndarray:
-    """Shrinks an image of which rows_of(top, bottom) reads rows (rows, W, C), without the whole of it in memory.
+    """Shrink an image as its rows are read, without holding all of it in memory.
 
-    shape: (H, W, C), of which a side is over longest_side. The filter goes along rows and then along columns, so rows can be
-    shrunk as they are read. Gives (h, w, C) of the dtype.
+    The filter is applied along rows and then along columns, so that rows can be shrunk as they are read.
+
+    Args:
+        rows_of: rows_of(top, bottom) reads rows (bottom - top, W, C).
+        shape: (H, W, C) of the image; one side is longer than `longest_side`.
+        dtype: dtype of the result.
+        longest_side: Longer side of the result in pixels.
+
+    Returns:
+        Image (h, w, C) of the dtype.
     """
     H, W, C = shape
     share = longest_side / max(H, W)
@@ -105,14 +141,23 @@ def shrunk(
 
 
 def filtered(band: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Shrinks a band (H, W) float32 by the triangle filter; what has no value (nan) takes no part."""
+    """Shrink a band by the triangle filter; pixels without a value (nan) take no part.
+
+    Args:
+        band: Band (H, W) float32.
+        width: Width of the result in pixels.
+        height: Height of the result in pixels.
+
+    Returns:
+        Band (height, width) float32.
+    """
     if np.isnan(band).any():
         return weighted(band, lambda values: filtered(values, width, height))
     return np.asarray(Image.fromarray(band).resize((width, height), TRIANGLE))
 
 
 def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Brings numbers to a dtype; whole numbers are rounded, and bounded to what it holds."""
+    """Convert an array of any shape (*,) to a dtype; for integers, values are rounded and clipped to its range."""
     if dtype.kind == "f":
         return array.astype(dtype)
     limits = np.iinfo(dtype)

@@ -1,16 +1,16 @@
-"""How long work says how far it is: whoever starts it hands in what wraps the things it goes through."""
+"""Progress reports of long work: the caller passes a function that wraps the items to process."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# takes items and how many there are, gives them again
+# Takes items and their total number, and yields the same items.
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 def no_progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    """Shows nothing."""
+    """Return the items without showing progress."""
     return items
 
 
 def no_word(line: str) -> None:
-    """Says nothing."""
+    """Discard a message."""

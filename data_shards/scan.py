@@ -1,4 +1,4 @@
-"""Looks through tar shards that anyone may have written and says where each sample lies, or what is wrong with them."""
+"""Scan tar shards, which may be untrusted: find where each sample lies, or what is wrong."""
 
 import os
 from collections import Counter
@@ -14,11 +14,11 @@ from deepskip.data_shards.index import Member, SampleEntry
 from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.sample import EXTENSIONS, BadSample
 
-# larger files of a sample are refused; the index has 32 bits for a length
+# Larger files are rejected, in bytes; the index has 32 bits for a length.
 MAX_MEMBER = 2**31
-# letters of a member's name, folders included; file systems take no more
+# Longest name of a member, folders included; file systems allow no more.
 MAX_NAME = 4096
-# what image and mask are called after the key, in data sets that name them by other words than ours
+# Names of image and mask after the key, in this project's data sets and in others.
 KNOWN_PAIRS = (
     ({"image"}, {"mask"}),
     ({"image", "img", "input"}, {"mask", "seg", "segmentation", "label", "labels", "annotation", "target"}),
@@ -28,29 +28,41 @@ KNOWN_PAIRS = (
 
 
 class BrokenShard(RuntimeError):
-    """A shard is gone, is no longer the file that was indexed, or is no whole tar file."""
+    """A shard that is missing, has changed since it was indexed, or is not a whole tar file."""
 
 
 @dataclass
 class Scan:
-    """What lies in one tar: for each key its members by suffix (what follows the key's dot), in the order of the tar."""
+    """Contents of one tar.
+
+    Attributes:
+        samples: For each key its members: (offset, length) in bytes by suffix, which is what follows the key's dot; in the
+            order of the tar.
+        bad: Samples that cannot be used.
+    """
 
     samples: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     bad: list[BadSample] = field(default_factory=list)
 
 
 def scan_tar(path: Path, name: str) -> Scan:
-    """Reads the headers of a tar file and gives the places of its members: {key: {suffix: (offset, length)}}.
+    """Read the headers of a tar file and return the places of its members.
 
-    The key is what stands before the first dot of a member's file name, with its folder, as for webdataset. Nothing is
-    unpacked and no name is used as a path. Samples with a member that cannot be taken are listed as bad.
-    Raises BrokenShard, by its name, for a file that is no whole plain tar: cut off, garbage between members, compressed.
+    As in webdataset, the key is what precedes the first dot of a member's file name, with its folder. Nothing is unpacked,
+    and no name is used as a path. Samples with a member that is rejected are listed as bad.
+
+    Args:
+        path: The tar file.
+        name: Name of the shard in messages.
+
+    Raises:
+        BrokenShard: If the file cannot be opened or is not a whole plain tar: cut off, damaged between members, compressed.
     """
     found = Scan()
     spoilt: set[str] = set()
     try:
         if not path.is_file():
-            raise BrokenShard(f"{name} is no file" if path.exists() else f"{name} does not exist")
+            raise BrokenShard(f"{name} is not a file" if path.exists() else f"{name} does not exist")
         with path.open("rb") as file:
             refuse_compressed(file.read(6), name)
             for entry in tar.walk(file.fileno()):
@@ -69,18 +81,25 @@ def scan_tar(path: Path, name: str) -> Scan:
 
 
 def refuse_compressed(start: bytes, name: str) -> None:
-    """Raises BrokenShard for a tar within a compressed file, by its first bytes."""
+    """Raise BrokenShard if a file's first bytes are those of a compressed file."""
     for magic, kind in ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"), (b"(\xb5/\xfd", "zstd")):
         if start.startswith(magic):
-            raise BrokenShard(f"{name} is a {kind} file; members are read by their place: unpack it to a plain .tar")
+            raise BrokenShard(f"{name} is a {kind} file; members are read at their offsets: unpack it to a plain .tar")
 
 
 def note(found: Scan, spoilt: set[str], entry: tar.Entry, name: str) -> None:
-    """Notes a member of a sample, or why the sample cannot be taken."""
+    """Record a member of a sample, or why the sample cannot be used.
+
+    Args:
+        found: The scan, which is extended.
+        spoilt: Keys of samples that cannot be used, which is extended.
+        entry: The member.
+        name: Name of the shard in messages.
+    """
     shown = entry.name.decode(errors="backslashreplace")
     folder, _, base = shown.rpartition("/")
     stem, _, suffix = base.partition(".")
-    # what operating systems leave in archives
+    # Files that operating systems leave in archives, such as .DS_Store.
     if base.startswith(".") or not suffix:
         return
     key = f"{folder}/{stem}" if folder else stem
@@ -92,19 +111,26 @@ def note(found: Scan, spoilt: set[str], entry: tar.Entry, name: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Shows a name so that it does nothing to a terminal, and is no longer than a line."""
+    """Return a name without terminal control characters, cut to the length of a line."""
     shown = CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
     return shown if len(text) <= MAX_NAME else f"{shown[:60]}... ({len(text)} letters)"
 
 
 def refusal(entry: tar.Entry, shown: str, members: dict[str, tuple[int, int]], suffix: str) -> str | None:
-    """Says why a member cannot be taken, or None. shown: its name as text."""
+    """Return why a member is rejected, or None.
+
+    Args:
+        entry: The member.
+        shown: Its name as text.
+        members: Members of the same sample that were found before.
+        suffix: The suffix of its name.
+    """
     if shown.encode(errors="replace") != entry.name:
-        return "its name is no UTF-8"
+        return "its name is not UTF-8"
     if CONTROL.search(shown) or len(shown) > MAX_NAME:
-        return f"its name holds control characters, or more than {MAX_NAME} letters"
+        return f"its name holds control characters, or more than {MAX_NAME} characters"
     if entry.kind != tar.FILE:
-        return f"its .{suffix} is no plain file (a link, device or sparse file)"
+        return f"its .{suffix} is not a plain file (a link, device or sparse file)"
     if entry.size > MAX_MEMBER:
         return f"its .{suffix} has {entry.size} bytes; at most {MAX_MEMBER} are read"
     if suffix in members:
@@ -113,16 +139,25 @@ def refusal(entry: tar.Entry, shown: str, members: dict[str, tuple[int, int]], s
 
 
 def check_end(file: BinaryIO, end: int, name: str, samples: int) -> None:
-    """Raises BrokenShard unless all from byte `end` on, where its last member ends, is zeros, two blocks or more.
+    """Raise BrokenShard unless at least two blocks of zeros, and nothing else, follow byte `end`.
 
-    Where the walk stopped there is no header, be it that the file was cut between members or that one is zeros.
+    The walk over the members stopped there for lack of a header: the file may be cut between members, or a header may be zeros.
+
+    Args:
+        file: The open tar.
+        end: Offset of the end of the last member.
+        name: Name of the shard in messages.
+        samples: Number of samples found, for messages.
+
+    Raises:
+        BrokenShard: If data follow, or the end mark is missing.
     """
     file.seek(end)
     zeros = 0
     while chunk := file.read(2**20):
         if chunk.strip(b"\0") and (zeros or len(chunk) >= tar.BLOCK):
             raise BrokenShard(
-                f"{name} is damaged: after {samples} samples there is no header at byte {end}, yet data go on"
+                f"{name} is damaged: after {samples} samples there is no header at byte {end}, but data follow"
             )
         zeros += len(chunk)
     if zeros < 2 * tar.BLOCK:
@@ -130,7 +165,7 @@ def check_end(file: BinaryIO, end: int, name: str, samples: int) -> None:
 
 
 def member_name(suffix: str) -> str:
-    """Gives what a member is called whatever its format: "image" for image.png, "seg" for seg.tif, "jpg" for jpeg."""
+    """Return the name of a member without its format: "image" for image.png, "seg" for seg.tif, "jpg" for jpeg."""
     name, _, extension = suffix.rpartition(".")
     if name and extension.lower() in EXTENSIONS:
         return name
@@ -138,9 +173,17 @@ def member_name(suffix: str) -> str:
 
 
 def choose_names(counts: Counter[str], samples: int) -> tuple[str, str]:
-    """Finds what image and mask are called, from how often each name occurs in a number of samples.
+    """Choose the member names of image and mask.
 
-    Raises ValueError that lists the names and says how to tell which are meant.
+    Args:
+        counts: How often each name occurs.
+        samples: Number of samples that were counted.
+
+    Returns:
+        The names of image and mask.
+
+    Raises:
+        ValueError: If the choice is not clear; lists the names and the options that decide it.
     """
     common = {name for name, count in counts.items() if 2 * count >= samples}
     for images, masks in KNOWN_PAIRS:
@@ -150,12 +193,16 @@ def choose_names(counts: Counter[str], samples: int) -> tuple[str, str]:
     listed = ", ".join(f".{name} ({count})" for name, count in counts.most_common(10)) or "nothing"
     raise ValueError(
         f"cannot tell images from masks among the members of {samples} samples: {listed}. "
-        "Name them: --image jpg --mask seg"
+        "Give their names: --image jpg --mask seg"
     )
 
 
 def pick(members: dict[str, tuple[int, int]], wanted: str) -> tuple[str, int, int]:
-    """Gives (suffix, offset, length) of the member called `wanted`; raises ValueError where there is none or are two."""
+    """Return (suffix, offset, length) of the member called `wanted`.
+
+    Raises:
+        ValueError: If there is no such member, or more than one.
+    """
     found = [(suffix, *place) for suffix, place in members.items() if wanted in (suffix, member_name(suffix))]
     if len(found) != 1:
         has = ", ".join(f".{suffix}" for suffix in members)
@@ -164,7 +211,11 @@ def pick(members: dict[str, tuple[int, int]], wanted: str) -> tuple[str, int, in
 
 
 def format_of(suffix: str, data: bytes) -> str:
-    """Gives the format of a member: by its first bytes, which do not lie as names do, else by its extension."""
+    """Return the format of a member: by its first bytes if they are known, else by its extension.
+
+    Raises:
+        ValueError: If neither is known.
+    """
     for magic, name in (
         (b"\x89PNG", "png"),
         (b"\xff\xd8\xff", "jpg"),
@@ -180,11 +231,11 @@ def format_of(suffix: str, data: bytes) -> str:
     extension = suffix.rsplit(".", 1)[-1].lower()
     if extension in EXTENSIONS:
         return extension
-    raise ValueError(f"its .{suffix} is none of {', '.join(EXTENSIONS)}, by its first bytes")
+    raise ValueError(f"its .{suffix} is not one of {', '.join(EXTENSIONS)}, by its first bytes")
 
 
 def digest(parts: Iterable[bytes | bytearray | memoryview]) -> int:
-    """Computes the xxh3_64 of byte strings one after the other."""
+    """Compute the xxh3_64 of the concatenation of byte strings."""
     state = xxhash.xxh3_64()
     for part in parts:
         state.update(part)
@@ -194,9 +245,19 @@ def digest(parts: Iterable[bytes | bytearray | memoryview]) -> int:
 def sample_entry(
     key: str, members: dict[str, tuple[int, int]], names: tuple[str, str], descriptor: int
 ) -> tuple[SampleEntry, list[bytes]]:
-    """Makes the index's entry of a sample, and gives it with the bytes of its image and mask.
+    """Read a sample and make its entry in the index.
 
-    names: what the two are called. Raises ValueError that says why the sample cannot be taken.
+    Args:
+        key: Key of the sample.
+        members: (offset, length) of its members by suffix.
+        names: Member names of image and mask.
+        descriptor: File descriptor of the tar.
+
+    Returns:
+        The entry, and the contents of image and mask.
+
+    Raises:
+        ValueError: If a member is missing, ambiguous or of an unknown format.
     """
     kinds, contents = [], []
     for wanted in names:

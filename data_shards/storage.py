@@ -1,4 +1,4 @@
-"""Files wherever they lie: on a disk, on NFS, behind a URL (s3://, gs://, http://) through fsspec, with retries and a cache."""
+"""Files on a disk, on NFS or behind a URL (s3://, gs://, http://) through fsspec, with retries and a cache."""
 
 import contextlib
 import errno
@@ -17,18 +17,18 @@ TRIES = 6
 FIRST_WAIT = 0.5
 PART = ".part"
 DEFAULT_CACHE = "~/.cache/deepskip"
-# a path on this machine, or a URL
+# A path on this machine, or a URL.
 Location = Path | str
 T = TypeVar("T")
 L = TypeVar("L", bound=Path | str)
 
 
 class StorageError(OSError):
-    """A remote file could not be read or written after all tries; says which, how often and why."""
+    """A remote file could not be read or written after all tries; the message says which, how often and why."""
 
 
 class ChangedFile(StorageError):
-    """A file is not, or is no longer, what its index says."""
+    """A file does not match its entry in the index."""
 
 
 class CacheFull(StorageError):
@@ -36,22 +36,22 @@ class CacheFull(StorageError):
 
 
 def is_remote(location: Location) -> bool:
-    """Says whether a location is a URL of another machine's."""
+    """Return whether a location is a URL of another machine; file:// is not."""
     return isinstance(location, str) and "://" in location and not location.startswith("file://")
 
 
 def locate(location: Location) -> Location:
-    """Gives a URL as it is, and anything else, file:// too, as a Path."""
+    """Return a remote URL unchanged, and anything else, also file://, as a Path."""
     return location if is_remote(location) else local(location)
 
 
 def local(location: Location) -> Path:
-    """Gives the path on this machine of a location that is no URL of another's."""
+    """Return the path on this machine of a location that is not remote."""
     return Path(str(location).removeprefix("file://"))
 
 
 def join(folder: L, *names: str) -> L:
-    """Names something in a folder, local or URL, as a path or a string as the folder is one."""
+    """Return the location of `names` in a folder, a path or string as the folder is one."""
     if isinstance(folder, Path):
         return folder.joinpath(*names)
     url = "://" in folder
@@ -59,12 +59,18 @@ def join(folder: L, *names: str) -> L:
 
 
 def name(location: Location) -> str:
-    """Gives the last part of a location."""
+    """Return the last part of a location."""
     return str(location).rstrip("/").rsplit("/", 1)[-1]
 
 
 def read_bytes(location: Location) -> bytes:
-    """Reads a whole small file; raises FileNotFoundError or another OSError, StorageError when the tries are used up."""
+    """Read a whole small file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        StorageError: If a remote file cannot be read after all tries.
+        OSError: If a local file cannot be read.
+    """
     if not is_remote(location):
         return local(location).read_bytes()
     fs, path = filesystem(location)
@@ -72,10 +78,17 @@ def read_bytes(location: Location) -> bytes:
 
 
 def write_bytes(location: Location, data: bytes | bytearray | memoryview) -> None:
-    """Writes a file, whole or not at all, and makes the folders above it; raises OSError, and one before it is still there.
+    """Write a file, whole or not at all, and make the folders above it; on an error, an older file stays.
 
-    Behind a URL it is uploaded under its own name: object stores show an upload when it is whole, and what another store shows
-    of half an upload has no valid checksum.
+    A remote file is uploaded under its final name: object stores show an upload only when it is complete. Half an upload that
+    another kind of store may show has no valid checksum.
+
+    Args:
+        location: Path or URL of the file.
+        data: Contents of the file.
+
+    Raises:
+        OSError: If the file cannot be written; a StorageError for a remote one.
     """
     if is_remote(location):
         fs, remote = filesystem(location)
@@ -87,10 +100,10 @@ def write_bytes(location: Location, data: bytes | bytearray | memoryview) -> Non
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name for a file, which it has under its own, on the disk, when the block ends well, else is removed.
+    """Yield a temporary path, and rename it to `path` when the block ends; on an error it is removed.
 
-    The folders above it are made. It is synced, renamed within its folder, and the folder is synced; no lock and no time
-    stamp is relied on.
+    The folders above it are made. The file is synced to disk, renamed within its folder, and the folder is synced. This needs
+    no locks and no time stamps.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
@@ -107,9 +120,19 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[BinaryIO]:
-    """Opens a file of our own by os.open's flags, for bytes; raises OSError, for a symbolic link too.
+    """Open a file for unbuffered binary access, but never through a symbolic link.
 
-    Whoever may write into a folder could lay a link there, through which another file would be written.
+    Anyone with write access to a folder could place a link there, through which another file would be overwritten.
+
+    Args:
+        path: The file.
+        flags: Flags of os.open.
+
+    Yields:
+        The open file.
+
+    Raises:
+        OSError: If the file cannot be opened or is a symbolic link.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -124,13 +147,17 @@ def opened(path: Path, flags: int) -> Iterator[BinaryIO]:
 
 
 def lock_file(path: Path) -> BinaryIO:
-    """Opens a file to lock, which is made where there is none and keeps what it holds; raises OSError, as `opened`."""
+    """Open a file for locking; it is created if needed, and its contents are kept.
+
+    Raises:
+        OSError: If the file cannot be opened or is a symbolic link.
+    """
     with opened(path, os.O_RDWR | os.O_CREAT) as file:
         return os.fdopen(os.dup(file.fileno()), "r+b", buffering=0)
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder, where renames live; some network file systems do not know how, and need not."""
+    """Sync a folder to disk, which makes renames durable; file systems that do not support this are accepted."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,7 +169,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(location: Location) -> None:
-    """Removes a file, if it is there."""
+    """Remove a file if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(location):
             fs, path = filesystem(location)
@@ -152,7 +179,7 @@ def remove(location: Location) -> None:
 
 
 def rename(location: Location, new: str) -> None:
-    """Gives a file another name in its folder."""
+    """Rename a file within its folder."""
     if is_remote(location):
         fs, path = filesystem(location)
         with_retries(location, lambda: fs.mv(path, f"{path.rsplit('/', 1)[0]}/{new}"))
@@ -161,14 +188,14 @@ def rename(location: Location, new: str) -> None:
 
 
 def remove_leftovers(folder: Location) -> None:
-    """Removes what killed writers left; nobody may be writing there. Half an upload is not seen, so there is none to remove."""
+    """Remove temporary files of killed writers from a folder, in which nobody may be writing; nothing is done for URLs."""
     if not is_remote(folder):
         for part in local(folder).glob(f".*{PART}"):
             part.unlink(missing_ok=True)
 
 
 def exists(location: Location) -> bool:
-    """Says whether a file is there."""
+    """Return whether a location is an existing file."""
     if not is_remote(location):
         return local(location).is_file()
     fs, path = filesystem(location)
@@ -176,17 +203,27 @@ def exists(location: Location) -> bool:
 
 
 def names(folder: Location) -> list[str]:
-    """Lists the names in a folder, sorted; raises FileNotFoundError or NotADirectoryError where it is none."""
+    """Return the names in a folder, sorted.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        NotADirectoryError: If it is a file.
+        StorageError: If a remote folder cannot be listed after all tries.
+    """
     if not is_remote(folder):
         return sorted(os.listdir(local(folder)))  # noqa: PTH208
     fs, path = filesystem(folder)
-    # others write there too
+    # Other processes write there too.
     fs.invalidate_cache()
     return sorted(name(entry) for entry in with_retries(folder, lambda: fs.ls(path, detail=False)))
 
 
 def filesystem(location: Location) -> tuple[Any, str]:
-    """Gives fsspec's file system of a URL and the path in it; raises StorageError that says what to install."""
+    """Return the fsspec file system of a URL and the path in it.
+
+    Raises:
+        StorageError: If a package is missing, which the message names, or the URL is not valid.
+    """
     import fsspec
 
     options: dict[str, Any] = {}
@@ -194,7 +231,7 @@ def filesystem(location: Location) -> tuple[Any, str]:
     if location.startswith(("http://", "https://")):
         import aiohttp
 
-        # no limit on the whole of a large shard, but on silence
+        # A large shard may take any time, but not without receiving data.
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)}
     try:
         fs, path = fsspec.core.url_to_fs(location, **options)
@@ -203,14 +240,20 @@ def filesystem(location: Location) -> tuple[Any, str]:
             f"{location} needs a package that is not installed: {error}. pip install '.[cloud]'"
         ) from error
     except ValueError as error:
-        raise StorageError(f"{location} is no URL that files can be at: {error}") from error
+        raise StorageError(f"{location} is not a URL that files can be at: {error}") from error
     return fs, path
 
 
 def with_retries(location: Location, action: Callable[[], T]) -> T:
-    """Does something remote until it works, waiting twice as long each time; gives its result.
+    """Call an action until it succeeds, with a wait that doubles after each try, and return its result.
 
-    Raises FileNotFoundError and PermissionError at once, StorageError when the tries are used up.
+    Args:
+        location: Location in messages.
+        action: The action.
+
+    Raises:
+        FileNotFoundError: If the action raises it; without a retry, like PermissionError, ChangedFile and CacheFull.
+        StorageError: If all tries fail, or the server answers that a retry is useless.
     """
     started = time.monotonic()
     for attempt in range(TRIES):
@@ -218,7 +261,7 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
             return action()
         except (FileNotFoundError, PermissionError, ChangedFile, CacheFull):
             raise
-        # each file system has errors of its own
+        # Each file system raises errors of its own.
         except Exception as error:
             permanent = getattr(error, "status", 500) in range(400, 500) and error.status not in (408, 425, 429)  # type: ignore[attr-defined]
             if permanent or attempt == TRIES - 1:
@@ -234,18 +277,30 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
 class Cache:
     """Copies of remote files on this machine's disk, shared by all its processes.
 
-    folder: where. limit: bytes of all copies together; the least recently used go first. A copy bears the sha256 of its
-    contents, and appears whole or not at all. Processes that want the same file wait for the one that fetches it; a process
-    that is killed leaves a part that the next one to make room removes.
+    A copy is named by the sha256 of its contents, and appears whole or not at all. Processes that need the same file wait for
+    the one that fetches it. A killed process leaves a partial file, which the next process that makes room removes.
+
+    Attributes:
+        folder: Folder of the copies.
+        limit: Largest size of all copies together in bytes; the least recently used are removed first.
     """
 
     folder: Path
     limit: int
 
     def fetch(self, location: str, size: int, sha256: str) -> Path:
-        """Gives the local copy of a remote file, fetching it where it is not there.
+        """Return the local copy of a remote file, which is fetched if it is missing.
 
-        Raises FileNotFoundError, ChangedFile where contents are not of that size and sha256, CacheFull, StorageError.
+        Args:
+            location: URL of the file.
+            size: Its size in bytes.
+            sha256: sha256 of its contents, as hexadecimal digits.
+
+        Raises:
+            FileNotFoundError: If the remote file does not exist.
+            ChangedFile: If it has another size or sha256.
+            CacheFull: If it is larger than the cache.
+            StorageError: If it cannot be reached after all tries.
         """
         folder = self.folder.expanduser()
         path = folder / sha256
@@ -253,7 +308,7 @@ class Cache:
         while not self._touch(path):
             folder.mkdir(parents=True, exist_ok=True)
             with locked(part) as held:
-                # whoever held the part before may have finished the file
+                # The process that held the lock before may have finished the file.
                 if held and not path.exists():
                     self._make_room(size, part)
                     download(location, part, size, sha256)
@@ -280,7 +335,7 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     if path.suffix == PART:
-                        # what it will have when it is whole
+                        # Count the size that the file will have when it is complete.
                         total += int(path.suffixes[-2][1:])
                     else:
                         total += status.st_size
@@ -288,16 +343,22 @@ class Cache:
             for _, freed, path in sorted(copies):
                 if total <= self.limit:
                     break
-                # who has it open can go on reading it
+                # A process that has the copy open can continue to read it.
                 path.unlink(missing_ok=True)
                 total -= freed
 
 
 @contextlib.contextmanager
 def locked(part: Path) -> Iterator[bool]:
-    """Creates and locks a file to download into; False where it was taken away while this waited for the lock.
+    """Create and lock a file to download into, and remove it at the end unless it was renamed.
 
-    The lock ends with the process. What is still there under this name at the end is removed.
+    The lock ends with the process.
+
+    Args:
+        part: Path of the partial file.
+
+    Yields:
+        False if the file was removed or renamed while this process waited for the lock, else True.
     """
     with lock_file(part) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -309,7 +370,7 @@ def locked(part: Path) -> Iterator[bool]:
 
 
 def same_file(file: BinaryIO, path: Path) -> bool:
-    """Says whether an open file is still the one at a path."""
+    """Return whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -317,7 +378,7 @@ def same_file(file: BinaryIO, path: Path) -> bool:
 
 
 def remove_abandoned(part: Path) -> bool:
-    """Removes a part whose process is gone, and says whether there is none any more."""
+    """Remove a partial file whose process has ended, and return whether it is gone."""
     try:
         with part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,9 +392,18 @@ def remove_abandoned(part: Path) -> bool:
 
 
 def download(location: Location, target: Path, size: int | None = None, sha256: str | None = None) -> None:
-    """Copies a remote file over a local one, in one request where nothing breaks off.
+    """Copy a remote file to a local one, in a single request if the connection holds.
 
-    size, sha256: what it must have; None takes what comes. Raises FileNotFoundError, ChangedFile, StorageError.
+    Args:
+        location: URL of the file.
+        target: Local file to write; an existing one is overwritten.
+        size: Expected size in bytes; None accepts any.
+        sha256: Expected sha256, as hexadecimal digits; None accepts any.
+
+    Raises:
+        FileNotFoundError: If the remote file does not exist.
+        ChangedFile: If its size or sha256 is not the expected one.
+        StorageError: If it cannot be reached after all tries.
     """
     fs, path = filesystem(location)
 
@@ -351,6 +421,6 @@ def download(location: Location, target: Path, size: int | None = None, sha256: 
 
 
 def file_sha256(path: Path) -> str:
-    """Computes a file's sha256 as 64 hexadecimal digits."""
+    """Compute the sha256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

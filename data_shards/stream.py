@@ -1,4 +1,4 @@
-"""Batches out of a split: each rank's share of every global batch, from any step, and the images of a validation split."""
+"""Batches of a split: each rank's share of every global batch, from any step, and the images of a validation split."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +14,16 @@ from deepskip.data_shards.dataset import Batch, Shards
 from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
 SMALL = ("mean", "std", "weight")
-# remote shards that are fetched at once
+# Remote shards that are fetched at the same time.
 FETCHES = 8
 
 
 class ReadAhead:
-    """Fetches the shards of the window in use and of the next into the cache, in threads, in the order of the epoch."""
+    """Prefetch shards into the cache with threads, in the order of the epoch.
+
+    Args:
+        shards: A remote split with a cache.
+    """
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
@@ -27,7 +31,13 @@ class ReadAhead:
         self.asked: OrderedDict[int, Future[Path]] = OrderedDict()
 
     def want(self, numbers: Sequence[int]) -> None:
-        """Sees to it that shards come, those named first first; an error is left to whoever reads the shard."""
+        """Fetch shards in the given order, and cancel waiting fetches of all others.
+
+        An error is not raised here, but when the shard is read.
+
+        Args:
+            numbers: Shards of the window in use and of the next one.
+        """
         for number in numbers:
             if number not in self.asked:
                 self.asked[number] = self.pool.submit(self.shards.local_path, number)
@@ -35,19 +45,27 @@ class ReadAhead:
             self.asked.pop(number).cancel()
 
     def close(self) -> None:
-        """Stops what has not begun."""
+        """Cancel all fetches that have not started."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check_cache(shards: Shards, window: int) -> None:
-    """Raises ValueError where the cache cannot hold the largest window of a remote split's shards, and the next."""
+    """Raise ValueError if the cache cannot hold two windows of the largest shards of a remote split.
+
+    Args:
+        shards: The split; nothing is checked if it is local or has no cache.
+        window: Number of shards that are shuffled together.
+
+    Raises:
+        ValueError: If the shards do not fit; names both sizes and the settings to change.
+    """
     if shards.cache is None or not storage.is_remote(shards.index.base or shards.folder):
         return
     largest = sum(sorted((shard.bytes for shard in shards.index.shards), reverse=True)[: 2 * window])
     if largest > shards.cache.limit:
         raise ValueError(
-            f"two windows of {window} shards of {shards.folder} have {largest / 1e9:.2f} GB, the cache at "
-            f"{shards.cache.folder} {shards.cache.limit / 1e9:.2f} GB; raise data.cache_gb or lower data.shuffle_window"
+            f"two windows of {window} shards of {shards.folder} have {largest / 1e9:.2f} GB, but the cache at "
+            f"{shards.cache.folder} holds {shards.cache.limit / 1e9:.2f} GB; raise data.cache_gb or lower data.shuffle_window"
         )
 
 
@@ -61,10 +79,23 @@ def train_batches(
     loader_workers: int = 0,
     window: int = 16,
 ) -> Iterator[Batch]:
-    """Yields this rank's share of global batch first_step, first_step + 1, and so on without end.
+    """Yield this rank's share of the global batches first_step, first_step + 1, ... without end.
 
-    loader_workers: decoding processes. window: shards that are shuffled together. Raises ValueError for a split without
-    samples, or a cache too small for the window.
+    Args:
+        shards: The split.
+        seed: Seed of the order.
+        global_batch_size: Number of samples in a step, over all ranks.
+        first_step: Step to start at, counted from the start of the training.
+        rank: Rank, 0 to world_size - 1.
+        world_size: Number of ranks.
+        loader_workers: Number of processes that decode samples; 0 decodes in this process.
+        window: Number of shards that are shuffled together.
+
+    Yields:
+        Batches as `Shards` documents them.
+
+    Raises:
+        ValueError: If the split has no samples, or the cache is too small for two windows.
     """
     if len(shards) == 0:
         raise ValueError(f"{shards.folder} holds no samples")
@@ -102,21 +133,30 @@ def train_batches(
 
 
 def pack_small(batch: Any) -> Any:
-    """Makes arrays of a batch's small tensors: a tensor goes from process to process by a file of its own."""
+    """Convert the small tensors of a batch to arrays: between processes, each tensor would need a shared file of its own."""
     return batch | {name: batch[name].numpy() for name in SMALL}
 
 
 def unpack_small(batch: Any) -> Any:
-    """Makes tensors of them again."""
+    """Convert the arrays of `pack_small` back to tensors."""
     return batch | {name: torch.from_numpy(batch[name]) for name in SMALL}
 
 
 def whole_images(
     shards: Shards, rank: int, world_size: int, skipped: Callable[[dict[str, Any]], None] = lambda report: None
 ) -> Iterator[Batch]:
-    """Yields every world_size-th sample from number `rank` on, whole, one a batch; all ranks together each sample once.
+    """Yield every world_size-th sample, starting at `rank`, whole, as batches of one.
 
-    skipped: told of each bad sample that is left out.
+    All ranks together yield each sample once.
+
+    Args:
+        shards: The split.
+        rank: Rank, 0 to world_size - 1.
+        world_size: Number of ranks.
+        skipped: Called with the report of each bad sample that is skipped.
+
+    Yields:
+        Batches as `Shards` documents them, of one sample each.
     """
     for sample in range(rank, len(shards), world_size):
         batch = shards[[Slot(0, sample, 1)]]

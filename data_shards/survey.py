@@ -1,4 +1,4 @@
-"""What the files of a data set say of themselves, what is decided by it, and what a person is told."""
+"""Survey of the files of a data set: what they say about themselves, what is decided from it, and what is reported."""
 
 import math
 from collections import Counter
@@ -18,20 +18,34 @@ from deepskip.data_shards.pictures import (
 )
 
 NAN, BLACK = math.nan, "#000000"
-# of a data set: with more foreground the mask is rather the wrong way round
+# With a larger share of foreground in a data set, the masks are probably inverted.
 MOST_FOREGROUND = 0.5
 
 
 @dataclass
 class Survey:
-    """What was seen. Names are of images.
+    """What was found in the images and masks of a data set. Lists of names hold names of images.
 
-    transparency, data_as_alpha: with a band flagged as transparency that holds no more than that, or more; soft: transparency
-    that is neither all nor nothing. kept, dropped: numbers of bands with and without it, with an example of each. apply,
-    ignore, unclear: turned by their files, where the mask's size tells that it was drawn on the turned image, on the stored
-    one, or tells nothing. sizes: of images and masks that do not fit. white: images where 0 is white. tagged, suspected: by
-    the value that stands for none, or looks so. empty: pixels without a value. mask_nodata: masks by the value that stands for
-    none. palette, palettes_differ: of masks, the colour of each index, and those that have others.
+    Attributes:
+        images: Number of images.
+        transparency: Images with a band flagged as transparency that holds nothing else.
+        data_as_alpha: Images with a band flagged as transparency that holds data.
+        soft: Number of images whose transparency is neither all nor nothing.
+        kept: Number of images by their number of bands, with transparency kept.
+        dropped: Number of images by their number of bands, with transparency dropped.
+        examples: An image for each ("keep" or "drop", number of bands).
+        apply: Images with an orientation whose masks fit the rotated image.
+        ignore: Images with an orientation whose masks fit the stored image.
+        unclear: Images with an orientation whose masks fit both.
+        sizes: Messages about images and masks of different sizes.
+        white: Images in which 0 is white.
+        tagged: Number of images by the no-data value that they declare and hold.
+        suspected: Number of images by a value that probably means no data.
+        empty: Number of pixels without a value.
+        pixels: Number of pixels.
+        mask_nodata: Number of masks by the no-data value that they declare and hold.
+        palette: Colour of each index in masks with a palette.
+        palettes_differ: Masks whose palettes have other colours.
     """
 
     images: int = 0
@@ -55,7 +69,17 @@ class Survey:
     palettes_differ: list[str] = field(default_factory=list)
 
     def look(self, name: str, image: Picture, mask: Picture, reading: Reading) -> None:
-        """Takes note of an image and its mask, as they are stored."""
+        """Record an image and its mask, as they are stored.
+
+        Args:
+            name: Name of the image in messages.
+            image: The image's file.
+            mask: The mask's file.
+            reading: How images are read.
+
+        Raises:
+            ValueError: If the image has values that are nan or infinite.
+        """
         self.images += 1
         have = image.array.shape[2] if image.array.ndim == 3 else 1
         for way, counts, bands in (
@@ -75,7 +99,7 @@ class Survey:
         way = "keep" if reading.alpha == "keep" else "drop"
         values = image_of(image, replace(reading, alpha=way, orientation="ignore"))
         if image.nodata is not None and values.dtype.kind == "f" and np.isnan(values).any():
-            # nan is no equal of itself
+            # nan does not equal itself, so all nan are counted under one object.
             self.tagged[NAN if math.isnan(image.nodata) else image.nodata] += 1
         elif (found := suspected_nodata(values)) is not None:
             self.suspected[found] += 1
@@ -84,13 +108,13 @@ class Survey:
         self.pixels += values.shape[0] * values.shape[1]
 
     def look_at_mask(self, name: str, mask: Picture) -> None:
-        """Takes note of what a mask says of its values: which stands for none, and what colours its indices have."""
+        """Record what a mask says about its values: its no-data value, and the colours of its indices."""
         if mask.nodata not in (None, 0) and (mask.array == mask.nodata).any():
             self.mask_nodata[float(mask.nodata or 0)] += 1
         if mask.palette is None:
             return
         used = [index for index in np.unique(mask.array).tolist() if index < len(mask.palette)]
-        # greys are taken by their brightness
+        # Greys are read by their brightness.
         if (mask.palette[used] == mask.palette[used][:, :1]).all() and len(used) > 1:
             return
         for index in used:
@@ -100,30 +124,36 @@ class Survey:
                 return
 
     def faults_of_masks(self, labels: str, ignore_label: int | None, values: Values) -> list[str]:
-        """Lists what masks say that cannot be meant, each with the option that decides it."""
+        """Return what masks say that is ambiguous, each with the option that decides it.
+
+        Args:
+            labels: "auto", "binary" or "classes".
+            ignore_label: Mask value that is ignored, or None.
+            values: How masks are read.
+        """
         found = []
         if self.mask_nodata and labels == "auto" and set(self.mask_nodata) != {ignore_label}:
             value, count = self.mask_nodata.most_common(1)[0]
             found.append(
-                f"{count} masks say that {shown(value)} stands for no value: --ignore_label={shown(value)} has it take no part"
-                ", --labels binary or classes takes it as any other"
+                f"{count} masks declare {shown(value)} as no data: --ignore_label={shown(value)} ignores it"
+                ", --labels binary or classes reads it as any other value"
             )
         first = self.palette.get(0)
         odd = first not in (None, BLACK) and BLACK in self.palette.values()
         if labels == "auto" and not values.colours and (self.palettes_differ or odd):
             what = (
-                f"palettes give the same index other colours in {len(self.palettes_differ)} masks, such as "
+                f"palettes give the same index different colours in {len(self.palettes_differ)} masks, such as "
                 f"{self.palettes_differ[0]}"
                 if self.palettes_differ
-                else f"palettes have black at another index than 0, which is {first}"
+                else f"palettes have black at an index other than 0, and index 0 is {first}"
             )
             found.append(
-                f"{what}: --colors FILE says what each colour means; --labels binary or classes takes the indices as they are"
+                f"{what}: --colors FILE gives each colour a label; --labels binary or classes takes the indices unchanged"
             )
         return found
 
     def look_at_sizes(self, name: str, image: Picture, mask: Picture, orientation: str) -> None:
-        """Takes note of which way round an image fits its mask."""
+        """Record in which orientation an image fits its mask."""
         stored = image.array.shape[:2], mask.array.shape[:2]
         shown = tuple(turned(each.array, each.orientation).shape[:2] for each in (image, mask))
         fits = {"apply": shown[0] == shown[1], "ignore": stored[0] == stored[1]}
@@ -136,7 +166,7 @@ class Survey:
             told.append(name)
 
     def merge(self, other: "Survey") -> None:
-        """Adds what was seen elsewhere."""
+        """Add the findings of another survey."""
         for name, value in vars(other).items():
             own = getattr(self, name)
             if isinstance(own, Counter):
@@ -149,14 +179,19 @@ class Survey:
                 setattr(self, name, own + value)
 
     def faults(self, reading: Reading, bands: int | None) -> list[str]:
-        """Lists what cannot be decided, each with the option that decides it. bands: what all are brought to, if any."""
+        """Return what cannot be decided, each with the option that decides it.
+
+        Args:
+            reading: How images are read.
+            bands: Number of bands that all images are resampled to, or None.
+        """
         found = list(self.sizes)
         if self.unclear or (self.apply and self.ignore):
             names = self.unclear or [*self.apply, *self.ignore]
             found.append(
-                f"{len(names)} images are turned by their EXIF or TIFF orientation and their masks are not, and sizes do not "
-                f"tell which way the masks were drawn: {listed(names)}; --orientation apply where they fit the image as "
-                "viewers show it, --orientation ignore where they fit it as it is stored"
+                f"{len(names)} images have an EXIF or TIFF orientation and their masks do not, and the sizes do not tell in "
+                f"which orientation the masks were drawn: {listed(names)}; --orientation apply if they fit the image as "
+                "viewers show it, --orientation ignore if they fit it as it is stored"
             )
         way = self.alpha(reading)
         counts = self.kept if way == "keep" else self.dropped
@@ -169,36 +204,36 @@ class Survey:
         return found
 
     def cure_of_bands(self, reading: Reading) -> str:
-        """Says how images of several numbers of bands are brought to one."""
+        """Return which option gives all images the same number of bands."""
         other = self.dropped if self.alpha(reading) == "keep" else self.kept
         word = "drop" if other is self.dropped else "keep"
         if len(other) == 1:
-            return f"--alpha {word} makes it {next(iter(other))} for all, or bring them to one number with --bands N"
-        return "bring them to one number with --bands N"
+            return f"--alpha {word} makes it {next(iter(other))} for all, or resample them to one number with --bands N"
+        return "resample them to one number with --bands N"
 
     def alpha(self, reading: Reading) -> str:
-        """Gives what becomes of bands that are flagged as transparency: "keep" or "drop"."""
+        """Return whether bands flagged as transparency are kept or dropped: "keep" or "drop"."""
         if reading.alpha != "auto":
             return reading.alpha
         return "keep" if self.data_as_alpha else "drop"
 
     def decided(self, reading: Reading, values: Values) -> tuple[Reading, Values]:
-        """Gives how all files are read."""
+        """Return how all images and all masks are read."""
         way = reading.orientation
         if way == "auto" and self.ignore:
             way = "ignore"
-        # a default that changes nothing stays as it is
+        # A default that changes nothing is not replaced.
         alpha = self.alpha(reading) if self.transparency or self.data_as_alpha else reading.alpha
         return replace(reading, alpha=alpha, orientation=way), replace(values, orientation=way)
 
     def notes(self, reading: Reading) -> list[str]:
-        """Says what was done, a line for each group of images."""
+        """Return a line for each decision, with the number of images that it concerns."""
         lines = []
         if self.data_as_alpha or self.transparency:
             if self.alpha(reading) == "keep":
                 what = f"a band flagged as transparency in {len(self.data_as_alpha) + len(self.transparency)} images is kept"
                 why = f": in {len(self.data_as_alpha)} it holds data" if self.data_as_alpha else ""
-                lines.append(f"{what}{why} (--alpha drop leaves it out)")
+                lines.append(f"{what}{why} (--alpha drop removes it)")
             else:
                 lines.append(
                     f"transparency of {len(self.data_as_alpha) + len(self.transparency)} images is dropped"
@@ -211,39 +246,46 @@ class Survey:
                 )
         if self.apply:
             lines.append(
-                f"{len(self.apply)} images are turned as their EXIF or TIFF orientation says: so their masks fit"
+                f"{len(self.apply)} images are rotated by their EXIF or TIFF orientation, since their masks fit that"
             )
         if self.ignore:
-            lines.append(f"{len(self.ignore)} images are left as stored, whatever their EXIF says: so their masks fit")
+            lines.append(
+                f"{len(self.ignore)} images are read as stored, since their masks fit that and not their orientation"
+            )
         if self.white:
             lines.append(
-                f"{len(self.white)} of {self.images} images say that 0 is white: their values are taken as they are stored"
+                f"{len(self.white)} of {self.images} images declare that 0 is white: their values are read as stored"
             )
         named = dict(self.tagged)
         if named:
             words = ", ".join(
                 f"{shown(value)} in {count}" for value, count in sorted(named.items(), key=lambda item: -item[1])
             )
-            lines.append(f"nodata, as the files say: {words} images")
+            lines.append(f"no data, as declared by the files: {words} images")
         if self.empty:
             lines.append(
-                f"{self.empty / max(1, self.pixels):.2%} of all pixels have no value: left out of statistics, labelled ignored"
+                f"{self.empty / max(1, self.pixels):.2%} of all pixels have no value: omitted from statistics, labelled ignored"
             )
         for value, count in self.suspected.items():
             lines.append(
-                f"warning: {shown(value)} in {count} images looks as if it stood for no value, and counts as one; "
-                f"--nodata={shown(value)} leaves it out"
+                f"warning: {shown(value)} in {count} images looks like a no-data value, but is read as a number; "
+                f"--nodata={shown(value)} removes it"
             )
         return lines
 
 
 def shown(value: float) -> str:
-    """Writes a number so that it is read back as the same one."""
+    """Return a number as text that parses to the same number."""
     return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 2**53 else repr(value)
 
 
 def foreground_note(pixels: dict[int, int], binary: bool) -> list[str]:
-    """Warns where more than half of all pixels are foreground."""
+    """Return a warning if masks have no foreground, no background, or more than half of all pixels as foreground.
+
+    Args:
+        pixels: Number of pixels of each value.
+        binary: Whether labels are binary.
+    """
     total = sum(pixels.values())
     if not any(pixels[value] for value in pixels if value):
         return ["warning: no mask has any foreground"]

@@ -1,6 +1,6 @@
-"""Walks over the blocks of a tar file that anyone may have written: never further than the file, never without an end.
+"""Walk over the blocks of a tar file, which may be untrusted: never past its end, and never without end.
 
-Read are the old form, ustar, GNU's long names and PAX headers. tarfile is not used: it follows sizes that are negative, reads
+The old format, ustar, GNU's long names and PAX headers are read. tarfile is not used: it follows negative sizes, reads
 headers of any length into memory, and takes minutes for some of them.
 """
 
@@ -10,24 +10,31 @@ from dataclasses import dataclass
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
-# bytes of a header that holds a long name or PAX records, and how many such may stand before a member
+# Longest header in bytes that holds a long name or PAX records, and largest number of such headers before a member.
 MAX_EXTENDED = 2**20
 MAX_CHAIN = 8
-# digits of a PAX record's length, and of a size
+# Most digits of a PAX record's length, and of a size.
 MAX_DIGITS = 20
 FILE, FOLDER, OTHER, END = "file", "folder", "other", "end"
 KINDS = {b"0": FILE, b"\0": FILE, b"7": FILE, b"5": FOLDER}
-# links, devices and sparse files; what is none of them nor above is a file, as POSIX has it
+# Links, devices and sparse files. POSIX says that a member of an unknown kind is a file.
 SPECIAL = b"12346SDVMN"
 
 
 class TarError(ValueError):
-    """Bytes that are no plain tar; says at which byte, and what is wrong."""
+    """Bytes that are not a plain tar; the message says at which byte, and what is wrong."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One member: its name as it stands, its kind, and where its bytes begin and how many they are. END is where the end is."""
+    """One member of a tar, or its end.
+
+    Attributes:
+        name: Name as stored.
+        kind: FILE, FOLDER, OTHER, or END for the end of the tar.
+        offset: Offset of its first byte in the tar; for END that of the end.
+        size: Number of bytes.
+    """
 
     name: bytes
     kind: str
@@ -36,7 +43,14 @@ class Entry:
 
 
 def walk(descriptor: int) -> Iterator[Entry]:
-    """Yields the members of an open file and at last an Entry of kind END; raises TarError for what is no whole tar."""
+    """Yield the members of an open tar, and at last an Entry of kind END.
+
+    Args:
+        descriptor: File descriptor of the tar.
+
+    Raises:
+        TarError: If the file is not a whole plain tar.
+    """
     total = os.fstat(descriptor).st_size
     if not total:
         raise TarError("it is empty")
@@ -74,7 +88,7 @@ def walk(descriptor: int) -> Iterator[Entry]:
             start = past_sparse_map(descriptor, block, start)
         length = length if size is None else size
         if kind in b"123456":
-            # they have no bytes, whatever they say
+            # These kinds have no contents, whatever size they declare.
             length = 0
         if length > total - start:
             raise TarError(f"the member at byte {at} claims {length} bytes, of which {max(0, total - start)} are there")
@@ -85,49 +99,69 @@ def walk(descriptor: int) -> Iterator[Entry]:
 
 
 def check_sum(block: bytes, at: int) -> None:
-    """Raises TarError where a header's checksum, in which bytes may have been counted with a sign, is not that of its bytes."""
+    """Raise TarError if a header's checksum does not match its bytes, counted as unsigned or as signed numbers."""
     field = block[148:156].strip(b" \0")
     said = int(field, 8) if field and not field.strip(b"01234567") else -1
     others = block[:148] + block[156:]
     plain = sum(others) + 8 * 32
     if said not in (plain, plain - 256 * sum(byte > 127 for byte in others)):
-        raise TarError(f"there is no header at byte {at}, yet data go on")
+        raise TarError(f"there is no header at byte {at}, but data follow")
 
 
 def number(field: bytes, at: int) -> int:
-    """Reads a number of a header: octal digits, or base 256 behind a byte of 128; raises TarError for what is none."""
+    """Parse a number of a header: octal digits, or base 256 after a byte of 128.
+
+    Args:
+        field: The bytes of the number.
+        at: Offset of the header, for messages.
+
+    Raises:
+        TarError: If it is not a number or is negative.
+    """
     if field[0] == 128:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
     if field[0] == 255 or digits.strip(b"01234567") or len(digits) > len(field):
-        raise TarError(f"the header at byte {at} has a number that is negative or none: {field!r}")
+        raise TarError(f"the header at byte {at} has a number that is negative or invalid: {field!r}")
     return int(digits or b"0", 8)
 
 
 def decimal(digits: bytes, at: int) -> int:
-    """Reads a size of a PAX record; raises TarError."""
+    """Parse the size in a PAX record.
+
+    Raises:
+        TarError: If it is not a decimal number, or has too many digits.
+    """
     if not digits.isdigit() or len(digits) > MAX_DIGITS:
-        raise TarError(f"the header at byte {at} has a size that is none: {digits[:40]!r}")
+        raise TarError(f"the header at byte {at} has an invalid size: {digits[:40]!r}")
     return int(digits)
 
 
 def rounded(length: int) -> int:
-    """Gives the bytes that a member takes: whole blocks."""
+    """Return the number of bytes that a member takes in whole blocks."""
     return -(-length // BLOCK) * BLOCK
 
 
 def full_name(block: bytes) -> bytes:
-    """Gives a header's own name, behind its prefix where it has one."""
+    """Return the name in a header, with its prefix if there is one."""
     name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
-    # GNU has other things in the prefix's place
+    # GNU stores other things in place of the prefix.
     return prefix + b"/" + name if prefix and block[257:263] == b"ustar\0" else name
 
 
 def pax(data: bytes, at: int) -> dict[bytes, bytes]:
-    """Reads the records of a PAX header, "LENGTH KEY=VALUE\\n" each; raises TarError."""
+    r"""Parse the records of a PAX header, "LENGTH KEY=VALUE\n" each.
+
+    Args:
+        data: Contents of the header.
+        at: Offset of the header, for messages.
+
+    Raises:
+        TarError: If a record is not valid.
+    """
     found: dict[bytes, bytes] = {}
     place = 0
-    # what fills the block up
+    # Zeros fill the rest of the block.
     while place < len(data) and data[place] != 0:
         blank = data.find(b" ", place, place + MAX_DIGITS)
         digits = data[place:blank] if blank > 0 else b""
@@ -143,11 +177,11 @@ def pax(data: bytes, at: int) -> dict[bytes, bytes]:
 
 
 def past_sparse_map(descriptor: int, block: bytes, start: int) -> int:
-    """Gives where the bytes of GNU's sparse file begin: its map may go on over further blocks."""
+    """Return the offset of the contents of GNU's sparse file, after its map, which may take several blocks."""
     goes_on = block[482]
     while goes_on:
         block = os.pread(descriptor, BLOCK, start)
         start += BLOCK
-        # a block that is not there ends it; the member is then found to be cut off
+        # A missing block ends the map; the member then turns out to be cut off.
         goes_on = block[504] if len(block) == BLOCK else 0
     return start

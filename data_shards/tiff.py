@@ -1,7 +1,7 @@
-"""Opens TIFF files of strangers: what one claims is bounded before tifffile, which trusts it, is let near.
+"""Open untrusted TIFF files: everything a file claims is bounded before tifffile, which trusts it, reads the file.
 
-Bounded are the directories and their tags, what an OME description unfolds to, each piece's shape beside its image's, and,
-as it is unpacked, the size of an image within a piece.
+The bounds cover the directories and their tags, the planes of an OME description, and each tile's or strip's shape compared
+with its image. While a tile is unpacked, they cover the size of an image inside it.
 """
 
 import io
@@ -19,46 +19,56 @@ from PIL import Image, UnidentifiedImageError
 from deepskip.data_shards import png
 from deepskip.data_shards.pictures import ORIENTATION_TAG
 
-# pages: bands, mostly
+# Pages are mostly bands.
 MAX_PAGES = 4096
-# of all directories, pyramids' levels and EXIF among them
+# Tags of all directories, including those of pyramid levels and EXIF.
 MAX_TAGS = 2**18
-# numbers in tags become objects: this many beside one for so many pixels that are read at most
+# Numbers in tags become Python objects: this many are allowed, plus one for this many pixels of the largest image.
 FREE_NUMBERS, PIXELS_PER_NUMBER = 2**16, 32
-# bytes of a description, XML mostly
+# Bytes of a description, which is mostly XML.
 MAX_TEXT = 2**22
-# a piece may unpack to so many times its image, or to this many bytes: small images lie in tiles of usual size
+# A piece (tile or strip) may unpack to this many times its image's size, or to this many bytes: small images have full tiles.
 MAX_MARGIN, FREE_BYTES = 4, 2**25
-# what the pieces of all pages may have together, in files' lengths: empty ones share their bytes
+# The pieces of all pages together may have this many times the file's size, plus these bytes: empty pieces share their bytes.
 MAX_SHARING, FREE_PIECES = 16, 2**26
-# scans of a JPEG in a piece: progressive ones have about ten
+# Scans of a JPEG in a piece; progressive ones have about ten.
 TILE_SCANS = 20
-# tags that hold the place of more directories: SubIFDs, EXIF, GPS, interoperability
+# Tags that hold offsets of more directories: SubIFDs, EXIF, GPS, interoperability.
 NESTED = (330, 34665, 34853, 40965)
 DESCRIPTION = 270
 GDAL_NODATA = 42113
-# kinds of extra samples that are transparency
+# Kinds of extra samples that are transparency.
 ALPHA = (1, 2)
-# bytes of a value by its type; 1, 2 and 7 are read as bytes
+# Bytes of a value by its type; types 1, 2 and 7 are read as bytes.
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 AS_BYTES = (1, 2, 7)
-# what TIFF knows of that fills a buffer of the tile's size, and no larger one
+# TIFF compressions whose decoders fill a buffer of the tile's size and no more.
 BOUNDED_COMPRESSION = ("NONE", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD", "CCITTFAX3", "CCITTFAX4")
-# and images within the image, which have a size of their own
+# Formats of images inside a tile, which have a size of their own.
 TILE_FORMATS = ("JPEG", "PNG", "WEBP", "JPEG2000")
 JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
 
 
 class TiffError(ValueError):
-    """A TIFF that claims what is not read; says what."""
+    """A TIFF that is not read for what it claims; the message says what."""
 
 
 @contextmanager
 def open_tiff(source: Path | bytes | memoryview, pixels: int) -> Iterator[tifffile.TiffFile]:
-    """Opens a TIFF whose directories and description are within bounds; raises TiffError where they are not.
+    """Open a TIFF whose directories and description are within bounds.
 
-    pixels: how many are read at most. Files that an OME description names beside this one are not opened, and what kinds of
-    file tifffile knows that say by other means than directories where their images lie are read as plain TIFF.
+    Other files that an OME description names are not opened. Formats that tifffile knows and that locate their images by other
+    means than directories are read as plain TIFF.
+
+    Args:
+        source: Path or contents of the file.
+        pixels: Largest number of pixels of an image.
+
+    Yields:
+        The open file.
+
+    Raises:
+        TiffError: If the file claims more than is read.
     """
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
         check_directories(stream, FREE_NUMBERS + pixels // PIXELS_PER_NUMBER)
@@ -70,9 +80,14 @@ def open_tiff(source: Path | bytes | memoryview, pixels: int) -> Iterator[tifffi
 
 
 def check_directories(stream: BinaryIO, numbers: int) -> None:
-    """Walks over all directories of a TIFF and raises TiffError where they are more, or claim more, than is read.
+    """Walk over all directories of a TIFF and raise TiffError if they hold more than is read.
 
-    numbers: values of tags, all together.
+    Args:
+        stream: The open file.
+        numbers: Largest number of values in all tags together.
+
+    Raises:
+        TiffError: If the file is not a TIFF, its directories form a loop, or there are too many pages, tags or values.
     """
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
@@ -80,8 +95,8 @@ def check_directories(stream: BinaryIO, numbers: int) -> None:
     order = {b"II": "<", b"MM": ">"}.get(header[:2])
     version = struct.unpack(f"{order}H", header[2:4])[0] if order else 0
     if version not in (42, 43):
-        raise TiffError("it does not begin as a TIFF does")
-    # count of tags, one tag, place of the next directory, and bytes of a value that stand in the tag itself
+        raise TiffError("it does not begin like a TIFF")
+    # Count of tags, one tag, offset of the next directory, and number of bytes of a value that fit into the tag itself.
     count, tag, place, inline = (
         (struct.Struct(f"{order}H"), struct.Struct(f"{order}HHI4s"), struct.Struct(f"{order}I"), 4)
         if version == 42
@@ -92,11 +107,11 @@ def check_directories(stream: BinaryIO, numbers: int) -> None:
     pages = tags = values = 0
     while waiting:
         at, is_page = waiting.pop()
-        # what lies outside ends the chain, as it does for tifffile
+        # An offset outside the file ends the chain, as in tifffile.
         if not 0 < at <= size - count.size:
             continue
         if at in seen:
-            raise TiffError(f"its directories go round in a circle, at byte {at}")
+            raise TiffError(f"its directories form a loop, at byte {at}")
         seen.add(at)
         pages += is_page
         if pages > MAX_PAGES or len(seen) > 2 * MAX_PAGES:
@@ -125,7 +140,18 @@ def check_directories(stream: BinaryIO, numbers: int) -> None:
 
 
 def nested(stream: BinaryIO, place: struct.Struct, number: int, value: bytes, inline: int) -> list[int]:
-    """Gives the places of the directories that a tag's value names."""
+    """Return the offsets of the directories that a tag's value names.
+
+    Args:
+        stream: The open file.
+        place: Format of an offset.
+        number: Number of offsets.
+        value: Value of the tag, or the offset of its values.
+        inline: Number of bytes of a value that are stored in the tag itself.
+
+    Raises:
+        TiffError: If there are too many.
+    """
     if number > MAX_PAGES:
         raise TiffError(f"it has {number} directories within one; at most {MAX_PAGES} are read")
     if number * place.size > inline:
@@ -135,13 +161,19 @@ def nested(stream: BinaryIO, place: struct.Struct, number: int, value: bytes, in
 
 
 def check_ome(text: str, pages: int, size: int) -> None:
-    """Raises TiffError where an OME description unfolds to more planes than are read.
+    """Raise TiffError if an OME description has more planes than are read.
 
-    pages, size: of the file, and values of its first page.
+    Args:
+        text: The description.
+        pages: Number of pages of the file.
+        size: Number of values of its first page.
+
+    Raises:
+        TiffError: If the description has too many planes, entities, or axes given by start and end.
     """
     if re.search(r"<!(DOCTYPE|ENTITY)", text):
         raise TiffError("its OME description declares entities")
-    # axes as long as they say, in an array of numbers each
+    # tifffile would make an array of numbers for each such axis, as long as it claims.
     if "Along" in text and re.search(r"\bStart\s*=", text):
         raise TiffError("its OME description has axes by start and end, which are not read")
     sides = {axis: max(numbers(text, f"Size{axis}"), default=1) for axis in "XYZCT"}
@@ -150,7 +182,7 @@ def check_ome(text: str, pages: int, size: int) -> None:
     if planes > MAX_PAGES or values > 4 * MAX_PAGES * size:
         raise TiffError(f"its OME description has {planes} planes; at most {MAX_PAGES} are read")
     named = sum(numbers(text, "(?:NumPlanes|PlaneCount)"))
-    # each piece of data that says nothing takes all pages
+    # Each TiffData element without numbers refers to all pages.
     pieces = re.findall(r"TiffData\b[^>]*", text)
     unsaid = sum(not re.search("NumPlanes|PlaneCount|IFD", piece) for piece in pieces)
     places = max(numbers(text, "(?:IFD|First[ZCT])"), default=0)
@@ -159,15 +191,19 @@ def check_ome(text: str, pages: int, size: int) -> None:
 
 
 def numbers(text: str, name: str) -> list[int]:
-    """Gives the values of an XML attribute, wherever it stands; what is no plain number counts as too large."""
+    """Return the values of an XML attribute in a text; a value that is not a plain number counts as too large."""
     found = re.findall(rf"\b{name}\s*=\s*[\"']([^\"']*)[\"']", text)
     return [int(value) if re.fullmatch(r"\d{1,9}", value) else 2**31 for value in found]
 
 
 def said(page: Any, bands: int) -> dict[str, Any]:
-    """Gives what a page says of its numbers, as a Picture has it. bands: of the image.
+    """Return what a page says about its numbers, as arguments of `Picture`.
 
-    How the image is turned counts where the file does not say where on a map it lies: GDAL turns none.
+    The orientation counts only if the file has no position on a map: GDAL rotates no maps.
+
+    Args:
+        page: A page of tifffile.
+        bands: Number of bands of the image.
     """
     first = bands - len(page.extrasamples)
     nodata = page.tags.get(GDAL_NODATA)
@@ -182,7 +218,7 @@ def said(page: Any, bands: int) -> dict[str, Any]:
 
 
 def number(text: Any) -> float | None:
-    """Reads GDAL's nodata value; None for what is no number."""
+    """Parse GDAL's no-data value; None if it is not a number."""
     try:
         return float(str(text).strip("\0 "))
     except ValueError:
@@ -190,25 +226,30 @@ def number(text: Any) -> float | None:
 
 
 def guard(series: Any, size: int) -> None:
-    """Bounds what the pieces of a series' pages unpack to, now and as each is decoded; raises TiffError.
+    """Bound what the tiles and strips of a series unpack to, now and as each one is decoded.
 
-    size: of the file, in bytes.
+    Args:
+        series: A series of tifffile.
+        size: Size of the file in bytes.
+
+    Raises:
+        TiffError: If the pieces claim to unpack to too much.
     """
     pages = [page for page in series.pages if page is not None]
     for key in {id(page.keyframe): page.keyframe for page in pages}.values():
         piece = math.prod(key.chunks) * key.dtype.itemsize
         if piece > max(MAX_MARGIN * key.nbytes, FREE_BYTES):
             shape = " x ".join(map(str, key.chunks))
-            raise TiffError(f"a piece of {shape} unpacks to {piece} bytes for an image of {key.nbytes}")
+            raise TiffError(f"a tile or strip of {shape} unpacks to {piece} bytes for an image of {key.nbytes}")
         if key.compression.name not in BOUNDED_COMPRESSION:
             key.__dict__["decode"] = bounded(key.decode, key)
     together = sum(sum(page.databytecounts) for page in pages)
     if together > MAX_SHARING * size + FREE_PIECES:
-        raise TiffError(f"its pieces have {together} bytes together in a file of {size}")
+        raise TiffError(f"its tiles or strips have {together} bytes together in a file of {size}")
 
 
 def bounded(decode: Callable[..., Any], page: Any) -> Callable[..., Any]:
-    """Makes a page's decoder look at the size of the image within a piece first."""
+    """Return a page's decoder with a check of the size of the image inside each tile before it is decoded."""
     height, width = page.chunks[:2] if len(page.chunks) > 1 else (1, 1)
 
     def look_and_decode(data: bytes | None, *arguments: Any, **options: Any) -> Any:
@@ -220,15 +261,28 @@ def bounded(decode: Callable[..., Any], page: Any) -> Callable[..., Any]:
 
 
 def check_tile(data: bytes, height: int, width: int, compression: str) -> None:
-    """Raises TiffError where an image within a piece is larger than the piece, or its size cannot be seen."""
+    """Raise TiffError if the image inside a tile is larger than the tile, or its size cannot be determined.
+
+    Args:
+        data: Contents of the tile.
+        height: Height of the tile in pixels.
+        width: Width of the tile in pixels.
+        compression: Name of the compression, for messages.
+
+    Raises:
+        TiffError: If the image is too large, of an unknown size, or a JPEG of too many scans.
+        ValueError: If the rows of a PNG unpack to more bytes than its pixels have.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=TILE_FORMATS) as tile:
             sizes = [(tile.height, tile.width)]
             kind = tile.format
     except UnidentifiedImageError:
-        raise TiffError(f"has tiles of {compression}, whose size cannot be seen before they are unpacked") from None
+        raise TiffError(
+            f"has tiles of {compression}, whose size cannot be determined before they are unpacked"
+        ) from None
     if kind == "JPEG2000":
-        # what the boxes around the codestream say need not be so
+        # The boxes around the codestream may claim another size than the codestream.
         for at in (match.end() for match in re.finditer(re.escape(JPEG_2000_SIZE), data)):
             right, bottom, left, top = struct.unpack(">4I", data[at + 4 : at + 20].ljust(16, b"\0"))
             sizes.append((bottom - top, right - left))
@@ -242,8 +296,8 @@ def check_tile(data: bytes, height: int, width: int, compression: str) -> None:
 
 
 def check_scans(data: bytes, most: int) -> None:
-    """Raises TiffError for a JPEG of more scans, each of which takes as long as a whole image."""
-    # within compressed data 0xff is followed by 0, so this counts no pixels
+    """Raise TiffError if a JPEG has more than `most` scans, each of which takes as long to decode as a whole image."""
+    # Within compressed data 0xff is followed by 0, so this counts markers only.
     scans = data.count(b"\xff\xda")
     if scans > most:
         raise TiffError(f"it has {scans} scans; at most {most} are read")

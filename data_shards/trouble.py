@@ -1,4 +1,4 @@
-"""What a machine is short of, in words: a full disk, no rights, no memory, no descriptors, and what to do about each."""
+"""Report which resource a machine lacks, such as disk space, permissions, memory or file descriptors, and what to do."""
 
 import errno
 import os
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# of the program then
+# Exit status of the program in these cases.
 STATUS = 2
-# a path that cannot be a file or folder there, whatever rights there are
+# A path that cannot be a file or folder, whatever the permissions.
 NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
-# what torch says of it, whose workers die of it
+# What torch's messages say if shared memory is too small.
 TOLD_OF_SHARED_MEMORY = (
     "Bus error",
     "shared memory",
@@ -21,7 +21,7 @@ TOLD_OF_SHARED_MEMORY = (
     "unable to mmap",
     "unable to write to file </torch",
 )
-# what libraries say of threads and memory that the system refused
+# What libraries' messages say if the system refuses threads or memory.
 TOLD_OF_MEMORY = (
     "can't start new thread",
     "can't allocate memory",
@@ -29,27 +29,29 @@ TOLD_OF_MEMORY = (
     "bad_alloc",
     "failed to map segment",
     "not enough memory",
-    # of an import for which there was no room
+    # An import that ran out of memory.
     "returned NULL without setting an exception",
 )
 
 
-def in_words(error: BaseException | None, again: str = "the same command goes on") -> str | None:
-    """Says what a machine is short of where an error, or what led to it, tells of that; None for any other error.
+def in_words(error: BaseException | None, again: str = "the same command resumes") -> str | None:
+    """Return a message about the resource that a machine lacks, if an error or one of its causes is due to that, else None.
 
-    again: what happens when the same is done again.
+    Args:
+        error: The error.
+        again: What happens when the same is run again, as the end of the message's last sentence.
     """
     while error is not None:
         if found := cause(error):
             what, cure = found
             return f"{what}. {cure}, and {again}."
-        # Ray's errors keep what they are of in a field
+        # Ray's errors keep their cause in a field.
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 
 
 def cause(error: BaseException) -> tuple[str, str] | None:
-    """Gives what one error tells that a machine is short of, and the cure."""
+    """Return the resource that one error says is lacking, and the remedy; None for any other error."""
     text = str(error)
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     number = error.errno if isinstance(error, OSError) else None
@@ -57,30 +59,30 @@ def cause(error: BaseException) -> tuple[str, str] | None:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many files are open{where}: this process may have {allowed}", "Allow more (ulimit -n 4096)"
     if number == errno.ENFILE:
-        return f"this machine has too many files open{where}", "End other programs"
+        return f"this machine has too many files open{where}", "Close other programs"
     if number in (errno.ENOSPC, errno.EDQUOT) and SHARED_MEMORY not in text:
-        return f"the disk is full{where}", "Make room"
+        return f"the disk is full{where}", "Free some space"
     if number == errno.EROFS:
-        return f"nothing can be written{where}: the file system is read-only", "Name another place"
+        return f"nothing can be written{where}: the file system is read-only", "Choose another location"
     if number in (errno.EACCES, errno.EPERM):
-        return f"permission denied{where}", "Give this user the right, or name another place"
+        return f"permission denied{where}", "Give this user the permission, or choose another location"
     if isinstance(error, OSError) and number in NO_PLACE:
-        return f"{os.strerror(number or 0).lower()}{where}", "Name another place"
+        return f"{os.strerror(number or 0).lower()}{where}", "Choose another location"
     if any(told in text for told in TOLD_OF_SHARED_MEMORY) or (number == errno.ENOSPC and SHARED_MEMORY in text):
         return (
             f"{SHARED_MEMORY} is too small: it has {shared_memory()}",
-            "Give it more (docker run --shm-size=2g), or read in the process itself (--data.loader_workers 0)",
+            "Make it larger (docker run --shm-size=2g), or load samples in the main process (--data.loader_workers 0)",
         )
     if isinstance(error, MemoryError) or number == errno.ENOMEM or any(told in text for told in TOLD_OF_MEMORY):
         return (
             f"there is not enough memory{limit()}",
-            "Make room, or take smaller crops, batches or tiles, or fewer workers",
+            "Free some memory, or use smaller crops, batches or tiles, or fewer workers",
         )
     return None
 
 
 def shared_memory() -> str:
-    """Says how large the shared memory is."""
+    """Return the size of the shared memory as text."""
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -89,20 +91,27 @@ def shared_memory() -> str:
 
 
 def limit() -> str:
-    """Says how much memory this process may have, where it is told."""
+    """Return the memory limit of this process as the end of a message; empty without a limit."""
     allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
     return "" if allowed == resource.RLIM_INFINITY else f": this process may have {allowed / 1e6:.0f} MB (ulimit -v)"
 
 
 @contextmanager
-def told(again: str = "the same command goes on") -> Iterator[None]:
-    """Ends the program with one line where a machine was short of something in the block."""
+def told(again: str = "the same command resumes") -> Iterator[None]:
+    """End the program with one line on stderr if the machine lacks a resource in the block; other errors pass through.
+
+    Args:
+        again: What happens when the same is run again, as the end of the message's last sentence.
+
+    Raises:
+        SystemExit: If the machine lacks a resource; with STATUS.
+    """
     try:
         yield
     except Exception as error:
         if text := in_words(error, again):
             say(f"error: {text}")
-            # what goes wrong while libraries put themselves away, for the same reason, is not told again
+            # Errors of the same cause while libraries shut down are not reported again.
             sys.unraisablehook = lambda _: None
             ended = SystemExit(STATUS)
             ended.add_note(text)
@@ -111,11 +120,11 @@ def told(again: str = "the same command goes on") -> Iterator[None]:
 
 
 def passed_over(path: Path, reason: str) -> None:
-    """Says that something in a folder of images is left out."""
-    say(f"{path} is passed over: it is {reason}")
+    """Report on stderr that a file in a folder of images is skipped."""
+    say(f"skipped {path}: it is {reason}")
 
 
 def say(line: str) -> None:
-    """Says a line on stderr."""
+    """Write a line to stderr."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Writes samples into WebDataset shards with their index; a split appears whole or not at all."""
+"""Write samples into WebDataset shards with their index; a split appears whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -42,19 +42,34 @@ def write_shards(
     samples_per_shard: int = 256,
     source: str | None = None,
 ) -> Index:
-    """Writes a split's shards and index into `folder`, which must not exist, and returns the index.
+    """Write the shards and the index of a split.
 
-    Shards are the same bytes for the same samples. source: fingerprint of what they are made of; where `folder` holds
-    shards of the same one, they are left as they are and their index is returned. What a killed process left half-written is
-    removed. Pixels of images that are nan have no value. Raises ValueError for samples of different bands, labels that
-    num_classes does not have, keys that occur twice or hold a dot or slash; FileExistsError when the folder is there.
+    The same samples give shards of the same bytes. A split that a killed process left half-written is removed. Pixels of images
+    that are nan have no value.
+
+    Args:
+        samples: The samples.
+        folder: Folder of the split, which must not exist yet, unless it was made of the same source.
+        num_classes: 1 for binary, else the number of classes with background.
+        ignore_index: Label of ignored pixels.
+        preparation: What was done to the source images, for the index.
+        samples_per_shard: Number of samples in a shard.
+        source: Fingerprint of what the shards are made of. If `folder` has the same one, it is not changed.
+
+    Returns:
+        The index of the split.
+
+    Raises:
+        ValueError: If there are no samples, sizes or numbers of bands differ, a label is too large, or a key occurs twice or
+            holds a dot or slash.
+        FileExistsError: If the folder exists and was made of another source.
     """
     if folder.exists():
         with contextlib.suppress(MissingIndex, BrokenIndex):
             index = load_index(folder)
             if source is not None and index.source == source:
                 return index
-        raise FileExistsError(f"{folder} is there already; remove it or pack to another folder")
+        raise FileExistsError(f"{folder} exists already; remove it or pack to another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with half_written(folder) as temporary:
         index = _write(iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source)
@@ -67,9 +82,13 @@ def write_shards(
 
 @contextlib.contextmanager
 def half_written(folder: Path) -> Iterator[Path]:
-    """Makes a temporary folder beside `folder`, and removes it and what killed processes left of theirs."""
+    """Make a temporary folder next to `folder`, and remove those that killed processes left.
+
+    Yields:
+        The temporary folder, which is removed at the end unless it was renamed.
+    """
     for stale in folder.parent.glob(f".{folder.name}.*"):
-        # whoever writes holds the lock, and it ends with the process
+        # A process that writes holds the lock, which ends with the process.
         with contextlib.suppress(OSError), storage.lock_file(stale / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
@@ -117,7 +136,7 @@ def _write(
                 if writer is not None:
                     writer.close()
                 paths.append(folder / f"shard-{len(paths):06d}.tar")
-                # plain headers, no time stamps: the same samples give the same bytes
+                # Plain headers without time stamps: the same samples give the same bytes.
                 writer = webdataset.TarWriter(str(paths[-1]), mtime=0, encoder=False)
             assert writer is not None
             image_extension, image_bytes = sample.stored_image or encode_image(image)
@@ -155,7 +174,7 @@ def _write(
 
 
 def own_entries(path: Path) -> list[SampleEntry]:
-    """Reads where each sample lies in a shard that write_shards wrote, from the shard itself."""
+    """Return where each sample lies in a shard that `write_shards` wrote, as read from the shard."""
     with path.open("rb") as file:
         return [
             sample_entry(key, members, ("image", "mask"), file.fileno())[0]
@@ -164,16 +183,27 @@ def own_entries(path: Path) -> list[SampleEntry]:
 
 
 def check_sample(sample: Sample, keys: set[str], bands: int, num_classes: int, ignore_index: int) -> None:
-    """Raises ValueError where a sample does not fit those before it; bands is 0 before the first."""
+    """Raise ValueError if a sample does not fit those before it.
+
+    Args:
+        sample: The sample.
+        keys: Keys of the samples before it.
+        bands: Number of bands of the samples before it; 0 for the first.
+        num_classes: 1 for binary, else the number of classes with background.
+        ignore_index: Label of ignored pixels.
+
+    Raises:
+        ValueError: If its key, size, number of bands or a label is not valid; names the sample.
+    """
     image, mask = sample.image_HWC, sample.mask_HW
     if not sample.key or any(c in sample.key for c in "./\\\0"):
-        raise ValueError(f"key {sample.key!r} is empty or has a dot or slash, which tar shards give a meaning")
+        raise ValueError(f"key {sample.key!r} is empty or has a dot or slash, which have a meaning in tar shards")
     if sample.key in keys:
         raise ValueError(f"key {sample.key} occurs twice")
     if image.shape[:2] != mask.shape:
         raise ValueError(f"sample {sample.key}: the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
     if bands and image.shape[2] != bands:
-        raise ValueError(f"sample {sample.key} has {image.shape[2]} bands, those before it {bands}")
+        raise ValueError(f"sample {sample.key} has {image.shape[2]} bands, but those before it have {bands}")
     labels = mask[mask != ignore_index]
     highest = 1 if num_classes == 1 else num_classes - 1
     if labels.size and labels.max() > highest:

@@ -1,4 +1,4 @@
-"""The benchmark of the stream: readers side by side, S3, resuming, memory, the size of the index. `make bench-data` runs it."""
+"""Benchmark the data stream: compared readers, S3, resuming, memory, size of the index. `make bench-data` runs it."""
 
 import argparse
 import json
@@ -33,19 +33,19 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Runs the parts that are asked for and writes a table and the numbers."""
+    """Run the requested parts, and write a table and the numbers."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.data_shards.bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--samples", type=int, default=8192, help="samples a reader reads in an epoch (8192)")
+    parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"parts to run, of {', '.join(PARTS)} (all)")
+    parser.add_argument("--samples", type=int, default=8192, help="samples that a reader reads in an epoch (8192)")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="epochs a reader is timed over, in turns with the others (5)"
+        "--rounds", type=int, default=5, help="epochs that a reader is timed over, readers alternating (5)"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{os.cpu_count()}-cores.json"
     results: dict[str, Any] = {"environment": environment()}
-    # parts that are not run again keep their numbers, on the same machine with the same packages
+    # Parts that are not run again keep their numbers, if machine and packages are the same.
     kept = json.loads(path.read_text()) if path.is_file() else {}
     if {**kept.get("environment", {}), "date": ""} == {**results["environment"], "date": ""}:
         results = kept | results
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Says what the numbers were taken on."""
+    """Return the machine and the packages that the numbers were measured with."""
     model = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -86,7 +86,7 @@ def environment() -> dict[str, Any]:
 
 
 def bench_readers(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """Samples/s from the first batch to the last, readers in turns, warm, in this process and with two loader processes."""
+    """Measure samples/s after the first batch, readers alternating, warm, in this process and with two loader processes."""
     contenders: list[tuple[str, readers.Reader, str]] = [
         ("limit: mapped, unchecked, in order", readers.mapped_without_shuffling, "tar"),
         ("deepskip", readers.deepskip, "tar"),
@@ -102,7 +102,7 @@ def bench_readers(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         samples.write_mosaic(folder / f"mosaic-{kind}", kind, arguments.samples)
         for workers in (0, 2):
             rates: dict[str, list[float]] = {}
-            # in turns, so that a slow spell of the machine hits all; the first round warms up
+            # The readers alternate, so that a slow phase of the machine affects all of them; the first round is for warming up.
             for turn in range(arguments.rounds + 1):
                 for name, reader, form in contenders:
                     read, seconds = read_epoch(reader(folder / f"{form}-{kind}", kind, workers, turn))
@@ -121,7 +121,7 @@ def bench_readers(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 
 
 def read_epoch(batches: Iterator[Any]) -> tuple[int, float]:
-    """Reads all batches: how many samples there were, and the seconds from the first batch to the last."""
+    """Read all batches, and return the number of samples and the seconds from the first batch to the last."""
     read, started = 0, 0.0
     for batch in batches:
         if not read:
@@ -132,7 +132,11 @@ def read_epoch(batches: Iterator[Any]) -> tuple[int, float]:
 
 @contextmanager
 def slow_s3() -> Iterator[Any]:
-    """Starts the slow S3 endpoint in a process of its own and gives an fsspec file system on it."""
+    """Start the slow S3 endpoint in a process of its own.
+
+    Yields:
+        An fsspec file system on it, with an empty bucket "bench".
+    """
     import fsspec
 
     server = subprocess.Popen(
@@ -157,7 +161,7 @@ def slow_s3() -> Iterator[Any]:
 
 
 def bench_s3(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """MB/s of an epoch from an empty cache beside plain downloads of the same shards one after another."""
+    """Measure MB/s of an epoch from an empty cache, compared with plain downloads of the same shards one after another."""
     local = folder / "s3-source"
     index = samples.write_tars(local, "npy", arguments.samples)
     total = sum(shard.bytes for shard in index.shards)
@@ -198,7 +202,7 @@ print(time.perf_counter() - started)
 
 
 def bench_resume(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """The time to the first batch of an epoch of a million samples, from its start and from 90 % of it."""
+    """Measure the time to the first batch of an epoch of a million samples, from its start and from 90 % of it."""
     source, target = folder / "resume-one", folder / "resume"
     source.mkdir()
     target.mkdir()
@@ -235,7 +239,7 @@ def bench_resume(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 
 
 def bench_memory(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """The memory of the training process and of a loader process over ten epochs."""
+    """Measure the memory of the training process and of a loader process over ten epochs."""
     path = folder / "tar-npy"
     if not path.exists():
         samples.write_tars(path, "npy", arguments.samples)
@@ -268,7 +272,7 @@ print(loaded - started, first - loaded, psutil.Process().memory_info().rss - bef
 
 
 def bench_index(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """What an index of ten million samples weighs, and how long it takes to write and to load."""
+    """Measure the size of an index of ten million samples, and how long it takes to write and to load."""
     count, per_shard = 10_000_000, 1000
     one = samples.write_tars(folder / "index-one", "npy", 16)
     numbers = np.arange(count)
@@ -303,7 +307,11 @@ def bench_index(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Makes the page: the environment and a table for each part."""
+    """Return the results page: the environment and a table for each part.
+
+    Args:
+        results: The environment, and the rows of each part, by name.
+    """
     machine = results["environment"]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     lines = [

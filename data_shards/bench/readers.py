@@ -1,4 +1,4 @@
-"""The readers that are compared: each takes a folder and gives the batches of one epoch, (images, masks) of 16."""
+"""The readers that are compared: each takes a folder and yields the batches of one epoch, 16 images and masks each."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ Reader = Callable[[Path, str, int, int], Iterator[Any]]
 
 
 def deepskip(folder: Path, kind: str, workers: int, epoch: int, normalize: str = "dataset") -> Iterator[Any]:
-    """This stream: shuffled and exact."""
+    """Yield batches of this project's stream: shuffled, in an exact order."""
     shards = Shards(folder, normalize, Crops(SIDE, 0.5, 0))
     steps = steps_per_epoch(len(shards), BATCH)
     batches = train_batches(shards, 0, BATCH, epoch * steps, 0, 1, workers)
@@ -31,12 +31,15 @@ def deepskip(folder: Path, kind: str, workers: int, epoch: int, normalize: str =
 
 
 def deepskip_image_statistics(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
-    """This stream with the mean and deviation of each image, as the default settings have it."""
+    """Yield batches of this project's stream with the mean and standard deviation of each image, its default."""
     return deepskip(folder, kind, workers, epoch, "image")
 
 
 def mapped_without_shuffling(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
-    """The limit: places known, files mapped into memory, no check, no shuffle; .npy and no workers only."""
+    """Yield batches at the upper limit of speed: known offsets, files mapped into memory, no checks and no shuffling.
+
+    Nothing is yielded for other formats than .npy or with loader processes.
+    """
     if kind != "npy" or workers:
         return
     index = load_index(folder)
@@ -48,20 +51,20 @@ def mapped_without_shuffling(folder: Path, kind: str, workers: int, epoch: int) 
         masks = np.empty((len(part), SIDE, SIDE), np.uint8)
         for i, (_, image, mask, _, shard) in enumerate(part):
             tar = maps[shard]
-            # numpy's header of these arrays has 128 bytes
+            # numpy's header of these arrays has 128 bytes.
             images[i] = tar[image.offset + 128 : image.offset + image.length].reshape(SIDE, SIDE, 3)
             masks[i] = tar[mask.offset + 128 : mask.offset + mask.length].reshape(SIDE, SIDE)
         yield torch.from_numpy(images), torch.from_numpy(masks)
 
 
 def stacked(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collates pairs of arrays."""
+    """Stack pairs of image (H, W, 3) and mask (H, W) into batches (N, H, W, 3) and (N, H, W)."""
     images, masks = zip(*samples, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
 
 def plain_webdataset(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
-    """webdataset as its README has it, not shuffled."""
+    """Yield batches of webdataset as its README shows, not shuffled."""
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     data = webdataset.WebDataset(urls, shardshuffle=False, workersplitter=webdataset.split_by_worker)
     if kind == "npy":
@@ -72,20 +75,24 @@ def plain_webdataset(folder: Path, kind: str, workers: int, epoch: int) -> Itera
 
 
 class Pairs:
-    """Gives the image and the mask of a peer's samples, decoded."""
+    """Collate decoded images and masks of other readers' samples.
+
+    Args:
+        kind: "npy" for samples with arrays, "png" for samples with PNG bytes.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def __call__(self, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Collates a list of samples."""
+        """Collate a list of samples into images (N, H, W, 3) and masks (N, H, W)."""
         if self.kind == "npy":
             return stacked([(sample["image"], sample["mask"]) for sample in samples])
         return stacked([(decode_png(sample["image"]), decode_png(sample["mask"])) for sample in samples])
 
 
 def litdata(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
-    """litdata, shuffled."""
+    """Yield batches of litdata, shuffled."""
     from litdata import StreamingDataLoader, StreamingDataset
 
     data = StreamingDataset(str(folder), shuffle=True, seed=epoch)
@@ -93,7 +100,7 @@ def litdata(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
 
 
 def mosaic(folder: Path, kind: str, workers: int, epoch: int) -> Iterator[Any]:
-    """mosaicml-streaming, shuffled (py1e, its default)."""
+    """Yield batches of mosaicml-streaming, shuffled (py1e, its default)."""
     streaming = import_streaming()
     streaming.base.util.clean_stale_shared_memory()
     data = streaming.StreamingDataset(local=str(folder), shuffle=True, shuffle_seed=epoch, batch_size=BATCH)

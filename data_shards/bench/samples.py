@@ -1,4 +1,4 @@
-"""The samples that all readers of the benchmark get, in each one's own format."""
+"""The samples that all readers of the benchmark read, each in its own format."""
 
 import io
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ PER_SHARD = 256
 
 
 def pictures(count: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields key, image (128, 128, 3) and mask (128, 128), uint8: windows of a photograph."""
+    """Yield key, image (128, 128, 3) and mask (128, 128), uint8, as windows of a photograph."""
     rng = np.random.default_rng(0)
     photograph = skimage.data.astronaut()
     for number in range(count):
@@ -28,7 +28,7 @@ def pictures(count: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def encode(array: np.ndarray, kind: str) -> bytes:
-    """Encodes an array as "npy" or "png"."""
+    """Encode an array of any shape (*,) as "npy", or an image (H, W, 3) or mask (H, W) as "png"."""
     file = io.BytesIO()
     if kind == "npy":
         np.save(file, array)
@@ -38,12 +38,12 @@ def encode(array: np.ndarray, kind: str) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """Decodes a PNG as the other readers' users do, by Pillow."""
+    """Decode a PNG with Pillow, as users of the other readers do."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def write_tars(folder: Path, kind: str, count: int) -> Index:
-    """Writes WebDataset shards and their index."""
+    """Write WebDataset shards and their index, and return the index."""
     folder.mkdir(parents=True)
     writer = None
     for number, (key, image, mask) in enumerate(pictures(count)):
@@ -59,11 +59,11 @@ def write_tars(folder: Path, kind: str, count: int) -> Index:
 
 
 def import_streaming() -> Any:
-    """Imports mosaicml-streaming, whose torchvision does not load its operators beside a torch built for CPUs."""
+    """Import mosaicml-streaming, whose torchvision cannot load its operators with a CPU build of torch."""
     import torch
 
     if not hasattr(torch.ops.torchvision, "nms"):
-        # nothing here calls them; they only must have names
+        # Nothing here calls the operators; only their names must exist.
         library = torch.library.Library("torchvision", "DEF")
         for name in TORCHVISION:
             library.define(f"{name}(Tensor x) -> Tensor")
@@ -80,7 +80,7 @@ KEPT: list[Any] = []
 
 
 def write_mosaic(folder: Path, kind: str, count: int) -> None:
-    """Writes mosaicml-streaming's MDS shards: arrays as they are, or PNG bytes."""
+    """Write mosaicml-streaming's MDS shards: arrays unchanged, or PNG bytes."""
     MDSWriter = import_streaming().MDSWriter
     columns = (
         {"image": f"ndarray:uint8:{SIDE},{SIDE},3", "mask": f"ndarray:uint8:{SIDE},{SIDE}"}
@@ -94,7 +94,7 @@ def write_mosaic(folder: Path, kind: str, count: int) -> None:
 
 
 def write_litdata(folder: Path, kind: str, count: int) -> None:
-    """Writes litdata's chunks: arrays as they are, or PNG bytes."""
+    """Write litdata's chunks: arrays unchanged, or PNG bytes."""
     from litdata.streaming.cache import Cache
 
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""An S3 endpoint on this machine that takes a while over each request: python -m deepskip.data_shards.bench.slow_s3 SECONDS."""
+"""An S3 endpoint on this machine that delays each request: python -m deepskip.data_shards.bench.slow_s3 SECONDS."""
 
 import sys
 import time
@@ -10,7 +10,11 @@ from werkzeug.serving import make_server
 
 
 def main(delay: float) -> None:
-    """Serves until it is killed, and prints its port first."""
+    """Print the port, and serve until the process is killed.
+
+    Args:
+        delay: Delay of each request in seconds.
+    """
     application = DomainDispatcherApplication(create_backend_app)
 
     def delayed(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

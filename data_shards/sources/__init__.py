@@ -1,0 +1,1 @@
+"""Sources that shards are packed from: folders, COCO files, arrays and the built-in coins."""

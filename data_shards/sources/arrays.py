@@ -1,4 +1,4 @@
-"""Packs arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
+"""Pack arrays that hold a whole data set: images (N, height, width, bands) and masks (N, height, width)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import PackError, split_stems
 from deepskip.data_shards.survey import Survey, foreground_note
 
-# a data set of one's own may be of any size, as long as its files are as large as they claim
+# A user's own data set may be of any size, as long as its files are as large as they claim.
 WHOLE = Limits(2**62, 2**62)
 
 
@@ -38,11 +38,33 @@ def pack_arrays(
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
-    """Packs two .npy files (mapped, not read), or .npz files, into splits of `out`; gives samples by split.
+    """Pack an array of images and an array of masks into splits.
 
-    layout: of the images, "NHWC", "NCHW" or "NHW". split: CSV of columns stem,split, where stems are the numbers of the
-    samples. labels, num_classes, ignore_label, bands, reading, values, say: as in pack_folder. Keys are the numbers of the
-    samples. Raises PackError.
+    A .npy file is mapped into memory and not read as a whole; a .npz is read. Keys of the samples are their numbers.
+
+    Args:
+        images: .npy or .npz with images of the axes `layout`.
+        masks: .npy or .npz with masks (N, height, width).
+        out: Folder to make.
+        layout: Axes of the images: "NHWC", "NCHW" or "NHW".
+        split: CSV with columns stem,split, where stems are the numbers of the samples.
+        val_share: Share of samples for validation without `split`, 0 to 1.
+        seed: Seed of the random split.
+        labels: Meaning of mask values, as in `pack_folder`.
+        num_classes: Number of classes, as in `pack_folder`.
+        ignore_label: Mask value that is ignored, as in `pack_folder`.
+        bands: Number of bands that every image is resampled to.
+        reading: How images are read, as in `pack_folder`.
+        values: How masks are read, as in `pack_folder`.
+        samples_per_shard: Number of samples in a shard.
+        progress: Wraps the samples that are examined and written.
+        say: Called with each line about what was decided.
+
+    Returns:
+        Number of samples by split.
+
+    Raises:
+        PackError: If the arrays cannot be packed; says why.
     """
     if layout not in LAYOUTS:
         raise PackError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
@@ -61,11 +83,11 @@ def pack_arrays(
         try:
             survey.look(str(number), Picture(pictures[number]), Picture(targets[number]), reading)
         except ValueError as error:
-            raise PackError(f"{images}: number {number} {error}") from error
+            raise PackError(f"{images}: image {number} {error}") from error
         try:
             seen.add(str(number), values.of(Picture(targets[number])), ignore_label)
         except ValueError as error:
-            raise PackError(f"{masks}: number {number} {error}") from error
+            raise PackError(f"{masks}: mask {number} {error}") from error
     try:
         how = decide_labels(seen, labels, num_classes, ignore_label, values)
     except ValueError as error:
@@ -89,14 +111,25 @@ def pack_arrays(
 
 
 def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
-    """Opens an array of numbers; of a .npz the one under a known key, or the only one; raises PackError."""
+    """Open an array of numbers.
+
+    Args:
+        path: .npy file, which is mapped into memory, or .npz file.
+        keys: Names to look for in a .npz; otherwise its only array is taken.
+
+    Returns:
+        The array, of any shape (*,) and any real dtype.
+
+    Raises:
+        PackError: If the file cannot be read or does not hold real numbers.
+    """
     try:
         with path.open("rb") as stream:
             packed = stream.read(4) == b"PK\3\4"
             array = read_npz(stream, keys, WHOLE) if packed else np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise PackError(f"{path} does not exist") from error
-    # numpy has errors of many kinds for what is no array
+    # numpy raises errors of many kinds for what is not an array.
     except Exception as error:
         raise PackError(f"{path} cannot be read: {error}") from error
     if array.dtype.kind not in "biuf":
@@ -107,7 +140,16 @@ def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
 def read_samples(
     images: np.ndarray, masks: np.ndarray, numbers: list[int], how: Labels, reading: Reading, bands: int | None
 ) -> Iterator[Sample]:
-    """Yields samples by their numbers, brought to `bands`."""
+    """Yield samples by their numbers.
+
+    Args:
+        images: Images (N, H, W, bands).
+        masks: Masks (N, H, W).
+        numbers: Numbers of the samples.
+        how: How mask values become labels.
+        reading: How images are read.
+        bands: Number of bands that every image is resampled to, or None.
+    """
     digits = len(str(len(images) - 1))
     for number in numbers:
         image = image_of(Picture(np.array(images[number])), reading)

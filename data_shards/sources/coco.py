@@ -1,4 +1,4 @@
-"""Packs images with COCO annotations: polygons and run-length masks become label masks, by pycocotools."""
+"""Pack images with COCO annotations: pycocotools draws polygons and run-length masks into label masks."""
 
 import json
 import re
@@ -22,18 +22,26 @@ from deepskip.data_shards.sources.packing import prepared_sample, write_splits
 from deepskip.data_shards.sources.split import SPLITS, PackError, split_stems
 from deepskip.data_shards.survey import Survey
 
-BASENAME = "; where they lie there without what comes before the last part of their names: --by_basename"
-# groups of five bits, low ones first, a bit that says whether more follow; seven of them hold any run
+BASENAME = "; if they lie there under the last part of their names only: --by_basename"
+# Groups of five bits, lowest first, with a bit that says whether more follow; seven groups hold any run.
 RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")
-# outlines may be as long as so many of an image's pixels, and some: pycocotools takes memory for every step
+# Longest outlines, as a multiple of an image's pixels and additional steps: pycocotools takes memory for every step.
 OUTLINE_SHARE, FREE_STEPS = 2, 2**20
-# annotations left out that are named in a line
+# Number of skipped annotations that a message names.
 SKIPPED_SHOWN = 3
 
 
 @dataclass
 class CocoImage:
-    """An image of the file, and its annotations; its stem is the path in the folder without the ending."""
+    """One image of a COCO file.
+
+    Attributes:
+        stem: Its path in the folder of images, without the extension.
+        path: Path of the file.
+        height: Height in pixels, as the COCO file says.
+        width: Width in pixels, as the COCO file says.
+        annotations: Its annotations.
+    """
 
     stem: str
     path: Path
@@ -43,7 +51,7 @@ class CocoImage:
 
     @property
     def key(self) -> str:
-        """Gives the sample's key, in which dots and slashes would have a meaning."""
+        """Return the key of the sample, without dots and slashes, which have a meaning in tar shards."""
         return self.stem.replace("/", "__").replace(".", "_")
 
 
@@ -67,14 +75,35 @@ def pack_coco(
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
-    """Packs a COCO file and its folder of images into splits of `out`; gives samples by split.
+    """Pack a COCO file and its folder of images into splits.
 
-    categories: names, as classes 1, 2, ... (by default all of the file, in the order of their ids, but for one that only names
-    others' group). binary: all of them are one foreground; so they are where there is only one. split_name: all goes into that
-    split, for COCO has a file a split; else by `split` or at random, as in pack_folder. by_basename: images are looked for by
-    the last part of their names. on_bad_annotation: "error", or "skip" to leave out annotations that outline nothing, and list
-    them. reading, say: as in pack_folder. Crowd regions take no part; where objects overlap the smaller one shows.
-    Raises PackError.
+    Crowd regions are ignored. Where objects overlap, the smaller one is visible.
+
+    Args:
+        images: Folder of the images.
+        annotations: The COCO file.
+        out: Folder to make.
+        categories: Names of categories, which become classes 1, 2, ... By default all of the file in the order of their ids,
+            except one that only groups others.
+        binary: Whether all categories become one foreground class; always so if there is only one.
+        split: CSV with columns stem,split, as in `pack_folder`.
+        split_name: Split that all images go into, since COCO has one file for each split.
+        val_share: Share of samples for validation without `split` and `split_name`, 0 to 1.
+        seed: Seed of the random split.
+        bands: Number of bands that every image is resampled to.
+        longest_side: Number of pixels to which the longer side of larger images is shrunk.
+        by_basename: Whether images are looked up by the last part of their names.
+        on_bad_annotation: "error", or "skip" to skip and list annotations without a valid outline.
+        reading: How images are read, as in `pack_folder`.
+        samples_per_shard: Number of samples in a shard.
+        progress: Wraps the images that are examined and written.
+        say: Called with each line about what was decided.
+
+    Returns:
+        Number of samples by split.
+
+    Raises:
+        PackError: If the images cannot be packed; lists the faults.
     """
     if split_name is not None and (split is not None or split_name not in SPLITS):
         raise PackError(
@@ -86,7 +115,7 @@ def pack_coco(
     binary = binary or num_classes == 2
     if not binary and num_classes > IGNORE_INDEX:
         raise PackError(
-            f"{num_classes - 1} categories; a mask holds 254, name those to take or make all one foreground"
+            f"{num_classes - 1} categories; a mask holds 254: choose some with --categories, or use --binary"
         )
     stems = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
     reading, found = examine(pictures, bands, replace(reading, missing=True), on_bad_annotation, progress)
@@ -110,9 +139,19 @@ def pack_coco(
 def read_coco(
     images: Path, annotations: Path, categories: list[str] | None, by_basename: bool
 ) -> tuple[list[CocoImage], dict[int, int], list[str]]:
-    """Reads a COCO file: its images with their annotations, the label of each category id, and what is to be said.
+    """Read a COCO file.
 
-    Raises PackError.
+    Args:
+        images: Folder of the images.
+        annotations: The COCO file.
+        categories: Names of categories, or None for all.
+        by_basename: Whether images are looked up by the last part of their names.
+
+    Returns:
+        The images with their annotations, the label of each category id, and lines about what was decided.
+
+    Raises:
+        PackError: If the file is not valid, or images or categories are missing; lists the faults.
     """
     try:
         raw = json.loads(annotations.read_text())
@@ -130,19 +169,19 @@ def read_coco(
     except FileNotFoundError as error:
         raise PackError(f"{annotations} does not exist") from error
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackError(f"{annotations} is no COCO file of objects: {error!r}") from error
+        raise PackError(f"{annotations} is not a COCO file of objects: {error!r}") from error
     faults = []
     if escaping:
         faults.append(f"file names that lead out of {images}: {listed(escaping)}{BASENAME}")
     for what, given, kept in (("images", raw["images"], found), ("categories", raw["categories"], names)):
         if len(given) != len(kept):
-            faults.append(f"{len(given) - len(kept)} {what} have the id of another")
+            faults.append(f"{len(given) - len(kept)} {what} have the same id as another")
     roots = root_categories(raw["categories"], {category for _, category, _ in objects})
     wanted = categories if categories is not None else [name for name in ordered if name not in roots]
     if not wanted or len(set(wanted)) != len(wanted):
-        faults.append(f"categories must be at least one, and each once: {listed(wanted)}")
+        faults.append(f"there must be at least one category, and each only once: {listed(wanted)}")
     if unknown := [name for name in wanted if name not in names.values()]:
-        faults.append(f"no such categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
+        faults.append(f"unknown categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
     if missing := [str(p.path.name) for p in found.values() if not escaping and not p.path.is_file()]:
         cure = "" if by_basename else BASENAME
         faults.append(f"{len(missing)} images are not in {images}: {listed(sorted(missing))}{cure}")
@@ -163,27 +202,43 @@ def read_coco(
             found[image].annotations.append(entry)
     lines = []
     if categories is None and roots:
-        lines.append(f"left out, for it only names others' group and has no annotations: category {listed(roots)}")
+        lines.append(f"skipped, since it only groups others and has no annotations: category {listed(roots)}")
     if empty := [name for key, name in names.items() if key in numbers and all(c != key for _, c, _ in objects)]:
-        lines.append(f"categories without annotations here, which are classes all the same: {listed(empty)}")
+        lines.append(f"categories without annotations here, which still become classes: {listed(empty)}")
     return list(found.values()), numbers, lines
 
 
 def root_categories(categories: list[dict[str, Any]], used: set[int]) -> list[str]:
-    """Names the categories that no annotation has and that others give as what they belong to."""
+    """Return the names of categories that have no annotations and that other categories name as their supercategory.
+
+    Args:
+        categories: The categories of the COCO file.
+        used: Ids of categories that have annotations.
+    """
     above = {entry.get("supercategory") for entry in categories if entry.get("supercategory") != entry["name"]}
     return [entry["name"] for entry in categories if entry["name"] in above and entry["id"] not in used]
 
 
 def whole(value: Any) -> int:
-    """Gives a size as an integer, which some tools write as 64.0; raises ValueError for what is none."""
+    """Return a size as an integer; some tools write 64.0.
+
+    Raises:
+        ValueError: If it is not a whole number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ValueError(f"size {value!r} is no whole number")
+        raise ValueError(f"size {value!r} is not a whole number")
     return int(value)
 
 
 def path_of(images: Path, name: str, by_basename: bool) -> Path:
-    """Gives the path of an image; by its name's last part, without the code that Label Studio puts before it if need be."""
+    """Return the path of an image.
+
+    Args:
+        images: Folder of the images.
+        name: Name of the image in the COCO file.
+        by_basename: Whether only the last part of the name counts. If there is no such file, the code that Label Studio puts
+            before names is removed.
+    """
     if not by_basename:
         return images / name
     last = PurePosixPath(name.replace("\\", "/")).name
@@ -193,13 +248,13 @@ def path_of(images: Path, name: str, by_basename: bool) -> Path:
 
 
 def stem_of(name: str, by_basename: bool) -> str:
-    """Gives an image's name without its ending, and its folders where they are looked into."""
+    """Return an image's name without its extension, and with `by_basename` also without its folders."""
     path = PurePosixPath(name.replace("\\", "/") if by_basename else name)
     return path.stem if by_basename else str(path.with_suffix(""))
 
 
 def is_inside(name: str) -> bool:
-    """Says whether a relative path stays in its folder."""
+    """Return whether a relative path stays inside its folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
 
@@ -212,7 +267,19 @@ def read_samples(
     bands: int | None,
     longest_side: int | None,
 ) -> Iterator[Sample]:
-    """Yields images as samples, brought to `bands` and `longest_side`; raises PackError that names the file."""
+    """Yield images as samples.
+
+    Args:
+        pictures: The images.
+        numbers: Label of each category id.
+        binary: Whether all categories become label 1.
+        reading: How images are read.
+        bands: Number of bands that every image is resampled to, or None.
+        longest_side: Number of pixels to which the longer side of larger images is shrunk, or None.
+
+    Raises:
+        PackError: If a file cannot be read; names it.
+    """
     for picture in pictures:
         extension, contents = picture.path.suffix[1:].lower(), picture.path.read_bytes()
         with named(picture.path):
@@ -226,9 +293,22 @@ def read_samples(
 def examine(
     pictures: list[CocoImage], bands: int | None, reading: Reading, on_bad_annotation: str, progress: Progress
 ) -> tuple[Reading, list[str]]:
-    """Reads every image once and decides how all are read; gives that and what is to be said.
+    """Read every image once, and decide how all are read.
 
-    Annotations that outline nothing are taken out where on_bad_annotation is "skip". Raises PackError that lists all faults.
+    With on_bad_annotation "skip", annotations without a valid outline are removed from the images.
+
+    Args:
+        pictures: The images.
+        bands: Number of bands that every image is resampled to, or None.
+        reading: How images are read.
+        on_bad_annotation: "error" or "skip".
+        progress: Wraps the images.
+
+    Returns:
+        How images are read, and lines about what was decided.
+
+    Raises:
+        PackError: If images or annotations cannot be used; lists the faults.
     """
     if on_bad_annotation not in ON_BAD_SAMPLE:
         raise PackError(f"on_bad_annotation is {on_bad_annotation!r}; it must be one of {', '.join(ON_BAD_SAMPLE)}")
@@ -252,30 +332,43 @@ def examine(
         picture.annotations = whole_ones
     faults += survey.faults(reading, bands)
     if bad and on_bad_annotation == "error":
-        faults += [*bad[:SHOWN], f"{len(bad)} annotations outline nothing; --on_bad_annotation skip leaves them out"]
+        faults += [*bad[:SHOWN], f"{len(bad)} annotations have no valid outline; --on_bad_annotation skip skips them"]
     if faults:
         raise PackError("\n".join(faults[-2 * SHOWN :]))
     reading, _ = survey.decided(reading, AS_LABELS)
     lines = [
-        f"{len(bad)} annotations are left out: {'; '.join(bad[:SKIPPED_SHOWN])}{' ...' * (len(bad) > SKIPPED_SHOWN)}"
+        f"skipped {len(bad)} annotations: {'; '.join(bad[:SKIPPED_SHOWN])}{' ...' * (len(bad) > SKIPPED_SHOWN)}"
     ] * bool(bad)
     return reading, [*lines, *survey.notes(reading)]
 
 
 def region_of(entry: dict[str, Any], picture: CocoImage) -> Any:
-    """Makes pycocotools' run lengths of an annotation; raises ValueError that names it where it outlines nothing."""
+    """Return pycocotools' run lengths of an annotation.
+
+    Raises:
+        ValueError: If it has no valid outline; names the annotation.
+    """
     try:
         return decode_region(entry.get("segmentation"), picture.height, picture.width)
-    # pycocotools has errors of many kinds for what is no region
+    # pycocotools raises errors of many kinds for invalid regions.
     except Exception as error:
-        raise ValueError(f"has annotation {entry.get('id')} that is no region: {error}") from error
+        raise ValueError(f"has annotation {entry.get('id')} that is not a region: {error}") from error
 
 
 def draw(picture: CocoImage, numbers: dict[int, int], binary: bool) -> np.ndarray:
-    """Draws an image's annotations into labels (height, width) uint8; raises ValueError that names the annotation."""
+    """Draw an image's annotations into labels (height, width) uint8.
+
+    Args:
+        picture: The image.
+        numbers: Label of each category id.
+        binary: Whether all categories become label 1.
+
+    Raises:
+        ValueError: If an annotation has no valid outline; names it.
+    """
     size = picture.height, picture.width
     crowd = np.zeros(size, bool)
-    # run lengths, since a mask of each object of a large picture would take all memory
+    # Objects are kept as run lengths: a mask for each object of a large picture would take too much memory.
     objects: list[tuple[int, Any, int]] = []
     for entry in picture.annotations:
         region = region_of(entry, picture)
@@ -285,32 +378,41 @@ def draw(picture: CocoImage, numbers: dict[int, int], binary: bool) -> np.ndarra
             area = int(pycocotools.mask.area(region))
             objects.append((area, region, 1 if binary else numbers[entry["category_id"]]))
     mask = np.where(crowd, IGNORE_INDEX, 0).astype(np.uint8)
-    # large ones first: small objects are the point
+    # Large objects first, so that small ones stay visible.
     for _, region, label in sorted(objects, key=lambda item: -item[0]):
         mask[pycocotools.mask.decode(region).astype(bool)] = label
     return mask
 
 
 def decode_region(segmentation: Any, height: int, width: int) -> Any:
-    """Makes pycocotools' run lengths of polygons, or of run lengths compressed or not; raises ValueError."""
+    """Return pycocotools' run lengths of polygons, or of run lengths, compressed or not.
+
+    Args:
+        segmentation: The "segmentation" of a COCO annotation.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+
+    Raises:
+        ValueError: If it is not a valid region of an image of this size.
+    """
     size = [height, width]
     if isinstance(segmentation, dict):
         if list(map(whole, segmentation["size"])) != size:
-            raise ValueError(f"of size {segmentation['size']}, its image {size}")
+            raise ValueError(f"its size is {segmentation['size']}, but its image has {size}")
         counts = segmentation["counts"]
         lengths = run_lengths(counts) if isinstance(counts, str) else counts
-        # pycocotools returns whatever lay in memory where the runs end early
+        # If the runs end early, pycocotools returns uninitialised memory.
         if min(lengths, default=0) < 0 or sum(lengths) != height * width:
             raise ValueError(f"its runs are negative or cover {sum(lengths)} pixels of {height * width}")
         return segmentation if lengths is not counts else pycocotools.mask.frPyObjects(segmentation, height, width)
     if not segmentation:
         raise ValueError("it has no outline, only a box")
-    # a polygon that is in no list
+    # A single polygon that is not in a list.
     if isinstance(segmentation, list) and all(isinstance(value, int | float) for value in segmentation):
         segmentation = [segmentation]
     if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-        raise ValueError("a polygon is x, y of at least three points")
-    # pycocotools takes memory for every step along an outline: a point far away or nan takes all there is
+        raise ValueError("a polygon needs x, y of at least three points")
+    # pycocotools takes memory for every step along an outline: a distant point or nan would take all of it.
     far = 2 * max(size)
     if not all(-far <= value <= far for value in chain.from_iterable(segmentation)):
         raise ValueError(f"it has points far outside its image of {height} x {width}")
@@ -322,15 +424,19 @@ def decode_region(segmentation: Any, height: int, width: int) -> Any:
 
 
 def outline_length(polygon: list[float]) -> float:
-    """Computes the length of a polygon's outline in pixels, along rows and columns."""
+    """Compute the length of a polygon's outline in pixels, along rows and columns."""
     points = np.asarray(polygon, float).reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).sum())
 
 
 def run_lengths(text: str) -> list[int]:
-    """Reads COCO's compressed run lengths, to check them before pycocotools trusts them; raises ValueError."""
+    """Decode COCO's compressed run lengths, so that they can be checked before pycocotools uses them.
+
+    Raises:
+        ValueError: If the text is cut off or has an invalid character.
+    """
     if not RUNS.fullmatch(text):
-        raise ValueError("its compressed runs are cut off or hold a strange character")
+        raise ValueError("its compressed runs are cut off or hold an invalid character")
     lengths: list[int] = []
     value = shift = 0
     for byte in text.encode():
@@ -341,7 +447,7 @@ def run_lengths(text: str) -> list[int]:
             continue
         if bits & 16:
             value -= 1 << shift
-        # from the fourth on they are differences to the one before the last
+        # From the fourth run on, values are differences to the run before the last.
         lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
         value = shift = 0
     return lengths

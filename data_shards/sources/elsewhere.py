@@ -1,9 +1,9 @@
-"""Files of images that are not read here: what they are, and the one command that converts each."""
+"""Image files that are not read here: what they are, and one command that converts each kind."""
 
 from collections import Counter
 from pathlib import Path
 
-# each runs in the folder of the files, with the library that it names
+# Each command runs in the folder of the files, with the library that it names.
 CONVERT = {
     ".nii": (
         "NIfTI", "nibabel",
@@ -27,12 +27,12 @@ CONVERT = {
     ),
 }  # fmt: skip
 ALIKE = {".gz": ".nii", ".hdf5": ".h5", ".hdf": ".h5", ".he5": ".h5", ".img": ".hdr", ".dat": ".hdr", ".bil": ".hdr"}
-# what Pillow opens
+# Formats that Pillow opens.
 PICTURES = (".webp", ".jp2", ".heic", ".ppm", ".pgm", ".tga", ".avif")
 
 
 def kind_of(path: Path) -> str:
-    """Names what a path is that is not read: its ending, "hidden files", "folders"."""
+    """Return what an unread path is: its extension, "hidden files" or "folders"."""
     if path.name.startswith("."):
         return "hidden files"
     if path.is_dir():
@@ -40,24 +40,29 @@ def kind_of(path: Path) -> str:
     return (
         "".join(path.suffixes[-2:]).lower()
         if path.name.endswith(".nii.gz")
-        else path.suffix.lower() or "without ending"
+        else path.suffix.lower() or "without extension"
     )
 
 
 def how_to_convert(others: Counter[str], folder: Path) -> str:
-    """Says how the most frequent kind of file that is known and not read is converted; nothing where there is none."""
+    """Return how to convert the most frequent known kind of unread files, as text for a message; empty without one.
+
+    Args:
+        others: Number of unread files of each kind.
+        folder: Folder of the files.
+    """
     for kind, count in others.most_common():
         ending = "." + kind.rsplit(".", 1)[-1]
         known = CONVERT.get(ALIKE.get(ending, ending))
         if known is not None:
             name, library, code = known
             return (
-                f"\nits {count} {kind} files may be {name}. As .npy (height, width, bands) they are read: "
+                f"\nits {count} {kind} files may be {name}. To convert them to .npy (height, width, bands): "
                 f'pip install {library}; cd {folder} && python -c "{code}"'
             )
         if ending in PICTURES:
             return (
-                f'\nits {count} {kind} files are read as PNG: cd {folder} && python -c "from PIL import Image; import glob; '
+                f'\nto convert its {count} {kind} files to PNG: cd {folder} && python -c "from PIL import Image; import glob; '
                 f"[Image.open(f).save(f.rsplit('.', 1)[0] + '.png') for f in glob.glob('*{ending}')]\""
             )
     return ""

@@ -1,4 +1,4 @@
-"""Packs a folder of images and a folder of masks, paired by file stem."""
+"""Pack a folder of images and a folder of masks, paired by file stem."""
 
 import re
 from collections import Counter
@@ -23,7 +23,13 @@ from deepskip.data_shards.survey import Survey, foreground_note
 
 @dataclass(frozen=True)
 class Pair:
-    """An image's files, one or a channel each, and its mask file; one .npz may be both."""
+    """The files of one sample.
+
+    Attributes:
+        stem: Stem that its files share.
+        images: Image files, one, or one for each channel.
+        mask: Mask file; one .npz may be both image and mask.
+    """
 
     stem: str
     images: tuple[Path, ...]
@@ -51,15 +57,37 @@ def pack_folder(
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
-    """Packs images and masks into out/train, out/val and, where the split has one, out/test; gives samples by split.
+    """Pack images and masks into out/train, out/val and, if the split has one, out/test.
 
-    split: CSV with columns stem,split; without one, val_share of the images, drawn from seed, are for validation.
-    labels: "binary" (anything but 0 is foreground), "classes" (values are labels), "auto" (binary where the masks hold a
-    single value beside 0). num_classes: as the model's; found from the masks by default. ignore_label: mask value that takes
-    no part. bands, longest_side: what every image is brought to. mask_suffix: what mask stems end with beyond the image's.
-    channel_suffix: what the files of an image's channels end with: "_0000" for that and those that count up from it, or a list
-    "_red,_green". reading, values: how images and masks are read. progress: wraps what is gone through. say: is told what was
-    done, a line for each group of files. Splits that were packed from the same files are left as they are. Raises PackError.
+    Splits that were packed from the same files with the same options are not changed.
+
+    Args:
+        images: Folder of the images.
+        masks: Folder of the masks; may be the same.
+        out: Folder to make.
+        split: CSV with columns stem,split; without it, `val_share` of the images are drawn for validation.
+        val_share: Share of images for validation without `split`, 0 to 1.
+        seed: Seed of the random split.
+        labels: Meaning of mask values. "binary": every value other than 0 is foreground. "classes": values are labels.
+            "auto": binary if the masks hold only one value other than 0, else classes.
+        num_classes: Number of classes of the model; taken from the masks by default.
+        ignore_label: Mask value that is ignored.
+        bands: Number of bands that every image is resampled to.
+        longest_side: Number of pixels to which the longer side of larger images is shrunk.
+        mask_suffix: What follows the image's stem in the mask's stem.
+        channel_suffix: Suffixes of the files of an image's channels: "_0000" for that and those that count up from it, or a
+            list "_red,_green".
+        reading: How images are read.
+        values: How masks are read.
+        samples_per_shard: Number of samples in a shard.
+        progress: Wraps the pairs that are examined and the samples that are written.
+        say: Called with each line about what was decided for which group of files.
+
+    Returns:
+        Number of samples by split.
+
+    Raises:
+        PackError: If the files cannot be packed; lists the faults.
     """
     pairs, lines = pair_files(images, masks, mask_suffix, channel_suffix)
     by_stem = {pair.stem: pair for pair in pairs}
@@ -86,7 +114,20 @@ def pack_folder(
 def pair_files(
     images: Path, masks: Path, mask_suffix: str = "", channel_suffix: str = ""
 ) -> tuple[list[Pair], list[str]]:
-    """Pairs the files of two folders by stem, and says what else lies there; raises PackError for what has no other half."""
+    """Pair the files of two folders by stem.
+
+    Args:
+        images: Folder of the images.
+        masks: Folder of the masks; may be the same.
+        mask_suffix: What follows the image's stem in the mask's stem.
+        channel_suffix: Suffixes of the files of an image's channels, as in `pack_folder`.
+
+    Returns:
+        The pairs in order of their stems, and lines about files that are skipped.
+
+    Raises:
+        PackError: If there are no images, or files without their counterpart; lists them.
+    """
     together = same_place(images, masks) and mask_suffix != ""
     channels = channel_suffix.split(",") if "," in channel_suffix else [channel_suffix]
     found_images: dict[str, tuple[Path, ...]] = {}
@@ -124,12 +165,17 @@ def pair_files(
 
 
 def same_place(one: Path, other: Path) -> bool:
-    """Says whether two paths are of one folder."""
+    """Return whether two paths are the same folder."""
     return one.exists() and other.exists() and one.samefile(other)
 
 
 def split_channel(stem: str, channels: list[str]) -> tuple[str, str]:
-    """Gives a file's stem without the ending of its channel, and that ending; of others the stem and nothing."""
+    """Return a file's stem without the suffix of its channel, and that suffix; without one, the stem and "".
+
+    Args:
+        stem: Stem of the file.
+        channels: List of suffixes, or a single one that the others count up from.
+    """
     if len(channels) > 1:
         ending = next((each for each in channels if stem.endswith(each)), "")
     else:
@@ -143,7 +189,16 @@ def split_channel(stem: str, channels: list[str]) -> tuple[str, str]:
 
 
 def in_order(stem: str, files: dict[str, Path], channels: list[str]) -> tuple[Path, ...]:
-    """Puts an image's files in the order of its channels; raises PackError where one is missing."""
+    """Return an image's files in the order of its channels.
+
+    Args:
+        stem: Stem of the image, for messages.
+        files: File of each channel by suffix.
+        channels: List of suffixes, or a single one that the others count up from.
+
+    Raises:
+        PackError: If a channel is missing, or the suffix does not end in digits.
+    """
     if channels == [""]:
         return tuple(files.values())
     wanted = channels
@@ -161,46 +216,54 @@ def in_order(stem: str, files: dict[str, Path], channels: list[str]) -> tuple[Pa
 
 
 def guess(images: Iterable[str], masks: Iterable[str], mask_suffix: str) -> str:
-    """Names the ending that masks have and images have not, where there is one."""
+    """Return a hint at the suffix that masks have and images do not, as text for a message; empty without one."""
     few, many = sorted(images)[:200], sorted(masks)[:2000]
     endings = Counter(m[len(i) :] for i in few for m in many if m.startswith(i) and len(m) > len(i))
     endings = Counter({ending: count for ending, count in endings.items() if not re.fullmatch("[0-9]+", ending)})
     if mask_suffix or not endings:
         return ""
-    return f"; where masks are called by their images: --mask_suffix {endings.most_common(1)[0][0]}"
+    return f"; if mask names continue those of their images: --mask_suffix {endings.most_common(1)[0][0]}"
 
 
 def guess_channels(masks: Iterable[str], images: Iterable[str]) -> str:
-    """Names the ending of channels where an image's files are those of a mask with numbers behind."""
+    """Return a hint at the suffix of channels, if images are named like masks plus a number; empty without one."""
     for mask in sorted(masks)[:5]:
         behind = [image[len(mask) :] for image in images if image.startswith(mask)]
         if endings := sorted(each for each in behind if re.fullmatch(r"_[0-9]+", each)):
-            return f"; where an image's channels are files of their own: --channel_suffix {endings[0]}"
+            return f"; if each channel of an image is a file of its own: --channel_suffix {endings[0]}"
     return ""
 
 
 def list_files(folder: Path, others: Counter[str]) -> list[Path]:
-    """Lists the images of a folder, and counts what else is there by its kind; raises PackError for a missing folder."""
+    """Return the images in a folder, and count other files by kind.
+
+    Args:
+        folder: The folder.
+        others: Number of other files by kind, which is extended.
+
+    Raises:
+        PackError: If the folder does not exist.
+    """
     if not folder.is_dir():
-        raise PackError(f"{folder} is no folder")
+        raise PackError(f"{folder} is not a folder")
     files = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() or path.name.startswith(".") or path.suffix[1:].lower() not in EXTENSIONS:
             others[kind_of(path)] += 1
         elif not path.is_file():
-            trouble.passed_over(path, "no file" if path.exists() else "a link to nothing")
+            trouble.passed_over(path, "not a file" if path.exists() else "a link to nothing")
         else:
             files.append(path)
     return files
 
 
 def said_of_others(others: Counter[str]) -> list[str]:
-    """Says what was left out, by kind."""
+    """Return a line about skipped files, by kind, or none."""
     if not others:
         return []
     listed_kinds = [f"{count} {kind}" for kind, count in others.most_common(12)]
     more = f" and {len(others) - 12} kinds more" if len(others) > 12 else ""
-    return [f"left out, since they are none of {', '.join(EXTENSIONS)}: {', '.join(listed_kinds)}{more}"]
+    return [f"skipped, since they are not {', '.join(EXTENSIONS)}: {', '.join(listed_kinds)}{more}"]
 
 
 def examine(
@@ -213,9 +276,23 @@ def examine(
     values: Values,
     progress: Progress = no_progress,
 ) -> tuple[Labels, Reading, list[str]]:
-    """Reads every pair once and decides how all are read and what mask values mean; says so in lines.
+    """Read every pair once, and decide how all are read and what mask values mean.
 
-    Raises PackError that lists all that cannot be packed.
+    Args:
+        pairs: The pairs.
+        labels: "auto", "binary" or "classes".
+        num_classes: Number of classes of the model, or None.
+        ignore_label: Mask value that is ignored, or None.
+        bands: Number of bands that every image is resampled to, or None.
+        reading: How images are read.
+        values: How masks are read.
+        progress: Wraps the pairs.
+
+    Returns:
+        How mask values become labels, how images are read, and lines about what was decided.
+
+    Raises:
+        PackError: If files cannot be packed; lists the faults.
     """
     faults: list[str] = []
     survey, seen, values = Survey(), Seen(), replace(values, ignore=ignore_label)
@@ -246,33 +323,48 @@ def examine(
 def read_samples(
     pairs: list[Pair], how: Labels, reading: Reading, bands: int | None, longest_side: int | None
 ) -> Iterator[Sample]:
-    """Yields the pairs as samples, brought to `bands` and `longest_side`."""
+    """Yield the pairs as samples.
+
+    Args:
+        pairs: The pairs.
+        how: How mask values become labels.
+        reading: How images are read.
+        bands: Number of bands that every image is resampled to, or None.
+        longest_side: Number of pixels to which the longer side of larger images is shrunk, or None.
+
+    Raises:
+        PackError: If a file cannot be read; names it.
+    """
     for pair in pairs:
         picture, mask = read_pair(pair)
         image = image_of(picture, reading)
         stored = None
-        # its own file goes in where whoever reads it sees the same
+        # The image's own file is stored if readers of the shard will see the same image in it.
         if len(pair.images) == 1 and pair.images[0] != pair.mask and is_read_as(picture, image):
             stored = (pair.images[0].suffix[1:].lower(), pair.images[0].read_bytes())
         labels = how.apply(how.values.of(mask))
-        # a dot in a key would end it, for every WebDataset reader
+        # For every WebDataset reader, a key ends at its first dot.
         yield prepared_sample(pair.stem.replace(".", "_"), image, labels, stored, bands, longest_side)
 
 
 def is_read_as(picture: Picture, image_HWC: np.ndarray) -> bool:
-    """Says whether a file is read as this image where nothing is said of how to read it."""
+    """Return whether a file is read as the image (H, W, bands) with default options."""
     if not picture.alpha and picture.orientation == 1 and picture.nodata is None:
         return image_HWC.dtype.kind != "f" or not np.isnan(image_HWC).any()
     try:
         default = image_of(picture, Reading(missing=True), image_HWC.shape[2])
-    # of nan that only an option names
+    # The image has nan, which only an option declares as no data.
     except ValueError:
         return False
     return default.dtype == image_HWC.dtype and np.array_equal(default, image_HWC, equal_nan=default.dtype.kind == "f")
 
 
 def read_pair(pair: Pair) -> tuple[Picture, Picture]:
-    """Reads an image and its mask as their files have them; raises PackError that names the file."""
+    """Read an image and its mask as their files store them.
+
+    Raises:
+        PackError: If a file cannot be read; names it.
+    """
     pictures = []
     for path in pair.images:
         with named(path):
@@ -286,20 +378,31 @@ def read_pair(pair: Pair) -> tuple[Picture, Picture]:
 
 
 def stacked(pictures: list[Picture]) -> Picture:
-    """Makes one picture of an image's channels; raises ValueError where they do not fit each other."""
+    """Stack an image's channels into one picture.
+
+    Args:
+        pictures: Channels, (H, W) or (H, W, bands) each.
+
+    Raises:
+        ValueError: If they differ in size, orientation, no-data value or in whether 0 is white.
+    """
     arrays = [image_of(each, Reading("drop", "ignore")) if each.alpha else each.array for each in pictures]
     flat = [array if array.ndim == 3 else array[..., None] for array in arrays]
     if len({array.shape[:2] for array in flat}) > 1:
         raise ValueError(f"has channels of sizes {', '.join(sorted({str(a.shape[:2]) for a in flat}))} (height, width)")
     said = {(each.orientation, each.white_is_zero, each.nodata) for each in pictures}
     if len(said) > 1:
-        raise ValueError("has channels that differ in orientation, nodata value or in whether 0 is white")
+        raise ValueError("has channels that differ in orientation, no-data value or in whether 0 is white")
     return replace(pictures[0], array=np.concatenate(flat, axis=2), alpha=())
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Puts a file's name before what is said to be wrong with it in a block, as a PackError."""
+    """Convert a ValueError in a block to a PackError whose message begins with a file's path.
+
+    Raises:
+        PackError: If the block raises a ValueError.
+    """
     try:
         yield
     except PackError:

@@ -1,4 +1,4 @@
-"""What all sources do last: bring a sample to its size, and write each split."""
+"""Last steps of all sources: resize a sample, and write each split."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -27,10 +27,18 @@ def prepared_sample(
     bands: int | None,
     longest_side: int | None,
 ) -> Sample:
-    """Makes a sample brought to `bands` and `longest_side`; None leaves as it is.
+    """Return a sample resampled to `bands` and shrunk to `longest_side`.
 
-    Where no band of the image has a value (nan) the mask is labelled ignored. stored_image: the image's own file as
-    (extension, bytes). It goes in where nothing was done to the image: no second loss from JPEG, no growth.
+    The image's own file is stored if the image was not changed: no second loss from JPEG, and no growth. Where no band of the
+    image has a value (nan), the mask is labelled ignored.
+
+    Args:
+        key: Key of the sample.
+        image_HWC: Image (H, W, bands).
+        mask_HW: Labels (H, W).
+        stored_image: Extension and contents of the image's own file, or None.
+        bands: Number of bands that the image is resampled to; None keeps its bands.
+        longest_side: Number of pixels to which the longer side of a larger image is shrunk; None keeps its size.
     """
     image, mask = image_HWC, mask_HW
     if bands is not None:
@@ -56,11 +64,28 @@ def write_splits(
     samples_per_shard: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Writes the members of each split into out/SPLIT and gives samples by split.
+    """Write the members of each split into out/SPLIT.
 
-    read: makes the samples of members. files_of, options: what the shards are made of; a split that was packed from the same
-    is left as it is. bands, longest_side: what images are brought to, for the index; nodata: value named for none.
-    Raises PackError.
+    A split that was packed from the same files with the same options is not changed.
+
+    Args:
+        parts: Members by split.
+        out: Folder to make.
+        read: Yields the samples of members.
+        files_of: Returns the files that members are made of, for the fingerprint.
+        options: Options that determine the shards, for the fingerprint.
+        num_classes: 1 for binary, else the number of classes with background.
+        bands: Number of bands that images are resampled to, for the index.
+        longest_side: Longest side that images are shrunk to, for the index.
+        nodata: No-data value that the user named, for the index.
+        samples_per_shard: Number of samples in a shard.
+        progress: Wraps the samples.
+
+    Returns:
+        Number of samples by split.
+
+    Raises:
+        PackError: If a split exists with other contents, or a sample cannot be written.
     """
     preparation: dict[str, Any] = {"bands": bands, "longest_side": longest_side}
     if nodata is not None:
@@ -82,6 +107,6 @@ def write_splits(
 
 
 def fingerprint(files: list[Path], *options: Any) -> str:
-    """Gives a digest of files, by name, size and time of change, and of what is made of them."""
+    """Return a digest of files, by name, size and modification time, and of the options of packing."""
     seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((seen, options)).encode()).hexdigest()

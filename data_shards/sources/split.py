@@ -1,4 +1,4 @@
-"""Which sample goes into which split: by a file, or drawn at random."""
+"""Assign samples to splits, by a file or at random."""
 
 import csv
 import random
@@ -11,16 +11,33 @@ SPLITS = ("train", "val", "test")
 
 
 class PackError(ValueError):
-    """Images and masks that do not make a data set; lists the files at fault."""
+    """Images and masks that do not make a data set; the message lists the files at fault."""
 
 
 def split_stems(stems: list[str], split: Path | None, val_share: float, seed: int) -> dict[str, list[str]]:
-    """Sorts stems into splits, by a CSV of columns stem,split, or val_share of them at random; raises PackError."""
+    """Assign stems to splits.
+
+    Args:
+        stems: Stems of the samples.
+        split: CSV with columns stem,split, or None for a random split.
+        val_share: Share of stems for validation in a random split, 0 to 1.
+        seed: Seed of the random split.
+
+    Returns:
+        Stems by split.
+
+    Raises:
+        PackError: If the CSV does not fit the stems, or `val_share` leaves a split empty.
+    """
     return read_split(split, stems) if split else draw_split(stems, val_share, seed)
 
 
 def read_split(path: Path, stems: list[str]) -> dict[str, list[str]]:
-    """Reads stem,split and sorts stems by it; raises PackError for unknown or missing stems and names of splits."""
+    """Read a CSV with columns stem,split, and return the stems by split.
+
+    Raises:
+        PackError: If the file is missing or has wrong columns, or stems or splits are missing, repeated or unknown.
+    """
     if not path.is_file():
         raise PackError(f"the split file {path} does not exist")
     with path.open(newline="") as file:
@@ -47,7 +64,11 @@ def read_split(path: Path, stems: list[str]) -> dict[str, list[str]]:
 
 
 def draw_split(stems: list[str], val_share: float, seed: int) -> dict[str, list[str]]:
-    """Draws val_share of the stems, at least one, for validation; the rest is for training."""
+    """Draw val_share of the stems, at least one, for validation; the others are for training.
+
+    Raises:
+        PackError: If one of the two splits would be empty.
+    """
     if not 0 < val_share < 1 or len(stems) < 2:
         raise PackError(f"val_share is {val_share} of {len(stems)} images; it must leave one for train and one for val")
     drawn = random.Random(seed).sample(range(len(stems)), min(len(stems) - 1, max(1, round(val_share * len(stems)))))
@@ -59,9 +80,16 @@ def draw_split(stems: list[str], val_share: float, seed: int) -> dict[str, list[
 
 
 def read_colours(path: Path) -> tuple[tuple[int, int, int, int], ...]:
-    """Reads color,label: red, green, blue and label of each row, "#ff0000,1"; raises PackError that names the row."""
+    """Read a CSV with columns color,label, such as "#ff0000,1".
+
+    Returns:
+        Red, green, blue and label of each row.
+
+    Raises:
+        PackError: If the file is missing or has wrong columns, or a row is not valid; names the row.
+    """
     if not path.is_file():
-        raise PackError(f"the file of colours {path} does not exist")
+        raise PackError(f"the colour file {path} does not exist")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if not reader.fieldnames or not {"color", "label"} <= set(reader.fieldnames):
@@ -70,10 +98,10 @@ def read_colours(path: Path) -> tuple[tuple[int, int, int, int], ...]:
         for number, row in enumerate(reader, 2):
             colour, label = (row["color"] or "").strip().removeprefix("#"), (row["label"] or "").strip()
             if not re.fullmatch("[0-9a-fA-F]{6}", colour) or not re.fullmatch("[0-9]{1,3}", label) or int(label) > 255:
-                raise PackError(f"{path} has in line {number} {row['color']},{row['label']}; a row is #ff0000,1")
+                raise PackError(f"{path}, line {number}: {row['color']},{row['label']} is not a row such as #ff0000,1")
             red, green, blue = bytes.fromhex(colour)
             if found.setdefault((red, green, blue), int(label)) != int(label):
-                raise PackError(f"{path} gives #{colour} two labels, in line {number} again")
+                raise PackError(f"{path} gives #{colour} two labels, the second in line {number}")
     if not found:
         raise PackError(f"{path} has no rows")
     return tuple((*colour, label) for colour, label in found.items())

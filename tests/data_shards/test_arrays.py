@@ -56,13 +56,13 @@ def test_npz_and_a_split_file_and_the_command_line(tmp_path: Path) -> None:
     [
         (np.zeros((2, 4, 4, 3)), np.zeros((3, 4, 4)), {}, r"has \(2, 4, 4, 3\) .*y\.npy \(3, 4, 4\)"),
         (np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), {}, "they must be NHWC and"),
-        (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), 0.5), {}, "number 0 holds values that are no integers"),
+        (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), 0.5), {}, "mask 0 holds values that are not integers"),
         (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), -1), {}, r"labels below 0 in 0 \(-1\).* --ignore_label -1"),
         (
             np.zeros((2, 4, 4, 3)),
             np.full((2, 4, 4), np.inf),
             {},
-            "number 0 holds labels of dtype float64 that are too large",
+            "mask 0 holds labels of dtype float64 that are too large",
         ),
         (np.zeros((2, 4, 4, 0)), np.zeros((2, 4, 4)), {}, r"has \(2, 4, 4, 0\)"),
         (np.full((2, 4, 4, 3), np.nan), np.zeros((2, 4, 4)), {}, "has values that are nan or infinite"),

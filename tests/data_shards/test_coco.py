@@ -114,7 +114,7 @@ def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, 
         (lambda c: c["images"][0].update(height=21), r"the mask of a is 21 x 30 \(height x width\), its image 20 x 30"),
         (lambda c: c["annotations"][0].update(image_id=9), "1 annotations of images that .* does not have: 1"),
         (lambda c: c["annotations"][0].update(category_id=9), "category ids that .* does not have: 9"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), r"a\.png has annotation 1 that is no region"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), r"a\.png has annotation 1 that is not a region"),
         (region({"size": [20, 30], "counts": [5, 5]}), "runs are negative or cover 10 pixels of 600"),
         (region({"size": [20, 30], "counts": [-5, 10, 595]}), "runs are negative"),
         (region({"size": [20, 30], "counts": "55"}), "runs are negative or cover 10 pixels of 600"),
@@ -122,12 +122,12 @@ def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, 
         (region([[float("nan"), 1, 5, 1, 5, 5]]), "points far outside its image of 20 x 30"),
         (region([[1e9, 1, 5, 1, 5, 5]]), "points far outside"),
         (region([]), "no outline, only a box"),
-        (lambda c: c["images"][1].update(id=0), "1 images have the id of another"),
+        (lambda c: c["images"][1].update(id=0), "1 images have the same id as another"),
         (
             lambda c: c.update(categories=[{"id": i, "name": f"n{i}"} for i in range(255)]),
             "255 categories; a mask holds 254",
         ),
-        (lambda c: c.pop("annotations"), "is no COCO file of objects: KeyError"),
+        (lambda c: c.pop("annotations"), "is not a COCO file of objects: KeyError"),
         (lambda c: c.update(images=[]), "has no images"),
     ],
 )
@@ -139,7 +139,7 @@ def test_faults_are_named(tmp_path: Path, coco: dict[str, Any], change: Any, mes
 
 
 def test_no_such_category_or_file(tmp_path: Path, coco: dict[str, Any]) -> None:
-    with pytest.raises(PackError, match="no such categories: boat; there are cell, dust"):
+    with pytest.raises(PackError, match="unknown categories: boat; there are cell, dust"):
         pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", categories=["boat"])
     with pytest.raises(PackError, match="does not exist"):
         pack_coco(tmp_path / "images", tmp_path / "none.json", tmp_path / "out")
@@ -192,8 +192,8 @@ def test_what_other_tools_write(tmp_path: Path, coco: dict[str, Any]) -> None:
     found = masks(tmp_path / "out" / "train")
     np.testing.assert_array_equal(found["a"], expected)
     assert not found["sub__b_c"].any()
-    assert "left out, for it only names others' group and has no annotations: category cells" in said
-    assert any(line.startswith("4 annotations are left out: ") for line in said)
+    assert "skipped, since it only groups others and has no annotations: category cells" in said
+    assert any(line.startswith("skipped 4 annotations: ") for line in said)
     # one that is asked for by name is a class
     pack_coco(
         tmp_path / "images", path, tmp_path / "two", split_name="train", on_bad_annotation="skip",

@@ -151,7 +151,7 @@ def test_instance_numbers_are_told_from_classes(tmp_path: Path) -> None:
         pack_folder(images, masks, tmp_path / "out")
     for i in range(2):
         picture(masks, f"a.{i}.png", (np.arange(12 * (10 + i)).reshape(12, 10 + i) % 22).astype(np.uint8))
-    with pytest.raises(PackError, match="masks have 21 values beside 0: where they number objects, --labels binary"):
+    with pytest.raises(PackError, match="masks have 21 values other than 0: if they number objects, --labels binary"):
         pack_folder(images, masks, tmp_path / "out")
     for labels, classes in (("classes", 22), ("binary", 1)):
         packed = pack_folder(images, masks, tmp_path / labels, labels=labels)
@@ -194,7 +194,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stopped:
         main(["pack", "folder", "--images", str(images), "--masks", str(masks), "--out", str(out), "--bands", "1"])
     assert stopped.value.code == 2
-    assert "train is there already" in capsys.readouterr().err
+    assert "train exists already" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the development data sets are not on this machine")

@@ -181,7 +181,7 @@ def test_a_tile_that_holds_a_larger_image_than_its_place(compression: str) -> No
 
 
 def test_a_tile_whose_size_cannot_be_seen() -> None:
-    with pytest.raises(ValueError, match="tiles of LERC, whose size cannot be seen"):
+    with pytest.raises(ValueError, match="tiles of LERC, whose size cannot be determined"):
         decode_image("tif", tif(random(20, 20), compression="lerc"))
 
 
@@ -229,7 +229,7 @@ def test_masks() -> None:
     three[0, 0, 1] += 1
     for array, message in (
         (three, "not of colours"),
-        (labels - 0.5, "no integers"),
+        (labels - 0.5, "not integers"),
         (labels.astype(int) + 2**31, "too large"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -141,7 +141,7 @@ def damage_empty_file(data: bytes) -> bytes:
         (damage_cut_in_data, "is cut off or damaged"),
         (damage_cut_between_members, "is cut off after 1 samples: it has no end mark"),
         (damage_cut_in_header, "is cut off after 1 samples"),
-        (damage_zeroed_header, r"is damaged: after 1 samples there is no header at byte \d+, yet data go on"),
+        (damage_zeroed_header, r"is damaged: after 1 samples there is no header at byte \d+, but data follow"),
         (damage_garbage, "is damaged: after 1 samples there is no header"),
         (damage_gzip, "is a gzip file"),
         (damage_not_a_tar, "is cut off or damaged"),
@@ -177,7 +177,7 @@ def test_a_damaged_shard_is_named_or_left_out(
         ([("bad.jpg", encoded(picture(9), "JPEG")), ("bad.png", encoded(picture(8)[..., 0], "PNG"))],
          r"the mask of bad is 8 x 8 \(height x width\), its image 9 x 9"),
         ([("bad.jpg", b"import os"), ("bad.png", encoded(picture(8)[..., 0], "PNG"))], "bad: the jpg file does not decode"),
-        (members(["k0"]), "k0: the key is in a.tar too"),
+        (members(["k0"]), "k0: the key is also in a.tar"),
         ([], "b.tar holds no samples"),
     ],
 )  # fmt: skip
@@ -194,7 +194,7 @@ def test_links_and_special_files_are_refused(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", [("k.jpg", b""), ("k.png", b"")], type=tarfile.SYMTYPE, linkname="/etc/passwd")
     found = scan_tar(tmp_path / "a.tar", "a.tar")
     assert found.samples == {}
-    assert [(fault.key, fault.reason[:25]) for fault in found.bad] == [("k", "its .jpg is no plain file")]
+    assert [(fault.key, fault.reason[:29]) for fault in found.bad] == [("k", "its .jpg is not a plain file")]
     path = tar(tmp_path / "b.tar", [("../../../etc/k.jpg", b"x"), ("/abs/k.jpg", b"x")])
     # such names are keys and nothing else: no file is ever made of them
     assert list(scan_tar(path, "b.tar").samples) == ["../../../etc/k", "/abs/k"]

@@ -140,7 +140,7 @@ def test_tries_are_used_up(tmp_path: Path, http: tuple[str, dict[str, int]]) -> 
     failures["left"] = 0
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{url}/none")
-    with pytest.raises(StorageError, match="no URL that files can be at"):
+    with pytest.raises(StorageError, match="not a URL that files can be at"):
         storage.read_bytes("nonsense://x/y")
 
 

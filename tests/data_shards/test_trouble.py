@@ -22,13 +22,13 @@ def behind(error: BaseException) -> BaseException:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "the disk is full at /runs/a. Make room, and"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full. Make room, and"),
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "the disk is full at /runs/a. Free some space, and"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full. Free some space, and"),
         (
             OSError(errno.EROFS, "Read-only file system", "/x"),
             "nothing can be written at /x: the file system is read-only.",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "permission denied at /x. Give this user the right"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "permission denied at /x. Give this user the permission"),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "too many files are open at /x: this process may have"),
         (MemoryError(), "there is not enough memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "there is not enough memory"),
@@ -40,10 +40,10 @@ def behind(error: BaseException) -> BaseException:
 )
 def test_what_a_machine_is_short_of_is_said_whatever_it_led_to(error: BaseException, said: str) -> None:
     for found in (error, behind(error)):
-        text = trouble.in_words(found, "it goes on")
+        text = trouble.in_words(found, "it resumes")
         assert text is not None
         assert text.startswith(said)
-        assert text.endswith(", and it goes on.")
+        assert text.endswith(", and it resumes.")
 
 
 def test_other_errors_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_other_errors_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as ended, trouble.told():
         raise OSError(errno.ENOSPC, "No space left on device")
     assert ended.value.code == trouble.STATUS
-    assert capsys.readouterr().err == "error: the disk is full. Make room, and the same command goes on.\n"
+    assert capsys.readouterr().err == "error: the disk is full. Free some space, and the same command resumes.\n"
 
 
 def test_pipes_and_links_in_a_folder_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_pipes_and_links_in_a_folder_are_passed_over(tmp_path: Path, capsys: pyt
     assert found == ["a.png", "again/b.png", "deep/b.png"]
     said = capsys.readouterr().err
     assert said.count("a link back to a folder that it is in") == 4
-    assert f"{tmp_path / 'pipe.png'} is passed over: it is no file" in said
-    assert f"{tmp_path / 'gone.png'} is passed over: it is a link to nothing" in said
+    assert f"skipped {tmp_path / 'pipe.png'}: it is " in said
+    assert f"skipped {tmp_path / 'gone.png'}: it is a link to nothing" in said
     assert [path.stem for path in list_files(tmp_path, Counter())] == ["a"]
-    assert "pipe.png is passed over" in capsys.readouterr().err
+    assert "pipe.png: it is not a file" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_a_store_that_is_away_is_no_empty_one(s3: Any, monkeypatch: pytest.Monke
         CheckpointWriter("s3://nowhere/run", 2) as writer,
     ):
         writer.save({"step": 2})
-    with pytest.raises(OSError, match="is no URL that files can be at"):
+    with pytest.raises(OSError, match="is not a URL that files can be at"):
         storage.read_bytes("nonsense://x/y")
 
 

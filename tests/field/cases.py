@@ -132,7 +132,7 @@ def white_is_zero_of_8_bits(root: Path) -> None:
         tifffile.imwrite(path.with_suffix(".tif"), 255 - made[1] * 255, photometric="miniswhite")
 
     made = write(root, mask=mask)
-    with pytest.raises(PackError, match=r"says that 0 is white.*--white_is_zero invert.*--white_is_zero keep"):
+    with pytest.raises(PackError, match=r"declares that 0 is white.*--white_is_zero invert.*--white_is_zero keep"):
         packed(root)
     equal_masks(packed(root, values=Values("invert"))[0], made)
     found, said = packed(root, values=Values("keep"))
@@ -163,7 +163,7 @@ def probabilities(root: Path) -> None:
         np.save(path.with_suffix(".npy"), made[1] * 0.8 + 0.1)
 
     made = write(root, mask=mask)
-    with pytest.raises(PackError, match=r"no integers.*--threshold 0\.5"):
+    with pytest.raises(PackError, match=r"not integers.*--threshold 0\.5"):
         packed(root)
     equal_masks(packed(root, values=Values(threshold=0.5))[0], made)
 
@@ -190,7 +190,7 @@ def turned_images(root: Path) -> None:
 
     made = write(root / "half", image)
     with pytest.raises(
-        PackError, match=r"4 images are turned by their EXIF.*--orientation apply.*--orientation ignore"
+        PackError, match=r"4 images have an EXIF or TIFF orientation.*--orientation apply.*--orientation ignore"
     ):
         packed(root / "half")
     for word, turn in (("ignore", 0), ("apply", 2)):
@@ -203,14 +203,14 @@ def turned_images(root: Path) -> None:
     # a quarter turn shows in the size
     made = write(root / "quarter", lambda path, found: image(path, found, 6))
     found, said = packed(root / "quarter")
-    assert "4 images are left as stored" in said
+    assert "4 images are read as stored" in said
     assert all(pixels[made[key][1] == 1].mean() > 150 for key, (pixels, _) in found.items())
     made = write(
         root / "shown", lambda path, found: image(path, found, 6),
         lambda path, found: Image.fromarray(np.rot90(found[1] * 255, -1)).save(path.with_suffix(".png")),
     )  # fmt: skip
     found, said = packed(root / "shown")
-    assert "4 images are turned as their EXIF" in said
+    assert "4 images are rotated by their EXIF" in said
     assert all(pixels[mask == 1].mean() > 150 for pixels, mask in found.values())
 
 
@@ -232,7 +232,7 @@ def contrast(pixels: np.ndarray, mask: np.ndarray, mean: np.ndarray, std: np.nda
 def nodata(root: Path) -> None:
     made = write(root, lambda path, found: gap(path, found, True), width=100)
     found, said = packed(root)
-    assert "nodata, as the files say: -9999 in 4 images" in said
+    assert "no data, as declared by the files: -9999 in 4 images" in said
     for key, (pixels, mask) in found.items():
         assert (mask[:, :24] == 255).all()
         np.testing.assert_array_equal(mask[:, 24:], made[key][1][:, 24:])
@@ -251,7 +251,7 @@ def nodata_without_a_tag(root: Path) -> None:
     write(root, lambda path, found: gap(path, found, False), width=100)
     found, said = packed(root)
     assert found["0"][0].min() == -9999
-    assert "warning: -9999 in 4 images looks as if it stood for no value" in said
+    assert "warning: -9999 in 4 images looks like a no-data value" in said
     found, said = packed(root, reading=Reading(nodata=-9999))
     assert "warning" not in said
     assert (found["0"][1][:, :24] == 255).all()
@@ -353,7 +353,7 @@ def other_files(root: Path) -> None:
     (root / "i" / "more").mkdir()
     found, said = packed(root)
     assert len(found) == 4
-    assert "left out" in said
+    assert "skipped, since" in said
     for words in ("2 .xml", "1 .txt", "1 hidden files", "1 folders"):
         assert words in said
 

@@ -55,10 +55,10 @@ def test_a_folder_of_all_of_it_is_summed_up(tmp_path: Path, capsys: pytest.Captu
     )
     said = capsys.readouterr().out
     for words in (
-        "left out, since they are none of", "2 .xml", "1 .nii.gz", "1 hidden files", "1 folders",
-        "transparency of 1 images is dropped", "1 of 8 images say that 0 is white",
-        "nodata, as the files say: -9999 in 3 images", "of all pixels have no value",
-        "warning: -9999 in 3 images looks as if it stood for no value",
+        "skipped, since they are not", "2 .xml", "1 .nii.gz", "1 hidden files", "1 folders",
+        "transparency of 1 images is dropped", "1 of 8 images declare that 0 is white",
+        "no data, as declared by the files: -9999 in 3 images", "of all pixels have no value",
+        "warning: -9999 in 3 images looks like a no-data value",
     ):  # fmt: skip
         assert words in said
     assert len(said.splitlines()) < 30
