@@ -51,10 +51,10 @@ def cut_back(descriptor: int) -> int:
     """Truncate a file after its last line feed.
 
     Args:
-        descriptor: of the file, open for reading and writing.
+        descriptor: file descriptor, open for reading and writing.
 
     Returns:
-        The size of the file then, bytes.
+        The size of the truncated file, bytes.
     """
     size = end = os.fstat(descriptor).st_size
     while end and os.pread(descriptor, 1, end - 1) != b"\n":
