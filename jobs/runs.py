@@ -84,7 +84,7 @@ def claim(
 
     Args:
         folder_of_runs: folder that holds the runs.
-        name: name of the run; None takes `stem`, with a number if runs with other settings have that name.
+        name: name of the run; None takes `stem`, with a number if another run has that name.
         stem: default name.
         config: settings of the training by section.
         data: digest of each split; None if the data is not packed yet.

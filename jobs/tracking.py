@@ -38,7 +38,7 @@ from deepskip.jobs.journal import read_measured
 from deepskip.jobs.settings import flatten
 
 VARIABLE = "MLFLOW_TRACKING_URI"
-# seconds that a request may take, and a request that a training needs to start
+# seconds that a request may take; START_SECONDS is for requests that a training needs to start
 TIMEOUT, SECONDS, START_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", "10", "30"
 DATABASE = "mlflow.db"
 # name of the model in its run

@@ -135,8 +135,8 @@ def check_network(config: Config, bands: int, num_classes: int) -> None:
         stop(str(error))
     if config.run.compile != "none" and networks.brings_loss(network):
         stop(
-            f"run.compile is {config.run.compile}; {config.model.network} has its own loss, which cannot be compiled: "
-            "set it to none"
+            f"run.compile is {config.run.compile}, but {config.model.network} has its own loss, which cannot be compiled; "
+            "set run.compile to none"
         )
 
 
