@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = read_grid(sys.argv[1:] if argv is None else argv)
     every = list(cells(grid))
     if faults := [fault for cell in every if (fault := done_otherwise(cell, grid))]:
-        stop("\n".join([*faults[:20], "choose another --out, or remove the cells that should run again"]))
+        stop("\n".join([*faults[:20], "choose another --out, or remove the folders of the cells to run again"]))
     left = [cell for cell in every if not is_done(cell, grid) and (grid.only is None or cell.network in grid.only)]
     print(f"{len(every)} cells, {len(every) - len(left)} done or not selected", flush=True)
     failed = 0

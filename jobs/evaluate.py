@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             save_figure(figure, folder / name)
         runs.write_json(folder / REPORT, runs.without_nan(result))
     except (BadSample, BrokenShard, storage.StorageError) as error:
-        stop(f"{error}\nset on_bad_sample: skip to skip such samples")
+        stop(f"{error}\nwith on_bad_sample: skip, such samples are skipped and listed in the report")
     except OSError as error:
         stop(f"out is {folder}: {error}")
     print_result(result)

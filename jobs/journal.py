@@ -85,7 +85,7 @@ def whole_lines(path: Path) -> list[tuple[int, Any]]:
     size = path.stat().st_size
     with storage.opened(path, os.O_RDWR) as file:
         if torn := size - cut_back(file.fileno()):
-            print(f"{path}: removed its incomplete last line ({torn} bytes)", flush=True)
+            print(f"{path}: removed the incomplete last line ({torn} bytes)", flush=True)
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:

@@ -36,7 +36,7 @@ class EvaluateConfig:
     device: str | None = None
     """cpu, cuda, cuda:1, ...; null takes a GPU if there is any, else the CPU"""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """what a sample that cannot be used does: error ends the evaluation, skip skips the sample and lists it in the report"""
+    """what to do with a sample that cannot be used: error ends the evaluation, skip lists it in the report and continues"""
     cache_dir: str = storage.DEFAULT_CACHE
     """folder for copies of remote shards"""
     cache_gb: float = setting(50.0, 0)

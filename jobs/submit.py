@@ -44,7 +44,7 @@ class SubmitError(RuntimeError):
 
 
 class Screen:
-    """Formats the output of a job: progress lines overwrite each other on a terminal, and are thinned out elsewhere.
+    """Display of a job's output: progress lines overwrite each other on a terminal, and are thinned out elsewhere.
 
     All other lines are unchanged.
 

@@ -210,7 +210,7 @@ def system_metrics(run_id: str) -> Iterator[None]:
 
 
 class Tracker:
-    """Sends events to an MLflow run in order; what the server does not accept is kept and sent again.
+    """Sender of events to an MLflow run, in order; what the server does not accept is kept and sent again.
 
     After `start` a thread sends the events, so that `take` never waits for a server; without `start` the caller calls
     `send`. Only one thread sends at a time: that thread, and after its end `finish`.

@@ -68,7 +68,7 @@ def test_a_torn_last_line_is_cut_off_and_said(
 ) -> None:
     path = made(tmp_path, journal.MEASURED, GOOD.encode() + left)
     claim(tmp_path).lock.close()
-    assert f"{path}: removed its incomplete last line ({cut} bytes)" in capsys.readouterr().out
+    assert f"{path}: removed the incomplete last line ({cut} bytes)" in capsys.readouterr().out
     assert path.read_text() == GOOD
     # what is added by one who has not looked does not join it either
     path.write_bytes(GOOD.encode() + left)
