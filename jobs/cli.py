@@ -1,4 +1,4 @@
-"""The command `deepskip`, and `python -m deepskip`: one for everything. No --help of it loads torch."""
+"""The command line `deepskip` and `python -m deepskip`: one entry point for all commands. No --help imports torch."""
 
 import importlib
 import os
@@ -9,34 +9,34 @@ from typing import NoReturn
 from deepskip.cluster.settings import past_proxies
 from deepskip.data_shards import trouble
 
-# command: (where its settings are, what it does)
+# each command has a place where its settings are, and a line for the help
 TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
         "pack": ("data", "make WebDataset shards of images and masks"),
-        "index": ("data", "make the index of shards that others wrote"),
+        "index": ("data", "write the index of existing shards"),
         "verify": ("data", "compare shards with their index and decode every sample"),
-        "info": ("data", "counts, sizes, bands, class balance, object sizes"),
-        "preview": ("data", "a picture of some samples with their masks outlined"),
-        "order": ("data", "which samples a rank takes in which step"),
+        "info": ("data", "print counts, sizes, bands, class balance and object sizes"),
+        "preview": ("data", "draw some samples with their masks outlined"),
+        "order": ("data", "print which samples a rank takes in which step"),
     },
     "models": {
-        "train": ("", "train, on a Ray of its own or on the cluster at RAY_ADDRESS; with --local in this process"),
-        "evaluate": ("jobs.options:EvaluateConfig", "measure a trained model: metrics, by object size, worst samples"),
+        "train": ("", "train with Ray, started here or at RAY_ADDRESS; with --local in this process"),
+        "evaluate": ("jobs.options:EvaluateConfig", "measure a trained model: metrics, scores by size, worst samples"),
         "predict": ("jobs.options:PredictConfig", "segment images of any number and size"),
         "export": ("jobs.options:ExportConfig", "write ONNX, torch.export and a model card"),
-        "serve": ("jobs.serving.settings:ServeConfig", "answer images over HTTP"),
-        "compare": ("jobs.comparison.grid:Grid", "train and test networks beside one another"),
+        "serve": ("jobs.serving.settings:ServeConfig", "serve a trained model over HTTP"),
+        "compare": ("jobs.comparison.grid:Grid", "train, test and compare networks"),
     },
     "machines": {
-        "cluster": ("cluster", "a Ray head on this machine: up, down, status"),
-        "submit": ("submit", "hand any of train, evaluate, predict, export, serve, compare to `ray job submit`"),
+        "cluster": ("cluster", "start or stop a Ray head on this machine: up, down, status"),
+        "submit": ("submit", "run train, evaluate, predict, export, serve or compare as a Ray job"),
     },
 }
 COMMANDS = {name: found for commands in TOPICS.values() for name, found in commands.items()}
-# what commands of deepskip.data_shards are called here
+# commands that have another name in deepskip.data_shards
 DATA_NAMES = {"order": "plan"}
 HELP = ("-h", "--help")
-# by the extra that brings them
+# packages by the extra that installs them
 EXTRAS = {
     "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "torchmetrics", "webdataset"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
@@ -45,7 +45,15 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; its exit status is that of this."""
+    """Run one command; a command that fails raises SystemExit with its exit status.
+
+    Args:
+        argv: command-line arguments without the program's name; None takes those of the process.
+
+    Raises:
+        SystemExit: status 2 if the command is unknown, or if it needs a package of an extra that is not installed.
+        ModuleNotFoundError: a package is missing that belongs to no extra.
+    """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in HELP:
         print(overview())
@@ -75,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: str, rest: list[str]) -> None:
-    """Run a command with its words."""
+    """Run a known command with its arguments.
+
+    Args:
+        command: a key of COMMANDS.
+        rest: the arguments after the command.
+    """
     where, _ = COMMANDS[command]
     if where in ("data", "cluster", "submit"):
         module = {"data": "data_shards.command_line", "cluster": "cluster.__main__", "submit": "jobs.submit"}[where]
@@ -90,7 +103,7 @@ def run(command: str, rest: list[str]) -> None:
 
 
 def overview() -> str:
-    """Return what there is, by topic."""
+    """Return the help text that lists all commands by topic."""
     lines = ["usage: deepskip COMMAND ...      deepskip COMMAND --help explains every setting", ""]
     for topic, commands in TOPICS.items():
         lines.append(f"{topic}:")
@@ -100,17 +113,29 @@ def overview() -> str:
 
 
 def refuse(command: str) -> NoReturn:
-    """End the program for a command that there is not."""
+    """Print that a command is unknown, with the closest known commands, and exit.
+
+    Args:
+        command: the unknown command.
+
+    Raises:
+        SystemExit: always, with status 2.
+    """
     import difflib
 
     close = difflib.get_close_matches(command, COMMANDS, n=2)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    print(f"error: there is no command {command!r}{hint}; deepskip --help lists all", file=sys.stderr)
+    print(f"error: unknown command {command!r}{hint}; deepskip --help lists all", file=sys.stderr)
     raise SystemExit(2)
 
 
 def show_help(command: str, where: str) -> None:
-    """Print the settings of a command."""
+    """Print the settings of a command.
+
+    Args:
+        command: a key of COMMANDS.
+        where: module and class of its settings, as "module:Class"; not used for train.
+    """
     from deepskip.jobs import settings
 
     if command == "train":
@@ -121,7 +146,14 @@ def show_help(command: str, where: str) -> None:
 
 
 def train(words: list[str]) -> None:
-    """Train: `deepskip train DATA ...` is `--data.path DATA`; a job on Ray, or with --local, or torchrun, in this process."""
+    """Train on Ray, or in this process with --local or under torchrun.
+
+    Args:
+        words: command-line arguments; a first one without a leading dash is the value of --data.path.
+
+    Raises:
+        SystemExit: with the exit status of the job, if the training ran on Ray.
+    """
     if words and not words[0].startswith("-"):
         words = ["--data.path", *words]
     if "--local" in words or "TORCHELASTIC_RUN_ID" in os.environ:

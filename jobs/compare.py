@@ -1,7 +1,7 @@
-"""The comparison: a grid of ordinary trainings, of networks on categories of data with seeds, each tested once.
+"""Compare networks: a grid of ordinary trainings over networks, categories of data and seeds, each tested once.
 
-Every cell is a training as `jobs.train --local` runs it, then `deepskip evaluate` on the test split; the same command goes on
-where it stopped. What comes of it are OUT/cells.csv, table.md and figure.svg.
+Every cell is a training as `jobs.train --local` runs it, then `deepskip evaluate` on the test split. Running the same
+command again resumes an interrupted comparison. The results are OUT/cells.csv, table.md and figure.svg.
 """
 
 import os
@@ -27,19 +27,34 @@ RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 def check(argv: list[str]) -> None:
-    """Ends the program with `error:` lines where the grid cannot be."""
+    """Validate the settings of a comparison.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if the grid is invalid.
+    """
     read_grid(argv)
 
 
 @trouble.told()
 def main(argv: list[str] | None = None) -> None:
-    """Runs the grid, or what is left of it; exit status 1 where cells failed."""
+    """Run the cells of the grid that are not done, and write the table of all results.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: always. Status 0 if no cell failed and 1 if one did; 2 for invalid settings, and for cells in `out`
+            that were trained or tested with other settings.
+    """
     grid = read_grid(sys.argv[1:] if argv is None else argv)
     every = list(cells(grid))
     if faults := [fault for cell in every if (fault := done_otherwise(cell, grid))]:
-        stop("\n".join([*faults[:20], "name another --out, or remove what should be done again"]))
+        stop("\n".join([*faults[:20], "choose another --out, or remove the folders of the cells to run again"]))
     left = [cell for cell in every if not is_done(cell, grid) and (grid.only is None or cell.network in grid.only)]
-    print(f"{len(every)} cells, {len(every) - len(left)} done or left out", flush=True)
+    print(f"{len(every)} cells, {len(every) - len(left)} done or not selected", flush=True)
     failed = 0
     for number, (cell, fault) in enumerate(outcomes(left, grid), 1):
         failed += fault is not None
@@ -53,12 +68,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_done(cell: Cell, grid: Grid) -> bool:
-    """Tells whether a cell is trained and tested."""
+    """Return whether a cell is trained and tested."""
     return (cell.folder / TEST / evaluate.REPORT).is_file()
 
 
 def done_otherwise(cell: Cell, grid: Grid) -> str | None:
-    """Says in what a cell that is there differs from the grid's; None where in nothing."""
+    """Return how an existing cell differs from the grid's settings.
+
+    Args:
+        cell: a cell of the grid.
+        grid: the settings of the comparison.
+
+    Returns:
+        The first difference as a message, or None if there is none.
+    """
     reason = runs.reason_against(
         cell.folder, runs.read_json(cell.folder / runs.RECORD), asdict(cell.config), grow=False
     )
@@ -72,7 +95,15 @@ def done_otherwise(cell: Cell, grid: Grid) -> str | None:
 
 
 def outcomes(left: list[Cell], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
-    """Runs cells, on Ray or as processes of this machine, and yields each with what went wrong, or None, as it ends."""
+    """Run cells, on Ray or as processes of this machine, and yield each as it ends.
+
+    Args:
+        left: cells to run.
+        grid: the settings of the comparison.
+
+    Yields:
+        The cell and its error message, None if it succeeded.
+    """
     if not left:
         return
     make_experiments(left, grid)
@@ -86,7 +117,7 @@ def outcomes(left: list[Cell], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
         for future in as_completed(started):
             yield started[future], future.result()
     finally:
-        # a grid that is stopped begins no further cell, and leaves none behind
+        # a comparison that is stopped starts no further cell and leaves no process behind
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(RUNNING):
             process.terminate()
@@ -94,7 +125,17 @@ def outcomes(left: list[Cell], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
 
 
 def make_experiments(left: list[Cell], grid: Grid) -> None:
-    """Makes the MLflow database and experiments of cells, which several processes cannot make at once."""
+    """Create the MLflow database and the experiments of cells before the cells start.
+
+    Several processes cannot create them at the same time. Without MLflow nothing is created.
+
+    Args:
+        left: cells to run.
+        grid: the settings of the comparison.
+
+    Raises:
+        SystemExit: status 2 if a tracking server cannot be used.
+    """
     if find_spec("mlflow") is None:
         return
     from deepskip.jobs import tracking
@@ -108,14 +149,21 @@ def make_experiments(left: list[Cell], grid: Grid) -> None:
 
 
 def run_cell(file: Path) -> str | None:
-    """Runs one cell in a process of its own, whose output goes beside its run; returns what went wrong, or None."""
+    """Run one cell in a separate process, whose output is appended to cell.log next to its run.
+
+    Args:
+        file: the cell's JSON file, as `write_cell` wrote it.
+
+    Returns:
+        The error message, or None if the cell succeeded.
+    """
     log = file.with_name(LOG)
     with log.open("a") as output:
         begin = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "deepskip.jobs.comparison.cell", str(file)],
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            # a grid that ends, however, leaves no training behind
+            # however the comparison ends, no training keeps running
             preexec_fn=end_with_parent(),
         )  # fmt: skip
         RUNNING.add(process)
@@ -125,12 +173,23 @@ def run_cell(file: Path) -> str | None:
         return None
     said = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("error:")] or said
-    return f"exit status {status}, {errors[-1] if errors else 'nothing said'} ({log})"
+    return f"exit status {status}, {errors[-1] if errors else 'no output'} ({log})"
 
 
 def over_ray(left: list[Cell], files: list[Path], grid: Grid) -> Iterator[tuple[Cell, str | None]]:
-    """Runs cells as Ray tasks; a task whose machine is lost is started again, and its training goes on."""
-    # ray reads it when it is imported
+    """Run cells as Ray tasks, and yield each as it ends.
+
+    If a task's machine is lost, Ray retries the task and its training resumes.
+
+    Args:
+        left: cells to run.
+        files: the JSON file of each cell.
+        grid: the settings of the comparison.
+
+    Yields:
+        The cell and its error message, None if it succeeded.
+    """
+    # Ray reads these variables when it is imported
     for name, value in of_loopback(os.environ.get("RAY_ADDRESS")).items():
         os.environ.setdefault(name, value)
     import ray

@@ -1,4 +1,4 @@
-"""Measures a trained model on any shards: metrics, objects by size, thresholds, classes, and the samples it does worst on."""
+"""Evaluate a trained model on any shards: metrics, scores by object size, thresholds, classes and the worst samples."""
 
 import csv
 import heapq
@@ -35,13 +35,23 @@ from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
 
 REPORT = "report.json"
-# longest side of the pictures of the worst samples, pixels
+# longest side of the worst samples' pictures, pixels
 PICTURE_SIDE = 512
 
 
 @dataclass
 class Scores:
-    """What an evaluation has added up so far; worst: a heap of (-IoU, pixels in question, number, picture)."""
+    """Running totals of an evaluation.
+
+    Attributes:
+        metrics: pixel and object metrics.
+        sizes: scores by object size.
+        curve: precision and recall by threshold.
+        confusion: pixel counts by true and predicted label, (V, V) int64; V is 2 for a binary task.
+        worst: heap of (-IoU, pixels of foreground in mask or prediction, minus the image's number, row and picture).
+        bad: reports of the skipped samples.
+        images: number of images that were scored.
+    """
 
     metrics: SegmentationMetrics
     sizes: SizeScores
@@ -53,14 +63,31 @@ class Scores:
 
 
 def check(argv: list[str]) -> None:
-    """Ends the program with `error:` lines where the settings are wrong, or there is no such model or data."""
+    """Validate the settings, and that the model and the data exist and fit each other.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if something is wrong; NotHere if the model or the data is missing.
+    """
     config = read_settings(argv)
     open_data(config, Predictor(find(config).state))
 
 
 @trouble.told()
 def main(argv: list[str] | None = None) -> None:
-    """Evaluates; the report is in a folder of its own, whole, when the exit status is 0."""
+    """Evaluate a model on a split and write the report into a folder.
+
+    The file report.json is written last. If it exists, the folder is complete.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: status 2 for invalid settings, a missing model or data, bad samples, and a folder that cannot be
+            written.
+    """
     config = read_settings(sys.argv[1:] if argv is None else argv)
     found = find(config)
     model = Predictor(found.state, flips=config.flips)
@@ -69,13 +96,13 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         stop(f"device is {config.device!r}: {str(error).splitlines()[0]}")
     shards = open_data(config, model)
-    # a report with flips does not take the place of one without
+    # a report with flips does not replace one without
     split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")
     folder = config.out or Path("evaluations") / found.title / split
     absolute(str(folder), "out")
     started = time.perf_counter()
     try:
-        # every file but the report itself first: with it the folder is whole
+        # report.json is written last: if it exists, the folder is complete
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT).unlink(missing_ok=True)
         with table(folder / "samples.csv") as add_row:
@@ -86,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             save_figure(figure, folder / name)
         runs.write_json(folder / REPORT, runs.without_nan(result))
     except (BadSample, BrokenShard, storage.StorageError) as error:
-        stop(f"{error}\non_bad_sample: skip leaves such samples out")
+        stop(f"{error}\nwith on_bad_sample: skip, such samples are skipped and listed in the report")
     except OSError as error:
         stop(f"out is {folder}: {error}")
     print_result(result)
@@ -96,24 +123,44 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_settings(argv: list[str]) -> EvaluateConfig:
-    """Reads and checks the settings; bad ones end the program."""
+    """Read and validate the settings.
+
+    Args:
+        argv: command-line arguments.
+
+    Returns:
+        The settings of the evaluation.
+
+    Raises:
+        SystemExit: status 2 if they are invalid; 0 after --help.
+    """
     config = parse_settings("evaluate", EvaluateConfig, argv)
     faults = []
     edges = config.size_edges
     if any(edge < 1 for edge in edges) or edges != sorted(set(edges)):
-        faults.append(f"size_edges is {edges}; it must be areas of 1 pixel or more that ascend")
+        faults.append(f"size_edges is {edges}; it must be areas of 1 pixel or more in ascending order")
     if faults:
         stop("\n".join(faults))
     return config
 
 
 def default_device() -> str:
-    """Gives a GPU where there is one."""
+    """Return "cuda" if torch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find(config: EvaluateConfig) -> models.Found:
-    """Finds the model, or ends the program."""
+    """Find the model that the settings name.
+
+    Args:
+        config: the settings of the evaluation.
+
+    Returns:
+        The model.
+
+    Raises:
+        NotHere: there is no such model.
+    """
     try:
         return models.find(config.model, config.tracking_uri)
     except models.ModelNotFound as error:
@@ -121,33 +168,60 @@ def find(config: EvaluateConfig) -> models.Found:
 
 
 def open_data(config: EvaluateConfig, model: Predictor) -> Shards:
-    """Opens the shards; ends the program where there are none, or they do not fit the model."""
+    """Open the shards, and warn if they were prepared differently from the training data.
+
+    Args:
+        config: the settings of the evaluation.
+        model: the model to evaluate; its validation split is used if the settings name no data.
+
+    Returns:
+        The shards of one split, with samples that are not normalized.
+
+    Raises:
+        NotHere: there are no shards.
+        SystemExit: status 2 if the shards cannot be read, hold no samples, or do not fit the bands and classes of the
+            model.
+    """
     path = config.data or storage.join(model.state["config"]["data"]["path"], "val")
     cache = storage.Cache(Path(config.cache_dir), int(config.cache_gb * 1e9))
     try:
-        # the model normalises by itself
+        # the model normalizes its input itself
         shards = Shards(path, "none", num_classes=model.num_classes, on_bad_sample=config.on_bad_sample, cache=cache)
     except (MissingIndex, BrokenIndex, storage.StorageError) as error:
         stop(f"data is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     index = shards.index
     if (index.bands, index.num_classes) != (model.bands, model.num_classes):
         stop(
-            f"data is {path}, of {index.bands} bands and num_classes {index.num_classes}; "
-            f"the model takes {model.bands} bands and gives {model.num_classes}"
+            f"data is {path}, with {index.bands} bands and num_classes {index.num_classes}; "
+            f"the model takes {model.bands} bands and has num_classes {model.num_classes}"
         )
     if index.num_samples == 0:
         stop(f"data is {path}: it holds no samples")
     if model.preparation and index.preparation != model.preparation:
         print(
             f"warning: {path} was packed with {index.preparation}, the training data with {model.preparation}: "
-            "objects have other sizes in pixels, or bands another meaning",
+            "object sizes in pixels, or the meaning of bands, may differ",
             file=sys.stderr,
         )
     return shards
 
 
 def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: Any) -> Scores:
-    """Goes through the shards once, an image at a time; add_row takes each one's scores."""
+    """Score each image of the shards once, one image at a time.
+
+    Args:
+        config: the settings of the evaluation.
+        model: the model to evaluate.
+        shards: the split.
+        add_row: called with the scores of each image, as `add` returns them.
+
+    Returns:
+        The totals over all images.
+
+    Raises:
+        SystemExit: status 2 if no sample can be used.
+        BadSample: a sample cannot be used, and config.on_bad_sample is "error".
+    """
     index = shards.index
     scores = Scores(
         SegmentationMetrics(model.num_classes, index.ignore_index),
@@ -181,7 +255,20 @@ def add(
     labels_HW: np.ndarray,
     worst: int,
 ) -> dict[str, Any]:
-    """Adds one image to the scores, and gives its own."""
+    """Add one image to the totals and return its own scores.
+
+    Args:
+        scores: totals, updated in place.
+        key: key of the sample.
+        image: the image as it is stored, (bands, height, width).
+        mask_HW: true labels, (H, W) uint8.
+        p_VHW: probabilities, (V, H, W) float32.
+        labels_HW: predicted labels, (H, W) uint8.
+        worst: number of worst samples to keep with a picture.
+
+    Returns:
+        A row of samples.csv: key, size and pixel counts of the image, and its IoU, nan without any foreground.
+    """
     ignore_index = scores.curve.ignore_index
     scores.metrics.update(torch.from_numpy(labels_HW).long(), torch.from_numpy(mask_HW).long())
     scores.sizes.update(labels_HW, mask_HW, ignore_index)
@@ -200,7 +287,7 @@ def add(
         "predicted_pixels": int((counted & (labels_HW != 0)).sum()),
         "right_pixels": right,
     }
-    # where nothing is and nothing is seen there is nothing to show
+    # an image without foreground in mask and prediction has nothing to show
     if either and worst:
         entry = (-iou, either, -scores.images)
         if len(scores.worst) < worst or entry > scores.worst[0][:3]:
@@ -213,7 +300,16 @@ def add(
 def describe(
     config: EvaluateConfig, found: models.Found, model: Predictor, shards: Shards, scores: Scores, seconds: float
 ) -> dict[str, Any]:
-    """Makes the report."""
+    """Return the report of an evaluation, for report.json.
+
+    Args:
+        config: the settings of the evaluation.
+        found: the model as it was found.
+        model: the model as it was evaluated.
+        shards: the split.
+        scores: the totals over all images.
+        seconds: duration of the evaluation, seconds.
+    """
     curves = scores.curve.compute()
     metrics = scores.metrics.compute()
     right = scores.confusion.diagonal().astype(np.float64)
@@ -251,7 +347,13 @@ def describe(
 
 
 def threshold_scores(curve: Curve) -> dict[str, Any]:
-    """Gives of a curve its average precision, its best threshold with the scores there, and some hundred points."""
+    """Return a class's average precision, its best threshold with the scores there, and its curve.
+
+    The curve has every eighth of the 1024 thresholds.
+
+    Args:
+        curve: scores of one foreground class by threshold.
+    """
     best = curve.best
     names = ("precision", "recall", "f1", "iou")
     return {
@@ -263,12 +365,20 @@ def threshold_scores(curve: Curve) -> dict[str, Any]:
 
 
 def worst_first(scores: Scores) -> list[dict[str, Any]]:
-    """Orders the samples that are shown."""
+    """Return rows and pictures of the worst samples, the lowest IoU first."""
     return [entry[3] for entry in sorted(scores.worst, key=lambda entry: entry[:3], reverse=True)]
 
 
 def draw(scores: Scores, ignore_index: int) -> dict[str, Figure]:
-    """Draws the figures, by the names of their files."""
+    """Draw the figures of the report.
+
+    Args:
+        scores: the totals over all images.
+        ignore_index: label of pixels that do not count.
+
+    Returns:
+        Figures by the names of their files.
+    """
     curves = scores.curve.compute()
     names = ["foreground"] if len(curves) == 1 else [f"class {place + 1}" for place in range(len(curves))]
     pictures = {
@@ -285,14 +395,21 @@ def draw(scores: Scores, ignore_index: int) -> dict[str, Figure]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a picture, whole or not at all."""
+    """Write a figure as PNG, completely or not at all."""
     with storage.written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 @contextmanager
 def table(path: Path) -> Iterator[Any]:
-    """Gives what appends a row to a CSV file, which has its name when the block ends well."""
+    """Open a CSV file for writing, which gets its name only if the block succeeds.
+
+    Args:
+        path: the file; the folders above it are created.
+
+    Yields:
+        A function that writes one row, a dict; the keys of the first row are the header.
+    """
     with storage.written_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer: Any = None
 
@@ -307,7 +424,7 @@ def table(path: Path) -> Iterator[Any]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Prints the report's numbers."""
+    """Print the numbers of a report."""
     data, threshold = result["data"], result["threshold"]
     at = f", threshold {threshold:g}" if threshold is not None else ""
     at += ", flips" if result["flips"] else ""
@@ -329,12 +446,20 @@ def print_result(result: dict[str, Any]) -> None:
             f"{report.number(size['iou'], '.3f'):>6}  {size['false_alarms']:>12}".replace("undefined", "     -")
         )
     if data["bad_samples"]:
-        print(f"\nwarning: {len(data['bad_samples'])} samples were left out; the report lists them", file=sys.stderr)
+        print(f"\nwarning: {len(data['bad_samples'])} samples were skipped; the report lists them", file=sys.stderr)
     print()
 
 
 def track(config: EvaluateConfig, found: models.Found, split: str, result: dict[str, Any], folder: Path) -> None:
-    """Logs the report to MLflow; a server that is away costs a warning, the report is in its folder."""
+    """Log the report to MLflow, or print a warning if MLflow does not accept it.
+
+    Args:
+        config: the settings of the evaluation.
+        found: the model, which knows the MLflow run of its training.
+        split: name of the split, with "-flips" for an evaluation with flips.
+        result: the report.
+        folder: folder of the report, whose files are logged as artifacts.
+    """
     from deepskip.jobs import tracking
 
     name = re.sub(r"[^\w.-]", "-", split)
@@ -345,17 +470,17 @@ def track(config: EvaluateConfig, found: models.Found, split: str, result: dict[
             values[f"eval-{name}/{which}{key}"] = scores[key]
     run_id = found.run_id if config.track == "same" else None
     if config.track == "same" and run_id is None:
-        print("the model knows no MLflow run of its training: the report goes into a new one")
+        print("the model has no MLflow run of its training; the report is logged to a new run")
     try:
         run_id = tracking.log_report(
             found.tracking_uri, run_id, config.experiment, f"{found.title}-on-{name}", asdict(config), values,
             result["model"]["step"] or 0, folder, f"evaluations/{name}",
         )  # fmt: skip
         print(f"MLflow: run {run_id} at {found.tracking_uri}")
-    # requests, sqlalchemy and mlflow each have their own errors
+    # requests, sqlalchemy and mlflow raise different errors
     except Exception as error:
         print(
-            f"warning: MLflow at {found.tracking_uri} did not take the report: {tracking.in_short(error)}",
+            f"warning: MLflow at {found.tracking_uri} did not accept the report: {tracking.in_short(error)}",
             file=sys.stderr,
         )
 

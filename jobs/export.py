@@ -1,4 +1,4 @@
-"""Exports a trained model to ONNX and torch.export, checks the files against PyTorch, and writes a model card."""
+"""Export a trained model to ONNX and torch.export, compare the files with PyTorch, and write a model card."""
 
 import io
 import sys
@@ -15,19 +15,36 @@ from deepskip.jobs.settings import NotHere, parse_settings, stop
 from deepskip.predictor import Predictor
 
 CARD = "model.json"
-# (N, H, W), none of them a multiple of the network's
+# sizes (N, H, W), with no side a multiple of the network's downsampling
 CHECKED = ((1, 97, 61), (2, 33, 130), (3, 65, 47))
 SMALL = (1, 5, 7)
 
 
 def check(argv: list[str]) -> None:
-    """Ends the program with `error:` lines where the settings are wrong, or there is no such model."""
+    """Validate the settings, and that the model exists.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if something is wrong; NotHere if the model or the report is missing.
+    """
     prepare(argv)
 
 
 @trouble.told()
 def main(argv: list[str] | None = None) -> None:
-    """Exports; what does not equal the model is not written, and the exit status is then 2."""
+    """Export a model and write the files and its card, if every file computes what PyTorch computes.
+
+    The file model.json is written last. If it exists, the folder is complete.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: status 2 if the model cannot be exported, or if a file differs from PyTorch; then nothing is
+            written. Status 2 also for invalid settings and a folder that cannot be written.
+    """
     config, found, evaluation = prepare(sys.argv[1:] if argv is None else argv)
     folder = config.out or Path("exports") / found.title
     model = Predictor(found.state)
@@ -55,14 +72,15 @@ def main(argv: list[str] | None = None) -> None:
                 f"{name} needs a package that is not installed: {error}. pip install '.[export]', or --formats '[pt2]'"
             )
         print(
-            f"{name}: {len(made[name]) / 1e6:.1f} MB, at most {max(checks[name].values()):.1g} from PyTorch", flush=True
+            f"{name}: {len(made[name]) / 1e6:.1f} MB, differs from PyTorch by at most {max(checks[name].values()):.1g}",
+            flush=True,
         )
     card = model_card.make(found, model, evaluation, {name: len(data) for name, data in made.items()}, checks)
     try:
         for name, data in made.items():
             storage.write_bytes(folder / name, data)
         storage.write_bytes(folder / "README.md", model_card.to_markdown(card).encode())
-        # the last: with it the folder is whole
+        # the card is written last: if it exists, the folder is complete
         runs.write_json(folder / CARD, runs.without_nan(card))
     except OSError as error:
         stop(f"out is {folder}: {error}")
@@ -70,7 +88,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any] | None]:
-    """Reads the settings, the model and the evaluation's report; ends the program where one is wrong."""
+    """Read the settings, the model and the report of its evaluation.
+
+    Args:
+        argv: command-line arguments.
+
+    Returns:
+        The settings, the model, and the report, None if the settings name none.
+
+    Raises:
+        SystemExit: status 2 if the settings or the report are invalid; NotHere if the model or the report is missing.
+    """
     config = parse_settings("export", ExportConfig, argv)
     if not config.formats:
         stop("formats is []; name onnx, pt2 or both")
@@ -81,9 +109,11 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
                 stop(f"evaluation is {config.evaluation}: there is no such file", NotHere)
             evaluation = runs.read_json(config.evaluation)
             if not {"data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
-                raise ValueError("it is no report of jobs.evaluate")
+                raise ValueError("it is not a report of deepskip evaluate")
             if evaluation.get("flips"):
-                raise ValueError("it is of --flips true, and exported files answer without; evaluate without")
+                raise ValueError(
+                    "it was made with --flips true, but exported files predict without flips; evaluate again without --flips"
+                )
         except (OSError, ValueError) as error:
             stop(f"evaluation is {config.evaluation}: {error}")
     try:
@@ -93,7 +123,17 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
 
 
 def onnx_runner(data: bytes) -> Any:
-    """Gives what runs an ONNX file's bytes by onnxruntime on the CPU: numpy in, numpy out."""
+    """Return a function that runs an ONNX model with onnxruntime on the CPU.
+
+    Args:
+        data: content of the ONNX file.
+
+    Returns:
+        A function from images to probabilities, both numpy float32: (N, bands, H, W) to (N, V, H, W).
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
@@ -101,7 +141,14 @@ def onnx_runner(data: bytes) -> Any:
 
 
 def program_runner(data: bytes) -> Any:
-    """Gives what runs a program's bytes, as whoever loads them does: numpy in, numpy out."""
+    """Return a function that runs a torch.export program as a user would load it.
+
+    Args:
+        data: content of the .pt2 file.
+
+    Returns:
+        A function from images to probabilities, both numpy float32: (N, bands, H, W) to (N, V, H, W).
+    """
     program = torch.export.load(io.BytesIO(data)).module()
 
     def run(image: Any) -> Any:

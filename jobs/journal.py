@@ -1,6 +1,7 @@
-"""Files of a run that grow by lines: what was measured, and the samples that were left out.
+"""Files of a run that grow line by line: measurements and skipped samples.
 
-A line is added whole or not at all, through no link; what a power failure or a full disk left of a last line is cut off.
+A line is appended completely or not at all, and never through a symbolic link. If a power failure or a full disk left
+an incomplete last line, it is removed.
 """
 
 import json
@@ -20,17 +21,26 @@ Measured = tuple[str, int, dict[str, float], int]
 
 
 class BrokenFile(ValueError):
-    """A file of a run that DeepSkip did not write as it is; says where, and what to do."""
+    """A file of a run has content that DeepSkip does not write; the message says where, and what to do."""
 
 
 def append(path: Path, line: str) -> None:
-    """Adds a line; raises OSError, after which the file is as it was."""
+    """Append a line to a file, after removing an incomplete last line.
+
+    Args:
+        path: the file, created if it does not exist.
+        line: the line, without a line feed.
+
+    Raises:
+        OSError: the line cannot be written, or the path is a symbolic link; the complete lines of the file are
+            unchanged.
+    """
     with storage.opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
         size = cut_back(file.fileno())
         data = f"{line}\n".encode()
         try:
             if os.write(file.fileno(), data) != len(data):
-                # a disk that is nearly full takes a part
+                # a disk that is nearly full may accept only a part of the line
                 raise OSError(28, os.strerror(28), str(path))
         except OSError:
             os.ftruncate(file.fileno(), size)
@@ -38,7 +48,14 @@ def append(path: Path, line: str) -> None:
 
 
 def cut_back(descriptor: int) -> int:
-    """Cuts off what is behind a file's last line feed; gives its bytes."""
+    """Truncate a file after its last line feed.
+
+    Args:
+        descriptor: file descriptor, open for reading and writing.
+
+    Returns:
+        The size of the truncated file, bytes.
+    """
     size = end = os.fstat(descriptor).st_size
     while end and os.pread(descriptor, 1, end - 1) != b"\n":
         length = min(4096, end)
@@ -49,15 +66,26 @@ def cut_back(descriptor: int) -> int:
 
 
 def whole_lines(path: Path) -> list[tuple[int, Any]]:
-    """Reads a file's lines as (number, JSON); a torn last one is cut off, which is said. Raises BrokenFile, or OSError."""
+    """Read the JSON value of each line of a file, and remove an incomplete last line with a message.
+
+    Args:
+        path: the file; one that does not exist has no lines.
+
+    Returns:
+        Pairs of line number, from 1, and JSON value.
+
+    Raises:
+        BrokenFile: the path is not a regular file, or a line is not JSON.
+        OSError: the file cannot be read, or is a symbolic link.
+    """
     if not path.exists():
         return []
     if not path.is_file():
-        raise BrokenFile(f"{path} is no file; remove it")
+        raise BrokenFile(f"{path} is not a regular file; remove it")
     size = path.stat().st_size
     with storage.opened(path, os.O_RDWR) as file:
         if torn := size - cut_back(file.fileno()):
-            print(f"{path}: its last line was not whole; {torn} bytes were cut off", flush=True)
+            print(f"{path}: removed the incomplete last line ({torn} bytes)", flush=True)
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -68,39 +96,79 @@ def whole_lines(path: Path) -> list[tuple[int, Any]]:
 
 
 def broken(path: Path, number: int, reason: str) -> BrokenFile:
-    """Makes the error of a line."""
+    """Return the error for an invalid line.
+
+    Args:
+        path: the file.
+        number: number of the line, from 1.
+        reason: what is wrong with it.
+    """
     return BrokenFile(
-        f"{path}, line {number} is none that DeepSkip writes ({' '.join(reason.split())[:200]}). Remove that line, or the "
+        f"{path}, line {number} is not one that DeepSkip writes ({' '.join(reason.split())[:200]}). Remove that line, or the "
         "file: checkpoints do not depend on it"
     )
 
 
 def write_down(path: Path, kind: str, step: int, values: dict[str, float]) -> int:
-    """Appends what was measured at a step, as far as the disk takes it; gives its time stamp, in ms."""
+    """Append the values measured at a step, unless the disk does not accept them.
+
+    Args:
+        path: the journal of the run.
+        kind: "train" or "validation".
+        step: training step.
+        values: metrics by name.
+
+    Returns:
+        The time stamp of the values, milliseconds since the epoch.
+    """
     stamp = int(time.time() * 1000)
-    # the training itself meets the full disk; what was measured is in memory still
+    # the training itself reports a full disk; the values are still in memory
     with suppress(OSError):
         append(path, json.dumps([kind, step, values, stamp]))
     return stamp
 
 
 def read_measured(path: Path) -> list[Measured]:
-    """Reads what a run measured; raises BrokenFile for lines that are none, or OSError."""
+    """Read all measurements of a run.
+
+    Args:
+        path: the journal of the run.
+
+    Returns:
+        Tuples (kind, step, values, time stamp in ms), in the order in which they were written.
+
+    Raises:
+        BrokenFile: a line is not a measurement.
+        OSError: the file cannot be read.
+    """
     return checked(path, is_measured, tuple)
 
 
 def checked(path: Path, check: Callable[[Any], bool], make: Callable[[Any], Any]) -> list[Any]:
-    """Reads a file's lines, each made of a JSON value that passes a check; raises BrokenFile, or OSError."""
+    """Read the lines of a file, and validate and convert the JSON value of each.
+
+    Args:
+        path: the file.
+        check: returns whether a JSON value is valid.
+        make: converts a valid JSON value.
+
+    Returns:
+        The converted values.
+
+    Raises:
+        BrokenFile: a line is invalid.
+        OSError: the file cannot be read.
+    """
     found = []
     for number, value in whole_lines(path):
         if not check(value):
-            raise broken(path, number, "it has other fields")
+            raise broken(path, number, "it has unexpected fields")
         found.append(make(value))
     return found
 
 
 def is_measured(value: Any) -> bool:
-    """Says whether a JSON value is [kind, step, values, time stamp]."""
+    """Return whether a JSON value is [kind, step, values, time stamp]."""
     return (
         isinstance(value, list)
         and [type(each) for each in value] == [str, int, dict, int]
@@ -109,14 +177,23 @@ def is_measured(value: Any) -> bool:
 
 
 def is_report(value: Any) -> bool:
-    """Says whether a JSON value tells of a sample that was left out."""
+    """Return whether a JSON value is the report of a skipped sample."""
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("split", "shard", "key"))
 
 
 class BadSamples:
-    """The samples that a training left out, each once, in bad_samples.jsonl of its folder; several ranks may add to it.
+    """The samples that a training skipped, each listed once in bad_samples.jsonl; several ranks may append to it.
 
-    Raises BrokenFile, or OSError.
+    Args:
+        folder: folder of the run.
+
+    Attributes:
+        path: the file.
+        seen: split, shard and key of each listed sample.
+
+    Raises:
+        BrokenFile: a line of the file is not such a report.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,7 +204,17 @@ class BadSamples:
         return len(self.seen)
 
     def add(self, report: dict[str, Any]) -> bool:
-        """Writes down a report {"split", "shard", "key", "epoch", "reason"}; False where its sample is listed already."""
+        """Append the report of a sample, unless the sample is already listed.
+
+        Args:
+            report: {"split", "shard", "key", "epoch", "reason"}.
+
+        Returns:
+            Whether the report was appended.
+
+        Raises:
+            OSError: the report cannot be written.
+        """
         if self._identity(report) in self.seen:
             return False
         self.seen.add(self._identity(report))

@@ -1,4 +1,4 @@
-"""What a model's user must know of it: as JSON, and as Markdown for people."""
+"""The model card: what users of a model must know, as JSON for programs and as Markdown for people."""
 
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -19,14 +19,31 @@ PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")
 
 
 def threshold(model: Predictor, evaluation: dict[str, Any] | None) -> float | None:
-    """Gives the probability above which a pixel is foreground: the evaluation's best, else 0.5; None with classes."""
+    """Return the probability above which a pixel is foreground.
+
+    Args:
+        model: the model.
+        evaluation: a report of `deepskip evaluate`, or None.
+
+    Returns:
+        The best threshold of the evaluation, 0.5 without one, or None for a model with several classes.
+    """
     if model.num_classes > 1:
         return None
     return evaluation["classes"][0]["best_threshold"] if evaluation else 0.5
 
 
 def properties(found: Found, model: Predictor, evaluation: dict[str, Any] | None) -> dict[str, str]:
-    """Gives what an ONNX file says of itself."""
+    """Return the metadata of an exported ONNX file.
+
+    Args:
+        found: the model as it was found.
+        model: the same, loaded.
+        evaluation: a report of `deepskip evaluate`, or None.
+
+    Returns:
+        Strings by name; values that are not text are written as JSON.
+    """
     values = {
         "deepskip_model": found.title,
         "bands": model.bands,
@@ -45,7 +62,15 @@ def make(
     file_bytes: dict[str, int],
     checks: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """Makes the card of a model. file_bytes: of the exported files. checks: how far each is from PyTorch, at which size."""
+    """Return the card of a model as a dict for model.json.
+
+    Args:
+        found: the model as it was found.
+        model: the same, loaded.
+        evaluation: a report of `deepskip evaluate`, or None.
+        file_bytes: size of each exported file, bytes.
+        checks: largest difference in probability from PyTorch, by file and image size.
+    """
     config, data = found.state["config"], found.state["data"]
     network, settings = model.network, config["model"]
     normalization = config["data"]["normalize"]
@@ -56,7 +81,7 @@ def make(
             "name": export.INPUT,
             "layout": ["batch", model.bands, "height", "width"],
             "dtype": "float32",
-            "values": "as in the training images: nothing is scaled before",
+            "values": "in the units of the training images, not scaled",
             "normalization": normalization,
             "mean": list(data["mean"]),
             "std": list(data["std"]),
@@ -94,14 +119,20 @@ def make(
 
 
 def without_curves(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Takes out of an evaluation's report what tells how good the model is."""
+    """Return the parts of an evaluation's report that tell how good the model is, without its curves."""
     kept = {name: evaluation[name] for name in ("data", "threshold", "metrics", "by_size")}
     classes = [{name: value for name, value in one.items() if name != "curve"} for one in evaluation["classes"]]
     return kept | {"classes": classes}
 
 
 def flops(segmenter: Segmenter) -> int:
-    """Counts the floating-point operations of an image of FLOPS_SIDE pixels a side, two a multiply-add, in the plain form."""
+    """Count the floating-point operations for one image of FLOPS_SIDE x FLOPS_SIDE pixels.
+
+    A multiply-add counts as two operations. The network runs in its reference form, without fused kernels.
+
+    Args:
+        segmenter: the model, from raw images to probabilities.
+    """
     image = torch.zeros(1, segmenter.bands, FLOPS_SIDE, FLOPS_SIDE)
     with FlopCounterMode(display=False) as counter, export.plain_operators():
         segmenter(image)
@@ -109,37 +140,45 @@ def flops(segmenter: Segmenter) -> int:
 
 
 def limits(model: Predictor, normalization: str, names: dict[str, int]) -> list[str]:
-    """Says what the model is not good for, as far as it is known."""
+    """Return the known limits of a model, a sentence or two each.
+
+    Args:
+        model: the model.
+        normalization: data.normalize of its training.
+        names: sizes of the exported files by name.
+    """
     bands, longest_side = (model.preparation.get(name) for name in ("bands", "longest_side"))
     found = [
-        f"It takes {model.bands} bands, in the order and the units of its training images; it cannot see a wrong order."
+        f"It takes {model.bands} bands, in the order and the units of its training images; it cannot detect a wrong order."
     ]
     if bands is not None:
         found.append(
-            f"The training images were brought to {bands} bands (data_shards pack --bands), and new ones must be; "
-            "that is not in the exported files."
+            f"The training images were converted to {bands} bands (deepskip pack --bands), and new ones must be too; "
+            "the exported files do not do it."
         )
     if longest_side is not None:
         found.append(
-            f"The training images were shrunk to at most {longest_side} pixels a side, and new ones must be; "
-            "that is not in the exported files (jobs.predict and deepskip.load do it)."
+            f"The training images were downsized to at most {longest_side} pixels a side, and new ones must be too; "
+            "the exported files do not do it (deepskip predict and deepskip.load do)."
         )
     if normalization == "image":
         found.append(
-            "Each image is normalised by its own mean and deviation: a tile by itself gives other probabilities than "
-            "within its image, and an image that is almost all object others than one with few."
+            "Each image is normalized by its own mean and standard deviation. So a tile on its own gives other "
+            "probabilities than within its image, and an image full of objects gives others than one with few objects."
         )
     if "model.pt2" in names:
         side = export.smallest_side(model.segmenter)
-        found.append(f"model.pt2 takes images of {side} pixels a side or more; model.onnx, and deepskip.load, any.")
-    found.append("Memory grows with the pixels of an image; deepskip predict cuts large ones into tiles.")
-    found.append("The validation split chose this checkpoint, so its metrics are on the bright side.")
-    found.append("The metrics hold for images like those that they were measured on.")
+        found.append(
+            f"model.pt2 takes images of {side} pixels a side or more; model.onnx and deepskip.load take any size."
+        )
+    found.append("Memory grows with the number of pixels; deepskip predict splits large images into tiles.")
+    found.append("The validation split chose this checkpoint, so its metrics there are optimistic.")
+    found.append("The metrics hold for images similar to those that they were measured on.")
     return found
 
 
 def version_of(package: str) -> str | None:
-    """Gives the version of an installed package, or None."""
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -147,10 +186,10 @@ def version_of(package: str) -> str | None:
 
 
 def to_markdown(card: dict[str, Any]) -> str:
-    """Writes a card for people."""
+    """Return a card as Markdown."""
     given, gives, sizes, training = (card[name] for name in ("input", "output", "sizes", "training"))
     layout, out_layout = (" x ".join(map(str, side["layout"])) for side in (given, gives))
-    rule = "the likeliest class" if gives["threshold"] is None else f"foreground above {gives['threshold']:g}"
+    rule = "the most probable class" if gives["threshold"] is None else f"foreground above {gives['threshold']:g}"
     lines = [
         f"# {card['name']}",
         "",
@@ -159,9 +198,9 @@ def to_markdown(card: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| input | `{given['name']}`, {layout}, {given['dtype']}, {given['values']} |",
-        f"| normalisation | {given['normalization']} (in the files, as padding and cropping are) |",
-        f"| before it | bands: {given['preparation'].get('bands') or 'as they are'}, "
-        f"longest side: {given['preparation'].get('longest_side') or 'as it is'} |",
+        f"| normalisation | {given['normalization']} (part of the files, as are padding and cropping) |",
+        f"| preparation | bands: {given['preparation'].get('bands') or 'not changed'}, "
+        f"longest side: {given['preparation'].get('longest_side') or 'not changed'} |",
         f"| output | `{gives['name']}`, {out_layout}, {gives['dtype']}; {rule} |",
         f"| trained on | {training['data']}, {training['steps']} steps of {training['global_batch_size']} crops of "
         f"{training['crop']} pixels, seed {training['seed']} |",
@@ -183,20 +222,20 @@ def to_markdown(card: dict[str, Any]) -> str:
         for key, name in METRICS.items():
             lines.append(f"| {name} | {' | '.join(number(values[key]) for values in columns.values())} |")
     else:
-        lines.append("None is known: the checkpoint is from before the first validation.")
+        lines.append("Not known: the checkpoint was written before the first validation.")
     if evaluation and evaluation["threshold"] is not None:
         (foreground,) = evaluation["classes"]
         best = foreground["at_best_threshold"]
         lines += [
             "",
-            f"That is at a threshold of {evaluation['threshold']:g}. At {foreground['best_threshold']:g}, the best on these "
-            f"images: IoU {number(best['iou'])}, Dice {number(best['f1'])}, precision {number(best['precision'])}, "
-            f"recall {number(best['recall'])}.",
+            f"These metrics use a threshold of {evaluation['threshold']:g}. "
+            f"At {foreground['best_threshold']:g}, the best on these images: IoU {number(best['iou'])}, "
+            f"Dice {number(best['f1'])}, precision {number(best['precision'])}, recall {number(best['recall'])}.",
         ]
     if evaluation:
         lines += [
             "",
-            "| area of objects, pixels | objects | found | mean IoU | false alarms an image |",
+            "| area of objects, pixels | objects | found | mean IoU | false alarms per image |",
             "|---|---|---|---|---|",
         ]
         for size in evaluation["by_size"]:
@@ -208,7 +247,7 @@ def to_markdown(card: dict[str, Any]) -> str:
         "",
         "## Difference from PyTorch",
         "",
-        "Largest, in probability, on random images.",
+        "Largest difference in probability, on random images.",
         "",
         "| file | size | difference |",
         "|---|---|---|",

@@ -1,4 +1,4 @@
-"""Finds the checkpoint behind any name of a model: a folder, a file, a URL, an MLflow run, a registered model."""
+"""Find the checkpoint of a model by any of its names: a folder, a file, a URL, an MLflow run or a registered model."""
 
 import re
 import tempfile
@@ -11,7 +11,7 @@ import torch
 from deepskip import checkpoint
 from deepskip.predictor import Predictor
 
-# where a logged model keeps the checkpoint that it was made from
+# place in a logged model of the checkpoint that it was made from
 CHECKPOINT = "extra_files/checkpoint.pt"
 STORAGE = Path("runs")
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -19,14 +19,19 @@ LOGGED_MODEL = re.compile(r"models:/(m-[0-9a-f]+)/?")
 
 
 class ModelNotFound(RuntimeError):
-    """There is no such model, or none that is whole; says where it was looked for."""
+    """A model does not exist, or no complete one does; the message says where it was searched for."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model: the name it was asked for by, its checkpoint's state, and the MLflow run that trained it, where that is known.
+    """A model that was found.
 
-    run_folder: None where the model was not named by its folder. asked_uri: the tracking server that was asked for, if any.
+    Attributes:
+        name: the name that was asked for.
+        state: state of its checkpoint.
+        run_folder: folder of the run on this machine; None if the name does not lead to it.
+        run_id: MLflow run of its training; None if that is not known.
+        asked_uri: the tracking server that was asked for; None if none was.
     """
 
     name: str
@@ -37,8 +42,8 @@ class Found:
 
     @property
     def tracking_uri(self) -> str:
-        """Where the run is tracked."""
-        # for who asks: mlflow takes a second and 125 MB to import
+        """Return the tracking URI of the model's run."""
+        # imported on demand: mlflow takes a second and 125 MB to import
         from deepskip.jobs import tracking
 
         storage = self.run_folder.parent if self.run_folder else STORAGE.absolute()
@@ -46,22 +51,42 @@ class Found:
 
     @property
     def title(self) -> str:
-        """A short name for headings and files."""
+        """Return a short name for headings and files."""
         if self.run_folder is not None:
             return self.run_folder.name
         return self.state["config"]["run"].get("name") or re.sub(r"\W+", "-", self.name).strip("-")
 
 
 def load(name: str | Path, device: str | torch.device = "cpu", tracking_uri: str | None = None) -> Predictor:
-    """Loads a model by any of its names, as `deepskip.load` does by its path; raises ModelNotFound."""
+    """Load a model by any of its names, as `deepskip.load` does by its path.
+
+    Args:
+        name: as in `find`.
+        device: where the model computes.
+        tracking_uri: as in `find`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelNotFound: there is no such model, or it cannot be built here.
+    """
     return Predictor(find(name, tracking_uri).state, device)
 
 
 def find(name: str | Path, tracking_uri: str | None = None) -> Found:
-    """Finds a model by the folder or URL of its run, a checkpoint file, or a name of MLflow's; raises ModelNotFound.
+    """Find a model by any of its names.
 
-    MLflow's names: a run's id or runs:/ID, models:/NAME/VERSION, models:/NAME@ALIAS, models:/m-ID. tracking_uri: by default
-    MLFLOW_TRACKING_URI, else the database in runs/.
+    Args:
+        name: folder or URL of a run, a checkpoint file, or an MLflow name: a run's ID or runs:/ID,
+            models:/NAME/VERSION, models:/NAME@ALIAS, models:/m-ID.
+        tracking_uri: MLflow server; None takes MLFLOW_TRACKING_URI, else the database in runs/.
+
+    Returns:
+        The model's checkpoint and origin.
+
+    Raises:
+        ModelNotFound: there is no such model, or it cannot be built here.
     """
     try:
         return _found(name, tracking_uri)
@@ -90,19 +115,19 @@ def _find_tracked(name: str, asked: str | None) -> Found:
 
     uri = tracking.tracking_uri(STORAGE.absolute(), asked)
     database = Path(uri.removeprefix("sqlite:///"))
-    # mlflow would make an empty one
+    # mlflow would create an empty database
     if uri.startswith("sqlite:///") and not database.is_file():
         raise ModelNotFound(
-            f"{name} is a name of MLflow's, and there is no MLflow database at {database}; "
+            f"{name} is an MLflow name, but there is no MLflow database at {database}; "
             "set tracking_uri or MLFLOW_TRACKING_URI, or name the run's folder (runs/NAME)"
         )
     with tempfile.TemporaryDirectory(prefix="deepskip-model-") as folder:
         try:
             path = tracking.download(uri, _checkpoint_uri(uri, name), folder)
-        # requests, sqlalchemy, mlflow and the artifact stores each have their own errors
+        # requests, sqlalchemy, mlflow and the artifact stores raise different errors
         except Exception as error:
             raise ModelNotFound(
-                f"MLflow at {uri} has no DeepSkip model {name}, that is, none with {CHECKPOINT} among its files: "
+                f"MLflow at {uri} has no DeepSkip model {name} (one with {CHECKPOINT} among its files): "
                 f"{tracking.in_short(error)}"
             ) from error
         try:
@@ -119,12 +144,12 @@ def _checkpoint_uri(uri: str, name: str) -> str:
         return f"{tracking.model_location(uri, found[1])}/{CHECKPOINT}"
     if RUN_ID.fullmatch(name):
         name = f"runs:/{name}"
-    # a run's id alone, and nothing behind it
+    # a run's ID alone, without a path of an artifact
     if name.startswith("runs:/") and "/" not in name.removeprefix("runs:/").rstrip("/"):
         name = f"{name.rstrip('/')}/{tracking.MODEL}"
     return f"{name.rstrip('/')}/{CHECKPOINT}"
 
 
 def for_inference(state: checkpoint.State) -> dict[str, Any]:
-    """Gives a state without what only a training needs."""
+    """Return a checkpoint's state without the parts that only a training needs."""
     return {key: value for key, value in state.items() if key not in ("format", "version", "optimizer", "rng")}

@@ -1,4 +1,4 @@
-"""The prediction job: images of any number and size in, masks in their own formats out; safe to stop and to start again."""
+"""Segment images of any number and size into masks of the same formats; the job can be stopped and resumed."""
 
 import hashlib
 import json
@@ -22,38 +22,66 @@ from deepskip.jobs.prediction.options import Options
 from deepskip.jobs.prediction.progress import Progress
 from deepskip.jobs.settings import NotHere, parse_settings, stop
 
-# exit status of a program that its user has stopped
+# exit status after Ctrl-C
 INTERRUPTED = 128 + signal.SIGINT
-# the settings that decide what is in the outputs; --tile does with other norms than batch norm
+# options that change the outputs; --tile does so with norms other than batch norm
 READING = ("nodata", "alpha", "orientation")
 DECIDING = ("probabilities", "overlays", "polygons", "threshold", "precision", "tile")
 
 
 def parse(argv: list[str] | None) -> tuple[str, list[str], Path, Options]:
-    """Reads checkpoint, images, out and options; ends the program for what is wrong with them."""
+    """Read the settings.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Returns:
+        The model's name, the places of the images, the output folder and the options.
+
+    Raises:
+        SystemExit: status 2 if a setting is invalid; 0 after --help.
+    """
     config = parse_settings("predict", PredictConfig, sys.argv[1:] if argv is None else argv)
     if storage.is_remote(config.out):
         stop(
-            f"out is {config.out}; it must be a folder, which rasters can be written to piece by piece: copy it from there"
+            f"out is {config.out}; it must be a folder, because rasters are written piece by piece; copy the outputs from there"
         )
     options = Options(**{field.name: getattr(config, field.name) for field in fields(Options)})
     return config.model, config.images, storage.local(config.out), options
 
 
 def check(argv: list[str]) -> None:
-    """Ends the program with `error:` lines where there is no checkpoint or no image."""
+    """Validate the settings, and that the model and the images exist.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if something is wrong; NotHere if the model is missing.
+    """
     run_or_path, places, _, _ = parse(argv)
     read_checkpoint(run_or_path)
     inputs.find(places)
 
 
 def read_checkpoint(run_or_path: str) -> dict[str, Any]:
-    """Reads what inference needs of a model's checkpoint; ends the program where there is none."""
+    """Read the parts of a model's checkpoint that inference needs.
+
+    Args:
+        run_or_path: any name of the model, as in `models.find`.
+
+    Returns:
+        A state with "config", "data", "model" (the EMA weights if there are any, else the weights) and "ema", which is
+        None.
+
+    Raises:
+        NotHere: there is no such model.
+    """
     try:
         state = models.find(run_or_path).state
     except models.ModelNotFound as error:
         stop(f"model: {error}", NotHere)
-    # optimizer and random states need not travel
+    # optimizer and random states are not sent to the workers
     weights = state["ema"] or state["model"]
     data = state["data"] | {
         "preparation": {"bands": None, "longest_side": None, **(state["data"].get("preparation") or {})}
@@ -62,19 +90,27 @@ def read_checkpoint(run_or_path: str) -> dict[str, Any]:
 
 
 def is_relative(place: str) -> bool:
-    """Says whether a place is a path that depends on where one stands."""
+    """Return whether a place is a path relative to the current folder."""
     return "://" not in place and not Path(place).is_absolute()
 
 
 def fingerprint(state: dict[str, Any], options: Options) -> str:
-    """Computes the sha256 of all that decides what the outputs are: weights, the model's settings, and ours."""
+    """Compute a SHA-256 of all that determines the outputs: the weights, the model's settings and the options.
+
+    Args:
+        state: the model, as `read_checkpoint` returns it.
+        options: options of the prediction.
+
+    Returns:
+        The digest, in hexadecimal.
+    """
     import torch
 
     data = {key: value for key, value in state["data"].items() if key in ("in_channels", "num_classes", "mean", "std")}
     settings = [state["config"]["model"], state["config"]["data"]["normalize"], data, state["data"]["preparation"]]
     deciding: list[Any] = [getattr(options, name) for name in DECIDING]
     if options.flips:
-        # without them it is the digest that it was before there were any
+        # without flips the digest is the one of versions that had no flips
         deciding.append("flips")
     if told := {name: getattr(options, name) for name in READING if getattr(options, name) != getattr(Options, name)}:
         deciding.append(repr(told))
@@ -87,7 +123,14 @@ def fingerprint(state: dict[str, Any], options: Options) -> str:
 
 @trouble.told()
 def main(argv: list[str] | None = None) -> None:
-    """Predicts; images that cannot be segmented are named and passed over, and the exit status is then 1."""
+    """Segment the images; those that cannot be segmented are skipped and listed at the end.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: status 1 if images could not be segmented, 2 for invalid settings, INTERRUPTED (130) after Ctrl-C.
+    """
     run_or_path, places, out, options = parse(argv)
     state = read_checkpoint(run_or_path)
     if "runtime_resources" in Path.cwd().parts and (not out.is_absolute() or any(map(is_relative, places))):
@@ -113,7 +156,10 @@ def main(argv: list[str] | None = None) -> None:
                 notes.setdefault(outcome.note, []).append(outcome.name)
     except KeyboardInterrupt:
         progress.end()
-        print(f"stopped after {progress.done} of {len(left)} images; the same command goes on", file=sys.stderr)
+        print(
+            f"stopped after {progress.done} of {len(left)} images; run the same command again to resume",
+            file=sys.stderr,
+        )
         sys.exit(INTERRUPTED)
     progress.end()
     if options.polygons == "coco":
@@ -137,7 +183,22 @@ def main(argv: list[str] | None = None) -> None:
 def outcomes(
     items: Sequence[Item], state: dict[str, Any], options: Options, out: Path, made_by: str, progress: Progress
 ) -> Iterator[Any]:
-    """Segments images in this process, or over Ray; gives an outcome for each."""
+    """Segment images in this process or on Ray.
+
+    Args:
+        items: images to segment.
+        state: the model, as `read_checkpoint` returns it.
+        options: options of the prediction.
+        out: output folder.
+        made_by: fingerprint of the model and the options.
+        progress: shows the progress within a large image, if this process does the work.
+
+    Yields:
+        An Outcome for each image.
+
+    Raises:
+        SystemExit: status 2 if the options do not fit the model or the machine.
+    """
     if not items:
         return
     from deepskip.inference import build_segmenter
@@ -157,7 +218,7 @@ def outcomes(
             stop(str(error))
         yield from predictor.run(items, progress.part)
     else:
-        # ray reads them when it is imported
+        # Ray reads these variables when it is imported
         settings = {"RAY_USAGE_STATS_ENABLED": "0"} | of_loopback(os.environ.get("RAY_ADDRESS"))
         for name, value in settings.items():
             os.environ.setdefault(name, value)

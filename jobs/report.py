@@ -1,4 +1,4 @@
-"""What a training prints: its progress line, its table, and what to do next."""
+"""What a training prints: its progress line, its table of metrics, and the next steps."""
 
 import math
 import shlex
@@ -21,16 +21,24 @@ METRICS = {
     "false_alarms_per_image": "false alarms per image",
 }
 WIDTH = max(len(name) for name in METRICS.values())
-# where validation and training disagree: IoU near 0 at a threshold of 0.5, and good at another and in training
+# bounds of `disagreement`: an IoU below the first is near 0, one of the second or more is good
 IOU_NEAR_0, IOU_GOOD = 0.1, 0.5
 
 
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """Makes the progress line; `deepskip submit` keeps lines that begin with "step " in one place."""
+    """Return the progress line of a training.
+
+    `deepskip submit` shows lines that begin with "step " in one place.
+
+    Args:
+        step: steps done.
+        steps: steps of the whole training.
+        values: "loss", "images_per_second" and "seconds_left"; "dice" too, unless the network has its own loss.
+    """
     minutes, seconds = divmod(round(values["seconds_left"]), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-    # a network with a loss of its own has no Dice while it trains
+    # a network with its own loss has no Dice while it trains
     dice = f"Dice {values['dice']:.3f}  " if "dice" in values else ""
     return (
         f"step {step}/{steps}  loss {values['loss']:.4f}  {dice}{values['images_per_second']:.1f} images/s  {left} left"
@@ -38,20 +46,28 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Prints the metrics of a finished training."""
+    """Print the metrics of a finished training.
+
+    Args:
+        summary: content of its summary.json.
+    """
     values = summary["val"]
     early = f", stopped early after {summary['steps']}" if summary.get("stopped_early") else ""
     print(f"\n{summary['name']}, validation after {values.get('step', summary['steps'])} steps{early}")
     print_metrics(values)
     print(f"  {'parameters':<{WIDTH}}  {summary['parameters']:,} ({summary['conv_weights']:,} in convolutions)")
-    # a training that was resumed at its end has done no steps
+    # a training that was resumed at its last step did no steps
     speed = format(summary["images_per_second"], ".1f") if summary["images_per_second"] else "-"
     print(f"  {'images/s':<{WIDTH}}  {speed}")
     print(f"  {'seconds':<{WIDTH}}  {summary['seconds']:.0f}\n")
 
 
 def print_metrics(values: dict[str, float | None]) -> None:
-    """Prints the metrics of METRICS, a line each, and below IoU that of the best threshold where it is known."""
+    """Print a line for each metric of METRICS, and the IoU at the best threshold if that is known.
+
+    Args:
+        values: metrics by name; None and nan are undefined.
+    """
     for key, name in METRICS.items():
         print(f"  {name:<{WIDTH}}  {number(values[key])}")
         if key == "iou" and (best := values.get("iou_best_threshold")) is not None and not math.isnan(best):
@@ -59,12 +75,20 @@ def print_metrics(values: dict[str, float | None]) -> None:
 
 
 def disagreement(step: int, training: dict[str, Any], validation: dict[str, Any]) -> str | None:
-    """Return one line on a validation whose IoU at a threshold of 0.5 misleads, or None: metrics as the trainer observes them.
+    """Return a warning that the validation's IoU at a threshold of 0.5 misleads, or None if it does not.
 
-    It misleads where the IoU is near 0, while it is good at another threshold and in training.
+    It misleads if it is near 0 while the IoU is good at another threshold and in training.
+
+    Args:
+        step: step of the validation.
+        training: the latest metrics of the training, as the trainer reports them.
+        validation: metrics of the validation, as the trainer reports them.
+
+    Returns:
+        One line of text, or None.
     """
     trained, best = training.get("iou", 0.0), validation.get("iou_best_threshold", 0.0)
-    # nan is neither
+    # comparisons with nan are false, so nan gives no warning
     if not (validation["iou"] < IOU_NEAR_0 and best >= IOU_GOOD and trained >= IOU_GOOD):
         return None
     return (
@@ -75,12 +99,24 @@ def disagreement(step: int, training: dict[str, Any], validation: dict[str, Any]
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """Writes a ratio; one of nothing to nothing, as precision is where nothing was predicted, is undefined."""
+    """Return a ratio as text.
+
+    Args:
+        value: the ratio. None and nan, such as the precision without any prediction, give "undefined".
+        form: format specification.
+    """
     return "undefined" if value is None or math.isnan(value) else format(value, form)
 
 
 def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[str]) -> None:
-    """Says how to look at the run, train it further, and use it."""
+    """Print how to look at a run in MLflow, resume or extend its training, and predict with its model.
+
+    Args:
+        config: settings of the training.
+        run: the run.
+        uri: tracking URI; None if the run is not tracked.
+        argv: command-line arguments of the training.
+    """
     python = shlex.quote(shown(Path(sys.executable)))
     command = shlex.quote(shown(Path(sys.executable).with_name("deepskip")))
     folder = shlex.quote(shown(run.folder))
@@ -92,12 +128,19 @@ def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[
         print(f"MLflow page:  {python} -m mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000")
     else:
         print(f"MLflow page:  {uri}")
-    print(f"resume:       the same command goes on where a training was cut off; further: {command} train {again}")
+    print(
+        f"resume:       run the same command to resume an interrupted training; to train longer: {command} train {again}"
+    )
     print(f"predict:      {command} predict --model {folder} --images DIR --out DIR")
 
 
 def with_options(argv: Sequence[str], options: Mapping[str, str]) -> list[str]:
-    """Gives a command's arguments with options of other values, which come last: `--name value` or `--name=value` before."""
+    """Return command-line arguments in which some options have new values.
+
+    Args:
+        argv: arguments, in which an option is written as `--name value` or `--name=value`.
+        options: new values by option; these options come last.
+    """
     kept, words = [], iter(argv)
     for word in words:
         if word in options:
@@ -108,6 +151,6 @@ def with_options(argv: Sequence[str], options: Mapping[str, str]) -> list[str]:
 
 
 def shown(path: Path) -> str:
-    """Gives a path as short as it can be typed here."""
+    """Return a path relative to the current folder if it lies in it, else the path unchanged."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

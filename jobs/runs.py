@@ -1,4 +1,4 @@
-"""A run's folder: its name, whether it is new, goes on or is finished, and its lock."""
+"""The folder of a run: its name, its lock, and whether the run is new, unfinished or finished."""
 
 import fcntl
 import itertools
@@ -22,11 +22,11 @@ PEN = ".pen"
 JOURNAL = journal.MEASURED
 MACHINES = "machines.json"
 FINISHED = "is finished"
-GOES_ON = "the same command goes on from the last checkpoint, which is whole"
-CURE = "Remove it and give the same command again: checkpoints do not depend on it"
-# what run.tracking_uri says where there shall be no MLflow run
+GOES_ON = "the same command resumes from the last checkpoint, which is intact"
+CURE = "Remove it and run the same command again; checkpoints do not depend on it"
+# value of run.tracking_uri for a training without an MLflow run
 NOT_TRACKED = "none"
-# what a training did before there was such a setting
+# how trainings behaved before these settings existed
 UNKNOWN_BEFORE = {
     "data.copy_paste": 0.0,
     "model.enlarge": 1,
@@ -37,11 +37,15 @@ UNKNOWN_BEFORE = {
 
 
 class RunError(ValueError):
-    """A run that cannot be started under its name; says why and what to do."""
+    """A run cannot be started under its name; the message says why, and what to do."""
 
 
 class RunFinished(RunError):
-    """The run is there, with the same settings, and finished; `folder` holds it."""
+    """A run with the same settings exists and is finished.
+
+    Attributes:
+        folder: folder of the run.
+    """
 
     def __init__(self, message: str, folder: Path) -> None:
         super().__init__(message)
@@ -50,7 +54,14 @@ class RunFinished(RunError):
 
 @dataclass
 class Run:
-    """A run that this process holds: its folder, the MLflow run of an earlier part, the lock, and digests of its data."""
+    """A run that this process has locked.
+
+    Attributes:
+        folder: folder of the run.
+        mlflow_run_id: MLflow run of an earlier part of the training; None if there is none.
+        lock: the locked file; closing it releases the run.
+        data: digest of each split; None if the data is not packed yet.
+    """
 
     folder: Path
     mlflow_run_id: str | None
@@ -59,18 +70,32 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Return the name of the run, which is the name of its folder."""
         return self.folder.name
 
 
 def claim(
     folder_of_runs: Path, name: str | None, stem: str, config: dict[str, Any], data: dict[str, str] | None = None
 ) -> Run:
-    """Finds the folder of a training, makes it if need be, and locks it for as long as this process lives.
+    """Find or create the folder of a training, and lock it for as long as this process lives.
 
-    A run of the same settings that is not finished goes on. With a name given, any other run of that name is an error,
-    except that optim.steps may grow. Without one the name is `stem`, numbered on past other runs. data: a digest of each split.
-    Raises RunFinished for a given name of a finished run of these settings, else RunError.
+    An unfinished run with the same settings is resumed. Any other run of a given name is an error, except that
+    optim.steps may grow.
+
+    Args:
+        folder_of_runs: folder that holds the runs.
+        name: name of the run; None takes `stem`, with a number if another run has that name.
+        stem: default name.
+        config: settings of the training by section.
+        data: digest of each split; None if the data is not packed yet.
+
+    Returns:
+        The run, locked.
+
+    Raises:
+        RunFinished: the run of the given name has these settings and is finished.
+        RunError: the run of the given name has other settings or data, or another process is training it. Also for any
+            run whose files cannot be read or locked.
     """
     names = [name] if name else (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
     for candidate in names:
@@ -102,7 +127,16 @@ def claim(
 
 
 def check_name(folder: Path, config: dict[str, Any], data: dict[str, str] | None) -> None:
-    """Raise RunError where a named run's folder holds a run of other settings or data; nothing is made, locked or mended."""
+    """Raise RunError if a named run cannot be trained; nothing is created, locked or repaired.
+
+    Args:
+        folder: folder of the run, which may not exist.
+        config: settings of the training by section.
+        data: digest of each split; None if the data is not packed yet.
+
+    Raises:
+        RunError: the run has other settings or data, or its record cannot be read.
+    """
     try:
         earlier = read_record(folder)
     except (BrokenFile, OSError) as error:
@@ -113,7 +147,12 @@ def check_name(folder: Path, config: dict[str, Any], data: dict[str, str] | None
 
 
 def refused(folder: Path, refusal: str) -> RunError:
-    """Make the error of a named run that is not to be trained."""
+    """Return the error for a named run that cannot be trained.
+
+    Args:
+        folder: folder of the run.
+        refusal: the reason, as `reason_against` returns it.
+    """
     message = f"run {folder.name} in {folder.parent} {refusal}; choose another run.name or remove {folder}"
     return RunFinished(message, folder) if refusal == FINISHED else RunError(message)
 
@@ -121,7 +160,18 @@ def refused(folder: Path, refusal: str) -> RunError:
 def reason_against(
     folder: Path, earlier: dict[str, Any], config: dict[str, Any], grow: bool, data: dict[str, str] | None = None
 ) -> str | None:
-    """Says why a training of these settings, and data, cannot be, or go on, in a folder; None where it can."""
+    """Return why a training cannot start or resume in a folder.
+
+    Args:
+        folder: folder of the run.
+        earlier: the run's record; {} if there is none.
+        config: settings of the training by section.
+        grow: whether optim.steps may be larger than in the record.
+        data: digest of each split; None if it is not known.
+
+    Returns:
+        The reason, FINISHED for a finished run with the same settings, or None if the training can start.
+    """
     if not earlier:
         return None
     before, now = UNKNOWN_BEFORE | flatten(earlier["config"]), flatten(config)
@@ -132,45 +182,66 @@ def reason_against(
     may_grow = grow and longer and changed == ["optim.steps"]
     if changed and not may_grow:
         return f"has other settings ({', '.join(changed)})"
-    # runs of earlier versions have not noted it
+    # earlier versions did not record the data
     if data and (noted := earlier.get("data")) and noted != data:
-        return "was trained on other shards, which were at the same data.path"
+        return "was trained on other shards at the same data.path"
     if may_grow:
         return None
     return FINISHED if (folder / SUMMARY).is_file() else None
 
 
 def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:
-    """Writes what the run is; a summary of an earlier, shorter part no longer holds and is removed."""
+    """Write the record of a run, and remove the summary of an earlier, shorter training.
+
+    Args:
+        run: the run; its MLflow run is set too.
+        config: settings of the training by section.
+        mlflow_run_id: MLflow run; None if the run is not tracked.
+    """
     run.mlflow_run_id = mlflow_run_id
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id, "data": run.data})
     (run.folder / SUMMARY).unlink(missing_ok=True)
 
 
 class LeaseLost(RuntimeError):
-    """Other workers have taken up the training, while these were cut off from Ray."""
+    """Other workers have taken over the training, while these workers were cut off from Ray."""
 
 
 def acquire_writer_lease(folder: Path) -> str:
-    """Take the right to write a run's checkpoints from workers that may still live elsewhere; returns its token."""
+    """Acquire the right to write a run's checkpoints; workers that may still live elsewhere lose it.
+
+    Args:
+        folder: folder of the run.
+
+    Returns:
+        The token of the lease.
+    """
     lease = uuid.uuid4().hex
     write_json(folder / PEN, {"pen": lease})
     return lease
 
 
 def check_writer_lease(folder: Path, lease: str) -> None:
-    """Raise LeaseLost where somebody else has acquired the lease."""
+    """Raise LeaseLost if other workers have acquired the lease.
+
+    Args:
+        folder: folder of the run.
+        lease: token of the own lease.
+
+    Raises:
+        LeaseLost: the lease has another token.
+    """
     if read_json(folder / PEN) != {"pen": lease}:
-        raise LeaseLost(f"other workers have taken up the training in {folder}")
+        raise LeaseLost(f"other workers have taken over the training in {folder}")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     storage.write_bytes(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def without_nan(value: Any) -> Any:
-    """Replaces nan by None, which JSON has a word for."""
+    """Return a value in which each nan is replaced by None, because JSON has no nan."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -179,20 +250,42 @@ def without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of ours; {} where there is none. Raises BrokenFile where it is none that we write, or OSError."""
+    """Read a JSON file that DeepSkip wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content; {} if there is no such file.
+
+    Raises:
+        BrokenFile: the file does not hold a JSON object.
+        OSError: the file cannot be read.
+    """
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BrokenFile(f"{path} is no JSON ({' '.join(str(error).split())[:200]}). {CURE}") from error
+        raise BrokenFile(f"{path} is not valid JSON ({' '.join(str(error).split())[:200]}). {CURE}") from error
     if not isinstance(found, dict):
-        raise BrokenFile(f"{path} holds no object. {CURE}")
+        raise BrokenFile(f"{path} holds no JSON object. {CURE}")
     return found
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """Looks through the files of a run and gives its record; raises BrokenFile, which says what to do, or OSError."""
+    """Validate the files of a run.
+
+    Args:
+        folder: folder of the run.
+
+    Returns:
+        The run's record; {} if there is none.
+
+    Raises:
+        BrokenFile: a file is broken; the message says which, and what to do.
+        OSError: a file cannot be read.
+    """
     for name in (SUMMARY, PEN, MACHINES):
         read_json(folder / name)
     read_measured(folder / JOURNAL)
@@ -201,7 +294,18 @@ def check_files(folder: Path) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what a run is, {} where there is none; raises BrokenFile, or OSError."""
+    """Read the record of a run.
+
+    Args:
+        folder: folder of the run.
+
+    Returns:
+        The record; {} if there is none.
+
+    Raises:
+        BrokenFile: the record is not JSON, or holds no settings.
+        OSError: the record cannot be read.
+    """
     earlier = read_json(folder / RECORD)
     config = earlier.get("config")
     if earlier and not (

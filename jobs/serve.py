@@ -1,7 +1,7 @@
-"""Serves a trained model over HTTP: an image in, a mask, polygons or an overlay out, and a page to try it on.
+"""Serve a trained model over HTTP: an image in, a mask, polygons or an overlay out, and a page to try it on.
 
-Started by `deepskip submit serve`, by any `ray job submit -- python -m deepskip.jobs.serve ...`, or by hand, where it starts a
-Ray of its own. docs/serve.md says what it answers.
+`deepskip submit serve` starts it, or any `ray job submit -- python -m deepskip.jobs.serve ...`. Started by hand, it
+starts its own Ray. docs/serve.md describes the requests and answers.
 """
 
 import sys
@@ -14,14 +14,29 @@ from deepskip.jobs.settings import NotHere, stop
 
 
 def check(argv: list[str]) -> None:
-    """Reads the settings and looks for the checkpoint; ends the program with `error:` lines where they do not serve."""
+    """Validate the settings, and that the model exists.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if something is wrong; NotHere if the model or the token file is
+            missing.
+    """
     config, _ = settings.parse(argv)
     load(config)
 
 
 @trouble.told()
 def main(argv: list[str] | None = None) -> None:
-    """Serves until it is stopped (SIGTERM, SIGINT); what has been asked until then is still answered."""
+    """Serve until SIGTERM or SIGINT; requests that were received before are still answered.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: status 2 for invalid settings or a missing model.
+    """
     config, token = settings.parse(sys.argv[1:] if argv is None else argv)
     state = load(config)
 
@@ -31,7 +46,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load(config: settings.ServeConfig) -> State:
-    """Reads the model; ends the program where there is none."""
+    """Read the model's checkpoint.
+
+    Args:
+        config: settings of the server.
+
+    Returns:
+        State of the checkpoint.
+
+    Raises:
+        NotHere: there is no such model.
+    """
     try:
         return models.find(config.model, config.tracking_uri).state
     except models.ModelNotFound as error:

@@ -1,4 +1,4 @@
-"""Reads a training's settings from YAML and the command line; jsonargparse does the work, this makes its errors plain."""
+"""Read a job's settings from YAML and the command line; jsonargparse parses them, and this module explains its errors."""
 
 import argparse
 import difflib
@@ -22,42 +22,54 @@ from deepskip.data_shards import storage
 from deepskip.jobs.plain_yaml import check_arguments, look_through
 
 T = TypeVar("T")
-# exit status of a program that SIGTERM has ended
+# exit status after SIGTERM
 STOPPED = 128 + signal.SIGTERM
 
-# what the settings are explained by stands under each field of the dataclasses
+# the help of a setting is the string below its field in the dataclass
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-# where a section is text, jsonargparse would import what it names, to see that it is not taken
-# a row of a comparison is a class that it names itself
+# where a section is text, jsonargparse would import what it names before it refuses it
+# a row of a comparison is a class that jsonargparse itself imports by name
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["deepskip.jobs.comparison.grid.Row"])
 
 KEYS = [f"{section.name}.{field.name}" for section in fields(Config) for field in fields(section.type)]  # type: ignore[arg-type]
 
 
 class NotHere(SystemExit):
-    """Ends the program for something that this machine does not have; the machines of a cluster may have it."""
+    """Exit because of something that this machine does not have; the machines of a cluster may have it."""
 
 
 def stop(message: str, ending: type[SystemExit] = SystemExit) -> NoReturn:
-    """Ends the program for bad input: one `error:` line a fault on stderr, exit status 2."""
+    """Exit because of bad input, with an `error:` line on stderr for each fault and status 2.
+
+    Args:
+        message: a line for each fault.
+        ending: type of the exception.
+
+    Raises:
+        SystemExit: always, as `ending`, with the message as a note.
+    """
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     ended = ending(2)
-    # for who calls from Python
+    # callers in Python read the message from here
     ended.add_note(message)
     raise ended
 
 
 def build_parser(program: str) -> ArgumentParser:
-    """Builds the command line of a training: every field of Config as --section.key, and --config for a YAML file."""
+    """Build the command line of a training: each field of Config as --section.key, and --config for a YAML file.
+
+    Args:
+        program: name of the command.
+    """
     parser = ArgumentParser(
         prog=f"deepskip {program}",
-        description="Trains DeepSkip. Settings come from the defaults, then --config, then the command line.",
+        description="Train a segmentation model. Settings come from the defaults, then --config, then the command line.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; see jobs/configs")
     parser.add_argument(
-        "--local", action="store_true", help="train in this process, without Ray; under torchrun that is so without it"
+        "--local", action="store_true", help="train in this process, without Ray; under torchrun this is the default"
     )
     parser.add_class_arguments(Config)
     return parser
@@ -65,12 +77,20 @@ def build_parser(program: str) -> ArgumentParser:
 
 @lru_cache
 def training_parser() -> ArgumentParser:
-    """Builds the parser of `configured`, once: it takes a tenth of a second."""
+    """Return the parser of `configured`, which is built once because that takes a tenth of a second."""
     return build_parser("train")
 
 
 def configured(settings: Mapping[str, Any], where: str) -> Config:
-    """Makes a training's settings of a dict of sections, as in its YAML; bad ones end the program, naming `where`."""
+    """Return the settings of a training from a dict of sections, as its YAML has them.
+
+    Args:
+        settings: values by section and key.
+        where: origin of the settings, which error messages name.
+
+    Raises:
+        SystemExit: status 2 if the settings are invalid.
+    """
     parser = training_parser()
     try:
         look_through(json.dumps(settings, default=str))
@@ -84,16 +104,32 @@ def configured(settings: Mapping[str, Any], where: str) -> Config:
 
 
 def check_network(config: Config) -> None:
-    """Raises ValueError where the network is none that is known here; torch is imported only now, for --help without it."""
+    """Raise ValueError if the network is unknown; torch is imported only here, so that --help works without it.
+
+    Args:
+        config: settings of a training.
+
+    Raises:
+        ValueError: the network or one of its options is unknown.
+    """
     from deepskip import networks
 
     networks.check(asdict(config.model))
 
 
 def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
-    """Reads the settings; gives them with the stem of the config file, or `program` where there is none, and --local.
+    """Read the settings of a training.
 
-    Bad keys and values end the program by `stop`; --help ends it with 0.
+    Args:
+        program: name of the command.
+        argv: command-line arguments.
+
+    Returns:
+        The settings, the stem of the config file's name (`program` without a config file), and whether --local is
+        given.
+
+    Raises:
+        SystemExit: status 2 if a key or value is invalid; 0 after --help.
     """
     parser = build_parser(program)
     try:
@@ -106,13 +142,18 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop(explain(str(error)))
     except yaml.YAMLError as error:
-        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+        stop(f"the config is not valid YAML: {' '.join(str(error).split())}")
     files = [Path(str(path)) for path in parsed.config or []]
     return settings, files[-1].stem if files else program, parsed.local
 
 
 def settings_parser(program: str, kind: type) -> ArgumentParser:
-    """Builds the command line of a job: every field of a dataclass as --key, and --config for a YAML file of them."""
+    """Build the command line of a job: each field of a dataclass as --key, and --config for a YAML file.
+
+    Args:
+        program: name of the command.
+        kind: the dataclass.
+    """
     parser = ArgumentParser(prog=f"deepskip {program}", description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_class_arguments(kind)
@@ -120,12 +161,24 @@ def settings_parser(program: str, kind: type) -> ArgumentParser:
 
 
 def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
-    """Reads a job's settings; bad keys and values end the program by `stop`, --help ends it with 0."""
+    """Read the settings of a job.
+
+    Args:
+        program: name of the command.
+        kind: dataclass of the settings.
+        argv: command-line arguments.
+
+    Returns:
+        The settings, an instance of `kind`.
+
+    Raises:
+        SystemExit: status 2 if a key or value is invalid; 0 after --help.
+    """
     parser = settings_parser(program, kind)
     keys = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    # predict and serve called it by another name
+    # earlier versions of predict and serve had --checkpoint for --model
     argv = [re.sub(r"^--checkpoint(?==|$)", "--model", argument) for argument in argv]
-    # option by whether its list is of numbers
+    # list options, each with whether its list may hold numbers
     lists = {
         f"--{field.name}": str(field.type) != "list[str]"
         for field in fields(kind)  # type: ignore[arg-type]
@@ -141,13 +194,15 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop(explain(str(error), keys))
     except yaml.YAMLError as error:
-        stop(f"the config is no YAML: {' '.join(str(error).split())}")
+        stop(f"the config is not valid YAML: {' '.join(str(error).split())}")
 
 
 def with_lists(argv: Sequence[str], options: Mapping[str, bool]) -> list[str]:
-    """Makes one argument of the words behind an option that takes a list: --images a b becomes --images '["a", "b"]'.
+    """Return arguments in which the words after a list option are one: --images a b becomes --images '["a", "b"]'.
 
-    options: whether the list of each may hold numbers.
+    Args:
+        argv: command-line arguments.
+        options: list options, each with whether its list may hold numbers.
     """
     made, words = [], list(argv)
     while words:
@@ -161,7 +216,7 @@ def with_lists(argv: Sequence[str], options: Mapping[str, bool]) -> list[str]:
 
 
 def json_value(word: str) -> Any:
-    """Gives the number that a word is, or the word."""
+    """Return the number that a word spells, or else the word itself."""
     try:
         return json.loads(word) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) else word
     except ValueError:
@@ -169,9 +224,17 @@ def json_value(word: str) -> Any:
 
 
 def explain(message: str, keys: Sequence[str] = KEYS) -> str:
-    """Turns a message of jsonargparse into one that names the key, the value and what is allowed; keys: all that there are."""
+    """Convert an error of jsonargparse into one that names the key, its value and what is allowed.
+
+    Args:
+        message: message of jsonargparse.
+        keys: all known keys.
+
+    Returns:
+        The clearer message, or the same one if it is not recognized.
+    """
     if message.startswith("Problems parsing config"):
-        return f"--config is no YAML: {' '.join(message.split())}"
+        return f"--config is not valid YAML: {' '.join(message.split())}"
     if found := re.search(r'Parser key "config":\s*(.*)', message, re.DOTALL):
         return f"--config: {' '.join(found[1].split())}"
     if found := re.search(r'Parser key "([\w.]+)":\s*(.*)Got value: (.*)', message, re.DOTALL):
@@ -184,12 +247,12 @@ def explain(message: str, keys: Sequence[str] = KEYS) -> str:
     if unknown:
         group = unknown.groupdict().get("group")
         key = f"{group}.{unknown['key']}" if group else unknown["key"]
-        return f"{key} is no setting{nearest(key, keys)}; --help lists all"
+        return f"unknown setting {key}{nearest(key, keys)}; --help lists all"
     return message
 
 
 def allowed_types(expected: str) -> str:
-    """Puts jsonargparse's names of types into words."""
+    """Return jsonargparse's names of types in plain words."""
     words = {
         r"<class '(\w+)'>": r"\1",
         r"typing\.Literal\[(.*?)\]": r"one of \1",
@@ -203,11 +266,19 @@ def allowed_types(expected: str) -> str:
 
 
 def nearest(key: str, keys: Sequence[str] = KEYS) -> str:
-    """Names the settings most like a wrong key, as a clause of a message; empty when none is."""
+    """Return a clause of a message that names the settings most similar to a wrong key.
+
+    Args:
+        key: the wrong key.
+        keys: all known keys.
+
+    Returns:
+        " (did you mean ...?)" with at most three keys; empty if none is similar.
+    """
     close = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     # the right key in the wrong section, or without one
     close += [known for known in keys if known.split(".")[-1] == key.split(".")[-1] and known not in close]
-    # a key that begins, or whose words begin, as a known one
+    # a key made of the initials of a known key's words, such as lr for learning_rate
     letters = key.split(".")[-1].lower()
     initials = [
         k for k in keys if "".join(word[0] for word in k.split(".")[-1].split("_")) == letters and k not in close
@@ -217,13 +288,13 @@ def nearest(key: str, keys: Sequence[str] = KEYS) -> str:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Lists the keys `section.key` whose values differ between two settings as dicts."""
+    """Return the keys `section.key` whose values differ between two settings given as dicts."""
     flat_one, flat_other = flatten(one), flatten(other)
     return [key for key in {**flat_one, **flat_other} if flat_one.get(key) != flat_other.get(key)]
 
 
 def flatten(settings: dict[str, Any]) -> dict[str, Any]:
-    """Turns {"section": {"key": value}} into {"section.key": value}."""
+    """Convert {"section": {"key": value}} to {"section.key": value}."""
     return {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
 
 
@@ -235,7 +306,7 @@ def cache_of(config: Config) -> storage.Cache:
 def listen_to_sigterm() -> None:
     """Convert SIGTERM to SystemExit, so that cleanup runs: a last checkpoint, and an ended MLflow run.
 
-    In another thread than the main one, as in a notebook's, signals are others' business.
+    In a thread other than the main one, as in a notebook, the signal's handler is not changed.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
@@ -243,7 +314,7 @@ def listen_to_sigterm() -> None:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Listen to SIGTERM while the block runs; whoever listened before does so after it."""
+    """Convert SIGTERM to SystemExit while the block runs; afterwards the earlier handler is restored."""
     before = signal.getsignal(signal.SIGTERM)
     listen_to_sigterm()
     try:
@@ -254,11 +325,19 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def absolute(path: str, key: str) -> Path:
-    """Makes a path absolute; ends the program where it is relative to a folder that Ray will remove."""
+    """Return an absolute path.
+
+    Args:
+        path: a path on a file system.
+        key: name of the setting, for error messages.
+
+    Raises:
+        SystemExit: status 2 if the path is a URL, or is relative to a job's folder on a cluster, which Ray will remove.
+    """
     if storage.is_remote(path):
         stop(
-            f"{key} is {path}: a job keeps its lock, its record and its tracking database beside the checkpoints, and needs a "
-            "file system for them; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
+            f"{key} is {path}: a job keeps its lock, its record and its tracking database next to the checkpoints, which needs "
+            "a file system; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
         )
     if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
         stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")

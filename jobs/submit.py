@@ -1,4 +1,4 @@
-"""deepskip submit JOB ...: brings up Ray if none is named, hands the job to `ray job submit`, follows it to its end."""
+"""Run `deepskip submit JOB`: start Ray if no cluster is named, submit the job to it, and follow the job to its end."""
 
 import argparse
 import asyncio
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 PROGRESS = "step "
-# what ray says at the head of a job's log
+# lines that Ray writes at the beginning of a job's log
 CHATTER = re.compile(r"(\d{4}-\d\d-\d\d .*job_manager\.py:\d+ -- |Running entrypoint for job )")
-# between progress lines where they cannot overwrite each other
+# seconds between progress lines, where they cannot overwrite each other
 QUIET_SECONDS = 10.0
 STOP_SECONDS = 40
-# a head answers before its agent, which starts the jobs, is there
+# a head answers before its agent, which starts the jobs, is ready
 NO_AGENT = "No available agent"
 STARTING_SECONDS = 60.0
 SETTLE_SECONDS = 30.0
@@ -40,11 +40,18 @@ STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SubmitError(RuntimeError):
-    """The job could not be handed over; says what Ray said."""
+    """The job could not be submitted; the message quotes Ray."""
 
 
 class Screen:
-    """Prints a job's output: progress lines over one another on a terminal, now and then elsewhere, all else as it is."""
+    """Display of a job's output: progress lines overwrite each other on a terminal, and are thinned out elsewhere.
+
+    All other lines are unchanged.
+
+    Args:
+        terminal: whether the output is a terminal.
+        columns: width of the terminal.
+    """
 
     def __init__(self, terminal: bool, columns: int = 80) -> None:
         self.terminal, self.columns = terminal, columns
@@ -52,7 +59,12 @@ class Screen:
         self.last_shown = -QUIET_SECONDS
 
     def show(self, line: str, now: float) -> str:
-        """Gives what to write for a line of the job that came `now`, in seconds."""
+        """Return what to write for a line of the job.
+
+        Args:
+            line: the line, without a line feed.
+            now: when it arrived, seconds of a monotonic clock.
+        """
         if CHATTER.match(line):
             return ""
         if not line.startswith(PROGRESS):
@@ -68,35 +80,57 @@ class Screen:
         return f"{line}\n"
 
     def rest(self) -> str:
-        """Gives what ends the progress so far: a line feed, or the last progress line that was held back."""
+        """Return what ends the progress so far: a line feed, or the last progress line that was held back."""
         text = "\n" if self.live else f"{self.held}\n" if self.held else ""
         self.live, self.held = False, ""
         return text
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Submits a job and exits with 0 when it succeeded, 1 when it failed, 128 + signal when it was stopped."""
+    """Submit a job and exit with its status.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: always. Status 0 if the job succeeded, 1 if it failed, 2 if it could not be submitted, 128 + signal
+            if it was stopped.
+    """
     parser = argparse.ArgumentParser(
         prog="deepskip submit",
-        description="Submits a job to the cluster at RAY_ADDRESS (as `ray job submit` takes it), or to a Ray head of its own.",
+        description="Submit a job to the cluster at RAY_ADDRESS (as in `ray job submit`), or to a Ray head started for it.",
     )
-    parser.add_argument("--port", type=int, default=0, help="port of the own head; chosen by default")
-    parser.add_argument("--dashboard_port", type=int, default=0, help="port of its dashboard; chosen by default")
+    parser.add_argument("--port", type=int, default=0, help="port of a head that is started here; 0 takes a free one")
+    parser.add_argument("--dashboard_port", type=int, default=0, help="port of its dashboard; 0 takes a free one")
     parser.add_argument("job", help="train, predict, ...")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the job's own; JOB --help lists them")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the job; JOB --help lists them")
     arguments = parser.parse_args(argv)
     module = f"deepskip.jobs.{arguments.job}"
     here = Path(__file__).parent
     if not (here / f"{arguments.job}.py").is_file() or not hasattr(importlib.import_module(module), "check"):
         known = sorted(path.stem for path in here.glob("*.py") if "\ndef check(" in path.read_text())
-        parser.error(f"there is no job {arguments.job}; jobs are {', '.join(known)}")
+        parser.error(f"unknown job {arguments.job}; jobs are {', '.join(known)}")
     sys.exit(submit(module, arguments.arguments, arguments.port, arguments.dashboard_port))
 
 
 def submit(module: str, arguments: list[str], port: int = 0, dashboard_port: int = 0) -> int:
-    """Checks a job's arguments, runs `python -m module arguments` as a Ray job and gives the exit status."""
+    """Validate the arguments of a job, and run `python -m module arguments` as a Ray job.
+
+    Args:
+        module: full name of the job's module.
+        arguments: command-line arguments of the job.
+        port: port of a Ray head that is started for the job; 0 takes a free one.
+        dashboard_port: port of its dashboard; 0 takes a free one.
+
+    Returns:
+        The exit status: 0 if the job succeeded, 1 if it failed, 2 if it could not be submitted, 128 + signal if it was
+            stopped.
+
+    Raises:
+        SystemExit: status 2 if an argument is invalid.
+    """
     os.environ.update(past_proxies(os.environ))
-    # bad arguments end here, within a second, with no cluster started
+    # invalid arguments are found within a second, before a cluster is started
     look(module, arguments)
     try:
         with stoppable(), cluster(port, dashboard_port) as head:
@@ -109,7 +143,17 @@ def submit(module: str, arguments: list[str], port: int = 0, dashboard_port: int
 
 
 def look(module: str, arguments: list[str]) -> None:
-    """Checks a job's arguments; what this machine does not have is only said where the job will run on others."""
+    """Validate the arguments of a job.
+
+    With a cluster at RAY_ADDRESS, what this machine lacks is only reported, because the job checks it there.
+
+    Args:
+        module: full name of the job's module.
+        arguments: command-line arguments of the job.
+
+    Raises:
+        SystemExit: status 2 if an argument is invalid; NotHere if something is missing and no cluster is named.
+    """
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -117,14 +161,18 @@ def look(module: str, arguments: list[str]) -> None:
     except NotHere:
         if not os.environ.get("RAY_ADDRESS"):
             raise
-        text = said.getvalue().replace("error: ", "not on this machine, so left to the cluster's: ")
+        text = said.getvalue().replace("error: ", "not on this machine, so checked by the job: ")
         said = io.StringIO(text)
     finally:
         sys.stderr.write(said.getvalue())
 
 
 class Stopped(BaseException):
-    """The user, or whoever started us, wants the job to stop."""
+    """A signal asks for the job to be stopped.
+
+    Attributes:
+        signal: number of the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -133,7 +181,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turns the first stopping signal into Stopped and ignores further ones, so that cleaning up is not cut short."""
+    """Convert the first stopping signal to Stopped, and ignore later ones so that they do not interrupt cleanup."""
 
     def stop(number: int, frame: object) -> None:
         for each in STOPPING_SIGNALS:
@@ -150,7 +198,18 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def cluster(port: int, dashboard_port: int) -> Iterator[Head | None]:
-    """Uses the cluster at RAY_ADDRESS (None), or a head that lives as long as the block."""
+    """Use the cluster at RAY_ADDRESS, or start a Ray head that lives as long as the block.
+
+    Args:
+        port: port of the head; 0 takes a free one.
+        dashboard_port: port of its dashboard; 0 takes a free one.
+
+    Yields:
+        The head, or None for the cluster at RAY_ADDRESS.
+
+    Raises:
+        HeadError: the head does not start.
+    """
     if os.environ.get("RAY_ADDRESS"):
         yield None
         return
@@ -169,13 +228,26 @@ def cluster(port: int, dashboard_port: int) -> Iterator[Head | None]:
 
 
 def run_job(module: str, arguments: list[str], head: Head | None) -> int:
-    """Submits, follows and ends one job; gives its exit status."""
+    """Submit one job and follow it to its end; if this process is stopped, the job is stopped too.
+
+    Args:
+        module: full name of the job's module.
+        arguments: command-line arguments of the job.
+        head: the head that was started for the job; None for the cluster at RAY_ADDRESS.
+
+    Returns:
+        The exit status: 0 if the job succeeded, else 1.
+
+    Raises:
+        SubmitError: the job could not be submitted.
+        Stopped: a signal arrived; the job has been stopped.
+    """
     address = os.environ["RAY_ADDRESS"]
     submission = f"{module.rsplit('.', 1)[-1]}-{uuid.uuid4().hex[:12]}"
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
     command = [*ray, "submit", "--no-wait", "--submission-id", submission]
     if head is not None:
-        # the same files: nothing to upload, and the job runs where the user stands
+        # the head sees the same files, so nothing is uploaded, and the job runs in the current folder
         entrypoint = (
             f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join([sys.executable, '-u', '-m', module, *arguments])}"
         )
@@ -187,7 +259,7 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
 
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    # it tells of its connection
+    # the client logs each connection
     logging.disable(logging.WARNING)
     client = JobSubmissionClient(address)
     screen = Screen(sys.stdout.isatty(), shutil.get_terminal_size().columns)
@@ -206,20 +278,28 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
     write(screen.rest())
     if status != JobStatus.SUCCEEDED:
         message = client.get_job_info(submission).message or ""
-        # a job that ended by itself has said why; what ray did to it has not been said yet
+        # a job that exited has printed the reason; the reason for which Ray ended it is only here
         if "exited with code" not in message and "failed with exit code" not in message:
             print(f"error: job {submission} is {status}: {message}", file=sys.stderr)
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
 def hand_over(command: list[str], address: str) -> None:
-    """Runs `ray job submit`; a cluster whose agents are still starting is asked again. Raises SubmitError."""
+    """Run `ray job submit`, and retry while the agents of the cluster are starting.
+
+    Args:
+        command: the command with its arguments.
+        address: address of the cluster, for the error message.
+
+    Raises:
+        SubmitError: the command failed.
+    """
     deadline = time.monotonic() + STARTING_SECONDS
     while (
         handed := subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     ).returncode:
         output = handed.stdout + handed.stderr
-        # nothing was taken on then, so the submission's name is still free
+        # without an agent Ray accepted nothing, so the submission's ID is still free
         if NO_AGENT not in output or time.monotonic() > deadline:
             said = "\n".join(output.strip().splitlines()[-15:])
             raise SubmitError(f"`ray job submit` to {address} failed:\n{said}")
@@ -227,7 +307,13 @@ def hand_over(command: list[str], address: str) -> None:
 
 
 async def follow(client: "JobSubmissionClient", submission: str, screen: Screen) -> None:
-    """Shows the job's output until the job or the connection ends."""
+    """Show the output of a job until the job or the connection ends.
+
+    Args:
+        client: connection to the cluster.
+        submission: ID of the job.
+        screen: formats the output.
+    """
     unfinished = ""
     async for text in client.tail_job_logs(submission):
         *lines, unfinished = (unfinished + text).split("\n")
@@ -238,12 +324,12 @@ async def follow(client: "JobSubmissionClient", submission: str, screen: Screen)
 
 
 def say(line: str) -> None:
-    """Prints a line of our own."""
+    """Print a line of this program, as opposed to the job's."""
     print(line, flush=True)
 
 
 def write(text: str) -> None:
-    """Writes to the terminal at once."""
+    """Write text to stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""The MLflow run of a training: one run however often the training restarts, never in the training's way."""
+"""The MLflow run of a training: one run however often the training restarts, which never blocks the training."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# set before mlflow is imported, which reads some of them once: a server that is away must not hold anything up for minutes
+# set before mlflow is imported, which reads some of them once: an unreachable server must not delay anything for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -22,7 +22,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from deepskip.cluster.settings import past_proxies
 
-# a server on loopback is reached by no proxy
+# a server on loopback must not be requested through a proxy
 os.environ.update(past_proxies(os.environ))
 
 import mlflow
@@ -38,31 +38,53 @@ from deepskip.jobs.journal import read_measured
 from deepskip.jobs.settings import flatten
 
 VARIABLE = "MLFLOW_TRACKING_URI"
-# seconds that a request may take, and one without which no training begins
+# seconds that a request may take; START_SECONDS is for requests that a training needs to start
 TIMEOUT, SECONDS, START_SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", "10", "30"
 DATABASE = "mlflow.db"
-# what a run's model is called in it
+# name of the model in its run
 MODEL = "model"
 ARTIFACTS = "mlartifacts"
-# between looks at what waits, and after a request that failed
+# seconds between looks at the queue, and after a request that failed
 SEND_SECONDS = 0.5
 RETRY_SECONDS = 5.0
 LAST_FLUSH_SECONDS = 20.0
-# MLflow takes no more in one request
+# MLflow accepts no more metrics in one request
 MOST_METRICS = 1000
 
 
 class TrackingUnreachable(RuntimeError):
-    """The MLflow server does not answer; says where it was looked for."""
+    """The MLflow server does not answer; the message names its address."""
 
 
 def tracking_uri(storage: Path, configured: str | None) -> str:
-    """Gives the tracking URI: the config's, MLFLOW_TRACKING_URI, or sqlite in `storage`."""
+    """Return the tracking URI.
+
+    Args:
+        storage: folder of the SQLite database that is used if no URI is set.
+        configured: URI of the settings, which has precedence over MLFLOW_TRACKING_URI; None if there is none.
+    """
     return configured or os.environ.get(VARIABLE) or f"sqlite:///{storage / DATABASE}"
 
 
 def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str | None, config: dict[str, Any]) -> str:
-    """Makes the run of a training, or takes up the one it had, and gives its id; raises TrackingUnreachable."""
+    """Create the MLflow run of a training, or resume the one that it had.
+
+    If the server does not answer for an earlier run, the training continues with a warning.
+
+    Args:
+        uri: tracking URI.
+        storage: folder of the artifacts, for an SQLite database.
+        experiment: name of the MLflow experiment.
+        name: name of a new run.
+        run_id: the earlier run; None creates one, and so does one that the server does not know.
+        config: settings by section, logged as parameters and as config.yaml.
+
+    Returns:
+        The ID of the run.
+
+    Raises:
+        TrackingUnreachable: a run cannot be created.
+    """
     use(uri)
     client = mlflow.MlflowClient(uri)
     if run_id is not None:
@@ -71,8 +93,10 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
             return run_id
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
-                # the run is there; what is measured waits for the server
-                print(f"warning: MLflow at {uri} does not answer, the training goes on: {in_short(error)}", flush=True)
+                # the run exists; measurements wait in the queue for the server
+                print(
+                    f"warning: MLflow at {uri} does not answer, the training continues: {in_short(error)}", flush=True
+                )
                 return run_id
     try:
         with patience():
@@ -81,16 +105,16 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
             client.log_batch(run.info.run_id, params=parameters)
             client.log_dict(run.info.run_id, config, "config.yaml")
         return run.info.run_id
-    # requests, sqlalchemy and mlflow each have their own errors for this
+    # requests, sqlalchemy and mlflow raise different errors for this
     except Exception as error:
         raise unreachable(uri, error) from error
 
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Gives a slow server more time in a block, unless a user has said how much.
+    """Allow a slow server more time while the block runs, unless the user has set the timeout.
 
-    Later, what it does not answer is asked again; a training that cannot begin its run does not begin.
+    A training does not start without its run. Later requests need no such time, because they are retried.
     """
     usual = os.environ.get(TIMEOUT)
     if usual == SECONDS:
@@ -103,19 +127,28 @@ def patience() -> Iterator[None]:
 
 
 def experiment_id(uri: str, storage: Path, experiment: str) -> str:
-    """Gives the id of an experiment, which is made where there is none; raises TrackingUnreachable."""
+    """Return the ID of an experiment, which is created if it does not exist.
+
+    Args:
+        uri: tracking URI.
+        storage: folder of the artifacts, for an SQLite database.
+        experiment: name of the experiment.
+
+    Raises:
+        TrackingUnreachable: the server does not answer, or refuses.
+    """
     use(uri)
     client = mlflow.MlflowClient(uri)
     try:
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return found.experiment_id
-        # mlflow's default for sqlite is ./mlruns of whatever folder a program runs in
+        # mlflow's default for sqlite is ./mlruns in the current folder
         location = (storage / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
         try:
             return client.create_experiment(experiment, artifact_location=location)
         except Exception:
-            # another training has made it in between
+            # another training may have created it in the meantime
             found = client.get_experiment_by_name(experiment)
             if found is None:
                 raise
@@ -125,38 +158,47 @@ def experiment_id(uri: str, storage: Path, experiment: str) -> str:
 
 
 def unreachable(uri: str, error: Exception) -> TrackingUnreachable:
-    """Makes an error that says what to do."""
+    """Return the error for a tracking server that cannot be used, which says what to do.
+
+    Args:
+        uri: tracking URI.
+        error: what went wrong; a TrackingUnreachable is returned unchanged.
+    """
     if isinstance(error, TrackingUnreachable):
         return error
     return TrackingUnreachable(
         f"MLflow at {uri} cannot be used: {in_short(error)}. Start that server, or set run.tracking_uri or "
-        "MLFLOW_TRACKING_URI to another, or leave both out for sqlite."
+        "MLFLOW_TRACKING_URI to another, or set neither to use sqlite."
     )
 
 
 def use(uri: str) -> None:
-    """Makes a tracking server that of this process: some of mlflow's calls know no other, whatever they are told."""
-    # migrations and retries are logged at length; what goes wrong is raised
+    """Set the tracking server of this process, because some MLflow calls accept no other way to name it.
+
+    Args:
+        uri: tracking URI.
+    """
+    # mlflow logs migrations and retries at length; real errors are raised
     for logger in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    # what it logs here it raises too
+    # what mlflow.store logs it also raises
     logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
     asked = os.environ.get(VARIABLE)
     mlflow.set_tracking_uri(uri)
-    # it writes it into the environment too, where it would pass for what the user wants of every other run
+    # mlflow writes the URI to the environment too, where it would look like the user's choice for every other run
     os.environ.pop(VARIABLE, None)
     if asked is not None:
         os.environ[VARIABLE] = asked
 
 
 def in_short(error: Exception) -> str:
-    """Puts an error on one line."""
+    """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 @contextmanager
 def system_metrics(run_id: str) -> Iterator[None]:
-    """Logs this machine's CPU, memory and GPU use to the run while the block runs."""
+    """Log this machine's CPU, memory and GPU use to a run while the block runs."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run_id, sampling_interval=5, samples_before_logging=1)
@@ -168,13 +210,27 @@ def system_metrics(run_id: str) -> Iterator[None]:
 
 
 class Tracker:
-    """Sends events to the run in order; what a server does not take is kept and sent again.
+    """Sender of events to an MLflow run, in order; what the server does not accept is kept and sent again.
 
-    `start` has a thread send them, so that whoever takes an event never waits for a server. One thread at a time sends: that
-    one, and after it has ended `finish`. Whoever does not start it calls `send`.
-    It begins with the journal of earlier parts of the training: what one part could not send the next one does. A metric that
-    arrives twice has the same time stamp, by which MLflow knows it.
-    history: (step, value) pairs of every metric of the run.
+    After `start` a thread sends the events, so that `take` never waits for a server; without `start` the caller calls
+    `send`. Only one thread sends at a time: that thread, and after its end `finish`.
+    The tracker begins with the journal of earlier parts of the training, so it sends what those could not. A metric
+    that arrives twice has the same time stamp, by which MLflow recognizes it.
+
+    Args:
+        uri: tracking URI.
+        run_id: the MLflow run.
+        ignore_index: label of pixels that do not count, for the pictures of predictions.
+        journal: file of the measurements of earlier parts.
+
+    Attributes:
+        waiting: queue of events (kind, step, value) that are not sent yet.
+        history: pairs (step, value) of each metric of the run.
+        last_step: latest step of each kind of event.
+
+    Raises:
+        BrokenFile: a line of the journal is not a measurement.
+        OSError: the journal cannot be read.
     """
 
     def __init__(self, uri: str, run_id: str, ignore_index: int, journal: Path) -> None:
@@ -183,7 +239,7 @@ class Tracker:
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.last_step: dict[str, int] = {}
         self.next_try = 0.0
-        # around the line of events, and never around a request
+        # held while the queue changes, and never during a request
         self.lock = threading.Lock()
         self.ending = threading.Event()
         self.sender: threading.Thread | None = None
@@ -191,8 +247,15 @@ class Tracker:
             self.take(kind, step, values, stamp)
 
     def take(self, kind: str, step: int, values: dict[str, Any], stamp: int) -> None:
-        """Takes one event of the trainer, "train" or "validation" metrics or a "panel", and when it was, in ms."""
-        # a restarted training comes past some steps again
+        """Add an event of the trainer to the queue; an event of a step that a kind has passed is ignored.
+
+        Args:
+            kind: "train" or "validation" for metrics, or "panel" for pictures of predictions.
+            step: training step.
+            values: metrics by name, or {"images": pictures} for a panel.
+            stamp: time of the event, milliseconds since the epoch.
+        """
+        # a restarted training repeats some steps
         if step <= self.last_step.get(kind, -1):
             return
         self.last_step[kind] = step
@@ -211,7 +274,7 @@ class Tracker:
             self.waiting.append((kind, step, value))
 
     def start(self) -> None:
-        """Send from a thread of its own until `finish`."""
+        """Start a thread that sends the events until `finish`."""
         self.sender = threading.Thread(target=self._send_until_the_end, name="tracker", daemon=True)
         self.sender.start()
 
@@ -220,12 +283,16 @@ class Tracker:
             self.send()
 
     def send(self) -> str | None:
-        """Sends what waits, unless the server was away a moment ago; gives what went wrong, or None."""
+        """Send the waiting events, unless a request failed within the last RETRY_SECONDS.
+
+        Returns:
+            The error message, or None.
+        """
         if time.monotonic() < self.next_try:
             return None
         while self.waiting:
             if self.ending.is_set() and threading.current_thread() is self.sender:
-                # the rest is for `finish`, or for the next part of the training
+                # `finish` sends the rest, or the next part of the training does
                 return None
             with self.lock:
                 kind, step, value = self.waiting[0]
@@ -237,7 +304,7 @@ class Tracker:
                     self.client.log_artifact(self.run_id, str(value))
                 else:
                     self.client.log_batch(self.run_id, metrics)
-            # whatever it is, the training goes on and the event stays first in the line
+            # whatever the error is, the training continues and the event stays first in the queue
             except Exception as error:
                 self.next_try = time.monotonic() + RETRY_SECONDS
                 return in_short(error)
@@ -247,7 +314,7 @@ class Tracker:
         return None
 
     def _next_metrics(self) -> tuple[list[Metric], int]:
-        """Gives as many metrics from the head of the line as one request may have, and how many events they are."""
+        """Return the metrics at the head of the queue that fit into one request, and their number of events."""
         metrics: list[Metric] = []
         count = 0
         for kind, _, value in self.waiting:
@@ -257,13 +324,24 @@ class Tracker:
         return metrics, count
 
     def take_file(self, path: Path) -> None:
-        """Takes a file to keep beside the metrics."""
+        """Add a file to the queue, to be logged as an artifact.
+
+        Args:
+            path: the file.
+        """
         self._append("file", 0, path)
 
     def finish(self, status: str) -> str | None:
-        """Sends the rest within LAST_FLUSH_SECONDS and closes the run; gives what went wrong, or None."""
+        """Send the rest within LAST_FLUSH_SECONDS and end the run.
+
+        Args:
+            status: "FINISHED", "FAILED" or "KILLED".
+
+        Returns:
+            The error message, or None.
+        """
         if status == "KILLED":
-            # whoever kills a job does not wait long: the status comes first
+            # a killed job has little time left, so the status is sent first
             with contextlib.suppress(Exception):
                 self.client.set_terminated(self.run_id, status)
         deadline = time.monotonic() + LAST_FLUSH_SECONDS
@@ -271,14 +349,14 @@ class Tracker:
             self.ending.set()
             self.sender.join(LAST_FLUSH_SECONDS)
             if self.sender.is_alive():
-                # it may still arrive; nobody else sends, so nothing is taken from the line twice
+                # the request may still succeed; no other thread sends, so no event leaves the queue twice
                 return f"a request to the tracking server takes more than {LAST_FLUSH_SECONDS:g} s"
         while True:
             fault = self.send()
             if fault is None and not self.waiting:
                 break
             if time.monotonic() > deadline:
-                return fault or "the tracking server was away"
+                return fault or "the tracking server was unreachable"
             time.sleep(0.5)
         try:
             if self.history:
@@ -290,9 +368,13 @@ class Tracker:
 
 
 def log_model(uri: str, run_id: str, segmenter: Segmenter, checkpoint_file: Path) -> None:
-    """Logs a trained model, from raw images to probabilities, as an exported program of any batch, height and width.
+    """Log a trained model, from raw images to probabilities, as an exported program for any batch, height and width.
 
-    checkpoint_file: what it was made from; it is kept with the model, for `jobs.models`.
+    Args:
+        uri: tracking URI.
+        run_id: the MLflow run.
+        segmenter: the model.
+        checkpoint_file: the checkpoint that it was made from, which is kept with it for `jobs.models`.
     """
     use(uri)
     bands, classes = segmenter.bands, segmenter.num_classes
@@ -317,23 +399,36 @@ def log_model(uri: str, run_id: str, segmenter: Segmenter, checkpoint_file: Path
 
 
 def terminate(uri: str, run_id: str) -> None:
-    """Set the status of a run that is done to finished."""
+    """Set the status of a completed run to FINISHED."""
     mlflow.MlflowClient(uri).set_terminated(run_id, "FINISHED")
 
 
 def is_of_the_server(error: Exception) -> bool:
-    """Tell whether an error is of MLflow or the way to it, which may be better later, and not of the model."""
+    """Return whether an error comes from MLflow or the connection, so that a retry may help, and not from the model.
+
+    Args:
+        error: what `log_model` raised.
+    """
     return isinstance(error, mlflow.exceptions.MlflowException | OSError)
 
 
 def model_location(uri: str, model_id: str) -> str:
-    """Gives where the files of a logged model (m-...) lie."""
+    """Return the place of the files of a logged model, whose ID is m-..."""
     use(uri)
     return mlflow.MlflowClient(uri).get_logged_model(model_id).artifact_location
 
 
 def download(uri: str, artifact_uri: str, folder: str) -> Path:
-    """Copies one file that a tracking server knows into a folder, or names it where it is on this machine."""
+    """Copy a file that a tracking server knows into a folder; a file on this machine is not copied.
+
+    Args:
+        uri: tracking URI.
+        artifact_uri: address of the file.
+        folder: folder for the copy.
+
+    Returns:
+        The path of the file or its copy.
+    """
     use(uri)
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=artifact_uri, dst_path=folder, tracking_uri=uri))
 
@@ -349,9 +444,25 @@ def log_report(
     folder: Path,
     place: str,
 ) -> str:
-    """Logs metrics and a folder of files to a run that is there, or to a new one, and gives its id; raises MLflow's errors.
+    """Log metrics and a folder of files to an existing run or a new one.
 
-    place: folder of the run's artifacts that takes the files.
+    Args:
+        uri: tracking URI.
+        run_id: the existing run; None creates one.
+        experiment: MLflow experiment of a new run.
+        name: name of a new run.
+        settings: settings of the evaluation, logged as parameters of a new run.
+        metrics: values by name; those that are not finite are not logged.
+        step: training step of the model.
+        folder: folder of the files.
+        place: folder of the run's artifacts for the files.
+
+    Returns:
+        The ID of the run.
+
+    Raises:
+        TrackingUnreachable: there is no database, or no run can be created.
+        Exception: errors of MLflow and its libraries.
     """
     database = Path(uri.removeprefix("sqlite:///"))
     if run_id is None:
@@ -359,7 +470,7 @@ def log_report(
         run_id = start_run(uri, database.parent, experiment, name, None, {"evaluate": settings})
         own = True
     elif uri.startswith("sqlite:///") and not database.is_file():
-        # mlflow would make an empty one
+        # mlflow would create an empty database
         raise TrackingUnreachable(f"there is no database at {database}; set tracking_uri, or track: new")
     else:
         own = False

@@ -1,7 +1,7 @@
 """The training job: settings in, a run folder with checkpoints and summary.json and an MLflow run out.
 
-Started by `deepskip train`, by any `ray job submit -- python -m deepskip.jobs.train ...`, or by hand, where it starts
-a Ray of its own; with --local it trains in this process, without Ray, and without MLflow where that is not installed.
+`deepskip train` starts it, or any `ray job submit -- python -m deepskip.jobs.train ...`. Started by hand, it starts its
+own Ray. With --local it trains in this process without Ray, and without MLflow if that is not installed.
 """
 
 import hashlib
@@ -25,15 +25,20 @@ from deepskip.jobs.training.tracked import log_model, send_late, tracked
 
 
 def check(argv: list[str]) -> None:
-    """Reads the settings and looks at the data, and at the run of that name on this machine, with no Ray started.
+    """Validate the settings and the data, and a run of that name on this machine, without starting Ray.
 
-    Ends the program with `error:` lines where they cannot be trained on, or the run is one of other settings or data.
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if the training cannot start or the run has other settings or data;
+            NotHere if the data is missing.
     """
     config, _, local = parse("train", argv)
     if local:
-        stop("--local trains in the process itself, with no job to submit: deepskip train --local ...")
+        stop("--local trains in the process itself, so there is no job to submit; run deepskip train --local ...")
     data = check_data(config)
-    # on a cluster the folder may be another one
+    # on a cluster of other machines this path may be another folder
     if config.run.name and of_loopback(os.environ.get("RAY_ADDRESS")):
         folder = absolute_paths(config)
         try:
@@ -43,7 +48,14 @@ def check(argv: list[str]) -> None:
 
 
 def absolute_paths(config: Config) -> Path:
-    """Make data.path absolute, as a run's record has it, and return the folder of runs."""
+    """Make data.path absolute in place, as a run's record has it, and return the folder of runs.
+
+    Args:
+        config: settings of the training, changed in place.
+
+    Raises:
+        SystemExit: status 2 if a path cannot be used on a cluster.
+    """
     folder = absolute(config.run.storage, "run.storage")
     config.data.path = config.data.path.removeprefix("file://")
     if not storage.is_remote(config.data.path):
@@ -52,15 +64,22 @@ def absolute_paths(config: Config) -> Path:
 
 
 def digest_of(split: Index) -> str:
-    """Return a digest of what a split holds; packing the same samples again leaves it as it is."""
+    """Return a digest of the content of a split, which is the same after packing the same samples again."""
     shards = [[shard.sha256, shard.samples] for shard in split.shards]
     return hashlib.sha256(json.dumps([split.bands, split.num_classes, split.ignore_index, shards]).encode()).hexdigest()
 
 
 def check_data(config: Config) -> dict[str, str] | None:
-    """Ends the program where there are no shards (and none to be packed), or they do not fit the model.
+    """Check that the shards exist and fit the settings.
 
-    Returns a digest of each split, or None where it is still to be packed.
+    Args:
+        config: settings of the training.
+
+    Returns:
+        The digest of each split, or None if the built-in data is not packed yet.
+
+    Raises:
+        SystemExit: status 2 if the shards do not fit the settings; NotHere if there are none.
     """
     path = config.data.path
     if config.data.builtin and not Path(path).exists():
@@ -76,11 +95,13 @@ def check_data(config: Config) -> dict[str, str] | None:
         ("model.num_classes", config.model.num_classes, train.num_classes),
     ):
         if asked is not None and asked != found:
-            faults.append(f"{key} is {asked}, but the shards at {path} have {found}; leave it out to take theirs")
+            faults.append(
+                f"{key} is {asked}, but the shards at {path} have {found}; remove the setting to use the shards' value"
+            )
     if (train.bands, train.num_classes) != (validation.bands, validation.num_classes):
         faults.append(
             f"{path}/train has {train.bands} bands and num_classes {train.num_classes}, "
-            f"{path}/val {validation.bands} and {validation.num_classes}; pack them together"
+            f"{path}/val {validation.bands} and {validation.num_classes}; pack both splits with the same options"
         )
     if config.loss.class_weights is not None and len(config.loss.class_weights) != train.num_classes:
         faults.append(
@@ -88,8 +109,8 @@ def check_data(config: Config) -> dict[str, str] | None:
         )
     if config.data.copy_paste and train.num_samples and max(train.shard_sizes) < 2:
         faults.append(
-            f"data.copy_paste is {config.data.copy_paste:g}: it takes objects from other samples of a shard, and each shard of "
-            f"{path}/train holds one; leave it out, or pack more into a shard"
+            f"data.copy_paste is {config.data.copy_paste:g}: it takes objects from other samples of a shard, "
+            f"but each shard of {path}/train holds one; remove the setting, or pack more samples into a shard"
         )
     if faults:
         stop("\n".join(faults))
@@ -98,27 +119,48 @@ def check_data(config: Config) -> dict[str, str] | None:
 
 
 def check_network(config: Config, bands: int, num_classes: int) -> None:
-    """Ends the program where the network cannot be built for such data, or not as the settings say."""
+    """Check that the network can be built for the data.
+
+    Args:
+        config: settings of the training.
+        bands: bands of the images.
+        num_classes: 1 for a binary task, else the number of exclusive classes.
+
+    Raises:
+        SystemExit: status 2 if it cannot be built, or not with these settings.
+    """
     try:
         network = networks.outline(asdict(config.model), bands, num_classes)
     except (ValueError, ImportError) as error:
         stop(str(error))
     if config.run.compile != "none" and networks.brings_loss(network):
         stop(
-            f"run.compile is {config.run.compile}; {config.model.network} has a loss of its own, which is not compiled"
+            f"run.compile is {config.run.compile}, but {config.model.network} has its own loss, which cannot be compiled; "
+            "set run.compile to none"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains; the exit status is 0 when the training is done and its summary is written."""
+    """Train; the exit status is 0 when the training is complete and its summary is written.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: the training cannot start, failed, or was stopped.
+    """
     with trouble.told(runs.GOES_ON):
         run_job(sys.argv[1:] if argv is None else argv)
 
 
 def run_job(argv: list[str]) -> None:
-    """Trains, with the arguments of the command line: on Ray, or with --local in this process."""
+    """Train on Ray, or in this process with --local or under torchrun.
+
+    Args:
+        argv: command-line arguments.
+    """
     config, stem, local = parse("train", argv)
-    # torchrun takes --local for an abbreviation of its own options
+    # torchrun would read --local as an abbreviation of its own options
     if local or "TORCHELASTIC_RUN_ID" in os.environ:
         train_here(config, stem, argv)
     else:
@@ -126,7 +168,16 @@ def run_job(argv: list[str]) -> None:
 
 
 def train_here(config: Config, stem: str, argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains in this process, as one of torchrun's ranks where it started several; gives the summary, on rank 0."""
+    """Train in this process, alone or as one of the ranks that torchrun started.
+
+    Args:
+        config: settings of the training.
+        stem: name of the run if the settings have none.
+        argv: command-line arguments, for the commands that are printed at the end; None prints none.
+
+    Returns:
+        The summary on rank 0, {} on other ranks.
+    """
     from deepskip.jobs.training import local as here
 
     with here.ranks(config) as ranks:
@@ -138,7 +189,17 @@ def train_here(config: Config, stem: str, argv: list[str] | None = None) -> dict
 
 
 def on_ray(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
-    """Trains on Ray, which is imported only now, and gives the trainer's summary."""
+    """Train on Ray, which is imported only here.
+
+    Args:
+        config: settings of the training.
+        run: the run, locked.
+        run_id: the MLflow run; None if the training is not tracked.
+        tracker: sends events to the MLflow run; None if the training is not tracked.
+
+    Returns:
+        The trainer's summary.
+    """
     prepare_environment(config.cluster.collective_timeout)
     from deepskip.jobs.training.driver import fit
 
@@ -149,10 +210,19 @@ Fit = Callable[[Config, runs.Run, str | None, Any], dict[str, Any]]
 
 
 def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -> dict[str, Any]:
-    """Claims the run's folder, has `fit` train, keeps what comes of it, tracked by MLflow, and gives the run's summary.
+    """Claim the folder of a run, train, and write and track the result.
 
-    stem: the run's name where the settings have none. argv: of the command line, for what is said at the end. With `fit` in
-    this process MLflow may be missing. Ends the program, with `error:` lines, where the training cannot be.
+    Args:
+        config: settings of the training.
+        stem: name of the run if the settings have none.
+        fit: trains; if it trains in this process, MLflow may be missing.
+        argv: command-line arguments, for the commands that are printed at the end; None prints none.
+
+    Returns:
+        The summary of the run, which may have been finished before.
+
+    Raises:
+        SystemExit: status 2 after `error:` lines, if the training cannot start.
     """
     folder = absolute_paths(config)
     if config.data.builtin and not Path(config.data.path).exists():
@@ -186,7 +256,11 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
 
 
 def prepare_environment(collective_timeout: float) -> None:
-    """Sets what Ray reads when it is imported; what is set already stays."""
+    """Set the variables that Ray reads when it is imported; variables that are already set are kept.
+
+    Args:
+        collective_timeout: seconds after which a worker that does not answer counts as lost.
+    """
     settings = DRIVER_SETTINGS | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{collective_timeout:g}"}
     settings |= of_loopback(os.environ.get("RAY_ADDRESS"))
     for name, value in settings.items():

@@ -108,7 +108,11 @@ def test_rows_of_a_comparison_that_would_run_code(row: str, evil: Path) -> None:
 
 def test_a_file_of_settings_that_is_none(evil: Path) -> None:
     os.mkfifo("pipe.yaml")
-    for path, reason in (("pipe.yaml", "is no file"), (".", "is no file"), ("nowhere.yaml", "nowhere.yaml")):
+    for path, reason in (
+        ("pipe.yaml", "is not a regular file"),
+        (".", "is not a regular file"),
+        ("nowhere.yaml", "nowhere.yaml"),
+    ):
         outcome = forked.run(lambda path=path: read("--config", path))
         assert not outcome.killed
         assert "refused: " in outcome.said

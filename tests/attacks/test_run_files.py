@@ -41,7 +41,7 @@ GARBAGE: dict[str, str | bytes] = {
 def test_garbage_in_a_json_file_is_one_error_with_the_cure(tmp_path: Path, name: str, kind: str) -> None:
     path = made(tmp_path, name, GARBAGE.get(kind, ""))
     with pytest.raises(
-        runs.RunError, match=rf"{path} (is no JSON|holds no object).*Remove it and give the same command"
+        runs.RunError, match=rf"{path} (is not valid JSON|holds no JSON object).*Remove it and run the same command"
     ):
         claim(tmp_path)
     path.unlink()
@@ -68,7 +68,7 @@ def test_a_torn_last_line_is_cut_off_and_said(
 ) -> None:
     path = made(tmp_path, journal.MEASURED, GOOD.encode() + left)
     claim(tmp_path).lock.close()
-    assert f"{path}: its last line was not whole; {cut} bytes were cut off" in capsys.readouterr().out
+    assert f"{path}: removed the incomplete last line ({cut} bytes)" in capsys.readouterr().out
     assert path.read_text() == GOOD
     # what is added by one who has not looked does not join it either
     path.write_bytes(GOOD.encode() + left)
@@ -85,7 +85,7 @@ def test_a_torn_last_line_is_cut_off_and_said(
 def test_a_line_of_garbage_is_one_error_with_the_cure(tmp_path: Path, line: str) -> None:
     path = made(tmp_path, journal.MEASURED, f"{GOOD}{line}\n{GOOD}".encode("latin1"))
     with pytest.raises(
-        runs.RunError, match=rf"{path}, line 2 is none that DeepSkip writes.*Remove that line, or the file"
+        runs.RunError, match=rf"{path}, line 2 is not one that DeepSkip writes.*Remove that line, or the file"
     ):
         claim(tmp_path)
 
@@ -93,7 +93,7 @@ def test_a_line_of_garbage_is_one_error_with_the_cure(tmp_path: Path, line: str)
 @pytest.mark.parametrize("line", ["x}", '{"split": "a"}', "[]", '{"split": 1, "shard": "a", "key": "b"}'])
 def test_garbage_among_the_samples_left_out(tmp_path: Path, line: str) -> None:
     path = made(tmp_path, journal.BAD_SAMPLES, f"{line}\n")
-    with pytest.raises(runs.RunError, match=rf"{path}, line 1 is none that DeepSkip writes"):
+    with pytest.raises(runs.RunError, match=rf"{path}, line 1 is not one that DeepSkip writes"):
         claim(tmp_path)
 
 

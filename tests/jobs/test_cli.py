@@ -46,7 +46,7 @@ def test_overview_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as ended:
         cli.main(["trian"])
     assert ended.value.code == 2
-    assert "there is no command 'trian' (did you mean train" in capsys.readouterr().err
+    assert "unknown command 'trian' (did you mean train" in capsys.readouterr().err
 
 
 def test_pack_train_order_and_evaluate(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_the_projects_grid_can_be() -> None:
         (["--categories", "{x: nowhere.yaml}"], "there is no file nowhere.yaml"),
         (["--networks", "{a/b: {}}"], "networks has 'a/b'"),
         (["--networks", "{a: {settings: {model: {network: vgg}}}}"], "networks.a on coins: model.network is 'vgg'"),
-        (["--networks", "{a: {settings: {optim: {stepz: 3}}}}"], "networks.a on coins: optim.stepz is no setting"),
+        (["--networks", "{a: {settings: {optim: {stepz: 3}}}}"], "networks.a on coins: unknown setting optim.stepz"),
         (["--settings", "{optim: {steps: 0}}"], "networks.deepskip on coins: optim.steps is 0"),
     ],
 )

@@ -217,7 +217,7 @@ def test_predict(trained: tuple[Path, str], home: Path) -> None:
         (["--model.in_channels", "4"], "model.in_channels is 4, but the shards"),
         (["--model.num_classes", "3"], "model.num_classes is 3, but the shards"),
         (["--loss.class_weights", "[1, 1]"], "has 2 weights for 1 classes"),
-        (["--optim.stepz", "4"], "optim.stepz is no setting (did you mean optim.steps"),
+        (["--optim.stepz", "4"], "unknown setting optim.stepz (did you mean optim.steps"),
     ],
 )
 def test_bad_input_ends_at_once_without_ray(home: Path, arguments: list[str], said: str) -> None:

@@ -143,7 +143,7 @@ def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pyte
     report = json.loads((home / "bad" / "report.json").read_text())
     assert report["data"]["images"] == 3
     assert [sample["key"] for sample in report["data"]["bad_samples"]] == [entry.key]
-    assert "1 samples were left out" in capsys.readouterr().err
+    assert "1 samples were skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pyte
         (["--model", "runs/coins", "--data", "nowhere"], "error: data is nowhere: no shards at"),
         (
             ["--model", "runs/coins", "--data", "data/scenes/test"],
-            "of 5 bands and num_classes 3; the model takes 3 bands and gives 1",
+            "with 5 bands and num_classes 3; the model takes 3 bands and has num_classes 1",
         ),
         (["--model", "runs/coins", "--threshold", "1.5"], "error: threshold is 1.5"),
         (["--model", "runs/coins", "--size_edges", "[9, 4]"], "error: size_edges is [9, 4]"),
-        (["--model", "runs/coins", "--thresholds", "1"], "thresholds is no setting (did you mean threshold"),
+        (["--model", "runs/coins", "--thresholds", "1"], "unknown setting thresholds (did you mean threshold"),
         (["--model", "runs/coins", "--device", "moon"], "error: device is 'moon'"),
         ([], "model"),
     ],

@@ -150,7 +150,7 @@ def test_a_graph_that_is_not_the_model_is_not_written(
         ),
         (
             ["--model", "runs/some", "--evaluation", "flips.json"],
-            "error: evaluation is flips.json: it is of --flips true, and exported files answer without",
+            "error: evaluation is flips.json: it was made with --flips true, but exported files predict without flips",
         ),
     ],
 )

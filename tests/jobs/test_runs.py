@@ -86,7 +86,7 @@ def test_other_shards_at_the_same_path_are_another_run(tmp_path: Path) -> None:
     runs.record(run, config(steps=20), "mlflow-id")
     run.lock.close()
     for steps in (20, 30):
-        with pytest.raises(runs.RunError, match=r"was trained on other shards, which were at the same data\.path"):
+        with pytest.raises(runs.RunError, match=r"was trained on other shards at the same data\.path"):
             runs.claim(tmp_path, "mine", "x", config(steps), other)
         with pytest.raises(runs.RunError, match="was trained on other shards"):
             runs.check_name(tmp_path / "mine", config(steps), other)

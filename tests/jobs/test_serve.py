@@ -223,7 +223,7 @@ def pieces(data: bytes) -> tuple[bytes, bytes]:
         (["--token_file", "/nowhere"], "", "token_file is /nowhere"),
         (["--batch", "0"], "", "batch is 0; it must be 1 to 1024"),
         (["--max_held_mb", "1"], "", "one body of max_body_mb"),
-        (["--max_waitign", "3"], "", "max_waitign is no setting (did you mean max_waiting"),
+        (["--max_waitign", "3"], "", "unknown setting max_waitign (did you mean max_waiting"),
         (["--port", "many"], "", "port is 'many'; it must be"),
         (["--checkpoint", "/nowhere"], "", "/nowhere does not exist"),
     ],

@@ -218,5 +218,5 @@ def test_objects_that_touch_by_a_corner_are_one() -> None:
 def test_outlines_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polygons, "MAX_SIDES", 7)
     objects, classes = polygons.find_objects(np.eye(2, dtype=np.uint8))
-    with pytest.raises(polygons.TooLong, match="8 sides of pixels; at most 7"):
+    with pytest.raises(polygons.TooLong, match="8 pixel edges; at most 7"):
         polygons.feature_collection(objects, classes, np.ones((2, 2)))

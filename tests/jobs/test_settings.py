@@ -39,8 +39,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "arguments", "said"),
     [
-        ("", ["--optim.lr", "1"], "optim.lr is no setting (did you mean optim.learning_rate"),
-        ("optim: {learning_rates: 1}", [], "optim.learning_rates is no setting (did you mean optim.learning_rate"),
+        ("", ["--optim.lr", "1"], "unknown setting optim.lr (did you mean optim.learning_rate"),
+        ("optim: {learning_rates: 1}", [], "unknown setting optim.learning_rates (did you mean optim.learning_rate"),
         ("optimizer: {steps: 1}", [], "optim.steps"),
         ("", ["--model.encoder", "vgg"], "model.encoder is 'vgg'; it must be one of 'vgg16', 'resnet34'"),
         ("optim: {steps: many}", [], "optim.steps is 'many'; it must be int"),

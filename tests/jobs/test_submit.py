@@ -34,7 +34,7 @@ def test_unknown_jobs_are_named_with_those_there_are(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         main(["trian"])
     assert stopped.value.code == 2
-    assert "there is no job trian; jobs are compare, evaluate, export, predict, serve, train" in capsys.readouterr().err
+    assert "unknown job trian; jobs are compare, evaluate, export, predict, serve, train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["", "http://127.0.0.1:1"])
@@ -55,7 +55,7 @@ def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
     for job, arguments in [*absent.items(), ("export", report), ("serve", token)]:
         if address:
             look(f"deepskip.jobs.{job}", arguments)
-            found = "not on this machine, so left to the cluster's: "
+            found = "not on this machine, so checked by the job: "
         else:
             with pytest.raises(NotHere):
                 look(f"deepskip.jobs.{job}", arguments)
@@ -132,7 +132,7 @@ def test_a_run_of_other_data_or_settings_is_found_before_ray(
     (tmp_path / "other").rename(tmp_path / "one")
     with pytest.raises(SystemExit):
         main(same)
-    assert "was trained on other shards, which were at the same data.path" in capsys.readouterr().err
+    assert "was trained on other shards at the same data.path" in capsys.readouterr().err
     # another name, or machines where the folder may be another
     with pytest.raises(AssertionError, match="Ray was started"):
         main([*same, "--run.name", "new"])

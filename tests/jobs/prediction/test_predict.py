@@ -337,7 +337,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(
         (["--images", "one", "--out", "s3://bucket/out"], "out is s3://bucket/out; it must be a folder"),
         (["--images", "one", "--threshold", "2"], "threshold is 2.0; it must be 0 to 1"),
         (["--images", "one", "--polygons", "svg"], "polygons"),
-        (["--images", "one", "--tiles", "64"], "tiles is no setting"),
+        (["--images", "one", "--tiles", "64"], "unknown setting tiles"),
     ],
 )
 def test_bad_settings_are_said(
