@@ -57,8 +57,7 @@ def over_ray(
 ) -> Iterator[Outcome]:
     """Segment images on the cluster at RAY_ADDRESS, or on a local Ray instance.
 
-    If a machine is lost, its groups are retried on another one, which skips the images that are already done. Settings that
-    the cluster cannot meet, and workers that fail, end the program.
+    If a machine is lost, its groups are retried on another one, which skips the images that are already done.
 
     Args:
         items: The images.
@@ -68,7 +67,10 @@ def over_ray(
         made_by: Fingerprint of the model and of the settings that decide the outputs.
 
     Yields:
-        One outcome per image, in the order in which they finish.
+        One outcome per image, as results arrive.
+
+    Raises:
+        SystemExit: The cluster has too few GPUs or CPUs for the settings, or the workers failed.
     """
     start_ray()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
