@@ -391,7 +391,7 @@ class PredictionWorker:
     def statistics(self, image: Loaded, tile: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the mean and standard deviation that an image is normalised by.
 
-        Those of an image are accumulated by Chan, Golub and LeVeque's formula for the variance of joined samples.
+        An image's own statistics are accumulated by Chan, Golub and LeVeque's formula for the variance of joined samples.
 
         Args:
             image: The image.
