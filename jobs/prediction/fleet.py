@@ -81,7 +81,7 @@ def over_ray(
     on_one = math.ceil(workers / len(nodes))
     cpus = options.cpus_per_worker or max(1.0, smallest // on_one)
     if gpu and workers > gpus:
-        stop(f"--workers is {workers}, one GPU each, but the cluster has {gpus}; use fewer workers or --device cpu")
+        stop(f"--workers is {workers}, one GPU each, but the cluster has {gpus} GPUs; use fewer or --device cpu")
     if not any(node.get("CPU", 0) >= cpus for node in nodes):
         stop(
             f"--cpus_per_worker is {cpus:g}, but no machine has more than {max(n.get('CPU', 0) for n in nodes):g} CPUs"

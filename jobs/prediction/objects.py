@@ -50,8 +50,8 @@ class Objects:
 
     Attributes:
         top: Number of rows seen.
-        open: For each label, the objects that reach the last row, and the last row (W,) of numbers from 1 into that list,
-            with 0 for none.
+        open: For each label, the objects that reach the last row, and for each pixel of that row (W,) the number of its
+            object, from 1, or 0.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ class Options:
     """cpu, cuda, cuda:1, ...; null takes a GPU if there is one, else the CPU"""
     memory_gb: float | None = setting(None, 0.01)
     """memory that a process may use on its device for images and the network's maps, gigabytes; null takes 80 % of a GPU's
-    free memory, or half of a machine's free memory shared among its processes, but at most 3 GB each"""
+    free memory; on a CPU, half of the free memory shared among the machine's processes, but at most 3 GB each"""
     tile: int | None = setting(None, 16, 2**20)
     """side of the tiles of large images, pixels; null takes the largest that fits into the memory"""
     batch: int | None = setting(None, 1, 65536)
