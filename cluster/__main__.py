@@ -1,4 +1,4 @@
-"""deepskip cluster: a Ray head on this machine, up, down and status."""
+"""Run `deepskip cluster`: start, stop and show a Ray head on this machine."""
 
 import argparse
 import shlex
@@ -8,27 +8,36 @@ from deepskip.cluster.local import HeadError, environment, forget, head_processe
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; exits with 2 and one line where it cannot, with 1 from `status` where no head is up."""
-    parser = argparse.ArgumentParser(prog="deepskip cluster", description="A Ray head on this machine, behind a token.")
+    """Run one command of `deepskip cluster`.
+
+    Args:
+        argv: Arguments; those of the command line by default.
+
+    Raises:
+        SystemExit: The arguments are invalid or the head cannot start (status 2), or `status` finds no head (status 1).
+    """
+    parser = argparse.ArgumentParser(
+        prog="deepskip cluster", description="Start, stop and show a Ray head on this machine, protected by a token."
+    )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    up = commands.add_parser("up", help="start a head that stays")
-    up.add_argument("--port", type=int, default=0, help="port of the head; chosen by default")
+    up = commands.add_parser("up", help="start a Ray head that runs until `down`")
+    up.add_argument("--port", type=int, default=0, help="port of the head; a free one by default")
     up.add_argument(
-        "--dashboard_port", type=int, default=0, help="port of the dashboard, where jobs go; chosen by default"
+        "--dashboard_port", type=int, default=0, help="port of the dashboard, which takes jobs; a free one by default"
     )
     up.add_argument("--num_cpus", type=int, help="CPU cores that Ray may use; all by default")
-    commands.add_parser("down", help="stop it")
-    commands.add_parser("status", help="say whether it is up, and where")
+    commands.add_parser("down", help="stop the head")
+    commands.add_parser("status", help="report whether the head is running, and its address")
     arguments = parser.parse_args(argv)
 
     head = remembered()
     if arguments.command == "down":
         if head is not None:
             forget(head)
-        print("the Ray head is down" if head else "no Ray head of DeepSkip is up")
+        print("stopped the Ray head" if head else "no Ray head of DeepSkip is running")
         return
     if arguments.command == "status" and head is None:
-        print("no Ray head of DeepSkip is up; deepskip cluster up starts one")
+        print("no Ray head of DeepSkip is running; start one with: deepskip cluster up")
         sys.exit(1)
     if head is None:
         try:
@@ -37,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         remember(head)
-    print(f"Ray head up: {head.dashboard} ({len(head_processes(head))} processes). To use it from this shell:")
+    print(f"Ray head running: {head.dashboard} ({len(head_processes(head))} processes). To use it from this shell:")
     for name, value in environment(head).items():
         print(f"export {name}={shlex.quote(value)}")
 

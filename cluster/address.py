@@ -1,4 +1,4 @@
-"""python -m deepskip.cluster.address: prints the IPv4 address by which other machines reach this one."""
+"""Print the IPv4 address at which other machines reach this one."""
 
 import argparse
 import socket
@@ -8,7 +8,7 @@ import psutil
 
 
 def addresses() -> dict[str, str]:
-    """Gives the IPv4 address of every interface that is up, loopback left out."""
+    """Return an IPv4 address of each interface that is up, by the interface's name, without loopback addresses."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return {
         name: each.address
@@ -19,13 +19,22 @@ def addresses() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one address; exits with 2 and a list of the interfaces where the one that was named has none."""
+    """Print one address.
+
+    Args:
+        argv: Arguments; those of the command line by default.
+
+    Raises:
+        SystemExit: The named interface has no address (status 2); the message lists those that have one.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepskip.cluster.address", description=__doc__)
-    parser.add_argument("--interface", help="as ib0 or eth0; by default the one that leads to other networks")
+    parser.add_argument(
+        "--interface", help="network interface, such as ib0 or eth0; by default that of the default route"
+    )
     interface = parser.parse_args(argv).interface
     found = addresses()
     if interface is None:
-        # no packet is sent: the kernel only looks up its route
+        # No packet is sent: the kernel only looks up the route.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(("192.0.2.1", 9))
@@ -34,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             except OSError:
                 interface = next(iter(found), "")
     if interface not in found:
-        print(f"error: interface {interface!r} has no address; there are {found or 'none'}", file=sys.stderr)
+        print(f"error: interface {interface!r} has no address; interfaces with one: {found or 'none'}", file=sys.stderr)
         sys.exit(2)
     print(found[interface])
 

@@ -1,7 +1,7 @@
-"""python -m deepskip.cluster.holder TEMPORARY PARENT COMMAND...: starts a Ray head, and ends all of it at its own end.
+"""Hold a Ray head: `python -m deepskip.cluster.holder TEMPORARY PARENT COMMAND...` starts it and later ends all of it.
 
-`ray start` leaves its processes behind when it is told to end before it listens, or is killed. This has nothing to import, and
-starts nothing before it listens.
+`ray start` leaves processes behind if it is killed, or told to end before it handles signals. This process imports little,
+and handles signals before it starts anything.
 """
 
 import os
@@ -15,11 +15,14 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main() -> None:
-    """Waits for COMMAND, a signal, or the end of process PARENT (0: of none), and ends what carries the mark TEMPORARY."""
+    """Run COMMAND until it ends, a signal arrives, or process PARENT ends (0 for none).
+
+    At the end all processes with the mark TEMPORARY are ended.
+    """
     temporary, parent, *command = sys.argv[1:]
     for each in ENDING_SIGNALS:
         signal.signal(each, lambda number, frame: sys.exit(128 + number))
-    # whose parent ended before it could ask to be told of it
+    # The parent may have ended before this process asked for a signal at its end.
     if int(parent) not in (0, os.getppid()):
         return
     try:

@@ -1,4 +1,8 @@
-"""A Ray head on this machine: behind a token, on loopback alone, beside any other Ray, gone when it is stopped."""
+"""Run a Ray head on this machine.
+
+The head requires a token and listens on loopback only. It runs independently of any other Ray, and leaves no process behind
+when it is stopped.
+"""
 
 import contextlib
 import ctypes
@@ -23,7 +27,7 @@ import psutil
 from deepskip.cluster.settings import DRIVER_SETTINGS, LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 
 HOST = "127.0.0.1"
-# every process of a head carries this variable, workers and jobs too, and is found by it
+# All processes of a head, including workers and jobs, are found by this variable in their environment.
 MARK = "DEEPSKIP_HEAD"
 START_SECONDS = 300.0
 # Ray gives its own processes 30 s to find each other, too few on a machine that does other work: they are started again then
@@ -33,16 +37,24 @@ STOP_SECONDS = 3.0
 
 
 class HeadError(RuntimeError):
-    """The head did not start; says why, with the end of its log."""
+    """Raised if the head did not start; the message has the reason and the end of its log."""
 
 
 class PortTaken(HeadError):
-    """A port that was asked for is in use."""
+    """Raised if a requested port is in use."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: ports on 127.0.0.1, the token, its temporary folder and the process that holds it."""
+    """Describe a running head.
+
+    Attributes:
+        port: Port of the head on 127.0.0.1.
+        dashboard_port: Port of the dashboard on 127.0.0.1.
+        token: Token that clients need.
+        temporary: Temporary folder of the head, which also marks its processes.
+        pid: Number of the process that holds the head.
+    """
 
     port: int
     dashboard_port: int
@@ -57,7 +69,7 @@ class Head:
 
 
 def environment(head: Head) -> dict[str, str]:
-    """Gives the variables that a client of the head needs in its environment."""
+    """Return the environment variables that a client of the head needs."""
     return {
         "RAY_ADDRESS": head.dashboard,
         "RAY_AUTH_MODE": "token",
@@ -73,10 +85,18 @@ def start_head(
     num_gpus: int | None = None,
     die_with_parent: bool = False,
 ) -> Head:
-    """Starts a Ray head and waits until jobs can be submitted to it.
+    """Start a Ray head and wait until jobs can be submitted to it.
 
-    A port of 0 is chosen. num_cpus: as many as this process may use by default; num_gpus: as many as Ray finds.
-    die_with_parent: the head ends when this process does, however it ends. Raises PortTaken or HeadError.
+    Args:
+        port: Port of the head; 0 chooses a free one.
+        dashboard_port: Port of the dashboard; 0 chooses a free one.
+        num_cpus: CPU cores that Ray may use; by default those that this process may use.
+        num_gpus: GPUs that Ray may use; by default those that Ray finds.
+        die_with_parent: End the head when this process ends, in whatever way.
+
+    Raises:
+        PortTaken: A requested port is in use.
+        HeadError: The head ended or was not ready in time.
     """
     for left in reversed(range(STARTS)):
         try:
@@ -93,9 +113,9 @@ def _start_head(
     for name, asked in (("port", port), ("dashboard_port", dashboard_port)):
         if asked and not is_free(asked):
             raise PortTaken(
-                f"--{name} {asked} is taken on {HOST}; stop what listens there, name another, or leave it out"
+                f"--{name} {asked} is in use on {HOST}; stop the process that listens there, or choose another port"
             )
-    # ports are all held while the others are chosen, so no two are the same
+    # All ports are held while the others are chosen, so no two are the same.
     chosen = free_ports(6)
     ports = {
         "--port": port or chosen[0],
@@ -104,11 +124,11 @@ def _start_head(
         "--metrics-export-port": chosen[3],
         "--ray-client-server-port": chosen[4],
         "--runtime-env-agent-port": chosen[5],
-        # workers take any free port: ray's own range would be shared with other heads
+        # Workers take any free port: Ray's default range would be shared with other heads.
         "--min-worker-port": 0,
         "--max-worker-port": 0,
     }
-    # short, since the paths of its sockets may have at most 107 characters
+    # The name is short, because the paths of Ray's sockets may have at most 107 characters.
     temporary = tempfile.mkdtemp(prefix="ds-", dir="/tmp")
     token = secrets.token_hex(32)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -122,13 +142,13 @@ def _start_head(
     head_environment |= NODE_SETTINGS | DRIVER_SETTINGS | LOOPBACK_ONLY | past_proxies(os.environ)
     head_environment |= {
         MARK: temporary,
-        # jobs run `python`: ours, whether this environment is activated or not
+        # Jobs run `python`; make it this one, whether its environment is activated or not.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        # a head whose reports are turned off would still report that they are, to Ray's makers; nothing listens here
+        # With usage statistics disabled, Ray would still report that to its makers. Nothing listens at this address.
         "RAY_USAGE_STATS_REPORT_URL": f"http://{HOST}:9/",
-        # a job that is stopped has this long to end its mlflow run; ray's own 3 s are too few
+        # A stopped job has this long to end its MLflow run; Ray's default of 3 s is too short.
         "RAY_JOB_STOP_WAIT_TIME_S": "20",
     }
     log = Path(temporary) / "start.log"
@@ -149,9 +169,18 @@ def _start_head(
 
 
 def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until the head takes jobs; raises HeadError when it ends or START_SECONDS pass."""
+    """Wait until the head accepts jobs.
+
+    Args:
+        head: The head.
+        process: The process that holds it.
+        log: Its log file.
+
+    Raises:
+        HeadError: The process ended, or START_SECONDS passed.
+    """
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
-    # the token is for nobody else
+    # Bypass proxies, which must not see the token.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
@@ -172,18 +201,18 @@ def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def stop_head(head: Head) -> None:
-    """Ends every process of the head, and no other, and removes its temporary folder; may be called twice."""
+    """End all processes of the head, and no others, and remove its temporary folder; may be called twice."""
     end_marked(head.temporary)
-    # the head is our child where this process started it; a zombie would stay until we end
+    # If this process started the head, reap it: a zombie would stay until this process ends.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(head.pid, os.WNOHANG)
     shutil.rmtree(head.temporary, ignore_errors=True)
 
 
 def end_marked(mark: str) -> None:
-    """Ends every process that carries a mark, but this one: asks first, and kills until none is left."""
+    """End all processes that carry a mark, except this one: terminate them first, then kill those that are left."""
     send = psutil.Process.terminate
-    # a process that was just starting another is asked again
+    # Repeat, because a process may have been starting another one.
     for _ in range(10):
         processes = marked_processes(mark)
         if not processes:
@@ -196,30 +225,30 @@ def end_marked(mark: str) -> None:
 
 
 def head_processes(head: Head) -> list[psutil.Process]:
-    """Finds the head's living processes by the mark in their environment; never this process itself."""
+    """Return the head's living processes, found by the mark in their environment, without this process."""
     return marked_processes(head.temporary)
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """Finds the living processes that carry a mark; never this process itself."""
+    """Return the living processes that carry a mark, without this process."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                 found.append(process)
-        # other people's processes, and those that end while we look
+        # Skip processes of other users, and those that end meanwhile.
         except (psutil.Error, OSError):
             continue
     return found
 
 
 def usable_cpus() -> int:
-    """Counts the CPU cores that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def is_free(port: int) -> bool:
-    """Says whether nothing listens on a port of loopback."""
+    """Return whether nothing listens on a port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -230,7 +259,7 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Finds so many different free ports."""
+    """Return `count` different free ports of 127.0.0.1."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -242,20 +271,20 @@ def free_ports(count: int) -> list[int]:
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
-    """Gives a function that a child calls to be sent a signal when its parent ends (Linux)."""
+    """Return a function that makes the calling process receive a signal when its parent ends (Linux only)."""
     libc = ctypes.CDLL(None)
     PR_SET_PDEATHSIG = 1
     return lambda: libc.prctl(PR_SET_PDEATHSIG, number) and None
 
 
 def state_file() -> Path:
-    """Names the file that remembers the head of `deepskip cluster up`."""
+    """Return the path of the file that stores the head of `deepskip cluster up`."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "deepskip" / "head.json"
 
 
 def remember(head: Head) -> None:
-    """Writes the head to the state file, readable by its owner alone: it holds the token."""
+    """Write the head to the state file, readable only by its owner because it holds the token."""
     path = state_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -265,7 +294,7 @@ def remember(head: Head) -> None:
 
 
 def remembered() -> Head | None:
-    """Gives the head of `deepskip cluster up` if it lives; a head that died is cleaned up and forgotten."""
+    """Return the head of `deepskip cluster up` if it is running, else None; clean up after a head that died."""
     path = state_file()
     if not path.is_file():
         return None
@@ -274,7 +303,7 @@ def remembered() -> Head | None:
     except (ValueError, TypeError):
         path.unlink()
         return None
-    # by the mark and not by the number alone: numbers are used again
+    # Compare the mark as well, because process numbers are reused.
     if any(process.pid == head.pid for process in head_processes(head)):
         return head
     forget(head)
@@ -282,6 +311,6 @@ def remembered() -> Head | None:
 
 
 def forget(head: Head) -> None:
-    """Stops a head and removes the state file."""
+    """Stop a head and remove the state file."""
     stop_head(head)
     state_file().unlink(missing_ok=True)

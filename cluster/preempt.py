@@ -1,8 +1,8 @@
-"""python -m deepskip.cluster.preempt: this machine goes away soon. Tells Ray, and gives its training workers time to stop.
+"""Announce to Ray that this machine will be preempted soon, and wait for its training workers to stop.
 
-What a cloud or Kubernetes calls before it takes a machine back. Ray drains the node: nothing new is started on it, and
-trainings with workers on it write a checkpoint. Where Ray cannot be told, the workers are asked by SIGTERM.
-Only the cluster whose token this process was given is meant, whatever else runs on the machine.
+A cloud or Kubernetes runs this before it reclaims a machine. Ray drains the node: nothing new is started on it, and trainings
+with workers on it write a checkpoint. If Ray does not answer, the workers get SIGTERM. Only the cluster whose token this
+process has is affected.
 """
 
 import argparse
@@ -13,16 +13,16 @@ import time
 
 import psutil
 
-# what ray names the process of a worker of ray train
+# Ray Train's name for the processes of its workers.
 WORKER = "ray::RayTrainWorker"
-# every process of a cluster has its token in its environment, or the path to it
+# Each process of a cluster has its token, or the path to it, in one of these variables.
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 DRAIN = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
 DRAIN_SECONDS = 15.0
 
 
 def training_workers() -> list[psutil.Process]:
-    """Finds the training workers of our cluster on this machine, or in this container."""
+    """Return the training workers on this machine, or in this container, that have this process's token."""
     ours = [os.environ.get(name) for name in TOKENS]
     found = []
     for process in psutil.process_iter():
@@ -36,7 +36,7 @@ def training_workers() -> list[psutil.Process]:
 
 
 def drain(seconds: float) -> bool:
-    """Tells Ray that this node goes away in so many seconds; says whether Ray heard it."""
+    """Drain this node, which will be gone in `seconds`, and return whether Ray accepted it."""
     command = [
         *DRAIN,
         "--reason-message",
@@ -51,7 +51,14 @@ def drain(seconds: float) -> bool:
 
 
 def preempt(seconds: float) -> tuple[int, int]:
-    """Has the training workers stop and waits up to `seconds` for it; gives how many ended and how many did not."""
+    """Stop the training workers on this machine.
+
+    Args:
+        seconds: Longest time to wait for them.
+
+    Returns:
+        The number of workers that ended, and of those that did not.
+    """
     deadline = time.monotonic() + seconds
     workers = training_workers()
     if not drain(seconds):
@@ -65,7 +72,11 @@ def preempt(seconds: float) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Says what came of it; the exit status is 0 whatever that was: the machine goes away anyhow."""
+    """Stop the training workers and print the result; the exit status is always 0, because the machine will be gone.
+
+    Args:
+        argv: Arguments; those of the command line by default.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepskip.cluster.preempt", description=__doc__)
     parser.add_argument("--seconds", type=float, default=90.0, help="how long to wait for the workers to end")
     arguments = parser.parse_args(argv)

@@ -1,0 +1,1 @@
+"""Compare networks: train and test each of them on every category of data with every seed."""

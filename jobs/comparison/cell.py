@@ -1,6 +1,6 @@
-"""A cell of a comparison in a process of its own: an ordinary training without Ray, then `deepskip evaluate` on the test split.
+"""Run one cell of a comparison in its own process: a training without Ray, then `deepskip evaluate` on the test split.
 
-python -m deepskip.jobs.comparison.cell CELL.JSON goes on where it was cut off.
+An interrupted `python -m deepskip.jobs.comparison.cell CELL.JSON` resumes if it is started again.
 """
 
 import sys
@@ -17,7 +17,10 @@ from deepskip.jobs.train import train_here
 
 
 def main() -> None:
-    """Train and test; the report in the run's folder, under the split's name, says that the cell is done."""
+    """Train and test the cell of the file that the command line names.
+
+    The report in the folder TEST of the run marks the cell as done.
+    """
     path = Path(sys.argv[1])
     cell, folder = runs.read_json(path), path.parent
     config = configured(cell["config"], str(path))
@@ -36,7 +39,14 @@ def main() -> None:
 
 
 def test(out: Path, data: str, split: str, options: list[str]) -> dict[str, Any]:
-    """Evaluate the cell's model on a split, unless that is done, and return the report."""
+    """Evaluate the cell's model on a split, unless there is a report already, and return the report.
+
+    Args:
+        out: Folder of the report.
+        data: Folder or URL that holds the splits.
+        split: Name of the split.
+        options: Further options of `deepskip evaluate`.
+    """
     if not (out / evaluate.REPORT).is_file():
         evaluate.main([*options, "--data", storage.join(data, split), "--out", str(out)])
     return runs.read_json(out / evaluate.REPORT)

@@ -1,4 +1,4 @@
-"""What a comparison is made of: networks, categories of data and seeds, and the ordinary training that each cell is."""
+"""Define a comparison: its grid of networks, categories of data and seeds, and the training of each cell."""
 
 import copy
 import os
@@ -13,57 +13,66 @@ from deepskip.jobs.plain_yaml import read_settings
 from deepskip.jobs.settings import absolute, configured, parse_settings, stop
 
 CELL = "cell.json"
-# of a run's folder, where the report of its test is
+# The folder in a run's folder that holds the report of its test.
 TEST = "test"
 
 
 @dataclass(kw_only=True)
 class Row:
-    """A network with the way it is trained: a row of the table."""
+    """A network with its training settings: a row of the table."""
 
     label: str | None = None
-    """its name in the table; null takes the name of the row"""
+    """name of the network in the table; null takes the name of the row"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """of its trainings, as in their YAML: {model: {network: unet}, optim: {optimizer: adamw}}"""
+    """settings of its trainings, as in their YAML: {model: {network: unet}, optim: {optimizer: adamw}}"""
     flips: bool = False
-    """test on the mean over each image and its mirrorings"""
+    """average the probabilities of each image and its three mirrored copies in the test"""
     seeds: int | None = None
-    """only the first so many seeds; null takes all"""
+    """number of seeds, from the first; null takes all"""
 
 
 @dataclass(kw_only=True)
 class Grid:
-    """Trains and tests every network on every category with every seed; see docs/compare.md."""
+    """Train and test every network on every category of data with every seed; see docs/compare.md."""
 
     networks: dict[str, Row]
-    """rows by name; the others are compared with the first"""
+    """networks by name, each a row; all others are compared with the first"""
     categories: dict[str, str]
-    """data by name: YAML files of settings of a training, of which data.path has train, val and a split to test on"""
+    """data by name: YAML files of training settings, whose data.path holds train, val and the split to test on"""
     out: Path = Path("runs/comparison")
     """folder of the cells' runs and of the results"""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """of weights, order and augmentation"""
+    """seeds of the weights, the order of samples and the augmentation"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """of every training, over those of its category and below those of its network"""
+    """settings of every training; they override those of the category, and those of the network override them"""
     test: str = "test"
-    """the split that is tested on"""
+    """split to test on"""
     threshold: Literal["validation", "half"] = "validation"
-    """of one class: the best on validation, or a probability of 0.5"""
+    """threshold of models with one class: the best on the validation split, or a probability of 0.5"""
     only: list[str] | None = None
-    """networks to train now; null trains all"""
+    """names of the networks to train now; null trains all"""
     workers: int = 1
-    """cells at a time on this machine; they share its cores and its GPU"""
+    """cells that run at the same time on this machine; they share its cores and its GPU"""
     ray: bool = False
-    """cells as tasks on the Ray cluster at RAY_ADDRESS, which sees `out` and the data"""
+    """run cells as tasks on the Ray cluster at RAY_ADDRESS, whose machines must see `out` and the data"""
     cpus: float = 1.0
-    """with ray: CPU cores of a cell"""
+    """CPU cores of a cell, with ray"""
     gpus: float = 0.0
-    """with ray: GPUs of a cell, or share of one"""
+    """GPUs of a cell, or a share of one, with ray"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its test: where it stands in the grid, its run's folder, and its settings."""
+    """Describe one training and its test.
+
+    Attributes:
+        category: Name of its data.
+        network: Name of its network.
+        seed: Seed of the weights, the order of samples and the augmentation.
+        folder: Folder of its run.
+        config: Settings of its training.
+        flips: Whether the test averages over mirrored copies of each image.
+    """
 
     category: str
     network: str
@@ -77,7 +86,14 @@ class Cell:
 
 
 def read_grid(argv: list[str]) -> Grid:
-    """Read the grid from --config and the command line; bad input, of any cell, ends the program."""
+    """Read the grid from --config and the command line, and validate the settings of every cell.
+
+    Args:
+        argv: Arguments of the command line.
+
+    Raises:
+        SystemExit: The grid, or the settings of a cell, are invalid.
+    """
     grid = parse_settings("compare", Grid, argv)
     grid.out = absolute(str(grid.out), "out")
     faults = [f"{name} is empty; a comparison needs one or more" for name in ("networks", "categories", "seeds")
@@ -86,17 +102,17 @@ def read_grid(argv: list[str]) -> Grid:
         faults.append(f"workers is {grid.workers}; it must be 1 or more")
     faults += [f"only has {name!r}; the networks are {', '.join(grid.networks)}"
                for name in set(grid.only or ()) - set(grid.networks)]  # fmt: skip
-    faults += [f"{kind} has {name!r}; it becomes a folder's name, so it must be one" for kind in ("networks", "categories")
+    faults += [f"{kind} has {name!r}; it must be a valid folder name" for kind in ("networks", "categories")
                for name in getattr(grid, kind) if not name or "/" in name or name.startswith(".")]  # fmt: skip
     for path in grid.categories.values():
         if not Path(path).is_file():
-            faults.append(f"categories: there is no file {path}")
+            faults.append(f"categories: {path} is not a file")
     if faults:
         stop("\n".join(faults))
-    # torch is for trainings, not for --help
+    # Import torch only now, so that --help is quick.
     from deepskip import networks
 
-    # each names what is wrong with it
+    # Build the outline of each network once, so that its error names it.
     for cell in {cell.network: cell for cell in cells(grid)}.values():
         try:
             networks.outline(asdict(cell.config.model), 3, 1)
@@ -106,7 +122,11 @@ def read_grid(argv: list[str]) -> Grid:
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
-    """Yield all cells, seeds outermost, so that what is cut off leaves whole tables; bad settings end the program."""
+    """Yield all cells, with seeds outermost, so that an interrupted comparison still has whole tables.
+
+    Raises:
+        SystemExit: The settings of a cell are invalid.
+    """
     tracked = {"run": {"tracking_uri": f"sqlite:///{grid.out / 'mlflow.db'}", "experiment": "comparison"}}
     for place, seed in enumerate(grid.seeds):
         for category, path in grid.categories.items():
@@ -124,7 +144,12 @@ def cells(grid: Grid) -> Iterator[Cell]:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay settings, by section, over others."""
+    """Return a copy of settings, overridden section by section by others.
+
+    Args:
+        below: The settings to override.
+        above: The settings that take precedence.
+    """
     result = copy.deepcopy(dict(below))
     for key, value in above.items():
         inner = result.get(key)
@@ -133,7 +158,11 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a file of settings; ends the program where it is none."""
+    """Read a YAML file of settings.
+
+    Raises:
+        SystemExit: The file is not valid.
+    """
     try:
         return read_settings(Path(path))
     except ValueError as error:
@@ -141,16 +170,16 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def write_cell(cell: Cell, grid: Grid) -> Path:
-    """Write what a cell's process needs, into its run's folder, and return the file."""
+    """Write the settings that a cell's process needs into its run's folder, and return the file's path."""
     path = cell.folder / CELL
     path.parent.mkdir(parents=True, exist_ok=True)
-    # JSON is YAML
+    # JSON is valid YAML.
     runs.write_json(path, content_of(cell, grid))
     return path
 
 
 def content_of(cell: Cell, grid: Grid) -> dict[str, Any]:
-    """Return what the process of a cell is told."""
+    """Return the settings that a cell's process needs."""
     config = asdict(cell.config)
     if config["cluster"]["cpus_per_worker"] is None:
         config["cluster"]["cpus_per_worker"] = threads_of(grid)
@@ -158,10 +187,10 @@ def content_of(cell: Cell, grid: Grid) -> dict[str, Any]:
 
 
 def threads_of(grid: Grid) -> int:
-    """Return the CPU cores of a cell."""
+    """Return the number of CPU cores of a cell."""
     return max(1, int(grid.cpus) if grid.ray else len(os.sched_getaffinity(0)) // grid.workers)
 
 
 def read_cell(folder: Path) -> dict[str, Any]:
-    """Return what the process of a cell was told last; {} where there was none."""
+    """Return the settings of the last process of a cell, or {} if it never ran."""
     return runs.read_json(folder / CELL)

@@ -1,4 +1,4 @@
-"""What a comparison comes to: every cell as a row of a CSV, a Markdown table, and a figure."""
+"""Report the results of a comparison: a CSV with a row per cell, a Markdown table, and a figure."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ Result = dict[str, Any]
 
 
 def collect(grid: Grid) -> list[Result]:
-    """Read what the cells that are done came to, a flat record each."""
+    """Read the results of the finished cells, one flat record each."""
     results = []
     for cell in cells(grid):
         report = runs.read_json(cell.folder / TEST / evaluate.REPORT)
@@ -37,7 +37,12 @@ def collect(grid: Grid) -> list[Result]:
 
 
 def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
-    """Write cells.csv, table.md and figure.svg into the grid's folder and return their paths."""
+    """Write cells.csv, table.md and figure.svg into the grid's folder, and return their paths.
+
+    Args:
+        grid: The comparison.
+        results: Results of the finished cells; at least one.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(results[0]))
     writer.writeheader()
@@ -52,10 +57,16 @@ def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
 
 
 def markdown(grid: Grid, results: Sequence[Result]) -> str:
-    """Make the table: a network a row, its IoU by category and in the mean, in percent, and what it is against the first.
+    """Return the Markdown table, with a row per network.
 
-    The mean is over categories, of the seeds for which all categories are done; ± is the standard deviation over these seeds.
-    "to the first": of the mean IoU, over the seeds that both have, with a 95 % interval (Student's t) where there are two.
+    It lists the IoU of each category and the mean IoU, both in percent. The mean is over categories, for the seeds with all
+    categories done; ± is the standard deviation over these seeds. The last column is the difference of the mean IoU to the
+    first network's, in percentage points, over the seeds that both have. Two or more such seeds give a 95 % interval
+    (Student's t).
+
+    Args:
+        grid: The comparison.
+        results: Results of the finished cells.
     """
     first = next(iter(grid.networks))
     head = ["network", "parameters", *grid.categories, "mean IoU", "object recall", "false alarms an image", "seeds",
@@ -82,7 +93,14 @@ def markdown(grid: Grid, results: Sequence[Result]) -> str:
 
 
 def by_seed(grid: Grid, results: Sequence[Result], network: str, metric: str) -> dict[int, float]:
-    """Return a metric's mean over categories, for each seed for which all of them are done; one that is undefined counts 0."""
+    """Return a metric's mean over categories by seed, for the seeds with all categories done; undefined values count as 0.
+
+    Args:
+        grid: The comparison.
+        results: Results of the finished cells.
+        network: Name of the network.
+        metric: Name of the metric.
+    """
     found: dict[int, float] = {}
     for seed in grid.seeds:
         values = [one[metric] or 0.0 for one in results if (one["network"], one["seed"]) == (network, seed)]
@@ -92,7 +110,15 @@ def by_seed(grid: Grid, results: Sequence[Result], network: str, metric: str) ->
 
 
 def difference(first: dict[int, float], other: dict[int, float]) -> str:
-    """Write the difference of means over the seeds that both have, in points of percent."""
+    """Return the text of a mean difference in percentage points, with a 95 % interval (Student's t) for two or more seeds.
+
+    Args:
+        first: Metric of the first network by seed, 0 to 1.
+        other: Metric of the other network by seed, 0 to 1.
+
+    Returns:
+        Text over the seeds that both have; empty if there are none.
+    """
     pairs = [100 * (other[seed] - first[seed]) for seed in first.keys() & other.keys()]
     if not pairs:
         return ""
@@ -106,30 +132,35 @@ def difference(first: dict[int, float], other: dict[int, float]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Write a mean, with the standard deviation where there are two."""
+    """Return the text of a mean, with the standard deviation for two or more values."""
     if not values:
         return ""
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def percent(ratio: float | None) -> float:
-    """Return a ratio in percent; one that is undefined, as that of nothing to nothing is, counts 0."""
+    """Return a ratio in percent; an undefined one (None, such as 0 / 0) counts as 0."""
     return 100 * (ratio or 0.0)
 
 
 def millions(own: Sequence[Result]) -> str:
-    """Write the parameters, which differ with the bands of a category."""
+    """Return the text of a network's parameters in millions, a range if they differ with the bands of the categories."""
     counts = sorted({round(one["parameters"] / 1e6, 2) for one in own})
     return f"{counts[0]} M" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} M"
 
 
 def label(grid: Grid, name: str) -> str:
-    """Return a row's name in the table."""
+    """Return a network's name in the table."""
     return grid.networks[name].label or name
 
 
 def draw(grid: Grid, results: Sequence[Result]) -> Figure:
-    """Draw the IoU of every cell, a network a line and a category a colour, and each network's mean."""
+    """Draw the IoU of every cell, with a line per network and a colour per category, and each network's mean.
+
+    Args:
+        grid: The comparison.
+        results: Results of the finished cells.
+    """
     names = [name for name in grid.networks if any(one["network"] == name for one in results)]
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(names)), layout="constrained")
     axis = figure.subplots()

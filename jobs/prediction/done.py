@@ -1,6 +1,7 @@
-"""Which images are done: a note beside the outputs, written before they get their names, that says what they must be.
+"""Track finished images with one note per image, written before its outputs get their final names.
 
-So an image all of whose outputs have their names is done, wherever the program was killed, and any other is not.
+The note lists the outputs with their sizes and times. An image is done if all of them exist under their final names. This
+holds wherever the program was killed.
 """
 
 import json
@@ -16,12 +17,18 @@ FOLDER = "done"
 
 
 def note_path(out: Path, item: Item) -> Path:
-    """Names an image's note."""
+    """Return the path of an image's note."""
     return out / FOLDER / f"{item.name}.json"
 
 
 def is_done(out: Path, item: Item, made_by: str) -> bool:
-    """Says whether all outputs of an image are there, made of this image by this model with these settings."""
+    """Return whether all outputs of an image exist, made from this image by this model with these settings.
+
+    Args:
+        out: Folder of all outputs.
+        item: The image.
+        made_by: Fingerprint of the model and of the settings that decide the outputs.
+    """
     try:
         note = json.loads(note_path(out, item).read_text())
         return (
@@ -29,14 +36,21 @@ def is_done(out: Path, item: Item, made_by: str) -> bool:
             and note["image"] == item.stamp
             and all(stamp(out / name) == known for name, known in note["outputs"].items())
         )
-    # no note, half a note, outputs that are gone
+    # The note is missing or incomplete, or an output is missing.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def place(out: Path, item: Item, made_by: str, sinks: Sequence[Sink | Features]) -> None:
-    """Gives finished outputs their names."""
-    # size and time of change stay when a file is renamed
+    """Write an image's note, then rename its finished outputs to their final names.
+
+    Args:
+        out: Folder of all outputs.
+        item: The image.
+        made_by: Fingerprint of the model and of the settings that decide the outputs.
+        sinks: All outputs of the image, finished.
+    """
+    # Renaming a file keeps its size and modification time.
     outputs = {sink.path.relative_to(out).as_posix(): stamp(sink.temporary) for sink in sinks}
     note = {"made_by": made_by, "image": item.stamp, "outputs": outputs}
     storage.write_bytes(note_path(out, item), json.dumps(note).encode())
@@ -45,13 +59,13 @@ def place(out: Path, item: Item, made_by: str, sinks: Sequence[Sink | Features])
 
 
 def stamp(path: Path) -> list[int]:
-    """Gives the size and time of change of a file, or of the description in a Zarr array's folder."""
+    """Return size (bytes) and modification time (ns) of a file, or of the zarr.json in a Zarr array's folder."""
     status = (path / "zarr.json" if path.is_dir() else path).stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what killed runs left half written; nobody else may be writing there."""
-    # all are listed first: what is in a folder that goes is not looked for
+    """Remove partial outputs of killed runs; no other process may be writing to the folder."""
+    # List them all first: the contents of a removed folder must not be searched.
     for part in list(out.rglob(f".*{PART}")):
         remove(part)

@@ -1,4 +1,4 @@
-"""The outlines of a mask's objects as files: GeoJSON, and the part of a COCO file that is one image's."""
+"""Write the outlines of a mask's objects: one GeoJSON file per image, or one COCO file that joins all images."""
 
 import json
 import os
@@ -23,9 +23,13 @@ ENDING = {"geojson": ".geojson", "coco": ".coco.json"}
 
 
 class Features:
-    """One image's file of outlines on its way: objects are written as they are finished, under a temporary name.
+    """Write one image's outlines to a temporary file, each object as soon as it is complete.
 
-    kind: "geojson" or "coco". name: the image's, for COCO.
+    Args:
+        path: Final path of the file.
+        kind: Format, "geojson" or "coco".
+        raster: The image.
+        name: File name of the image, recorded in COCO files.
     """
 
     def __init__(self, path: Path, kind: str, raster: Raster, name: str) -> None:
@@ -39,25 +43,30 @@ class Features:
             head = {"type": "FeatureCollection"}
             if raster.place.transform and raster.place.crs:
                 head["crs"] = {"type": "name", "properties": {"name": georeference.named(raster.place.crs)}}
-        # the list comes last and is left open
+        # The list of objects is the last member and stays open until finish().
         self.file.write(f'{json.dumps(head)[:-1]}, "{"features" if kind == "geojson" else "annotations"}": [\n')
 
     def rows(self, labels_rW: np.ndarray, probabilities_rW: np.ndarray) -> None:
-        """Takes the next rows of the mask, and the probability of each pixel's label."""
+        """Add the next rows of the mask.
+
+        Args:
+            labels_rW: Labels (rows, W), integers.
+            probabilities_rW: Probability of each pixel's label (rows, W).
+        """
         self._write(self.objects.rows(labels_rW, probabilities_rW))
 
     def finish(self) -> None:
-        """Writes the objects that reach the last row, and the end of the file."""
+        """Write the objects that reach the last row, and the end of the file."""
         self._write(self.objects.close())
         self.file.write("\n]}\n")
         self.file.close()
 
     def place(self) -> None:
-        """Gives the file its name."""
+        """Rename the file to its final name."""
         self.temporary.replace(self.path)
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Close and remove the temporary file."""
         self.file.close()
         remove(self.temporary)
 
@@ -69,18 +78,27 @@ class Features:
 
 
 def outlined(top: int, left: int, mask: np.ndarray) -> list[list[np.ndarray]]:
-    """Gives an object's polygons, one for each 4-connected part: closed rings (n, 2) of x, y, the outer one first."""
+    """Return an object's polygons, one for each 4-connected part.
+
+    Args:
+        top: Row of the mask's first row in the image.
+        left: Column of the mask's first column in the image.
+        mask: Object's pixels (height, width), bool.
+
+    Returns:
+        Each polygon is a list of closed rings (n, 2) of x, y in pixels of the image, with the outer ring first.
+    """
     parts, _ = scipy.ndimage.label(mask)
     return [[np.array(ring) + np.array([left, top]) for ring in rings] for rings in outlines(parts).values()]
 
 
 def geojson(each: Object, raster: Raster) -> dict[str, Any]:
-    """Describes an object as a GeoJSON feature, in the map's coordinates where the image lies on one."""
+    """Return an object as a GeoJSON feature, in map coordinates if the image is georeferenced, else in pixels."""
     coordinates = []
     for rings in outlined(*each.whole()):
         if raster.place.transform:
             a, b, c, d, e, f = raster.place.transform
-            # outer rings counterclockwise, as the format wants, where the map's y goes up
+            # GeoJSON wants counterclockwise outer rings; a map whose y axis points up mirrors them.
             turned = [ring[::-1] if a * e - b * d < 0 else ring for ring in rings]
             rings = [np.stack([a * x + b * y + c, d * x + e * y + f], axis=1) for x, y in (ring.T for ring in turned)]
         coordinates.append([ring.tolist() for ring in rings])
@@ -92,7 +110,10 @@ def geojson(each: Object, raster: Raster) -> dict[str, Any]:
 
 
 def coco(each: Object, raster: Raster) -> dict[str, Any]:
-    """Describes an object as a COCO annotation: polygons, or run lengths where it has holes, which polygons there cannot."""
+    """Return an object as a COCO annotation: polygons, or run lengths for objects with holes.
+
+    COCO's polygons cannot have holes.
+    """
     top, left, mask = each.whole()
     parts = outlined(top, left, mask)
     segmentation: Any = [rings[0][:-1].ravel().tolist() for rings in parts]
@@ -109,7 +130,18 @@ def coco(each: Object, raster: Raster) -> dict[str, Any]:
 
 
 def run_lengths(top: int, left: int, mask: np.ndarray, height: int, width: int) -> dict[str, Any]:
-    """Encodes a mask that lies somewhere in a large image as COCO's compressed run lengths, column by column."""
+    """Encode part of a large image's mask as COCO's compressed run lengths, in column-major order.
+
+    Args:
+        top: Row of the mask's first row in the image.
+        left: Column of the mask's first column in the image.
+        mask: Object's pixels (rows, columns), bool, at least one of them true.
+        height: Height of the image, pixels.
+        width: Width of the image, pixels.
+
+    Returns:
+        COCO's RLE, with `size` (height, width) and `counts` as compressed text.
+    """
     columns, rows = np.nonzero(mask.T)
     pixels = (columns.astype(np.int64) + left) * height + rows + top
     breaks = np.flatnonzero(np.diff(pixels) != 1)
@@ -121,7 +153,13 @@ def run_lengths(top: int, left: int, mask: np.ndarray, height: int, width: int) 
 
 
 def join_coco(out: Path, names: Iterable[str], num_classes: int) -> None:
-    """Makes one COCO file of the images' parts, whole or not at all; images that have none are left out."""
+    """Join the images' COCO parts into one file, written atomically; images without a part are skipped.
+
+    Args:
+        out: Folder of all outputs.
+        names: Names of the images.
+        num_classes: Number of classes of the model; 1 is binary, with a single category "foreground".
+    """
     labels = range(1, max(2, num_classes))
     categories = [{"id": label, "name": "foreground" if num_classes == 1 else f"class {label}"} for label in labels]
     images: list[dict[str, Any]] = []

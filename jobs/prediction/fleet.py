@@ -1,4 +1,4 @@
-"""Prediction over a Ray cluster: Ray Data hands small groups of images to a pool of actors, each with a model of its own."""
+"""Predict on a Ray cluster: Ray Data sends small groups of images to a pool of actors, each with its own model."""
 
 import json
 import logging
@@ -21,14 +21,23 @@ from deepskip.jobs.prediction.segment import Outcome, PredictionWorker
 from deepskip.jobs.settings import stop
 from deepskip.jobs.training.allocation import start_ray
 
-# small images that an actor gets at once, and the bytes of their files
+# The most small images in one group, and the most bytes of their files.
 GROUP, GROUP_BYTES = 64, 2**24
-# groups a worker at least, so that none is idle for long at the end
+# Aim for at least this many groups per worker, so that no worker is idle for long at the end.
 GROUPS_A_WORKER = 4
 
 
 class Worker:
-    """One actor of the pool. __call__: {"group": [JSON of items]} -> {"outcome": JSON of an outcome for each}."""
+    """Segment groups of images in one actor of the pool.
+
+    Args:
+        state: State of a checkpoint.
+        options: Settings of the prediction.
+        out: Folder of the outputs.
+        made_by: Fingerprint of the model and of the settings that decide the outputs.
+        threads: CPU threads of PyTorch.
+        processes: Number of processes that share the device's memory.
+    """
 
     def __init__(
         self, state: dict[str, Any], options: Options, out: str, made_by: str, threads: int, processes: int
@@ -37,6 +46,7 @@ class Worker:
         self.predictor = PredictionWorker(state, options, Path(out), made_by, processes)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Segment the images of {"group": (groups,) JSON lists of items}; return {"outcome": (images,) JSON texts}."""
         items = [Item(**item) for group in batch["group"] for item in json.loads(str(group))]
         found = [json.dumps(outcome.as_dict()) for outcome in self.predictor.run(items)]
         return {"outcome": np.array(found, dtype=object)}
@@ -45,9 +55,22 @@ class Worker:
 def over_ray(
     items: Sequence[Item], state: dict[str, Any], options: Options, out: Path, made_by: str
 ) -> Iterator[Outcome]:
-    """Segments images on the cluster at RAY_ADDRESS, or on a Ray of this machine; gives outcomes as they come.
+    """Segment images on the cluster at RAY_ADDRESS, or on a local Ray instance.
 
-    A machine that is lost costs its groups a second try on another, which passes over what was done.
+    If a machine is lost, its groups are retried on another one, which skips the images that are already done.
+
+    Args:
+        items: The images.
+        state: State of a checkpoint.
+        options: Settings of the prediction.
+        out: Folder of the outputs, which every machine sees.
+        made_by: Fingerprint of the model and of the settings that decide the outputs.
+
+    Yields:
+        One outcome per image, as results arrive.
+
+    Raises:
+        SystemExit: The cluster has too few GPUs or CPUs for the settings, or the workers failed.
     """
     start_ray()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -58,7 +81,7 @@ def over_ray(
     on_one = math.ceil(workers / len(nodes))
     cpus = options.cpus_per_worker or max(1.0, smallest // on_one)
     if gpu and workers > gpus:
-        stop(f"--workers is {workers}, each with a GPU, but the cluster has {gpus}; ask for fewer, or --device cpu")
+        stop(f"--workers is {workers}, one GPU each, but the cluster has {gpus} GPUs; use fewer or --device cpu")
     if not any(node.get("CPU", 0) >= cpus for node in nodes):
         stop(
             f"--cpus_per_worker is {cpus:g}, but no machine has more than {max(n.get('CPU', 0) for n in nodes):g} CPUs"
@@ -69,14 +92,14 @@ def over_ray(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     groups = [{"group": json.dumps([from_anywhere(item) for item in group])} for group in grouped(items, workers)]
-    # a gpu is one worker's own; a machine's memory is shared
+    # A GPU belongs to one worker; the workers of a machine share its memory.
     processes = 1 if gpu else on_one
     outcomes = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
         Worker,
         fn_constructor_args=(state, options, str(out.absolute()), made_by, max(1, int(cpus)), processes),
         batch_size=1,
         batch_format="numpy",
-        # with one machine lost the others go on
+        # With min_size=1 the other actors continue if a machine is lost.
         compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2),
         num_cpus=cpus,
         num_gpus=1 if gpu else None,
@@ -85,18 +108,18 @@ def over_ray(
         for row in outcomes.iter_rows():
             yield Outcome(**json.loads(row["outcome"]))
     except ray.exceptions.RayError as error:
-        stop(f"the workers failed: {' '.join(str(error).split())[-500:]}\nthe same command goes on")
+        stop(f"the workers failed: {' '.join(str(error).split())[-500:]}\nrun the same command again to resume")
 
 
 def from_anywhere(item: Item) -> dict[str, Any]:
-    """Gives an item as plain values, its path absolute: a worker stands in another folder."""
+    """Return an item as a dictionary with an absolute path, because workers run in another folder."""
     if storage.is_remote(item.location):
         return asdict(item)
     return asdict(replace(item, location=str(Path(item.location.removeprefix("file://")).absolute())))
 
 
 def grouped(items: Sequence[Item], workers: int) -> Iterator[list[Item]]:
-    """Puts neighbouring small images together; large ones stay alone."""
+    """Yield groups of neighbouring small images; a large image is a group of its own."""
     most = max(1, min(GROUP, len(items) // (workers * GROUPS_A_WORKER)))
     group: list[Item] = []
     for item in items:

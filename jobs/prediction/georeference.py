@@ -1,4 +1,4 @@
-"""Where on a map an image lies: a GeoTIFF's tags, or the world file beside it; and in what words a map is named."""
+"""Read where on a map an image lies, from its GeoTIFF tags or its world file, and write both."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import tifffile
 
-# tags of a GeoTIFF that say where it lies: scale, tie points, matrix, the keys with their numbers and texts; GDAL's RPC
+# GeoTIFF tags that are copied: scale, tie points, matrix, the GeoKeys with their numbers and texts; and GDAL's RPC tag.
 TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
 SCALE, TIES, MATRIX = 33550, 33922, 34264
 DOUBLE = 12
-# codes of GeoTIFF beyond this one are none of EPSG's
+# GeoTIFF's code for a user-defined coordinate reference system; EPSG codes are below it.
 OWN_CODE = 32767
 Tag = tuple[int, int, int, Any, bool]
 Transform = tuple[float, ...]
@@ -19,11 +19,14 @@ Transform = tuple[float, ...]
 
 @dataclass
 class Georeference:
-    """Where an image lies.
+    """Describe where an image lies on a map.
 
-    tags: a GeoTIFF's, as tifffile writes them. transform: from x, y of pixel corners to the map, as (a, b, c, d, e, f) of
-    x' = a x + b y + c, y' = d x + e y + f. crs: "EPSG:...", or the map in words (WKT). world: the transform is of a world file.
-    note: what a person should know of it.
+    Attributes:
+        tags: GeoTIFF tags, in the form that tifffile writes.
+        transform: Map coordinates of pixel corners, as (a, b, c, d, e, f) of x' = a x + b y + c, y' = d x + e y + f.
+        crs: Coordinate reference system: "EPSG:..." or WKT.
+        world: Whether the transform was read from a world file.
+        note: Remark for the user, or None.
     """
 
     tags: list[Tag] = field(default_factory=list)
@@ -34,13 +37,13 @@ class Georeference:
 
 
 def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
-    """Reads where a TIFF lies."""
+    """Return the georeference of a TIFF: from its tags, else from the world file of `path`."""
     page, found = file.pages.first, file.geotiff_metadata or {}
     place = Georeference()
     for code in TAGS:
         if (tag := page.tags.get(code)) is not None:
             place.tags.append((code, int(tag.dtype), 0 if isinstance(tag.value, str) else tag.count, tag.value, True))
-    # by their tags, which are there without a map's keys too
+    # Read the tags themselves: they also exist in files without GeoKeys.
     values = {tag[0]: np.ravel(tag[3]).astype(float) for tag in place.tags if tag[0] in (SCALE, TIES, MATRIX)}
     ties = values.get(TIES, np.zeros(0))
     if len(values.get(MATRIX, ())) == 16:
@@ -50,11 +53,13 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
         (sx, sy), tie = values[SCALE][:2].tolist(), ties.tolist()
         place.transform = sx, 0.0, tie[3] - tie[0] * sx, 0.0, -sy, tie[4] + tie[1] * sy
     if place.transform and int(found.get("GTRasterTypeGeoKey", 1)) == 2:
-        # the numbers are of pixels' centres
+        # The transform refers to pixel centres (PixelIsPoint); shift it to pixel corners.
         a, b, c, d, e, f = place.transform
         place.transform = a, b, c - (a + b) / 2, d, e, f - (d + e) / 2
     if place.transform is None and len(ties) > 6:
-        place.note = "lies on its map by ground control points alone, so its outlines are in pixels: gdalwarp it first"
+        place.note = (
+            "is georeferenced by ground control points only, so its outlines are in pixels; run gdalwarp on it first"
+        )
     if place.transform is None:
         return of_world_file(path, place)
     epsg = int(found.get("ProjectedCSTypeGeoKey", found.get("GeographicTypeGeoKey", 0)))
@@ -64,20 +69,24 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
         try:
             place.crs = in_words(path)
         except ImportError:
-            place.note = "names its map by no code of EPSG's, which rasterio reads: pip install '.[geo]'"
+            place.note = "has a coordinate system without an EPSG code, which only rasterio reads: pip install '.[geo]'"
             return place
     if place.crs is None:
-        place.note = "has a place on a map but does not say on which: its outlines are in that map's units"
+        place.note = "is georeferenced but names no coordinate system; its outlines are in the units of its transform"
     return place
 
 
 def has_keys(found: dict[str, Any]) -> bool:
-    """Says whether a GeoTIFF names a map at all."""
+    """Return whether a GeoTIFF's keys name a coordinate reference system at all."""
     return any(name in found for name in ("GTModelTypeGeoKey", "GTCitationGeoKey", "PCSCitationGeoKey"))
 
 
 def in_words(path: Path) -> str | None:
-    """Names a map that has no code of EPSG's, as WKT by rasterio; None where a file names none. Raises ImportError."""
+    """Return a file's coordinate reference system as WKT, read by rasterio, or None if it has none.
+
+    Raises:
+        ImportError: rasterio is not installed.
+    """
     import rasterio  # type: ignore[import-untyped]
 
     with rasterio.open(path) as file:
@@ -85,7 +94,15 @@ def in_words(path: Path) -> str | None:
 
 
 def of_world_file(path: Path, place: Georeference | None = None) -> Georeference:
-    """Reads the world file beside an image: six numbers, of pixels' centres, as a.tfw, a.tifw or a.wld of a.tif."""
+    """Read an image's world file: six numbers for pixel centres, in a.tfw, a.tifw or a.wld for a.tif.
+
+    Args:
+        path: The image.
+        place: Georeference to fill in; a new one by default.
+
+    Returns:
+        The georeference, unchanged if there is no readable world file.
+    """
     place = place or Georeference()
     ending = path.suffix[1:]
     names = {ending + "w", "wld"} | ({ending[0] + ending[-1] + "w"} if len(ending) > 1 else set())
@@ -95,27 +112,29 @@ def of_world_file(path: Path, place: Georeference | None = None) -> Georeference
             a, d, b, e, x, y = (float(line) for line in world.read_text().split())
         except (OSError, ValueError):
             continue
-        # of pixels' corners
+        # World files refer to pixel centres; shift the transform to pixel corners.
         place.transform = a, b, x - (a + b) / 2, d, e, y - (d + e) / 2
         place.world = True
-        place.note = "lies on a map by a world file, which does not say on which: its outlines are in that map's units"
+        place.note = (
+            "is georeferenced by a world file, which names no coordinate system; its outlines are in the file's units"
+        )
         place.tags.append((MATRIX, DOUBLE, 16, matrix(place.transform), True))
         return place
     return place
 
 
 def matrix(transform: Transform) -> tuple[float, ...]:
-    """Gives a transform as GeoTIFF's matrix of 4 x 4."""
+    """Return a transform as GeoTIFF's 4 x 4 matrix, row by row."""
     a, b, c, d, e, f = transform
     return a, b, 0.0, c, d, e, 0.0, f, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0
 
 
 def world_file(transform: Transform) -> str:
-    """Gives the text of a world file."""
+    """Return the text of a world file, whose numbers refer to pixel centres."""
     a, b, c, d, e, f = transform
     return "".join(f"{value!r}\n" for value in (a, d, b, e, c + (a + b) / 2, f + (d + e) / 2))
 
 
 def named(crs: str) -> str:
-    """Gives the name of a map as GeoJSON's crs member has it: a URN for a code, else its words."""
+    """Return a coordinate reference system as GeoJSON's crs member names it: a URN for an EPSG code, else its WKT."""
     return f"urn:ogc:def:crs:{crs.replace(':', '::')}" if crs.startswith("EPSG:") else crs

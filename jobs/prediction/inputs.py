@@ -1,4 +1,4 @@
-"""What is to be segmented: files, folders of them, Zarr arrays, shards, and URLs of each."""
+"""Find and open the images to segment: files, folders of files, Zarr arrays, shards, and URLs of each."""
 
 import contextlib
 import tempfile
@@ -24,9 +24,15 @@ WORLD_FILES = (".tfw", ".tifw", ".pgw", ".pngw", ".jgw", ".jpgw", ".bpw", ".wld"
 
 @dataclass(frozen=True)
 class Item:
-    """One image: the name of its outputs (with folders, without extension), where it is, its kind, bytes and stamp.
+    """Describe one image to segment.
 
-    location: path, URL, or for a sample of shards their folder. sample: its number there. stamp: changes when the image does.
+    Attributes:
+        name: Name of its outputs, with folders and without extension.
+        location: Path or URL of the image; for a sample, the folder of its shards.
+        extension: Format: the extension in lower case, without the dot.
+        bytes: Size of its file; Zarr arrays count as very large, so that they are never grouped.
+        stamp: Text that changes when the image changes.
+        sample: Number of the sample in its shards, or None for other images.
     """
 
     name: str
@@ -41,7 +47,11 @@ class Item:
 
 
 def find(places: Sequence[str]) -> list[Item]:
-    """Lists the images at files, folders, shards and URLs; ends the program where there is none, or outputs would collide."""
+    """List the images at files, folders, shards and URLs.
+
+    Raises:
+        SystemExit: A place has no images, or two images would be written to the same outputs.
+    """
     items = [item for place in places for item in found_at(place)]
     names: dict[str, Item] = {}
     clashes = []
@@ -49,12 +59,16 @@ def find(places: Sequence[str]) -> list[Item]:
         if (other := names.setdefault(item.name, item)) is not item:
             clashes.append(f"--images: {other} and {item} would both be written to {item.name}")
     if clashes:
-        stop("\n".join([*clashes[:20], "rename one of each, or give them an --out of their own"]))
+        stop(
+            "\n".join(
+                [*clashes[:20], "rename one image of each pair, or run them separately with different --out folders"]
+            )
+        )
     return items
 
 
 def found_at(place: str) -> list[Item]:
-    """Lists the images at one place."""
+    """List the images at one place; end the program if there are none."""
     try:
         if extension_of(place) == "zarr":
             return [zarr_item(place, plain_name(place))]
@@ -81,15 +95,19 @@ def found_at(place: str) -> list[Item]:
         stop(f"--images: {place} holds no images ({', '.join(EXTENSIONS)}){how_to_convert(others, path)}")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(12))
-        print(f"left out of {place}, since they are none of {', '.join(EXTENSIONS)}: {kinds}", flush=True)
+        print(f"skipped in {place}, since only {', '.join(EXTENSIONS)} are supported: {kinds}", flush=True)
     return items
 
 
 def walk(folder: Path, above: Set[tuple[int, int]] = frozenset(), others: Counter[str] | None = None) -> Iterator[Path]:
-    """Gives the images of a folder and of those in it, sorted; nothing hidden, and no inner parts of a Zarr array.
+    """Yield the images of a folder and its subfolders, sorted, without hidden files and the inner files of Zarr arrays.
 
-    others: counts the files that are none, by kind. above: the folders that led here, of which a link back to one is passed
-    over, as are pipes and links to nowhere.
+    Pipes, broken links and links back to a parent folder are reported and skipped.
+
+    Args:
+        folder: The folder to search.
+        above: Identities of the folders that led here.
+        others: Counter to fill with the kinds of files that are not images.
     """
     above = {*above, identity(folder)}
     for each in sorted(folder.iterdir()):
@@ -105,37 +123,43 @@ def walk(folder: Path, above: Set[tuple[int, int]] = frozenset(), others: Counte
                 yield each
             else:
                 trouble.passed_over(each, "no file" if each.exists() else "a link to nothing")
-        # world files are of the image beside them
+        # World files belong to the image of the same name.
         elif others is not None and not each.name.lower().endswith(WORLD_FILES):
             others[kind_of(each)] += 1
 
 
 def identity(folder: Path) -> tuple[int, int]:
-    """Gives what a folder is known by, whatever link led to it."""
+    """Return a folder's device and inode numbers, which are the same through every link."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 def file_item(path: Path, name: str) -> Item:
-    """Describes an image file."""
+    """Return the item of an image file."""
     status = path.stat()
     return Item(name, str(path), extension_of(path.name), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
 
 def zarr_item(location: str, name: str) -> Item:
-    """Describes a Zarr array, whose metadata alone is looked at."""
+    """Return the item of a Zarr array, stamped by the modification times of its metadata files.
+
+    Remote arrays have an empty stamp.
+
+    Raises:
+        SystemExit: There is no such local folder.
+    """
     stamp = ""
     if not storage.is_remote(location):
         folder = Path(location.removeprefix("file://"))
         if not folder.is_dir():
             stop(f"--images: {location} does not exist", NotHere)
         stamp = "-".join(str(p.stat().st_mtime_ns) for p in sorted(folder.glob("*.json")) + sorted(folder.glob(".z*")))
-    # never grouped with small files
+    # The huge size keeps the array from being grouped with small files.
     return Item(name, location, "zarr", 2**40, stamp)
 
 
 def samples(folder: str) -> list[Item]:
-    """Lists the samples of shards; keys are not trusted to be paths."""
+    """List the samples of shards; their keys are not trusted as paths, so the names are quoted."""
     table = index_of(folder)
     return [
         Item(plain(entry.key), folder, entry.image.format, entry.image.length, str(entry.digest), number)
@@ -146,12 +170,16 @@ def samples(folder: str) -> list[Item]:
 
 @lru_cache(maxsize=16)
 def index_of(folder: str) -> Index:
-    """Loads the index of shards once in a process."""
+    """Load the index of a folder of shards, cached in this process."""
     return index.load_index(folder)
 
 
 def remote_items(place: str) -> list[Item]:
-    """Lists one image at a URL, or those of a folder where the storage can list them."""
+    """List the one image at a URL, or the images of a folder if the storage can list it.
+
+    Raises:
+        SystemExit: The folder holds no images.
+    """
     fs, path = storage.filesystem(place)
 
     def item(info: dict[str, object], location: str) -> Item:
@@ -174,29 +202,43 @@ def remote_items(place: str) -> list[Item]:
 
 
 def extension_of(location: str) -> str:
-    """Gives the extension in lower case, without the dot; of a URL, without its query."""
+    """Return the extension in lower case, without the dot; the query of a URL is ignored."""
     path = urlsplit(location).path if "://" in location else location
     return Path(path.rstrip("/")).suffix[1:].lower()
 
 
 def plain_name(location: str) -> str:
-    """Gives the last part of a path or URL without its extension."""
+    """Return the last part of a path or URL as a safe file name, without its extension."""
     path = urlsplit(location).path if "://" in location else location
     return plain(Path(path.rstrip("/")).stem)
 
 
 def plain(name: str) -> str:
-    """Makes a file name of any string, another for each."""
+    """Return a safe file name for any string; different strings get different names."""
     quoted = quote(name, safe=" +=,@()[]")
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
 
 
 @contextmanager
 def opened(item: Item, bands: int | None, reading: Reading) -> Iterator[Raster]:
-    """Opens an image; remote files are fetched into a temporary one. Raises ValueError or OSError, which say why not."""
+    """Open an image; a remote file is fetched into a temporary file for as long as the image is open.
+
+    Args:
+        item: The image.
+        bands: Number of bands that the model takes; None for any.
+        reading: How transparency, orientation and missing values are handled. For samples, the settings of their shards
+            take precedence.
+
+    Yields:
+        The open image.
+
+    Raises:
+        ValueError: The image cannot be decoded; the message gives the reason.
+        OSError: The image cannot be read.
+    """
     if item.sample is not None:
         stored = index_of(item.location).reading
-        # as the shards are read, and what was named beside
+        # Read the image as the training reads its shards; --nodata applies if the shards name no value.
         own = replace(stored, missing=True, nodata=reading.nodata if stored.nodata is None else stored.nodata)
         yield in_memory(
             decode_image(item.extension, sample_bytes(item.location, item.sample), bands=bands, reading=own)
@@ -213,7 +255,12 @@ def opened(item: Item, bands: int | None, reading: Reading) -> Iterator[Raster]:
 
 
 def sample_bytes(folder: str, number: int) -> bytes:
-    """Reads the bytes of a sample's image out of its shard."""
+    """Read the encoded image of a sample from its shard.
+
+    Args:
+        folder: Folder or URL of the shards.
+        number: Number of the sample.
+    """
     table = index_of(folder)
     entry = table.entries([number])[0]
     location, start, stop = (

@@ -1,4 +1,4 @@
-"""How large tiles and batches may be, from the memory that is free."""
+"""Choose the sizes of tiles and batches from the free memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,27 @@ from deepskip.network import DeepSkipUNet
 from deepskip.tiling import Overlap, overlap_of
 
 GB = 10**9
-# of a budget that nobody set: what a machine's process may take at most, and its share of what is free
+# The default budget: at most this much on a CPU, and these shares of the free memory.
 CPU_LIMIT, CPU_SHARE, GPU_SHARE = 3 * GB, 0.5, 0.8
-# larger tiles save little more
+# Larger tiles save little more.
 LARGEST_TILE = {"cpu": 2048, "cuda": 4096}
-# pixels and images in a batch beyond which nothing gets faster
+# Larger batches, in pixels or in images, are not faster.
 BATCH_PIXELS, BATCH = {"cpu": 2**18, "cuda": 2**24}, {"cpu": 16, "cuda": 64}
-# side of the image that another network's memory is measured on; and for what cannot be seen, convolutions' work space
+# Networks other than DeepSkip are measured on an image of this side. The factor allows for memory that the measurement
+# cannot see, such as the workspace of convolutions.
 MEASURED_SIDE, UNSEEN = 256, 1.5
 
 
 @dataclass
 class Plan:
-    """tile: side of a tile. batch, pixels: most images or tiles that go through at once, and their pixels if more than one.
+    """Sizes that fit into the memory.
 
-    stripe_bytes: what rows over the whole width may take.
+    Attributes:
+        tile: Side of a tile, pixels.
+        pixels: Most pixels in a batch of two or more images or tiles.
+        batch: Most images or tiles in a batch.
+        overlap: Overlap of neighbouring tiles.
+        stripe_bytes: Most bytes of a stripe of rows over the whole width of an image.
     """
 
     tile: int
@@ -41,18 +47,27 @@ class Plan:
     stripe_bytes: int
 
     def images(self, height: int, width: int) -> int:
-        """Says how many images of a size go through at once."""
+        """Return how many images of a size (height, width) form a batch."""
         return max(1, min(self.batch, self.pixels // (height * width)))
 
     def tile_of(self, width: int, bytes_a_pixel: int) -> int:
-        """Gives the side of the tiles of an image so wide that stripes of them, of so many bytes a pixel, fit too."""
+        """Return the side of the tiles for an image, such that a stripe of tiles fits into the memory as well.
+
+        Args:
+            width: Width of the image, pixels.
+            bytes_a_pixel: Bytes that each pixel of a stripe takes.
+        """
         multiple = self.overlap.multiple
         fitting = self.stripe_bytes // (width * bytes_a_pixel) // multiple * multiple
         return max(self.overlap.smallest_tile, min(self.tile, fitting))
 
 
 def device_of(options: Options) -> torch.device:
-    """Gives the device to compute on; raises ValueError for one that is not there."""
+    """Return the device to compute on: that of the settings, else a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: The setting names no device, or a GPU that this machine lacks.
+    """
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -64,27 +79,36 @@ def device_of(options: Options) -> torch.device:
 
 
 def bytes_per_pixel(segmenter: Segmenter, element: int, flips: bool = False) -> int:
-    """Estimates the memory that a pixel takes in the network at its widest place, in DeepSkip the first decoder level.
+    """Estimate the bytes that an input pixel takes in the network at its peak.
 
-    There the joined branches, what they are made of, and the first convolution's output are all in memory; 704 bytes were
-    measured on a CPU where this gives 708, and of images enlarged twice 2,787 where it gives 2,868. element: bytes.
-    flips: beside that, the image padded and turned round, and what the mirrorings before gave.
+    DeepSkip's peak is the first decoder level. There the joined branches, their inputs, and the first convolution's output
+    are all in memory. On a CPU 704 bytes were measured and 708 estimated; for images enlarged twice, 2,787 and 2,868.
+
+    Args:
+        segmenter: The network with its normalisation.
+        element: Bytes of an element of the network's maps.
+        flips: Whether mirrored images are averaged. Adds the padded, mirrored image and the accumulated results.
     """
     network = segmenter.network
-    # the raw and the normalised image, logits and probabilities are fp32
+    # The raw and the normalised image, the logits and the probabilities are fp32.
     images = 4 * (2 * segmenter.bands + 3 * segmenter.num_classes)
     if not isinstance(network, DeepSkipUNet):
         return images + measured_bytes_per_pixel(segmenter) + flips * images
     branches = len(network.decoder[0].get_submodule("branches"))  # type: ignore[arg-type]
     once = images + element * network.head.in_channels * (2 * branches + 11)
     if network.enlarge > 1:
-        # all that, and the enlarged image, for each pixel that becomes of one
+        # Each input pixel becomes enlarge**2 pixels, which take all of that and the enlarged image.
         once = images + network.enlarge**2 * once
     return once + flips * images
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all results that are alive at once; peak: the most."""
+    """Count the bytes of all operator results that are alive at the same time.
+
+    Attributes:
+        alive: Bytes of each storage that is alive.
+        peak: The most bytes that were alive at the same time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +127,7 @@ class LiveBytes(TorchDispatchMode):
 
 @torch.no_grad()
 def measured_bytes_per_pixel(segmenter: Segmenter) -> int:
-    """Measures what another network than ours has alive at once, in fp32, on an image of MEASURED_SIDE pixels a side."""
+    """Measure the bytes per pixel of a network other than DeepSkip, in fp32, on an image with sides of MEASURED_SIDE."""
     image = torch.zeros(1, segmenter.bands, MEASURED_SIDE, MEASURED_SIDE, device=segmenter.mean.device)
     with LiveBytes() as counter:
         segmenter.network(image)
@@ -111,7 +135,13 @@ def measured_bytes_per_pixel(segmenter: Segmenter) -> int:
 
 
 def budget(options: Options, device: torch.device, processes: int) -> int:
-    """Gives the bytes that this process may take on its device, which so many processes share."""
+    """Return the bytes that this process may take on its device.
+
+    Args:
+        options: Settings of the prediction; `memory_gb` overrides the default budget.
+        device: The device to compute on.
+        processes: Number of processes that share the device's memory.
+    """
     if options.memory_gb is not None:
         return int(options.memory_gb * GB)
     if device.type == "cuda":
@@ -121,24 +151,31 @@ def budget(options: Options, device: torch.device, processes: int) -> int:
 
 
 def free_memory() -> int:
-    """Gives the bytes that are free on this machine, or in the container that we are in."""
+    """Return the bytes that are free on this machine, or in its container if that has a smaller limit."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    # no such thing here
+    # There are no cgroups (version 2) here.
     except (OSError, ValueError):
         pass
     return max(free, 0)
 
 
 def plan(segmenter: Segmenter, options: Options, device: torch.device, processes: int = 1) -> Plan:
-    """Finds the sizes that fit."""
+    """Return the sizes of tiles, batches and stripes that fit into the memory.
+
+    Args:
+        segmenter: The network with its normalisation.
+        options: Settings of the prediction; `tile`, `batch` and `memory_gb` override the defaults.
+        device: The device to compute on.
+        processes: Number of processes that share the device's memory.
+    """
     kind = device.type if device.type in LARGEST_TILE else "cpu"
     element = 2 if options.precision == "bfloat16" else 4
-    # a third is left for stripes of rows, decoded files and what waits to be written
+    # The network gets two thirds; the rest is for stripes of rows, decoded files and outputs that wait to be written.
     most = budget(options, device, processes)
     pixels = int(most * 2 / 3) // bytes_per_pixel(segmenter, element, options.flips)
     overlap, times = overlap_of(segmenter.network), enlarged_by(segmenter.network)
@@ -146,20 +183,31 @@ def plan(segmenter: Segmenter, options: Options, device: torch.device, processes
     tile = options.tile or max(smallest, min(int(pixels**0.5), LARGEST_TILE[kind] // times))
     tile = tile // overlap.multiple * overlap.multiple
     pixels = min(pixels, BATCH_PIXELS[kind] // times**2)
-    # stripes are the machine's, also where the network is on a GPU
+    # Stripes are in the machine's memory, even if the network is on a GPU.
     stripes = most / 4 if kind == "cpu" else max(most / 4, free_memory() / 4 / processes)
     return Plan(tile, pixels, options.batch or BATCH[kind], overlap, int(stripes))
 
 
 def check_tile(options: Options, network: nn.Module) -> None:
-    """Raises ValueError where a tile that was asked for is too small for the network."""
+    """Validate that `options.tile` is large enough for the network.
+
+    Raises:
+        ValueError: The tile is smaller than the overlaps of the network's tiles.
+    """
     smallest = overlap_of(network).smallest_tile
     if options.tile is not None and options.tile < smallest:
         raise ValueError(f"--tile is {options.tile}; with this model it must be {smallest} or more")
 
 
 def smaller(plan: Plan) -> bool:
-    """Makes a plan take less memory after it was too much; False where it cannot."""
+    """Shrink a plan's batches, then its tiles, after the memory ran out.
+
+    Args:
+        plan: The plan, which is changed in place.
+
+    Returns:
+        Whether the plan could be made smaller.
+    """
     smallest = plan.overlap.smallest_tile
     if plan.pixels > plan.tile**2:
         plan.pixels = max(plan.pixels // 2, plan.tile**2)

@@ -1,4 +1,4 @@
-"""The objects of a mask that comes a few rows at a time: each whole, whatever blocks of rows it spans."""
+"""Find the objects of a mask that arrives a few rows at a time; an object may span any number of blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,14 @@ from deepskip.size_scores import EIGHT_NEIGHBOURS
 
 @dataclass
 class Object:
-    """An 8-connected component of one label: pieces of (top, left, boolean mask), and the sum of its probabilities."""
+    """Hold an 8-connected component of one label.
+
+    Attributes:
+        label: The label.
+        pieces: Parts of the object, each (top, left, mask) with a mask (height, width), bool, and its place in the image.
+        pixels: Number of pixels.
+        probability: Sum of the pixels' probabilities.
+    """
 
     label: int
     pieces: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
@@ -19,7 +26,11 @@ class Object:
     probability: float = 0.0
 
     def whole(self) -> tuple[int, int, np.ndarray]:
-        """Joins the pieces: top, left, and a boolean mask."""
+        """Join the pieces into one mask.
+
+        Returns:
+            Top row and left column in the image, and the mask (height, width), bool, of the bounding box.
+        """
         top, left = min(y for y, _, _ in self.pieces), min(x for _, x, _ in self.pieces)
         bottom = max(y + mask.shape[0] for y, _, mask in self.pieces)
         right = max(x + mask.shape[1] for _, x, mask in self.pieces)
@@ -30,20 +41,33 @@ class Object:
 
     @property
     def score(self) -> float:
-        """Mean probability of its pixels."""
+        """Mean probability of the object's pixels."""
         return self.probability / self.pixels
 
 
 class Objects:
-    """Finds objects in rows from top to bottom; holds only those that may still grow."""
+    """Find objects in rows from top to bottom, keeping only those that may still grow.
+
+    Attributes:
+        top: Number of rows seen.
+        open: For each label, the objects that reach the last row, and for each pixel of that row (W,) the number of its
+            object, from 1, or 0.
+    """
 
     def __init__(self) -> None:
         self.top = 0
-        # for each label the objects that reach the last row so far, and which of them each of its pixels is in (0: none)
         self.open: dict[int, tuple[list[Object], np.ndarray]] = {}
 
     def rows(self, labels_rW: np.ndarray, probabilities_rW: np.ndarray) -> Iterator[Object]:
-        """Takes the next rows and gives the objects that are finished; probabilities: of the label at each pixel."""
+        """Add the next rows and yield the objects that are complete.
+
+        Args:
+            labels_rW: Labels (rows, W), integers; 0 is background.
+            probabilities_rW: Probability of each pixel's label (rows, W).
+
+        Yields:
+            Objects without a pixel in the last of these rows.
+        """
         if not len(labels_rW):
             return
         for label in sorted({*np.unique(labels_rW).tolist(), *self.open} - {0}):
@@ -51,7 +75,7 @@ class Objects:
         self.top += len(labels_rW)
 
     def close(self) -> Iterator[Object]:
-        """Gives the objects that reach the last row."""
+        """Yield the remaining objects, which reach the last row."""
         for objects, _ in self.open.values():
             yield from objects
         self.open = {}
@@ -65,7 +89,7 @@ class Objects:
         for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(components), 1):
             piece = self.top + rows.start, columns.start, components[rows, columns] == i
             found.append(Object(label, [piece], int(pixels[i]), float(sums[i - 1])))
-        # components of the first row belong to the objects that they touch in the row above
+        # Join the components of the first row with the objects that they touch in the row above.
         parent = list(range(len(found)))
         first_row = np.where(components[0], components[0] + len(before), 0)
         for shift in (-1, 0, 1):
@@ -81,7 +105,7 @@ class Objects:
                 joined.pixels += each.pixels
                 joined.probability += each.probability
         reach = np.where(components[-1], components[-1] + len(before), 0)
-        # those that reach the last row stay, and get numbers from 1
+        # Objects that reach the last row stay open and are numbered from 1.
         still: dict[int, int] = {}
         places = np.zeros(len(found) + 1, np.int64)
         for i in np.unique(reach).tolist():
@@ -95,7 +119,7 @@ class Objects:
 
 
 def root(parent: list[int], i: int) -> int:
-    """Follows a joined component to the one it belongs to, and shortens the way."""
+    """Return the root of component `i` in a union-find forest, halving the path on the way."""
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]

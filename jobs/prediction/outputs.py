@@ -1,4 +1,4 @@
-"""All that is written for one image, as its probabilities come a few rows at a time."""
+"""Write all outputs of one image while its probabilities arrive a few rows at a time."""
 
 from pathlib import Path
 
@@ -13,21 +13,29 @@ from deepskip.jobs.prediction.options import Options
 from deepskip.jobs.prediction.rasters import Raster
 from deepskip.jobs.prediction.writers import Layout, Sink
 
-# longest side of an overlay, and rows that are read at once for it
+# The longest side of an overlay, and the number of image rows that are read at once to draw it.
 PICTURE_SIDE, PICTURE_ROWS = 2048, 256
-# pictures become PNG, and their probabilities arrays: neither survives what the input's own format does to them
-# what masks of each kind are; of those that are not named, the same
+# Formats of masks and probabilities by the format of the image; formats that are not listed stay the same. Pictures get PNG
+# masks and npy probabilities, because their own formats are lossy or cannot hold such values.
 MASK_KIND = dict.fromkeys(("png", "jpg", "jpeg", "bmp", "gif"), "png") | {"tiff": "tif"}
 PROBABILITY_KIND = dict.fromkeys(("png", "jpg", "jpeg", "bmp", "gif", "npz"), "npy") | {"tiff": "tif"}
 
 
 class Outputs:
-    """The files of one image; `sinks` are all of them. Without `finish` none gets its name."""
+    """Write the files of one image; none gets its final name before `finish`.
+
+    Args:
+        out: Folder of all outputs.
+        item: The image's item.
+        raster: The open image.
+        num_classes: Number of classes of the model; 1 is binary.
+        options: Settings of the prediction, which choose the outputs.
+    """
 
     def __init__(self, out: Path, item: Item, raster: Raster, num_classes: int, options: Options) -> None:
         self.out, self.item, self.raster, self.options, self.num_classes = out, item, raster, options, num_classes
         kind = MASK_KIND.get(item.extension, item.extension)
-        # a png of 0 and 1 looks black in every viewer
+        # A PNG of 0 and 1 looks black in every viewer.
         self.foreground = 255 if kind == "png" and num_classes == 1 else 1
         size = raster.height, raster.width
         tags = tuple(raster.place.tags)
@@ -54,9 +62,14 @@ class Outputs:
             self.sinks.append(self.overlay)
 
     def rows(self, top: int, p_VrW: np.ndarray) -> None:
-        """Takes the next rows of the probabilities (V, rows, width)."""
+        """Write the next rows.
+
+        Args:
+            top: Row of the image at which they begin.
+            p_VrW: Probabilities (V, rows, W).
+        """
         labels = to_labels(p_VrW, self.options.threshold).astype(np.uint8)
-        # of one class that is its probability itself
+        # With one class this is its probability itself. Only outlines use it.
         likeliest = p_VrW.max(0) if self.features else labels
         self.mask.put(labels * np.uint8(self.foreground))
         if self.probabilities:
@@ -67,7 +80,11 @@ class Outputs:
             self.picture.rows(top, labels)
 
     def finish(self, made_by: str) -> None:
-        """Gives all files their names, and notes that the image is done."""
+        """Complete all files, rename them to their final names, and record that the image is done.
+
+        Args:
+            made_by: Fingerprint of the model and of the settings that decide the outputs.
+        """
         if self.picture:
             self.overlay.put(overlay(self.picture.image, self.picture.labels))
         for sink in self.sinks:
@@ -79,13 +96,24 @@ class Outputs:
         done.place(self.out, self.item, made_by, self.sinks)
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Stop writing and remove the temporary files."""
         for sink in self.sinks:
             sink.discard()
 
 
 class Picture:
-    """What an overlay is drawn of: the image and its labels, of large ones every k-th pixel, and of labels the highest."""
+    """Collect the image and the labels that an overlay is drawn from, reduced by a whole factor k for large images.
+
+    The image keeps every k-th pixel, the labels keep the highest label of each k x k pixels.
+
+    Args:
+        raster: The open image.
+
+    Attributes:
+        every: The factor k.
+        image: Reduced image (h, w, bands), of the raster's dtype.
+        labels: Reduced labels (h, w), uint8.
+    """
 
     def __init__(self, raster: Raster) -> None:
         self.raster = raster
@@ -95,16 +123,21 @@ class Picture:
         self.labels = np.zeros(size, np.uint8)
 
     def rows(self, top: int, labels_rW: np.ndarray) -> None:
-        """Takes the next rows of labels."""
+        """Add the next rows.
+
+        Args:
+            top: Row of the image at which they begin.
+            labels_rW: Labels (rows, W), uint8.
+        """
         every, columns = self.every, slice(0, self.raster.width)
         wide = np.pad(labels_rW, ((0, 0), (0, -labels_rW.shape[1] % every)))
         narrow = wide.reshape(len(wide), -1, every).max(2)
-        # so that objects smaller than k pixels are seen
+        # The highest label keeps objects smaller than k pixels visible.
         np.maximum.at(self.labels, np.arange(top, top + len(wide)) // every, narrow)
         bottom = top + len(labels_rW)
         step = max(every, PICTURE_ROWS // every * every)
         for first in range(-(-top // every) * every, bottom, step):
             seen = self.raster.read(slice(first, min(first + step, bottom)), columns)[::every, ::every]
-            # where there is no value the picture is black
+            # Missing pixels are drawn black.
             seen = np.nan_to_num(seen) if self.raster.nodata else seen
             self.image[first // every : first // every + len(seen)] = seen

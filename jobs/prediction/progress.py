@@ -1,37 +1,46 @@
-"""One line for a whole prediction: over itself on a terminal, now and then a new one elsewhere."""
+"""Print the progress of a prediction: one line that is updated on a terminal, a new line every 10 seconds elsewhere."""
 
 import sys
 import time
 
-# between lines where they cannot overwrite each other, and on a terminal
+# The seconds between updates: in a file, where each is a new line, and on a terminal.
 QUIET_SECONDS, LIVE_SECONDS = 10.0, 0.2
 
 
 class Progress:
-    """Counts images, and shares of large ones, and says how many there are in a second and how long the rest will take."""
+    """Count finished images and parts of large ones, and print the throughput and the remaining time.
+
+    Args:
+        total: Number of images.
+    """
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.pixels = total, 0, 0
-        # of the large image at hand
+        # The finished part of the current large image.
         self.share, self.share_pixels = 0.0, 0
         self.started = time.monotonic()
         self.live = sys.stdout.isatty()
         self.last = self.started if not self.live else 0.0
 
     def count(self, pixels: int) -> None:
-        """Takes note of a finished image."""
+        """Record a finished image and its number of pixels."""
         self.done += 1
         self.pixels += pixels
         self.share, self.share_pixels = 0.0, 0
         self._show()
 
     def part(self, share: float, pixels: int) -> None:
-        """Takes note of how much of the image at hand is done, 0 to 1, and in pixels."""
+        """Record how much of the current image is done.
+
+        Args:
+            share: Finished share of the image, 0 to 1.
+            pixels: Finished pixels.
+        """
         self.share, self.share_pixels = share, pixels
         self._show()
 
     def line(self) -> str:
-        """Puts it into words."""
+        """Return the text of the progress line."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         done = self.done + self.share
         text = f"images {done:.2f}" if self.share else f"images {self.done}"
@@ -43,7 +52,7 @@ class Progress:
         return text
 
     def end(self) -> None:
-        """Ends the line."""
+        """Clear the progress line on a terminal."""
         if self.live:
             print("\r\x1b[K", end="", flush=True)
 

@@ -1,4 +1,4 @@
-"""Images that are read by windows, so that their size does not matter: TIFF, npy and Zarr; all others are read whole."""
+"""Open images for reading by windows: TIFF, npy and Zarr of any size; other formats are read whole."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,22 +17,30 @@ from deepskip.jobs.prediction import zarr_codecs
 from deepskip.jobs.prediction.georeference import Georeference, of_tiff, of_world_file
 
 READING = Reading(missing=True)
-# an image that unpacks to no more is read whole
+# An image of at most this many decompressed bytes is read whole.
 WHOLE_BYTES = 2**26
-# what one read of a window may unpack along with it
+# The largest chunk that may be decompressed to read a window.
 MAX_CHUNK_BYTES = 2**30
-# in which arrays of xarray, NetCDF and GDAL say what stands for no value
+# The attributes in which xarray, NetCDF and GDAL name the value of missing pixels.
 FILL_ATTRIBUTES = ("_FillValue", "missing_value", "nodata")
-# windows of a large image that are looked at to tell transparency from data, and their sides
+# The number of windows of a large image that are read to tell transparency from data, and their sides in pixels.
 LOOKS, LOOK_SIDE = 8, 256
 
 
 @dataclass
 class Raster:
-    """An image somewhere. read: rows and columns (slices) -> (rows, columns, bands), the whole image where it is small.
+    """Hold an open image that is read by windows.
 
-    by_rows: reading some columns costs as much as reading whole rows. place: where on a map it lies. nodata: values that stand
-    for none; where there are any, windows are of real numbers, and nan there.
+    Attributes:
+        height: Height, pixels.
+        width: Width, pixels.
+        bands: Number of bands.
+        dtype: Data type of the windows.
+        read_raw: Function from rows and columns (slices) to a window (rows, columns, bands) as stored.
+        whole: The whole image (height, width, bands) if it is in memory, else None.
+        by_rows: Whether reading a few columns costs as much as reading whole rows.
+        place: Where on a map the image lies.
+        nodata: Values that mark missing pixels. If there is one, windows are float32 or float64 and nan at these pixels.
     """
 
     height: int
@@ -46,18 +54,35 @@ class Raster:
     nodata: tuple[float, ...] = ()
 
     def mark_missing(self, said: float | None, reading: Reading) -> None:
-        """Takes note of the values that stand for none: what the file says, and what was named."""
+        """Set the values that mark missing pixels.
+
+        Args:
+            said: Value that the file names, or None.
+            reading: Reading options, with a further value or None.
+        """
         self.nodata = tuple(value for value in (said, reading.nodata) if value is not None and reading.missing)
         if self.nodata and self.dtype != np.float64:
             self.dtype = np.dtype(np.float32)
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
-        """Reads a window (rows, columns, bands), nan where there is no value; raises ValueError that says what is wrong."""
+        """Read a window.
+
+        Args:
+            rows: Rows to read; start and stop are set.
+            columns: Columns to read; start and stop are set.
+
+        Returns:
+            Array (rows, columns, bands) of the raster's dtype, nan at missing pixels.
+
+        Raises:
+            ValueError: The window cannot be decoded, or has values that are nan or infinite but not marked as missing.
+            OSError: The window cannot be read.
+        """
         try:
             window = self.read_raw(rows, columns)
         except OSError:
             raise
-        # decoders fail in many ways
+        # Decoders raise many kinds of exceptions on corrupt data.
         except Exception as error:
             raise ValueError(
                 f"does not decode in rows {rows.start} to {rows.stop}: {type(error).__name__}: {error}"
@@ -72,27 +97,37 @@ class Raster:
 
 
 def in_memory(image_HWC: np.ndarray) -> Raster:
-    """Makes a raster of an array (H, W, bands)."""
+    """Return a raster that holds an array (H, W, bands)."""
     H, W, C = image_HWC.shape
-    # what has no value is nan already
+    # Missing pixels are nan already.
     nodata = (math.nan,) if image_HWC.dtype.kind == "f" and np.isnan(image_HWC).any() else ()
     return Raster(H, W, C, image_HWC.dtype, lambda rows, columns: image_HWC[rows, columns], image_HWC, nodata=nodata)
 
 
 @contextmanager
 def open_raster(path: Path | str, extension: str, bands: int | None, reading: Reading = READING) -> Iterator[Raster]:
-    """Opens an image of a kind ("png", "tif", "npy", "zarr", ...); a path, or for Zarr a URL too.
+    """Open an image for as long as the block runs.
 
-    bands: how many the model takes, which tells the axes of a Zarr array without names, and whether a TIFF's fourth band is
-    transparency; None for any. reading: what becomes of transparency, orientation and what has no value.
-    Raises ValueError that says what is wrong with it, or OSError.
+    Args:
+        path: Path of the image; for Zarr also a URL.
+        extension: Format: "png", "tif", "npy", "zarr", ...
+        bands: Number of bands that the model takes; None for any. It decides the axes of a Zarr array without axis names,
+            and whether a TIFF's fourth band is transparency.
+        reading: How transparency, orientation and missing values are handled.
+
+    Yields:
+        The open image.
+
+    Raises:
+        ValueError: The image cannot be decoded; the message gives the reason.
+        OSError: The image cannot be read.
     """
     with ExitStack() as stack:
         try:
             raster = raster_of(Path(path), str(path), extension, bands, reading, stack)
         except OSError:
             raise
-        # libraries fail in many ways on bytes that are no image
+        # Libraries raise many kinds of exceptions on bytes that are not an image.
         except Exception as error:
             if type(error) is ValueError:
                 raise
@@ -103,7 +138,16 @@ def open_raster(path: Path | str, extension: str, bands: int | None, reading: Re
 def raster_of(
     path: Path, location: str, extension: str, bands: int | None, reading: Reading, stack: ExitStack
 ) -> Raster:
-    """Opens an image by its kind; what must be closed goes onto the stack."""
+    """Open an image by its format.
+
+    Args:
+        path: Path of the image.
+        location: Path or URL of a Zarr array.
+        extension: Format: "png", "tif", "npy", "zarr", ...
+        bands: Number of bands that the model takes; None for any.
+        reading: How transparency, orientation and missing values are handled.
+        stack: Stack that closes the open files.
+    """
     if extension in ("tif", "tiff"):
         return open_tiff(stack.enter_context(tiff.open_tiff(path, MAX_PIXELS)), path, bands, reading)
     if extension == "zarr" or (extension == "npy" and path.stat().st_size > WHOLE_BYTES):
@@ -111,13 +155,13 @@ def raster_of(
         raster.mark_missing(said, reading)
         return raster
     place = of_world_file(path)
-    # what lies on a map is not turned, as GDAL has it
+    # Like GDAL, do not rotate georeferenced images.
     reading = replace(reading, orientation="ignore") if place.transform else reading
     return replace(in_memory(decode_image(extension, path.read_bytes(), bands=bands, reading=reading)), place=place)
 
 
 def open_npy(path: Path) -> Raster:
-    """Opens an array (H, W) or (H, W, bands)."""
+    """Open an npy file of shape (H, W) or (H, W, bands), memory-mapped."""
     mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     order = "F" if mapped.flags.f_contiguous and not mapped.flags.c_contiguous else "C"
     layout = {"dtype": mapped.dtype, "offset": mapped.offset, "shape": mapped.shape, "order": order}
@@ -126,11 +170,18 @@ def open_npy(path: Path) -> Raster:
 
 
 def from_file(path: Path, layout: dict[str, Any], axes: str, by_rows: bool) -> Raster:
-    """Opens an array that lies in a file as it is; layout: numpy.memmap's arguments; axes: as "HWC" or "CHW"."""
+    """Open an uncompressed array that is part of a file.
+
+    Args:
+        path: The file.
+        layout: Arguments of numpy.memmap: dtype, offset, shape, and order if it is not "C".
+        axes: Order of the axes: "HW", "HWC" or "CHW".
+        by_rows: Whether reading a few columns costs as much as reading whole rows.
+    """
     shape = dict(zip(axes, layout["shape"], strict=True))
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        # mapped for each window anew: pages that stayed mapped would count as this process's memory
+        # Map the file anew for each window: pages that stay mapped would count as memory of this process.
         mapped = np.memmap(path, mode="r", **layout)
         return cut(mapped, axes, rows, columns)
 
@@ -139,7 +190,14 @@ def from_file(path: Path, layout: dict[str, Any], axes: str, by_rows: bool) -> R
 
 
 def cut(array: Any, axes: str, rows: slice, columns: slice) -> np.ndarray:
-    """Takes a window of an array of some axes, as (rows, columns, bands) of this machine's byte order."""
+    """Return a window (rows, columns, bands) of an array, copied into native byte order.
+
+    Args:
+        array: Array (or Zarr array) of two or three axes.
+        axes: Order of its axes: "HW", "HWC" or "CHW".
+        rows: Rows of the window.
+        columns: Columns of the window.
+    """
     window = np.asarray(array[tuple({"H": rows, "W": columns, "C": slice(None)}[axis] for axis in axes)])
     window = np.transpose(window, [axes.index(axis) for axis in "HWC" if axis in axes])
     window = np.array(window, dtype=window.dtype.newbyteorder("="))
@@ -147,7 +205,11 @@ def cut(array: Any, axes: str, rows: slice, columns: slice) -> np.ndarray:
 
 
 def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Raises ValueError for what is no image."""
+    """Validate the shape and dtype of an image.
+
+    Raises:
+        ValueError: The array has not two or three axes, is empty, or is not of integers or real numbers.
+    """
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"has shape {shape}; an image is (height, width) or (height, width, bands)")
     if np.dtype(dtype).kind not in "iuf":
@@ -155,10 +217,22 @@ def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: Reading) -> Raster:
-    """Opens a TIFF: its first series; pages or planes are bands, palettes are applied, transparency goes as in decode_image."""
+    """Open the first series of a TIFF, with pages or planes as bands.
+
+    Palettes are applied. Transparency is handled as in decode_image.
+
+    Args:
+        file: The open TIFF.
+        path: Its path.
+        bands: Number of bands that the model takes; None for any.
+        reading: How transparency, orientation and missing values are handled.
+
+    Raises:
+        ValueError: The series is not an image, or its chunks are too large to read by windows.
+    """
     series, page, place = file.series[0], file.pages.first, of_tiff(file, path)
     tiff.guard(series, path.stat().st_size)
-    # what lies on a map is not turned, as GDAL has it
+    # Like GDAL, do not rotate georeferenced images.
     reading = replace(reading, orientation="ignore") if place.transform else reading
     if series.nbytes <= WHOLE_BYTES and path.stat().st_size <= WHOLE_BYTES:
         picture = read_image("tif", path.read_bytes())
@@ -185,17 +259,27 @@ def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: R
 
 
 def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: str) -> Raster:
-    """Opens a TIFF that is compressed, or in tiles, through tifffile's view of it as a Zarr array."""
+    """Open a compressed or tiled TIFF through tifffile's Zarr view.
+
+    Args:
+        series: Series of the TIFF.
+        page: First page of the TIFF.
+        shape: Lengths of the axes that are kept.
+        axes: Order of these axes: "HW", "HWC" or "CHW".
+
+    Raises:
+        ValueError: A strip or tile is larger than MAX_CHUNK_BYTES.
+    """
     chunk = int(np.prod(page.chunks)) * series.dtype.itemsize
     if chunk > MAX_CHUNK_BYTES:
         raise ValueError(
-            f"is written in pieces of {chunk} bytes, of which none can be read in part; write it in tiles: "
+            f"has strips or tiles of {chunk} bytes, which cannot be read in part; rewrite it with smaller tiles: "
             "gdal_translate -co TILED=YES -co COMPRESS=DEFLATE IN OUT"
         )
     array = zarr_of(lambda zarr: zarr.open(series.aszarr(level=0), mode="r"))
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        # tifffile keeps axes of length 1
+        # The Zarr view keeps axes of length 1.
         window = [slice(None)] * array.ndim
         window[series.axes.index("Y")], window[series.axes.index("X")] = rows, columns
         lengths = {"H": rows.stop - rows.start, "W": columns.stop - columns.start}
@@ -209,7 +293,13 @@ def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: st
 
 
 def apply_palette(raster: Raster, page: Any, nodata: float | None) -> None:
-    """Has windows come in the colours of a palette, nan where the index stands for no value."""
+    """Change a raster to return the colours of a page's palette, nan at indices that mark missing pixels.
+
+    Args:
+        raster: Raster of palette indices, changed in place to three bands.
+        page: TIFF page with the palette.
+        nodata: Index that marks missing pixels, or None.
+    """
     raw, colours = raster.read_raw, (page.colormap >> 8).astype(np.uint8).T
 
     def read(rows: slice, columns: slice) -> np.ndarray:
@@ -222,7 +312,16 @@ def apply_palette(raster: Raster, page: Any, nodata: float | None) -> None:
 
 
 def drop_alpha(raster: Raster, alpha: tuple[int, ...], bands: int | None, reading: Reading) -> None:
-    """Has windows come without the bands that are transparency, as image_of decides it, by windows all over the image."""
+    """Change a raster to omit its transparency bands.
+
+    They are chosen as in image_of, from windows along the diagonal of the image.
+
+    Args:
+        raster: The raster, changed in place.
+        alpha: Numbers of the bands that are flagged as transparency.
+        bands: Number of bands that the model takes; None for any.
+        reading: How transparency is handled.
+    """
     if not alpha:
         return
     raw, tops = raster.read_raw, np.linspace(0, raster.height - 1, LOOKS).astype(int)
@@ -239,7 +338,7 @@ def drop_alpha(raster: Raster, alpha: tuple[int, ...], bands: int | None, readin
 
 
 def turned_raster(raster: Raster, orientation: int) -> Raster:
-    """Makes a raster whose windows come turned, as EXIF's orientation says."""
+    """Return a raster whose windows are rotated or mirrored as EXIF's orientation (1 to 8) requires."""
     if orientation == 1:
         return raster
     swapped, raw = orientation > 4, raster.read_raw
@@ -257,28 +356,39 @@ def turned_raster(raster: Raster, orientation: int) -> Raster:
 
 
 def open_zarr(location: str, bands: int | None) -> tuple[Raster, float | None]:
-    """Opens a Zarr array, or of a group the one called image, data or 0; axes by their names, else by their lengths.
+    """Open a Zarr array, or the array of a group that is named image, data or 0, or is the only one.
 
-    Gives what stands for no value too, where the array's attributes say so (xarray's and NetCDF's _FillValue).
+    Axes are found by their names, else by their lengths.
+
+    Args:
+        location: Path or URL of the array or group.
+        bands: Number of bands that the model takes; None for any.
+
+    Returns:
+        The raster, and the value that marks missing pixels if the attributes name one (such as _FillValue), else None.
+
+    Raises:
+        ValueError: It is not a readable image, or its chunks are larger than MAX_CHUNK_BYTES.
+        OSError: The storage failed.
     """
     try:
         store = zarr_of(lambda zarr: zarr.open(location, mode="r"))
-    # stores and codecs have errors of their own
+    # Stores and codecs define their own exceptions.
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"is no Zarr array that can be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"is not a readable Zarr array: {type(error).__name__}: {error}") from error
     if not hasattr(store, "shape"):
         names = sorted(store.array_keys())
         chosen = next((name for name in ("image", "data", "0") if name in names), names[0] if len(names) == 1 else None)
         if chosen is None:
-            raise ValueError(f"is a Zarr group of {', '.join(names) or 'no arrays'}; looked for image, data, 0")
+            raise ValueError(f"is a Zarr group of {', '.join(names) or 'no arrays'}; none is named image, data or 0")
         store = store[chosen]
     check(store.shape, store.dtype)
-    # a shard is read and unpacked as one where its chunks cannot be
+    # A shard counts as one chunk, because it may be read and decompressed as a whole.
     chunk = math.prod(getattr(store, "shards", None) or store.chunks) * store.dtype.itemsize
     if chunk > MAX_CHUNK_BYTES:
-        raise ValueError(f"has chunks of {chunk} bytes; at most {MAX_CHUNK_BYTES} are read at once")
+        raise ValueError(f"has chunks of {chunk} bytes; the limit is {MAX_CHUNK_BYTES}")
     zarr_codecs.check_codecs(store)
     axes = zarr_axes(store, bands)
     shape = dict(zip(axes, store.shape, strict=True))
@@ -296,7 +406,12 @@ def open_zarr(location: str, bands: int | None) -> tuple[Raster, float | None]:
 
 
 def zarr_axes(array: Any, bands: int | None) -> str:
-    """Tells the axes of a Zarr array: "HW", "HWC" or "CHW"."""
+    """Return the order of a Zarr array's axes: "HW", "HWC" or "CHW".
+
+    Args:
+        array: Zarr array of two or three axes.
+        bands: Number of bands that the model takes; None for any.
+    """
     if array.ndim == 2:
         return "HW"
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS") or ()
@@ -307,9 +422,13 @@ def zarr_axes(array: Any, bands: int | None) -> str:
 
 
 def zarr_of(open_with: Callable[[Any], Any]) -> Any:
-    """Opens something through zarr; raises ValueError that says what to install where it is missing."""
+    """Return the result of a function that takes the zarr module.
+
+    Raises:
+        ValueError: zarr is not installed.
+    """
     try:
         import zarr
     except ImportError as error:
-        raise ValueError(f"is read through zarr, which is not installed: {error}. pip install '.[geo]'") from error
+        raise ValueError(f"needs zarr, which is not installed: {error}. pip install '.[geo]'") from error
     return open_with(zarr)

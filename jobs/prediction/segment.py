@@ -1,4 +1,4 @@
-"""Images through the network and out: small ones several at once, large ones tile by tile, the next being read meanwhile."""
+"""Segment images: small ones in batches, large ones tile by tile, while the next ones are read and results are written."""
 
 import contextlib
 from collections import deque
@@ -26,20 +26,28 @@ from deepskip.jobs.prediction.rasters import Raster
 from deepskip.predictor import Predictor
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
 
-# small images that are read ahead, with the bytes of their files, and images that wait to be written
+# The limits on small images that are read ahead, on the bytes of their files, and on images that wait to be written.
 AHEAD, AHEAD_BYTES, WRITING = 16, 2**23, 8
-# images that wait for others of their size, and the bytes of them that are in memory
+# The limits on images that wait for others of their size, and on the bytes that they hold in memory.
 WAITING, WAITING_BYTES = 64, 2**27
-# rows of an enlarged result at a time
+# The rows of an enlarged result, or of an image's statistics, that are computed at once.
 ROWS = 512
-# what is told of how far a large image is: share of it, 0 to 1, and pixels
+# Reports progress within a large image: its finished share, 0 to 1, and its finished pixels.
 Told = Callable[[float, int], None]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: pixels, and why it could not be segmented. skipped: it was done before. note: to be told."""
+    """Describe the result for one image.
+
+    Attributes:
+        name: Name of the image's outputs.
+        pixels: Segmented pixels; 0 if it failed or was skipped.
+        fault: Why the image could not be segmented, or None.
+        skipped: Whether the image was done before.
+        note: Remark for the user, or None.
+    """
 
     name: str
     pixels: int = 0
@@ -48,13 +56,20 @@ class Outcome:
     note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives it as plain values."""
+        """Return the fields as a dictionary."""
         return asdict(self)
 
 
 @dataclass
 class Loaded:
-    """An image that is open. ready: what the network takes (H, W, bands), where the image is in memory or was shrunk."""
+    """Hold an open image.
+
+    Attributes:
+        item: The image's item.
+        raster: The image as stored.
+        ready: Network input (H, W, bands), before normalisation, if the image is in memory or was shrunk; else None.
+        open_files: Stack that closes the image.
+    """
 
     item: Item
     raster: Raster
@@ -63,19 +78,23 @@ class Loaded:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what the network takes."""
+        """Height and width of the network input, pixels."""
         if self.ready is not None:
             return self.ready.shape[0], self.ready.shape[1]
         return self.raster.height, self.raster.width
 
 
 class CannotWrite(RuntimeError):
-    """No output can be written, of this image or any other; what led to it says why."""
+    """Raised if no output of any image can be written; its cause gives the reason."""
 
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Tells what a whole machine is short of, a full disk above all, from what is wrong with one image."""
+    """Convert errors that concern the whole machine, such as a full disk, so that they are not taken for one bad image.
+
+    Raises:
+        CannotWrite: The block failed because the machine lacks disk space, permissions or the like.
+    """
     try:
         yield
     except OSError as error:
@@ -85,15 +104,22 @@ def writing() -> Iterator[None]:
 
 
 class PredictionWorker:
-    """Segments images with the model of a checkpoint's state.
+    """Segment images with the model of a checkpoint.
 
-    out: folder of the outputs. made_by: fingerprint of model and settings. processes: how many share the device's memory.
-    Raises ValueError for a device that is not there.
+    Args:
+        state: State of the checkpoint.
+        options: Settings of the prediction.
+        out: Folder of the outputs.
+        made_by: Fingerprint of the model and of the settings that decide the outputs.
+        processes: Number of processes that share the device's memory.
+
+    Raises:
+        ValueError: The device of the settings is missing.
     """
 
     def __init__(self, state: dict[str, Any], options: Options, out: Path, made_by: str, processes: int = 1) -> None:
         self.device = memory.device_of(options)
-        # others would pay its time for memory that they have
+        # Returning freed memory costs time, which pays off only under a memory limit.
         if options.memory_gb is not None and self.device.type == "cpu":
             give_back_freed_memory()
         precision = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
@@ -106,14 +132,25 @@ class PredictionWorker:
 
     @property
     def num_classes(self) -> int:
-        """Number of the network's logits a pixel."""
+        """Number of logits per pixel."""
         return self.segmenter.num_classes
 
     def run(self, items: Sequence[Item], told: Told = lambda share, pixels: None) -> Iterator[Outcome]:
-        """Segments images; an image that cannot be is an outcome with a fault, and the others go on."""
+        """Segment images; an image that fails yields an outcome with a fault and does not stop the others.
+
+        Args:
+            items: The images.
+            told: Called with the finished share (0 to 1) and pixels of a large image.
+
+        Yields:
+            One outcome per image, not in the order of the items.
+
+        Raises:
+            CannotWrite: The machine lacks disk space, permissions or the like.
+        """
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
             writing: deque[Future[Outcome]] = deque()
-            # images of one size wait for each other
+            # Images wait here for others of their size.
             groups: dict[tuple[int, int], list[Loaded]] = {}
             for loaded in self.loaded(items, readers):
                 if isinstance(loaded, Outcome):
@@ -134,7 +171,7 @@ class PredictionWorker:
                 yield writing.popleft().result()
 
     def loaded(self, items: Sequence[Item], readers: ThreadPoolExecutor) -> Iterator[Loaded | Outcome]:
-        """Opens images, small files ahead of their turn."""
+        """Yield the opened images in order, reading small files ahead; skipped and failed ones come as outcomes."""
         coming: deque[tuple[int, Future[Loaded | Outcome]]] = deque()
         for item in items:
             while coming and (len(coming) == AHEAD or sum(size for size, _ in coming) + item.bytes > AHEAD_BYTES):
@@ -144,7 +181,11 @@ class PredictionWorker:
             yield future.result()
 
     def load(self, item: Item) -> Loaded | Outcome:
-        """Opens one image, and prepares it where it is in memory; an image that was done meanwhile is passed over."""
+        """Open one image, and prepare it if it is in memory or must be shrunk.
+
+        Returns:
+            The open image, or the outcome of an image that is already done or cannot be opened.
+        """
         if is_done(self.out, item, self.made_by):
             return Outcome(item.name, skipped=True)
         open_files = contextlib.ExitStack()
@@ -165,7 +206,17 @@ class PredictionWorker:
             return fault(item, error)
 
     def small(self, group: Sequence[Loaded], writers: ThreadPoolExecutor) -> list[Future[Outcome]]:
-        """Segments images of one size together."""
+        """Segment images of one size in a batch, and write their outputs in other threads.
+
+        If the device's memory runs out, the batch is halved; then a single image is segmented in tiles.
+
+        Args:
+            group: The images.
+            writers: Threads that write.
+
+        Returns:
+            The future outcome of each image.
+        """
         try:
             found = self.probabilities(np.stack([np.asarray(self.window(each), np.float32) for each in group]))
         except torch.OutOfMemoryError as error:
@@ -178,7 +229,7 @@ class PredictionWorker:
                 group[0].open_files.close()
                 return [done_already(fault(group[0].item, error))]
             return [done_already(self.large(group[0], lambda share, pixels: None))]
-        # fault names what is wrong with the image
+        # One of the images is bad: segment each alone to find it.
         except (ValueError, OSError) as error:
             if len(group) > 1:
                 return [future for each in group for future in self.small([each], writers)]
@@ -187,7 +238,16 @@ class PredictionWorker:
         return [writers.submit(self.write, each, p_VHW) for each, p_VHW in zip(group, found, strict=True)]
 
     def window(self, image: Loaded, rows: slice | None = None, columns: slice | None = None) -> np.ndarray:
-        """Reads what the network takes of an image, or a window of it: (rows, columns, bands)."""
+        """Read the network input of an image, or a window of it, before normalisation.
+
+        Args:
+            image: The image.
+            rows: Rows of the window; all by default.
+            columns: Columns of the window; all by default.
+
+        Returns:
+            Array (rows, columns, bands), nan at missing pixels.
+        """
         rows, columns = rows or slice(0, image.size[0]), columns or slice(0, image.size[1])
         if image.ready is not None:
             return image.ready[rows, columns]
@@ -197,24 +257,36 @@ class PredictionWorker:
 
     @torch.inference_mode()
     def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:
-        """Computes the probabilities (N, V, H, W) of whole images."""
+        """Compute the probabilities of whole images.
+
+        Args:
+            images_NHWC: Images before normalisation (N, H, W, C), float32, nan at missing pixels.
+
+        Returns:
+            Probabilities (N, V, H, W), float32.
+        """
         images = torch.from_numpy(images_NHWC).to(self.device).permute(0, 3, 1, 2)
         normalized, nowhere_NHW = self.segmenter.normalized_where_seen(images)
         return without_values(to_probabilities(self.logits(normalized)), nowhere_NHW).cpu().numpy()
 
     def logits(self, normalized_NCHW: Tensor) -> Tensor:
-        """Computes logits in fp32; tiles are as the plan has them."""
+        """Compute the logits (N, V, H, W), fp32, of normalised images (N, C, H, W) without cutting them into tiles."""
         return self.predictor.logits(normalized_NCHW, in_tiles=False)
 
     def write(self, image: Loaded, p_VHW: np.ndarray) -> Outcome:
-        """Writes the outputs of an image from its probabilities, enlarged where the image was shrunk."""
+        """Write the outputs of an image and close it.
+
+        Args:
+            image: The image.
+            p_VHW: Probabilities (V, h, w). They are enlarged to the raster's size if the image was shrunk.
+        """
         H, W = image.raster.height, image.raster.width
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
             if p_VHW.shape[1:] == (H, W):
                 yield 0, p_VHW
             else:
-                # probabilities are enlarged rather than labels: outlines come out smooth
+                # Enlarge the probabilities rather than the labels, so that outlines are smooth.
                 for top in range(0, H, ROWS):
                     yield top, enlarged_rows(p_VHW, H, W, top, min(top + ROWS, H))
 
@@ -226,7 +298,12 @@ class PredictionWorker:
             image.open_files.close()
 
     def large(self, image: Loaded, told: Told) -> Outcome:
-        """Segments an image tile by tile, with smaller tiles where the memory was too little."""
+        """Segment an image tile by tile and close it; if the device's memory runs out, retry with smaller tiles.
+
+        Args:
+            image: The image.
+            told: Called with the finished share (0 to 1) and pixels of the image.
+        """
         with image.open_files:
             while True:
                 try:
@@ -242,7 +319,15 @@ class PredictionWorker:
                         return fault(image.item, error)
 
     def outcome(self, image: Loaded, rows: Iterable[tuple[int, np.ndarray]]) -> Outcome:
-        """Writes the outputs of an image as rows of its probabilities come."""
+        """Write the outputs of an image while its probabilities arrive; after an error none of them is kept.
+
+        Args:
+            image: The image.
+            rows: First row and probabilities (V, rows, W) of each stripe, from top to bottom.
+
+        Raises:
+            CannotWrite: The machine lacks disk space, permissions or the like.
+        """
         with writing():
             outputs = Outputs(self.out, image.item, image.raster, self.num_classes, self.options)
         try:
@@ -258,7 +343,15 @@ class PredictionWorker:
         return Outcome(image.item.name, image.raster.height * image.raster.width, note=note)
 
     def tiled(self, image: Loaded, told: Told) -> Iterator[tuple[int, np.ndarray]]:
-        """Computes an image's probabilities in stripes of rows (V, rows, width), from overlapping tiles."""
+        """Compute an image's probabilities from overlapping tiles.
+
+        Args:
+            image: The image.
+            told: Called with the finished share (0 to 1) and pixels of the image.
+
+        Yields:
+            First row and probabilities (V, rows, W), float32, of each stripe, from top to bottom.
+        """
         H, W = image.size
         by_rows = image.ready is None and image.raster.by_rows
         band_bytes = image.raster.dtype.itemsize * image.raster.bands if by_rows else 0
@@ -296,13 +389,23 @@ class PredictionWorker:
                 told((top + logits_VrW.shape[1]) / H, (top + logits_VrW.shape[1]) * W)
 
     def statistics(self, image: Loaded, tile: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gives each band's mean and deviation, by which an image is normalised: two tensors (1, bands), or None twice."""
+        """Return the mean and standard deviation that an image is normalised by.
+
+        An image's own statistics are accumulated by Chan, Golub and LeVeque's formula for the variance of joined samples.
+
+        Args:
+            image: The image.
+            tile: Side of the windows that are read, pixels.
+
+        Returns:
+            Two tensors (1, bands), or None twice for a network without normalisation.
+        """
         if self.segmenter.how == "none":
             return None, None
         if self.segmenter.how == "dataset":
             return self.segmenter.mean, self.segmenter.std
         H, W = image.size
-        # a window at a time, in fp64: sums of squares around the mean add up by Chan's rule
+        # Read a window at a time and add up the squared deviations in fp64.
         step = W if image.ready is None and image.raster.by_rows else tile
         count, mean_C, squares_C = (np.zeros(self.segmenter.bands) for _ in range(3))
         for top in range(0, H, ROWS):
@@ -322,7 +425,7 @@ class PredictionWorker:
 
 
 def one_ahead(items: Iterator[T], reader: ThreadPoolExecutor) -> Iterator[T]:
-    """Gives the same items, each made in a thread while the one before is worked on."""
+    """Yield the same items, each computed in a thread while the previous one is in use."""
     nothing: Any = object()
     coming = reader.submit(next, items, nothing)
     while (item := coming.result()) is not nothing:
@@ -331,19 +434,19 @@ def one_ahead(items: Iterator[T], reader: ThreadPoolExecutor) -> Iterator[T]:
 
 
 def too_many(waiting: Sequence[Loaded]) -> bool:
-    """Says whether images that wait for others of their size have waited long enough."""
+    """Return whether the images that wait for others of their size are too many, or hold too much memory."""
     held = sum(each.raster.whole.nbytes for each in waiting if each.raster.whole is not None)
     return len(waiting) >= WAITING or held >= WAITING_BYTES
 
 
 def fault(item: Item, error: Exception) -> Outcome:
-    """Says of an image what is wrong with it."""
+    """Return the outcome of an image that failed with an error."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return Outcome(item.name, fault=f"{item} {reason}")
 
 
 def done_already(outcome: Outcome) -> "Future[Outcome]":
-    """Makes a future of what is known."""
+    """Return a future that already holds an outcome."""
     future: Future[Outcome] = Future()
     future.set_result(outcome)
     return future

@@ -1,4 +1,4 @@
-"""Arrays that are written as their rows come, in threads of their own, so that no output is ever whole in memory but a PNG."""
+"""Write arrays in background threads as their rows arrive; only PNG, npz and small TIFF files are held in memory whole."""
 
 import contextlib
 import queue
@@ -19,7 +19,7 @@ from deepskip.data_shards.decoding import npy_header
 from deepskip.jobs.prediction.georeference import Tag
 from deepskip.jobs.prediction.rasters import zarr_of
 
-# side of the tiles of a TIFF and of the chunks of a Zarr array that are written, pixels
+# The sides of the tiles of a TIFF and of the chunks of a Zarr array, pixels.
 TIFF_TILE = 512
 ZARR_CHUNK = 1024
 PART = ".part"
@@ -27,7 +27,13 @@ PART = ".part"
 
 @dataclass(frozen=True)
 class Layout:
-    """What is to be written: (height, width) or (height, width, channels), its dtype, and a GeoTIFF's tags."""
+    """Describe an array to write.
+
+    Attributes:
+        shape: Shape (height, width) or (height, width, channels).
+        dtype: Data type.
+        tags: GeoTIFF tags, for TIFF files.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,12 +41,12 @@ class Layout:
 
 
 def write_png(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
-    """Writes labels or colours of 8 bits."""
+    """Write labels (rows, W) or colours (rows, W, 3), uint8, as PNG; the layout is not used."""
     Image.fromarray(np.concatenate(list(rows))).save(path, "PNG")
 
 
 def write_npy(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
-    """Writes an array as numpy.save does."""
+    """Write blocks of rows (rows, W) or (rows, W, channels) as numpy.save does."""
     with path.open("wb") as file:
         file.write(npy_header(layout.shape, layout.dtype))
         for block in rows:
@@ -48,13 +54,13 @@ def write_npy(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
 
 
 def write_npz(path: Path, layout: Layout, rows: Iterable[np.ndarray], name: str) -> None:
-    """Writes an array as numpy.savez_compressed does."""
+    """Write blocks of rows (rows, W) or (rows, W, channels) as numpy.savez_compressed does, as the array `name`."""
     with path.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **{name: np.concatenate(list(rows))})
 
 
 def write_tiff(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
-    """Writes a compressed TIFF, in tiles where it is large."""
+    """Write blocks of rows (rows, W) or (rows, W, channels) as a compressed TIFF, which is tiled if it is large."""
     size = int(np.prod(layout.shape)) * layout.dtype.itemsize
     channels = {"planarconfig": "contig"} if len(layout.shape) == 3 else {}
     options: dict[str, Any] = {
@@ -73,7 +79,10 @@ def write_tiff(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
 
 
 def tiff_tiles(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Cuts rows into whole tiles, row by row of them; what is missing at the right and at the bottom is 0."""
+    """Yield the tiles of blocks of rows (rows, W) or (rows, W, channels), row by row of tiles.
+
+    Tiles (TIFF_TILE, TIFF_TILE) or (TIFF_TILE, TIFF_TILE, channels) are padded with 0 at the right and at the bottom.
+    """
     for block in in_blocks(rows, TIFF_TILE):
         short = [-n % TIFF_TILE for n in block.shape[:2]]
         padded = np.pad(block, [(0, short[0]), (0, short[1]), *[(0, 0)] * (block.ndim - 2)])
@@ -82,7 +91,11 @@ def tiff_tiles(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def write_zarr(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
-    """Writes a Zarr array of chunks of 1024 x 1024 pixels."""
+    """Write blocks of rows (rows, W) or (rows, W, channels) as a Zarr array with chunks of ZARR_CHUNK x ZARR_CHUNK pixels.
+
+    Raises:
+        ValueError: zarr is not installed.
+    """
     dimensions = ("y", "x", "class")[: len(layout.shape)]
     chunks = tuple(min(n, ZARR_CHUNK) for n in layout.shape)
     array = zarr_of(
@@ -106,7 +119,7 @@ WRITERS: dict[str, Callable[[Path, Layout, Iterable[np.ndarray]], None]] = {
 
 
 def in_blocks(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Brings rows into blocks of `size`, the last one as it comes."""
+    """Yield rows (rows, W) or (rows, W, channels) in blocks of `size` rows; the last one may have fewer."""
     held: list[np.ndarray] = []
     for block in rows:
         held.append(block)
@@ -120,7 +133,13 @@ def in_blocks(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 class Sink:
-    """One file on its way: rows go to a writer in a thread, under a temporary name until it is placed."""
+    """Write one file in a background thread, under a temporary name until it is complete.
+
+    Args:
+        path: Final path of the file.
+        kind: Format, a key of WRITERS.
+        layout: Description of the array.
+    """
 
     def __init__(self, path: Path, kind: str, layout: Layout) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,26 +151,26 @@ class Sink:
         self.thread.start()
 
     def put(self, rows: np.ndarray) -> None:
-        """Hands on the next rows; raises what the writer raised."""
+        """Queue the next rows (rows, W) or (rows, W, channels) for writing; raise the error of the writer if it failed."""
         if self.error:
             raise self.error
         self.rows.put(rows)
 
     def finish(self) -> None:
-        """Waits until all is written; raises what the writer raised."""
+        """Wait until all rows are written; raise the error of the writer if it failed."""
         self.rows.put(None)
         self.thread.join()
         if self.error:
             raise self.error
 
     def place(self) -> None:
-        """Gives the file its name, in the place of whatever had it."""
+        """Rename the file to its final name, replacing any older one."""
         if self.temporary.is_dir() and self.path.is_dir():
             shutil.rmtree(self.path)
         self.temporary.replace(self.path)
 
     def discard(self) -> None:
-        """Ends the writer, if it is still at work, and removes what it wrote."""
+        """Stop the writer if it is still running, and remove the temporary file."""
         self.stopped = True
         if self.thread.is_alive():
             self.rows.put(None)
@@ -161,10 +180,10 @@ class Sink:
     def _write(self, write: Callable[[Path, Layout, Iterable[np.ndarray]], None], layout: Layout) -> None:
         try:
             write(self.temporary, layout, self._coming())
-        # whatever it is, the one who waits must hear of it
+        # Any error must reach the thread that calls put() or finish().
         except BaseException as error:
             self.error = error
-            # nobody may wait for room in the queue
+            # Drain the queue, so that put() never blocks on a full one.
             while not self.ended:
                 self.ended = self.rows.get() is None
 
@@ -177,7 +196,7 @@ class Sink:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):

@@ -1,4 +1,4 @@
-"""Keeps the codecs of a stranger's Zarr array from running code (pickle is one) and from unpacking more than a chunk."""
+"""Guard against codecs of untrusted Zarr arrays that run code, such as pickle, or decompress to more than a chunk."""
 
 import gzip
 import io
@@ -10,29 +10,38 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# by zarr's names of version 2 and 3; all of them give bytes that have the chunk's size, or nearly
+# The names are those of zarr 2 and 3. The output of each codec has the size of the chunk, or nearly.
 ALLOWED = {
     "bytes", "transpose", "sharding_indexed", "crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "gzip", "zlib",
     "zstd", "blosc", "lz4", "shuffle", "delta", "bitround", "quantize", "fixedscaleoffset", "packbits", "astype",
 }  # fmt: skip
-# checksums and the like beside a chunk's own bytes
+# Checksums and similar data add a little to the bytes of a chunk.
 MARGIN = 2**16
-# bytes of the largest chunk of each array that is being read: zarr decodes in threads of its own, and knows no array there
+# The largest chunk, in bytes, of each array that is being read. It is global because zarr decodes in its own threads, where
+# the array is unknown.
 reading: list[int] = []
 lock = threading.Lock()
 patched = False
 
 
 def check_codecs(array: Any) -> None:
-    """Refuses codecs that are not known to be harmless; raises ValueError that names them."""
+    """Validate that an array uses only codecs that are known to be harmless.
+
+    Raises:
+        ValueError: The array uses other codecs; the message names them.
+    """
     strange = sorted(set(names_of(array.metadata.to_dict())) - ALLOWED)
     if strange:
-        raise ValueError(f"is written with {', '.join(strange)}; codecs that are read: {', '.join(sorted(ALLOWED))}")
+        raise ValueError(f"uses unsupported codecs {', '.join(strange)}; supported are {', '.join(sorted(ALLOWED))}")
 
 
 @contextmanager
 def within(chunk_bytes: int) -> Iterator[None]:
-    """Has decoders unpack no more than a chunk, or a shard where chunks lie in shards, while the block reads."""
+    """Limit what decoders decompress at once while the block reads.
+
+    Args:
+        chunk_bytes: Size of a chunk, or of a shard if the chunks lie in shards.
+    """
     with lock:
         bound_codecs()
         reading.append(chunk_bytes + MARGIN)
@@ -44,13 +53,13 @@ def within(chunk_bytes: int) -> Iterator[None]:
 
 
 def most() -> int:
-    """Gives what may be unpacked at once; arrays that others read in this process are theirs."""
+    """Return how many bytes may be decompressed at once; other code's arrays are unlimited while none is read here."""
     with lock:
         return max(reading, default=sys.maxsize - 1)
 
 
 def names_of(metadata: dict[str, Any]) -> Iterable[str]:
-    """Gives the names of an array's codecs, those within shards too."""
+    """Yield the names of an array's codecs, including those within shards."""
     for codec in (*(metadata.get("codecs") or ()), *(metadata.get("index_codecs") or ())):
         name = str(codec.get("name", codec)).removeprefix("numcodecs.")
         yield name
@@ -61,7 +70,7 @@ def names_of(metadata: dict[str, Any]) -> Iterable[str]:
 
 
 def bound_codecs() -> None:
-    """Puts a bound before each decoder of numcodecs, once in a process; zarr has no setting for one."""
+    """Patch the decoders of numcodecs with a size limit, once per process, because zarr has no setting for one."""
     global patched
     if patched:
         return
@@ -75,12 +84,16 @@ def bound_codecs() -> None:
 
 
 def too_large(size: int) -> ValueError:
-    """Makes the error of a chunk that unpacks to more than it may."""
-    return ValueError(f"a chunk unpacks to {size} bytes or more; at most {most()} are taken")
+    """Return the error for a chunk that decompresses to more than the limit."""
+    return ValueError(f"a chunk decompresses to {size} bytes or more; the limit is {most()}")
 
 
 def bounded_unpacker(unpack: Callable[[bytes], bytes]) -> Callable[..., Any]:
-    """Makes a codec's decode of a function that unpacks one byte more than is allowed at most."""
+    """Return a codec's decode method with a size limit.
+
+    Args:
+        unpack: Function that decompresses at most one byte more than the limit.
+    """
 
     def decode(self: Any, buf: Any, out: Any = None) -> Any:
         from numcodecs.compat import ensure_bytes, ndarray_copy
@@ -94,17 +107,25 @@ def bounded_unpacker(unpack: Callable[[bytes], bytes]) -> Callable[..., Any]:
 
 
 def unpack_gzip(data: bytes) -> bytes:
-    """Unpacks gzip."""
+    """Decompress gzip up to one byte over the limit.
+
+    Raises:
+        ValueError: The data are not gzip.
+    """
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             return file.read(most() + 1)
-    # an OSError, which would look as if the storage failed
+    # BadGzipFile is an OSError, which would look like a failure of the storage.
     except gzip.BadGzipFile as error:
         raise ValueError(str(error)) from error
 
 
 def unpack_zlib(data: bytes) -> bytes:
-    """Unpacks zlib; raises zlib.error for data that are cut off."""
+    """Decompress zlib up to one byte over the limit.
+
+    Raises:
+        zlib.error: The data are truncated or corrupt.
+    """
     unpacker, allowed = zlib.decompressobj(), most()
     unpacked = unpacker.decompress(data, allowed + 1)
     if not unpacker.eof and len(unpacked) <= allowed:
@@ -113,16 +134,21 @@ def unpack_zlib(data: bytes) -> bytes:
 
 
 def unpack_zstd(data: bytes) -> bytes:
-    """Unpacks Zstandard, into a buffer of what is allowed: frames need not say their size."""
+    """Decompress Zstandard into a buffer of the size limit, because frames need not state their size."""
     import imagecodecs
 
     allowed = most()
-    # no buffer of that size where nothing bounds it
+    # Without a limit there can be no buffer of its size.
     return bytes(imagecodecs.zstd_decode(data, out=allowed if allowed < sys.maxsize - 1 else None))
 
 
 def sized(decode: Callable[..., Any], size_of: Callable[[bytes], int]) -> Callable[..., Any]:
-    """Looks at what a decoder would unpack to first."""
+    """Return a codec's decode method that checks the decompressed size first.
+
+    Args:
+        decode: The codec's own decode method.
+        size_of: Function that reads the decompressed size from the head of the data.
+    """
 
     def look_and_decode(self: Any, buf: Any, out: Any = None) -> Any:
         from numcodecs.compat import ensure_bytes
@@ -136,10 +162,10 @@ def sized(decode: Callable[..., Any], size_of: Callable[[bytes], int]) -> Callab
 
 
 def blosc_size(data: bytes) -> int:
-    """Reads the size from a header of Blosc; 0 where there is none, which Blosc itself refuses."""
+    """Read the decompressed size from a Blosc header; return 0 for data without one, which Blosc itself refuses."""
     return int(struct.unpack_from("<I", data, 4)[0]) if len(data) >= 16 else 0
 
 
 def lz4_size(data: bytes) -> int:
-    """Reads the size that numcodecs puts before LZ4; it takes negative ones for very large ones."""
+    """Read the decompressed size that numcodecs puts before LZ4 data; read as unsigned, a negative one is very large."""
     return int(struct.unpack_from("<I", data)[0]) if len(data) >= 4 else 0

@@ -108,13 +108,13 @@ def test_where_no_proxy_is_named_nothing_is_set() -> None:
 
 
 def test_a_taken_port_is_named_at_once(head: Head) -> None:
-    with pytest.raises(PortTaken, match=f"--dashboard_port {head.dashboard_port} is taken"):
+    with pytest.raises(PortTaken, match=f"--dashboard_port {head.dashboard_port} is in use"):
         start_head(dashboard_port=head.dashboard_port)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(PortTaken, match=f"--port {port} is taken"):
+        with pytest.raises(PortTaken, match=f"--port {port} is in use"):
             start_head(port=port)
 
 

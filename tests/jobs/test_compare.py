@@ -149,7 +149,7 @@ def test_the_projects_grid_can_be() -> None:
         (["--seeds", "[]"], "seeds is empty"),
         (["--workers", "0"], "workers is 0"),
         (["--only", "[vgg]"], "only has 'vgg'; the networks are deepskip, unet"),
-        (["--categories", "{x: nowhere.yaml}"], "there is no file nowhere.yaml"),
+        (["--categories", "{x: nowhere.yaml}"], "nowhere.yaml is not a file"),
         (["--networks", "{a/b: {}}"], "networks has 'a/b'"),
         (["--networks", "{a: {settings: {model: {network: vgg}}}}"], "networks.a on coins: model.network is 'vgg'"),
         (["--networks", "{a: {settings: {optim: {stepz: 3}}}}"], "networks.a on coins: unknown setting optim.stepz"),

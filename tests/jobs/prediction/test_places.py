@@ -71,9 +71,9 @@ def test_outlines_lie_on_their_maps(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["code"]["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
     assert CRS.from_user_input(found["words"]["crs"]["properties"]["name"]) == LAEA
     assert all("crs" not in found[name] for name in ("none", "points", "world", "picture", "other"))
-    assert "note: 3 images, such as other: each lies on a map by a world file" in said
-    assert "note: 1 images, such as none: each has a place on a map but does not say on which" in said
-    assert "note: 1 images, such as points: each lies on its map by ground control points alone" in said
+    assert "note: 3 images, such as other: each is georeferenced by a world file" in said
+    assert "note: 1 images, such as none: each is georeferenced but names no coordinate system" in said
+    assert "note: 1 images, such as points: each is georeferenced by ground control points only" in said
     for name in ("code", "words", "none", "world"):
         with rasterio.open(tmp_path / "out" / "masks" / f"{name}.tif") as mask:
             np.testing.assert_allclose(tuple(mask.transform)[:6], tuple(PLACE)[:6], rtol=1e-12, err_msg=name)

@@ -70,7 +70,7 @@ def test_pictures(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name in ("notes.txt", "deeper/a.xml", "deeper/b.xml", "a.pgw"):
         (images / name).touch()
     run("--checkpoint", three, "--images", images, "--out", tmp_path / "out", "--probabilities", "true", *TILE)
-    assert f"left out of {images}, since they are none of" in (said := capsys.readouterr().out)
+    assert f"skipped in {images}, since only" in (said := capsys.readouterr().out)
     assert ": 2 .xml, 1 .txt\n" in said
     for name, image in pictures.items():
         expected = segmenter.predict(image)
@@ -318,7 +318,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(
         "bands.npy has 4 bands; the model takes 3",
         "hole.npy has values that are nan or infinite in rows",
         "text.tif the tif file does not decode",
-        "empty.zarr is no Zarr array that can be read",
+        "empty.zarr is not a readable Zarr array",
         "5 of 6 images could not be segmented",
     ):
         assert part in said.err, said.err
