@@ -268,7 +268,7 @@ def test_a_full_disk_ends_the_training_with_the_last_checkpoint_whole(
         saved(state, location)
 
     monkeypatch.setattr(checkpoint, "save", full_from_3)
-    with pytest.raises(checkpoint.CheckpointNotWritten, match=r"step-00000002\.pt, which is whole"):
+    with pytest.raises(checkpoint.CheckpointNotWritten, match=r"step-00000002\.pt, which is complete"):
         losses(tmp_path, settings)
     monkeypatch.undo()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
