@@ -81,6 +81,7 @@ class Predictor:
         return self
 
     def __call__(self, image: Image) -> Any:
+        """Segment an image (H, W, bands), or several, into labels, as `predict` does."""
         return self.predict(image)
 
     def predict(
