@@ -101,7 +101,7 @@ def save(state: State, location: Location) -> None:
     """Write a checkpoint, completely or not at all.
 
     Args:
-        state: as for `pack`.
+        state: see `pack`.
         location: path or URL of the file.
 
     Raises:
@@ -135,7 +135,7 @@ def sound(state: State, location: Location) -> State:
     """Return a state unchanged if a model can be built from it.
 
     Args:
-        state: of a checkpoint.
+        state: state of a checkpoint.
         location: where the state comes from, for error messages.
 
     Raises:

@@ -25,8 +25,8 @@ def check_zip(stream: BinaryIO, size: int) -> None:
     """Check that a checkpoint's zip does not unpack to more than its `size` bytes: torch.save compresses nothing.
 
     Args:
-        stream: of the zip, seekable.
-        size: of the file, in bytes.
+        stream: the zip's bytes, seekable.
+        size: size of the file, in bytes.
 
     Raises:
         Unsound: if it is not a zip, has too many parts, is compressed, or its description is too large.
@@ -53,7 +53,7 @@ def check_model(state: Mapping[str, Any]) -> None:
     Checked are the state's parts, the network's settings, the shapes of its weights, and that all numbers are finite.
 
     Args:
-        state: of a checkpoint, with "config", "data", "model" and perhaps "ema".
+        state: state of a checkpoint, with "config", "data", "model" and perhaps "ema".
 
     Raises:
         Unsound: if no model can be built from the state.
@@ -79,7 +79,7 @@ def check_settings(model: Mapping[str, Any]) -> None:
     """Check the types and bounds of the network's settings.
 
     Args:
-        model: section of the config.
+        model: model section of the config.
 
     Raises:
         Unsound: if a setting has another type or is out of bounds.
@@ -99,7 +99,7 @@ def check_data(data: Mapping[str, Any]) -> None:
     """Check what a checkpoint says of its training data: bands, classes, statistics and preparation.
 
     Args:
-        data: as `training_step.DataInfo` has it, a mapping.
+        data: fields of `training_step.DataInfo`.
 
     Raises:
         Unsound: if a value is impossible.
@@ -131,7 +131,7 @@ def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int
     """Return the shape of each weight of the network that the settings describe, without building it.
 
     Args:
-        model: section of the config.
+        model: model section of the config.
         in_channels: bands of the input.
         num_classes: 1 for binary, else exclusive classes.
 
@@ -160,7 +160,7 @@ def check_weights(state: Mapping[str, Any], expected: Mapping[str, torch.Size]) 
     """Check that the weights are complete, finite and those of the network.
 
     Args:
-        state: of a checkpoint, whose "model" and "ema" (may be None) map names to tensors of any shape (*,).
+        state: state of a checkpoint, whose "model" and "ema" (may be None) map names to tensors of any shape (*,).
         expected: shapes by name.
 
     Raises:

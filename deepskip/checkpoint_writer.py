@@ -66,7 +66,7 @@ class CheckpointWriter:
         afterwards may change the state.
 
         Args:
-            state: of the training; its "step" is the step's number.
+            state: state of the training; its "step" is the step's number.
             step: write it as the checkpoint of its step.
             best: write it, without the optimizer's state, as the best checkpoint.
 

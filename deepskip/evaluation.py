@@ -82,7 +82,7 @@ def thumbnail(image_CHW: Tensor, maps_HW: dict[str, Any], side: int) -> dict[str
     """Return an image and its maps reduced to what a panel shows, at most `side` pixels a side.
 
     Args:
-        image_CHW: of shape (C, H, W).
+        image_CHW: image (C, H, W).
         maps_HW: maps of shape (H, W), by name.
         side: largest height and width, in pixels; every k-th pixel is kept.
 

@@ -83,7 +83,7 @@ def onnx_bytes(program: ExportedProgram, properties: Mapping[str, str]) -> bytes
     """Return the bytes of a program's ONNX file, weights included; needs onnx and onnxscript.
 
     Args:
-        program: of `to_program`.
+        program: program that `to_program` returned.
         properties: metadata to store in the file.
     """
     import onnx

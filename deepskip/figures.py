@@ -25,7 +25,7 @@ def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
     """Convert an image of any number of bands to a picture: the first, middle and last band, each stretched to its range.
 
     Args:
-        image_HWC: of shape (H, W, bands). Three bands of uint8 are taken as RGB and only scaled.
+        image_HWC: image (H, W, bands). Three bands of uint8 are taken as RGB and only scaled.
 
     Returns:
         The picture (H, W, 3), fp32, 0 to 1. The range of a band is from its 1st to its 99th percentile.
@@ -45,7 +45,7 @@ def outline(mask_HW: np.ndarray) -> np.ndarray:
     """Return the pixels of a boolean mask that share an edge with a pixel outside it.
 
     Args:
-        mask_HW: of shape (H, W), bool. The image's border does not count as outside.
+        mask_HW: mask (H, W), bool. The image's border does not count as outside.
 
     Returns:
         A boolean mask (H, W).
@@ -59,9 +59,9 @@ def overlay(image_HWC: np.ndarray, labels_HW: np.ndarray, opacity: float = 0.35)
     """Draw labels over an image: each class is tinted and outlined in a colour.
 
     Args:
-        image_HWC: of shape (H, W, bands).
-        labels_HW: of shape (H, W); 0 is background.
-        opacity: of the tint, 0 to 1.
+        image_HWC: image (H, W, bands).
+        labels_HW: labels (H, W); 0 is background.
+        opacity: opacity of the tint, 0 to 1.
 
     Returns:
         The picture (H, W, 3), uint8.
@@ -84,7 +84,7 @@ def comparison(
     """Tint an image by comparing prediction and target: found is green, missed is yellow, a false alarm is red.
 
     Args:
-        image_HWC: of shape (H, W, bands).
+        image_HWC: image (H, W, bands).
         prediction_HW: predicted labels (H, W).
         target_HW: true labels (H, W).
         ignore_index: true label of pixels that are not tinted.
@@ -182,7 +182,7 @@ def by_size(sizes: Sequence[dict[str, Any]]) -> Figure:
     """Draw object recall, IoU and false alarms over the size of objects.
 
     Args:
-        sizes: as `SizeScores.compute` returns them.
+        sizes: scores that `SizeScores.compute` returned.
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)

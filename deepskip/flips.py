@@ -61,7 +61,7 @@ def turned(x_NCHW: Tensor, axes: tuple[int, ...]) -> Tensor:
 
     Args:
         x_NCHW: maps (N, C, H, W).
-        axes: of `x_NCHW`.
+        axes: axes of `x_NCHW` to flip.
     """
     return x_NCHW.flip(axes).contiguous(memory_format=torch.channels_last) if axes else x_NCHW
 
@@ -70,7 +70,7 @@ def log_probabilities(logits: Tensor) -> list[Tensor]:
     """Return the log-probabilities of logits; logarithms keep their digits for probabilities close to 1.
 
     Args:
-        logits: of shape (N, V, H, W).
+        logits: tensor (N, V, H, W).
 
     Returns:
         For V = 1 those of foreground and of background, each (N, 1, H, W); else one tensor (N, V, H, W) of all classes.

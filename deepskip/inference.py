@@ -15,7 +15,7 @@ TILE = 1536
 
 
 def image_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each band's mean and standard deviation over one image.
+    """Return each band's mean and standard deviation over each image.
 
     Args:
         image_NCHW: images (N, bands, H, W) of any real dtype.
@@ -43,7 +43,7 @@ def normalize(image_NCHW: Tensor, mean_NC: Tensor, std_NC: Tensor) -> Tensor:
 
 
 def missing_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each band's mean and standard deviation over the pixels that have a value, which is not nan.
+    """Return each band's mean and standard deviation over the pixels whose value is not nan.
 
     Args:
         image_NCHW: images (N, bands, H, W), nan where a value is missing.
@@ -99,7 +99,7 @@ def to_labels(scores: Any, threshold: float) -> Any:
 
     Args:
         scores: tensor or array ([N,] V, H, W) of probabilities or logits.
-        threshold: for V = 1: usually 0.5 for probabilities or 0 for logits.
+        threshold: threshold for V = 1, usually 0.5 for probabilities or 0 for logits.
 
     Returns:
         Labels ([N,] H, W): bool for V = 1, else int64.
@@ -146,15 +146,15 @@ class Segmenter(nn.Module):
     Args:
         network: maps normalised images (N, bands, H, W) to logits (N, V, H, W).
         num_classes: 1 for binary, else exclusive classes.
-        how: of the normalisation: "image", "dataset" or "none".
-        mean: of each band over the training set.
+        how: kind of normalisation, "image", "dataset" or "none".
+        mean: mean of each band over the training set.
         std: standard deviation of each band over the training set.
 
     Attributes:
         bands: number of bands of the images.
         num_classes: 1 for binary, else exclusive classes.
-        mean: of shape (1, bands).
-        std: of shape (1, bands).
+        mean: means of the training set, (1, bands).
+        std: standard deviations of the training set, (1, bands).
     """
 
     mean: Tensor
@@ -204,7 +204,7 @@ def build_segmenter(state: dict[str, Any]) -> Segmenter:
     """Build the network that a checkpoint's state describes, with its averaged weights if it has them, in evaluation mode.
 
     Args:
-        state: of a checkpoint, checked.
+        state: state of a checkpoint, checked.
     """
     settings, data = state["config"]["model"], state["data"]
     network = networks.build(settings, data["in_channels"], data["num_classes"])

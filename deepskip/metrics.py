@@ -85,7 +85,7 @@ class ThresholdScores(Metric):
         """Add one image.
 
         Args:
-            logits: of foreground, (H, W).
+            logits: logits of foreground, (H, W).
             target: true labels (H, W); ignored pixels are not counted.
         """
         counted = target != self.ignore_index

@@ -34,13 +34,13 @@ class Predictor:
     for bands that cannot be resampled, images without pixels, and values that are nan or infinite.
 
     Args:
-        state: of a checkpoint, checked.
-        device: where the network computes.
+        state: state of a checkpoint, checked.
+        device: device on which the network computes.
         flips: average the probabilities of an image and its mirrorings by default.
         precision: torch.bfloat16 computes in bf16 autocast; all else in the network's own precision.
 
     Attributes:
-        bands: of the network's input.
+        bands: number of bands of the network's input.
         num_classes: 1 for binary, else exclusive classes.
         preparation: "bands" and "longest_side" of the training images, or None each.
         nodata: value that marks missing values in the training images, or None.
@@ -111,9 +111,9 @@ class Predictor:
         """Compute the probabilities of an image, or of several of one size.
 
         Args:
-            image: as in `predict`.
-            flips: as in `predict`.
-            nodata: as in `predict`.
+            image: see `predict`.
+            flips: see `predict`.
+            nodata: see `predict`.
 
         Returns:
             Probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes. Several
@@ -130,7 +130,7 @@ class Predictor:
         """Resample an image to the network's bands and shrink it to the training images' size.
 
         Args:
-            image_HWC: of shape (H, W, bands).
+            image_HWC: image (H, W, bands).
 
         Returns:
             The image (h, w, bands).
@@ -153,7 +153,7 @@ class Predictor:
 
         Args:
             raw_NCHW: images (N, bands, H, W).
-            flips: as in `predict`.
+            flips: see `predict`.
 
         Returns:
             Probabilities (N, V, H, W) fp32, on the predictor's device.
@@ -167,7 +167,7 @@ class Predictor:
 
         Args:
             normalized_NCHW: images (N, bands, H, W), on the predictor's device.
-            flips: as in `predict`.
+            flips: see `predict`.
             in_tiles: cut large images into tiles (inference.predict_logits).
 
         Returns:
@@ -275,7 +275,7 @@ def load(run_or_path: str | Path, device: str | torch.device = "cpu") -> Predict
 
     Args:
         run_or_path: folder or URL of a run, or a checkpoint file.
-        device: where the network computes.
+        device: device on which the network computes.
 
     Raises:
         checkpoint.CheckpointError: if there is no checkpoint, or none that is complete and usable.

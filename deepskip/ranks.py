@@ -26,10 +26,10 @@ def agreed_start(
 
     Args:
         run: folder or URL of the run.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
-        device: for the broadcast.
-        warn: called with a message for each broken checkpoint.
+        device: device for the broadcast.
+        warn: function that is called with a message for each broken checkpoint.
 
     Raises:
         checkpoint.CheckpointTooNew: if a later DeepSkip wrote a checkpoint.
@@ -54,9 +54,9 @@ def broadcast_bytes(data: bytes, rank: int, device: torch.device) -> bytes:
     """Return the bytes that rank 0 has, on every rank.
 
     Args:
-        data: on rank 0; ignored on others.
-        rank: of this process.
-        device: for the broadcast.
+        data: bytes on rank 0; ignored on others.
+        rank: rank of this process.
+        device: device for the broadcast.
     """
     size = torch.tensor(len(data), device=device)
     dist.broadcast(size, 0)
@@ -86,9 +86,9 @@ class StopVote:
     read VOTE_STEPS later, so that no step waits for it.
 
     Args:
-        stop_requested: whether this rank was asked to stop; None, on all ranks, never stops.
+        stop_requested: returns whether this rank was asked to stop; None, on all ranks, never stops.
         world_size: number of ranks.
-        device: for the all-reduce.
+        device: device for the all-reduce.
     """
 
     def __init__(self, stop_requested: Callable[[], bool] | None, world_size: int, device: torch.device) -> None:

@@ -132,9 +132,9 @@ def spans(length: int, tile: int, overlap: Overlap) -> list[Span]:
     """Cut one side of an image into tiles.
 
     Args:
-        length: of the side, in pixels.
+        length: length of the side, in pixels.
         tile: side of a tile, in pixels; it is rounded down to the overlap's multiple.
-        overlap: of neighbouring tiles.
+        overlap: overlap of neighbouring tiles.
 
     Raises:
         ValueError: if the side is longer than a tile, and a tile too small for its overlaps.
@@ -181,9 +181,9 @@ def stitched(
             (n, channels, h, w).
         rows: spans of the image's height.
         columns: spans of the image's width.
-        channels: of the logits.
+        channels: number of channels of the logits.
         batch: largest number of tiles at once.
-        device: of the stripes.
+        device: device of the stripes.
 
     Yields:
         A stripe's first row, and its logits (channels, rows of the stripe, width) fp32.
@@ -227,7 +227,7 @@ def logits_in_tiles(network: nn.Module, image_NCHW: Tensor, tile: int, overlap: 
         network: maps images (N, bands, H, W) to logits (N, V, H, W).
         image_NCHW: images (N, bands, H, W).
         tile: side of a tile, in pixels.
-        overlap: of neighbouring tiles; None takes what the network needs.
+        overlap: overlap of neighbouring tiles; None takes what the network needs.
 
     Returns:
         Logits (N, V, H, W) fp32.
@@ -256,7 +256,7 @@ def classes_of(network: nn.Module, image_NCHW: Tensor) -> int:
     """Return the number of logits that a network has for a pixel.
 
     Args:
-        network: if it has no `num_classes`, it is run once on a corner of the first image.
+        network: a network; if it has no `num_classes`, it is run once on a corner of the first image.
         image_NCHW: images (N, bands, H, W).
     """
     known = getattr(network, "num_classes", None)
@@ -270,8 +270,8 @@ def enlarged_rows(small_VHW: np.ndarray, height: int, width: int, top: int, bott
 
     Args:
         small_VHW: maps (V, h, w).
-        height: of the enlarged maps, in pixels.
-        width: of the enlarged maps, in pixels.
+        height: height of the enlarged maps, in pixels.
+        width: width of the enlarged maps, in pixels.
         top: first row to compute.
         bottom: end of the rows, excluded.
 
@@ -289,7 +289,7 @@ def neighbours(pixels: np.ndarray, small: int, large: int) -> tuple[np.ndarray, 
     """Return, for pixels of an enlarged side, the two pixels between which each one is interpolated.
 
     Args:
-        pixels: of the enlarged side, (n,).
+        pixels: pixels of the enlarged side, (n,).
         small: length of the side before, in pixels.
         large: length of the enlarged side, in pixels.
 

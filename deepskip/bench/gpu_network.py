@@ -52,7 +52,7 @@ def calls_of(network: nn.Module, image: Tensor, mask: Tensor, kind: str) -> dict
     A training step is forward, loss and backward, without the optimizer.
 
     Args:
-        network: on the image's device.
+        network: network on the image's device.
         image: images (N, bands, H, W).
         mask: labels (N, H, W).
         kind: backend of the network's kernels; the loss is always Triton's.

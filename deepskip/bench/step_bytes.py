@@ -35,9 +35,9 @@ def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...
     """Count one step.
 
     Args:
-        network: on the meta device.
+        network: network on the meta device.
         modules: the modules to count separately, by name.
-        size: of the image, (N, bands, H, W).
+        size: size of the images, (N, bands, H, W).
         backend: "triton" or "reference".
 
     Returns:
@@ -66,7 +66,7 @@ def rows(backend: str, size: tuple[int, ...] = SIZE, **options: Any) -> list[dic
 
     Args:
         backend: "triton" or "reference".
-        size: of the image, (N, bands, H, W).
+        size: size of the images, (N, bands, H, W).
         **options: arguments of DeepSkipUNet.
     """
     with torch.device("meta"):
@@ -86,7 +86,7 @@ def table(forms: dict[str, list[dict[str, Any]]], size: tuple[int, ...]) -> str:
 
     Args:
         forms: rows of each form.
-        size: of the image, (N, bands, H, W).
+        size: size of the images, (N, bands, H, W).
     """
     lines = []
     for key in ("level", "operator"):

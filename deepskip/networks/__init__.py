@@ -144,7 +144,7 @@ def build(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn
     does.
 
     Args:
-        settings: of `deepskip.config.ModelConfig`; a missing one has DeepSkip's default. `options` are for networks
+        settings: settings of `deepskip.config.ModelConfig`; a missing one has DeepSkip's default. `options` are for networks
             other than DeepSkip. They are {"size": "paper"} or single widths of a network of the registry, the arguments
             of smp's classes, or those of an installed network's function.
         in_channels: bands, 1 or more.
@@ -191,7 +191,7 @@ def outline(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> 
     A network of an installed package may not work without weights, so it is built on the CPU.
 
     Args:
-        settings: as for `build`.
+        settings: see `build`.
         in_channels: bands, 1 or more.
         num_classes: 1 for binary, else exclusive classes.
 
@@ -207,7 +207,7 @@ def check(settings: Mapping[str, Any]) -> None:
     """Check that the model section names a known network, and only settings that it has.
 
     Args:
-        settings: as for `build`.
+        settings: see `build`.
 
     Raises:
         ValueError: for an unknown network, option or size, a width out of range, or a setting that only DeepSkip has.
@@ -246,7 +246,7 @@ def widths_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return all widths of a network of the registry: those of its size, with single ones replaced by options.
 
     Args:
-        name: of a network of the registry.
+        name: name of a network of the registry.
         options: "size" ("default" or "paper") and single widths.
 
     Raises:
@@ -268,7 +268,7 @@ def check_width(what: str, value: Any, like: Any) -> None:
 
     Args:
         what: name of the setting, for the message.
-        value: to check.
+        value: value to check.
         like: the known width: a number, a tuple of numbers, or the name of a backbone.
 
     Raises:
@@ -308,7 +308,7 @@ def start_at_prior(network: nn.Module, num_classes: int) -> None:
     to unlearn.
 
     Args:
-        network: whose last convolution with `num_classes` channels and a bias is the head; without one, nothing
+        network: network whose last convolution with `num_classes` channels and a bias is the head; without one, nothing
             changes.
         num_classes: 1 for binary, else exclusive classes.
     """

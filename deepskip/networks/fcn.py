@@ -13,7 +13,7 @@ class Features(nn.Module):
     Args:
         in_channels: bands.
         backbone: name of the ResNet.
-        channels: of the ResNet's stages.
+        channels: channels of the ResNet's stages.
 
     Attributes:
         out_channels: channels of the map.
@@ -48,7 +48,7 @@ class FullyConvolutional(nn.Module):
         in_channels: bands.
         num_classes: channels of the logits.
         backbone: name of the ResNet.
-        channels: of the ResNet's stages.
+        channels: channels of the ResNet's stages.
     """
 
     def __init__(self, in_channels: int, num_classes: int, backbone: str, channels: Sequence[int]) -> None:
@@ -70,7 +70,7 @@ def build_fcn(in_channels: int, num_classes: int, *, backbone: str, channels: Se
         in_channels: bands.
         num_classes: channels of the logits.
         backbone: name of the ResNet.
-        channels: of the ResNet's four stages (a bottleneck's output has four times as many).
+        channels: channels of the ResNet's four stages (a bottleneck's output has four times as many).
     """
     torchvision_ops.load_torchvision()
     return FullyConvolutional(in_channels, num_classes, backbone, channels)

@@ -40,7 +40,7 @@ class DenseBlock(nn.ModuleList):
 
     Args:
         dims: 2 or 3.
-        in_channels: of the block's input.
+        in_channels: channels of the block's input.
         growth: channels of each layer.
         layers: number of layers.
     """
@@ -66,7 +66,7 @@ class DenseUNet(nn.Module):
 
     Args:
         dims: 2 or 3.
-        in_channels: of the input.
+        in_channels: channels of the input.
         stem: channels of the first convolution and of the result.
         growth: channels of each dense layer.
         blocks: number of layers of each dense block.

@@ -26,7 +26,7 @@ class Pyramid(nn.Module):
     Args:
         in_channels: bands.
         backbone: name of the ResNet.
-        channels: of the ResNet's four stages.
+        channels: channels of the ResNet's four stages.
         out_channels: channels of each map.
     """
 
@@ -69,7 +69,7 @@ class MaskRCNNSegmenter(nn.Module):
         in_channels: bands.
         num_classes: 1 for binary, else exclusive classes.
         backbone: name of the ResNet.
-        channels: of the ResNet's four stages.
+        channels: channels of the ResNet's four stages.
         pyramid_channels: channels of the pyramid's maps.
         box_features: features of the box head.
         mask_channels: channels of the mask head.

@@ -11,7 +11,7 @@ class Padded(nn.Module):
     Args:
         network: maps images (N, bands, H, W) to logits (N, classes, H, W), for H and W that are multiples of
             `multiple`.
-        multiple: of the padded sides, in pixels; a side has at least twice as many.
+        multiple: divisor of the padded sides, in pixels; a side has at least twice as many.
     """
 
     def __init__(self, network: nn.Module, multiple: int) -> None:

@@ -43,7 +43,7 @@ def with_exportable_pooling(network: nn.Module) -> nn.Module:
     """Replace a network's adaptive average pooling to more than one cell; the results are the same.
 
     Args:
-        network: changed in place.
+        network: network to change in place.
 
     Returns:
         The network.

@@ -18,7 +18,7 @@ def build_pspnet(
         in_channels: bands.
         num_classes: channels of the logits.
         backbone: name of the ResNet.
-        channels: of the ResNet's stages.
+        channels: channels of the ResNet's stages.
         pyramid_channels: channels of the map into which the pooled ones are merged.
     """
     torchvision_ops.load_torchvision()

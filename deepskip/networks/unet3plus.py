@@ -20,7 +20,7 @@ class UNet3Plus(nn.Module):
     Args:
         in_channels: bands.
         num_classes: channels of the logits.
-        base_channels: of the first encoder level, doubled at each level, and of every branch; a decoder level has five
+        base_channels: channels of the first encoder level, doubled at each level, and of every branch; a decoder level has five
             times as many.
     """
 
@@ -84,6 +84,6 @@ def build_unet3plus(in_channels: int, num_classes: int, *, base_channels: int) -
     Args:
         in_channels: bands.
         num_classes: channels of the logits.
-        base_channels: as UNet3Plus has it.
+        base_channels: see UNet3Plus.
     """
     return Padded(UNet3Plus(in_channels, num_classes, base_channels), 2 ** (LEVELS - 1))
