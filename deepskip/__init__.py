@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["BCEDiceLoss", "Config", "DeepSkipUNet", "Predictor", "load", "train"]
 
-# in a checkout the other rooms lie beside this folder; installed they lie in it
+# In a checkout the other packages are next to this folder; installed they are subpackages of it.
 _ROOT = Path(__file__).parents[1]
 if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "kernels" / "__init__.py").is_file():
     __path__.append(str(_ROOT))
 
-# torch takes a second to import: what needs it comes when it is asked for
+# Importing torch takes a second, so the names that need it are imported on first use.
 _HOMES = {
     "BCEDiceLoss": "deepskip.loss",
     "Config": "deepskip.config",
@@ -37,23 +37,26 @@ def __getattr__(name: str) -> Any:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train in this process, without Ray, as `deepskip train --local` does: the same stream, steps and checkpoints.
+    """Train in this process, without Ray, with the stream, steps and checkpoints of `deepskip train --local`.
 
-    config: `Config()` and what differs, such as `config.data.path`. A training of the same settings that was cut off goes on.
-    Under torchrun every rank calls. MLflow tracks it where it is installed.
+    An interrupted training of the same settings is resumed. Under torchrun every rank must call this function. MLflow
+    tracks the run if it is installed.
+
+    Args:
+        config: `Config()` with the settings that differ from the defaults, such as `config.data.path`. It is copied.
 
     Returns:
-        The run's summary, as its summary.json: its name, "val" with the metrics of the best validation, sizes and times. On
-        other ranks than 0 it is empty.
+        The run's summary, as in its summary.json: its name, "val" with the metrics of the best validation, sizes and
+        times. On ranks other than 0 it is empty.
 
     Raises:
-        ValueError: for settings or data that cannot be trained on, a loss that is no number, a disk that is full.
+        ValueError: for settings or data that cannot be trained on, a loss that is not finite, or a full disk.
     """
     import copy
 
     from deepskip.config import check_values
 
-    # the one look up: jobs joins this package, which knows nothing of shards, with the shards
+    # The only import from a layer above: this package knows nothing of shards, and jobs connects the two.
     from deepskip.jobs.train import train_here
 
     check_values(config)

@@ -1,4 +1,4 @@
-"""python -m deepskip: the command `deepskip`."""
+"""Run the command `deepskip` as `python -m deepskip`."""
 
 from deepskip.jobs.cli import main
 

@@ -1,7 +1,7 @@
-"""Augmentation of batches on the device, for any number of bands.
+"""Augment batches on the device, for any number of bands.
 
-What happens to a sample is drawn from (seed, epoch, sample) alone, so it is the same on any number of workers.
-Geometry and resampling are kornia's.
+The changes of a sample are drawn from (seed, epoch, sample) alone, so they are the same on any number of workers.
+Geometry and resampling are done by kornia.
 """
 
 import math
@@ -16,10 +16,13 @@ from deepskip.config import AugmentConfig
 
 @dataclass(frozen=True)
 class Draws:
-    """What is done to each of N samples.
+    """The changes of each of N samples.
 
-    matrix: (N, 2, 2) map about the centre, from input to output pixels (x, y). gain: (N, 1).
-    shift: (N, bands), standard deviations. noise_seed: N integers.
+    Attributes:
+        matrix: map about the centre, from input to output pixels (x, y), of shape (N, 2, 2).
+        gain: factor of all bands, (N, 1).
+        shift: shift of each band in standard deviations, (N, bands).
+        noise_seed: seed of each sample's noise, N integers.
     """
 
     matrix: Tensor
@@ -29,11 +32,19 @@ class Draws:
 
 
 def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], bands: int) -> Draws:
-    """Draws the changes of N samples; epoch and sample hold N numbers."""
+    """Draw the changes of N samples.
+
+    Args:
+        config: settings of the augmentation.
+        seed: seed of the run.
+        epoch: epoch of each sample, N numbers.
+        sample: number of each sample, N numbers.
+        bands: number of bands of the images.
+    """
     matrices, gains, shifts, noise_seeds = [], [], [], []
     for e, s in zip(epoch, sample, strict=True):
         rng = np.random.default_rng([seed, e, s, 1])
-        # every number is drawn whether used or not, so that switching one change on leaves the others as they were
+        # Draw every number whether it is used or not, so that enabling one change does not alter the others.
         mirror_x, mirror_y, quarter, angle, zoom, bright, gain = rng.random(7)
         noise_seed = int(rng.integers(2**62))
         turn = math.radians(config.rotate * (2 * angle - 1)) + config.rotate90 * math.floor(4 * quarter) * math.pi / 2
@@ -57,10 +68,23 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
 def augment(
     config: AugmentConfig, draws: Draws, image_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Applies the draws: image (N, bands, H, W), normalised; mask (N, H, W) integer labels.
+    """Apply the drawn changes to images and labels.
 
-    The image is resampled bilinearly, the mask by nearest neighbour; what comes from outside is the edge's value in the
-    image and ignore_index in the mask. Quarter turns of crops that are not square are left out.
+    The image is resampled bilinearly, the mask by nearest neighbour. Pixels from outside get the edge's value in the
+    image, and ignore_index in the mask.
+
+    Args:
+        config: settings of the augmentation.
+        draws: changes that `draw` returned.
+        image_NCHW: normalised images (N, bands, H, W).
+        mask_NHW: integer labels (N, H, W).
+        ignore_index: label of pixels that are not counted.
+
+    Returns:
+        The images (N, bands, H, W) and the labels (N, H, W).
+
+    Raises:
+        ValueError: if crops that are not square are to be rotated by quarter turns.
     """
     C, H, W = image_NCHW.shape[1:]
     device = image_NCHW.device
@@ -71,12 +95,12 @@ def augment(
         centre = torch.tensor([(W - 1) / 2, (H - 1) / 2], device=device)
         shift = centre - matrix @ centre
         affine = torch.cat([matrix, shift[..., None]], dim=2)
-        # not on every machine that trains: without turns and zooms it is not asked for
+        # Import it only if it is needed: without rotation, flips and scaling a machine can train without kornia.
         import kornia
 
         warp = kornia.geometry.transform.warp_affine
         image_NCHW = warp(image_NCHW, affine, (H, W), mode="bilinear", padding_mode="border", align_corners=True)
-        # labels shifted by one, so that the zeros from outside can be told from label 0
+        # Labels are shifted by one, so that zeros from outside differ from label 0.
         labels = warp(
             (mask_NHW[:, None] + 1).float(), affine, (H, W), mode="nearest", padding_mode="zeros", align_corners=True
         )

@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, read without running anything from them, wherever their run is stored.
+"""Checkpoints: written completely or not at all, and read without running code from them, from any storage.
 
-A file is a zip as torch.save writes it, whose comment is "sha256:" and the 64 digits of all bytes before them: a byte that
-changed anywhere is noticed, and plain torch.load(weights_only=True) still takes the file.
+A file is a zip as torch.save writes it. Its comment is "sha256:" and the 64 hexadecimal digits of all bytes before
+them. So a change of any byte is detected, and plain torch.load(weights_only=True) still reads the file.
 """
 
 import errno
@@ -20,7 +20,7 @@ FORMAT = "deepskip-checkpoint"
 VERSION = 2
 FOLDER = "checkpoints"
 BEST = "best.pt"
-# what a broken checkpoint's name gets when a training passes over it
+# The suffix that a broken checkpoint's name gets when a training skips it.
 BROKEN = ".broken"
 _MARK = b"sha256:"
 _DIGITS = 64
@@ -29,23 +29,33 @@ State = dict[str, Any]
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint that is there, whole and ours."""
+    """No complete checkpoint written by DeepSkip was found."""
 
 
 class CheckpointTooNew(CheckpointError):
-    """A checkpoint of a later DeepSkip: not broken, and not to be passed over."""
+    """The checkpoint was written by a later DeepSkip: it is not broken and must not be skipped."""
 
 
 class CheckpointNotWritten(RuntimeError):
-    """A checkpoint could not be written; says where, why, what to do, and from which one the training can go on."""
+    """A checkpoint could not be written.
+
+    The message says where, why, what to do, and from which checkpoint the training can resume.
+    """
 
 
 def pack(state: State) -> bytearray:
-    """Gives the bytes of a checkpoint file."""
+    """Return the bytes of a checkpoint file.
+
+    Args:
+        state: what torch.save stores, without "format" and "version", which are added.
+
+    Returns:
+        The zip of torch.save with the checksum as its comment.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
     data = bytearray(buffer.getbuffer())
-    # a zip ends with the length of its comment, here 0
+    # A zip ends with the length of its comment, here 0.
     data[-2:] = (len(_MARK) + _DIGITS).to_bytes(2, "little")
     data += _MARK
     data += hashlib.sha256(data).hexdigest().encode()
@@ -53,63 +63,99 @@ def pack(state: State) -> bytearray:
 
 
 def unpack(data: bytes, location: Location) -> State:
-    """Gives the state in a checkpoint file's bytes, on the CPU; raises CheckpointError, with the location in it."""
+    """Return the state in a checkpoint file's bytes, on the CPU.
+
+    Args:
+        data: the whole file.
+        location: where the bytes come from, for error messages.
+
+    Raises:
+        CheckpointError: if the bytes are incomplete, changed or not written by DeepSkip. The message has the location.
+        CheckpointTooNew: if a later DeepSkip wrote them.
+    """
     body, digits = memoryview(data)[:-_DIGITS], data[-_DIGITS:]
     if bytes(body[-len(_MARK) :]) != _MARK:
-        raise CheckpointError(f"{location} is no whole checkpoint: its end is missing, or DeepSkip did not write it")
+        raise CheckpointError(
+            f"{location} is not a complete checkpoint: its end is missing, or DeepSkip did not write it"
+        )
     if hashlib.sha256(body).hexdigest().encode() != digits:
         raise CheckpointError(
-            f"{location} is no whole checkpoint: its bytes changed since it was written (sha256 differs)"
+            f"{location} is not a complete checkpoint: its bytes changed since it was written (sha256 differs)"
         )
     try:
         check_zip(io.BytesIO(data), len(data))
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # a checksum is no signature: what strangers wrote fails in many ways, zip, pickle, runtime and unicode errors among them
+    # A checksum is no signature. Untrusted files fail in many ways: zip, pickle, runtime and unicode errors among them.
     except Exception as error:
-        raise CheckpointError(f"{location} is no whole checkpoint: {error}") from error
+        raise CheckpointError(f"{location} is not a complete checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("version"), int):
         raise CheckpointError(f"{location} was not written by DeepSkip")
     if state["version"] > VERSION:
         raise CheckpointTooNew(
-            f"{location} is of version {state['version']}; this DeepSkip reads up to {VERSION}. Install a later one."
+            f"{location} has version {state['version']}; this DeepSkip reads up to {VERSION}. Install a later one."
         )
     return state
 
 
 def save(state: State, location: Location) -> None:
-    """Writes a checkpoint, whole or not at all; raises OSError."""
+    """Write a checkpoint, completely or not at all.
+
+    Args:
+        state: see `pack`.
+        location: path or URL of the file.
+
+    Raises:
+        OSError: if the storage cannot be written to.
+    """
     storage.write_bytes(location, pack(state))
 
 
 def read(location: Location) -> State:
-    """Reads one checkpoint onto the CPU; raises CheckpointError when it is broken or something else, or OSError."""
+    """Read one checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: if it is broken or not a checkpoint.
+        OSError: if the storage cannot be read.
+    """
     return unpack(storage.read_bytes(location), location)
 
 
 def read_model(location: Location) -> State:
-    """Reads a checkpoint of which a model can be built; raises CheckpointError, ImportError or OSError.
+    """Read a checkpoint and check that a model can be built from it.
 
-    ImportError is for a network of a package that is not installed.
+    Raises:
+        CheckpointError: if it is broken, not a checkpoint, or its model cannot be built.
+        ImportError: if its network is from a package that is not installed.
+        OSError: if the storage cannot be read.
     """
     return sound(read(location), location)
 
 
 def sound(state: State, location: Location) -> State:
-    """Gives a state of which a model can be built, as it is; raises CheckpointError for any other, or ImportError."""
+    """Return a state unchanged if a model can be built from it.
+
+    Args:
+        state: state of a checkpoint.
+        location: where the state comes from, for error messages.
+
+    Raises:
+        CheckpointError: if no model can be built from it.
+        ImportError: if its network is from a package that is not installed.
+    """
     try:
         check_model(state)
     except Unsound as error:
-        raise CheckpointError(f"{location} holds no model that can be used: {error}") from error
+        raise CheckpointError(f"{location} contains no usable model: {error}") from error
     return state
 
 
 def step_path(run: Location, step: int) -> Any:
-    """Names the checkpoint of a step: a Path, or a URL where the run is at one."""
+    """Return the location of a step's checkpoint: a Path, or a URL if the run is stored at one."""
     return storage.join(storage.locate(run), FOLDER, f"step-{step:08d}.pt")
 
 
 def names_in(run: Location) -> list[str]:
-    """Lists the files in a run's folder of checkpoints; [] where there is none."""
+    """Return the names of the files in a run's folder of checkpoints, or [] if there is no such folder."""
     try:
         return storage.names(storage.join(storage.locate(run), FOLDER))
     except (FileNotFoundError, NotADirectoryError):
@@ -117,15 +163,22 @@ def names_in(run: Location) -> list[str]:
 
 
 def step_paths(run: Location) -> list[Any]:
-    """Lists a run's checkpoints of steps, newest first."""
+    """Return the locations of a run's step checkpoints, newest first."""
     steps = [int(m[1]) for n in names_in(run) if (m := re.fullmatch(r"step-(\d{8,})\.pt", n))]
     return [step_path(run, step) for step in sorted(steps, reverse=True)]
 
 
 def find_newest(run: Location) -> tuple[tuple[bytes, State] | None, dict[Location, str]]:
-    """Gives the newest checkpoint that is whole, as a file's bytes and a state, or None, and what is wrong with each newer one.
+    """Find the newest complete checkpoint of a run.
 
-    Raises CheckpointTooNew, and OSError where a file cannot be read: a storage that is away must not look like an empty one.
+    Returns:
+        The checkpoint as its file's bytes and its state, or None if there is none. Then, by location, the fault of each
+        newer file that is broken.
+
+    Raises:
+        CheckpointTooNew: if a later DeepSkip wrote a checkpoint.
+        OSError: if a file cannot be read: an unreachable storage must not look like an empty one. A bad sector is
+            reported as a fault instead.
     """
     faults: dict[Location, str] = {}
     for path in step_paths(run):
@@ -139,7 +192,7 @@ def find_newest(run: Location) -> tuple[tuple[bytes, State] | None, dict[Locatio
         except FileNotFoundError:
             continue
         except OSError as error:
-            # a bad sector
+            # EIO is a bad sector; an older checkpoint may still be readable.
             if error.errno != errno.EIO:
                 raise
             faults[path] = f"{path} cannot be read: {error.strerror}"
@@ -147,26 +200,40 @@ def find_newest(run: Location) -> tuple[tuple[bytes, State] | None, dict[Locatio
 
 
 def newest(run: Location) -> tuple[State | None, list[str]]:
-    """Gives the newest checkpoint that is whole, or None, and what is wrong with each newer one; raises as find_newest."""
+    """Return the newest complete checkpoint of a run and the faults of newer ones.
+
+    Returns:
+        The state, or None if there is none, and a message for each newer file that is broken.
+
+    Raises:
+        CheckpointTooNew: as `find_newest`.
+        OSError: as `find_newest`.
+    """
     found, faults = find_newest(run)
     return found[1] if found else None, list(faults.values())
 
 
 def set_aside(path: Location) -> None:
-    """Renames a broken checkpoint, so that it is never again taken for a newest one."""
+    """Rename a broken checkpoint, so that it is never again taken for the newest one."""
     storage.rename(path, storage.name(path) + BROKEN)
 
 
 def prune(run: Location, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of steps."""
+    """Remove all but the newest `keep` step checkpoints."""
     for path in step_paths(run)[keep:]:
         storage.remove(path)
 
 
 def load_for_inference(run_or_path: Location) -> State:
-    """Reads a checkpoint file, or a run's best checkpoint, or its newest; raises CheckpointError where there is none.
+    """Read a checkpoint file, or a run's best checkpoint, or its newest if it has no best one.
 
-    What it holds may be a stranger's: it is checked before anything is built of it. Raises ImportError too, as read_model.
+    The file may come from an untrusted source, so it is checked before anything is built from it.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or none that is complete and usable.
+        CheckpointTooNew: if a later DeepSkip wrote it.
+        ImportError: if its network is from a package that is not installed.
+        OSError: if the storage cannot be read.
     """
     location = storage.locate(run_or_path)
     folder = storage.join(location, FOLDER)

@@ -1,4 +1,4 @@
-"""Bounds a checkpoint that a stranger may have written: before its parts are unpacked, and before anything is built of them."""
+"""Check an untrusted checkpoint before its parts are unpacked and before anything is built from them."""
 
 import math
 import zipfile
@@ -11,24 +11,32 @@ from torch import Tensor
 
 from deepskip.config import ModelConfig, faults_of
 
-# of a file's zip: parts (one for each tensor), and bytes of what describes them
+# Limits of a file's zip: its parts, one for each tensor, and the bytes of the pickle that describes them.
 MAX_PARTS = 100_000
 MAX_DESCRIPTION = 2**26
 NORMALIZE = ("image", "dataset", "none")
 
 
 class Unsound(ValueError):
-    """A checkpoint that says what cannot be; says what."""
+    """A checkpoint holds impossible values; the message says which."""
 
 
 def check_zip(stream: BinaryIO, size: int) -> None:
-    """Raises Unsound where a checkpoint's zip would unpack to more than its `size` bytes: torch.save packs nothing."""
+    """Check that a checkpoint's zip does not unpack to more than its `size` bytes: torch.save compresses nothing.
+
+    Args:
+        stream: the zip's bytes, seekable.
+        size: size of the file, in bytes.
+
+    Raises:
+        Unsound: if it is not a zip, has too many parts, is compressed, or its description is too large.
+    """
     try:
         with zipfile.ZipFile(stream) as archive:
             parts = archive.infolist()
-    # of many kinds for what is no zip
+    # The zipfile module raises errors of many types for files that are not zips.
     except Exception as error:
-        raise Unsound(f"it is no zip: {error}") from error
+        raise Unsound(f"it is not a zip: {error}") from error
     if len(parts) > MAX_PARTS:
         raise Unsound(f"it has {len(parts)} parts; at most {MAX_PARTS} are read")
     packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
@@ -36,13 +44,20 @@ def check_zip(stream: BinaryIO, size: int) -> None:
         raise Unsound(f"its parts unpack to more than its {size} bytes")
     large = [part.file_size for part in parts if part.filename.endswith(".pkl") and part.file_size > MAX_DESCRIPTION]
     if large:
-        raise Unsound(f"what describes it has {large[0]} bytes; at most {MAX_DESCRIPTION} are read")
+        raise Unsound(f"its pickle has {large[0]} bytes; at most {MAX_DESCRIPTION} are read")
 
 
 def check_model(state: Mapping[str, Any]) -> None:
-    """Raises Unsound where no model can be built of a state, or ImportError where a package that it needs is missing.
+    """Check that a model can be built from a state, without building it.
 
-    Checked are its parts, the network's settings and its weights' shapes, without building it, and that all numbers are finite.
+    Checked are the state's parts, the network's settings, the shapes of its weights, and that all numbers are finite.
+
+    Args:
+        state: state of a checkpoint, with "config", "data", "model" and perhaps "ema".
+
+    Raises:
+        Unsound: if no model can be built from the state.
+        ImportError: if a package that the network needs is missing.
     """
     for part in ("config", "data", "model"):
         if not isinstance(state.get(part), Mapping):
@@ -61,12 +76,19 @@ def check_model(state: Mapping[str, Any]) -> None:
 
 
 def check_settings(model: Mapping[str, Any]) -> None:
-    """Raises Unsound where the network's settings are of other kinds, or out of bounds."""
+    """Check the types and bounds of the network's settings.
+
+    Args:
+        model: model section of the config.
+
+    Raises:
+        Unsound: if a setting has another type or is out of bounds.
+    """
     known = {each.name: model[each.name] for each in fields(ModelConfig) if each.name in model}
     try:
         faults = faults_of(ModelConfig(**known))
     except TypeError as error:
-        raise Unsound(f"its model section is none: {error}") from error
+        raise Unsound(f"its model settings have wrong types: {error}") from error
     if not isinstance(known.get("network", ""), str) or not isinstance(known.get("options") or {}, Mapping):
         faults.append(f"model.network is {known.get('network')!r:.100}")
     if faults:
@@ -74,32 +96,52 @@ def check_settings(model: Mapping[str, Any]) -> None:
 
 
 def check_data(data: Mapping[str, Any]) -> None:
-    """Raises Unsound where what a model was trained on cannot be."""
+    """Check what a checkpoint says of its training data: bands, classes, statistics and preparation.
+
+    Args:
+        data: fields of `training_step.DataInfo`.
+
+    Raises:
+        Unsound: if a value is impossible.
+    """
     for name, high in (("in_channels", 2**16), ("num_classes", 255)):
         if not is_whole(data.get(name), 1, high):
             raise Unsound(f"{name} is {data.get(name)!r:.100}; it must be 1 to {high}")
     for name in ("mean", "std"):
         values = data.get(name)
         if not isinstance(values, list | tuple) or len(values) != data["in_channels"]:
-            raise Unsound(f"{name} has not one number for each of its {data['in_channels']} bands")
+            raise Unsound(f"{name} must hold one number for each of its {data['in_channels']} bands")
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            raise Unsound(f"{name} holds what is no finite number")
-    # a band may be the same everywhere, but not all of them
+            raise Unsound(f"{name} holds a value that is not a finite number")
+    # One band may be constant, but not all of them.
     if min(data["std"]) < 0 or max(data["std"]) == 0:
         raise Unsound("std is negative, or 0 in every band")
     prepared = data.get("preparation") or {}
     if not isinstance(prepared, Mapping):
-        raise Unsound("its preparation is none")
+        raise Unsound("its preparation is not a mapping")
     for name, high in (("bands", 2**16), ("longest_side", 2**31)):
         if prepared.get(name) is not None and not is_whole(prepared[name], 1, high):
-            raise Unsound(f"preparation.{name} is {prepared[name]!r:.100}; it must be 1 to {high}, or nothing")
+            raise Unsound(f"preparation.{name} is {prepared[name]!r:.100}; it must be 1 to {high}, or null")
     told = prepared.get("nodata")
     if told not in (None, "nan") and (isinstance(told, bool) or not isinstance(told, int | float)):
-        raise Unsound(f"preparation.nodata is {told!r:.100}; it must be a number, nan or nothing")
+        raise Unsound(f"preparation.nodata is {told!r:.100}; it must be a number, nan or null")
 
 
 def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int) -> dict[str, torch.Size]:
-    """Gives the shape of each weight of the network that the settings describe, which is not built; raises Unsound."""
+    """Return the shape of each weight of the network that the settings describe, without building it.
+
+    Args:
+        model: model section of the config.
+        in_channels: bands of the input.
+        num_classes: 1 for binary, else exclusive classes.
+
+    Returns:
+        Shapes by the names of the network's state.
+
+    Raises:
+        Unsound: if the network cannot be built.
+        ImportError: if a package that the network needs is missing.
+    """
     from deepskip import networks
 
     try:
@@ -109,13 +151,21 @@ def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int
         }
     except (ImportError, MemoryError, SystemError):
         raise
-    # libraries of networks fail in many ways on settings that they do not know
+    # Network libraries raise errors of many types for settings that they do not know.
     except Exception as error:
         raise Unsound(f"its network cannot be built: {error}") from error
 
 
 def check_weights(state: Mapping[str, Any], expected: Mapping[str, torch.Size]) -> None:
-    """Raises Unsound where weights are not those of the network, not all there, or not finite."""
+    """Check that the weights are complete, finite and those of the network.
+
+    Args:
+        state: state of a checkpoint, whose "model" and "ema" (may be None) map names to tensors of any shape (*,).
+        expected: shapes by name.
+
+    Raises:
+        Unsound: if a weight is missing, unexpected, of another shape, larger than its bytes, or not finite.
+    """
     for part in ("model", "ema"):
         weights = state.get(part)
         if part == "ema" and weights is None:
@@ -123,11 +173,11 @@ def check_weights(state: Mapping[str, Any], expected: Mapping[str, torch.Size]) 
         if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
             raise Unsound(f"its {part} holds no weights")
         if odd := sorted(map(str, weights.keys() ^ expected.keys())):
-            raise Unsound(f"its {part} lacks, or has beside its network, {', '.join(odd[:5])} ({len(odd)} weights)")
+            raise Unsound(f"its {part} has missing or unexpected weights: {', '.join(odd[:5])} ({len(odd)} in all)")
         for name, tensor in weights.items():
             if tensor.shape != expected[name]:
                 raise Unsound(f"{part}.{name} is {tuple(tensor.shape)}; its network has {tuple(expected[name])}")
-            # a single number can be told to be many
+            # With strides of 0 a single stored number can claim to be many.
             if (
                 tensor.layout != torch.strided
                 or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
@@ -138,5 +188,5 @@ def check_weights(state: Mapping[str, Any], expected: Mapping[str, torch.Size]) 
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:
-    """Says whether a value is an integer within bounds."""
+    """Return whether a value is an integer within bounds, both included; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -1,4 +1,7 @@
-"""Checkpoints written while the training goes on: a step waits for the copy of its state, a thread does the rest."""
+"""Write checkpoints in the background while the training continues.
+
+A step waits only for the copy of its state; a thread does the rest.
+"""
 
 import contextlib
 import errno
@@ -17,17 +20,22 @@ from deepskip.data_shards.storage import Location
 _ADVICE = {
     errno.ENOSPC: "Free space there, or lower run.keep_checkpoints",
     errno.EDQUOT: "Free space there or raise the quota, or lower run.keep_checkpoints",
-    errno.EACCES: "Give the user of the training the right to write there",
+    errno.EACCES: "Give the user of the training write permission there",
     errno.EROFS: "Make it writable",
 }
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in one thread, one after the other; a context manager that ends with the last one written.
+    """Write a run's checkpoints one after the other in one thread.
 
-    keep: checkpoints of steps that stay, the newest. last_step: of the one that the training goes on from.
-    A save waits where the one before is still being written, so none is left out and memory holds one copy. What goes wrong
-    in the thread is raised as CheckpointNotWritten by the next call, or at the end of the block.
+    As a context manager it ends once the last one is written. A save waits while the one before is still being written.
+    So none is skipped, and memory holds one copy. An error in the thread is raised as CheckpointNotWritten by the next
+    call, or at the end of the block.
+
+    Args:
+        run: folder or URL of the run.
+        keep: number of step checkpoints to keep, the newest.
+        last_step: step of the checkpoint that the training resumed from, for error messages.
     """
 
     def __init__(self, run: Location, keep: int, last_step: int | None = None) -> None:
@@ -45,17 +53,25 @@ class CheckpointWriter:
         try:
             self.wait()
         except CheckpointNotWritten:
-            # what ended the block is told, not what it brought about
+            # The error that ended the block is raised, not one that it caused.
             if error is None:
                 raise
         finally:
             self.thread.shutdown()
 
     def save(self, state: State, *, step: bool = True, best: bool = False) -> None:
-        """Copies the state, whose "step" it is of, and has it written: as the checkpoint of its step, as the best one, or both.
+        """Copy the state, and have it written as the checkpoint of its step, as the best one, or both.
 
-        On a GPU the copies go to pinned memory and the call does not wait for them; what is queued on the device afterwards
-        may change the state.
+        On a GPU the copies are made to pinned memory and the call does not wait for them. Work queued on the device
+        afterwards may change the state.
+
+        Args:
+            state: state of the training; its "step" is the step's number.
+            step: write it as the checkpoint of its step.
+            best: write it, without the optimizer's state, as the best checkpoint.
+
+        Raises:
+            CheckpointNotWritten: if the save before this one failed.
         """
         self.wait()
         self.buffers = state = copied(state, self.buffers)
@@ -65,12 +81,20 @@ class CheckpointWriter:
         self.written = self.thread.submit(self._write, state, done, step, best)
 
     def check(self) -> None:
-        """Raises what went wrong, if it did; waits for nothing."""
+        """Raise the error of the last save if it has failed, without waiting for it.
+
+        Raises:
+            CheckpointNotWritten: if the last save failed.
+        """
         if self.written is not None and self.written.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is written; raises CheckpointNotWritten."""
+        """Wait until the last save is written.
+
+        Raises:
+            CheckpointNotWritten: if the last save failed.
+        """
         written, self.written = self.written, None
         if written is not None:
             written.result()
@@ -78,13 +102,13 @@ class CheckpointWriter:
     def _write(self, state: State, done: torch.cuda.Event | None, step: bool, best: bool) -> None:
         if done is not None:
             done.synchronize()
-        # the best first: a checkpoint of a step tells of a best one that must be there
+        # The best is written first: a step's checkpoint refers to a best one, which must exist.
         if best:
             self._put(state | {"optimizer": None}, storage.join(self.run, checkpoint.FOLDER, checkpoint.BEST))
         if step:
             self._put(state, checkpoint.step_path(self.run, state["step"]))
             self.last_step = state["step"]
-            # one that cannot be removed is in nobody's way
+            # An old checkpoint that cannot be removed does no harm.
             with contextlib.suppress(OSError):
                 checkpoint.prune(self.run, self.keep)
 
@@ -93,10 +117,10 @@ class CheckpointWriter:
             checkpoint.save(state, location)
         except OSError as error:
             reason = error.strerror or str(error).removeprefix(f"{location} ")
-            advice = _ADVICE.get(error.errno or 0, "Look at that storage")
-            last = "starts over, for there is no earlier one"
+            advice = _ADVICE.get(error.errno or 0, "Check that storage")
+            last = "starts from the beginning, because there is no earlier checkpoint"
             if self.last_step is not None:
-                last = f"goes on from {checkpoint.step_path(self.run, self.last_step)}, which is whole"
+                last = f"resumes from {checkpoint.step_path(self.run, self.last_step)}, which is complete"
             raise CheckpointNotWritten(
                 f"{location} could not be written: {reason}. {advice}; the same command then {last}."
             ) from error
@@ -104,7 +128,15 @@ class CheckpointWriter:
 
 @torch.no_grad()
 def copied(value: Any, buffer: Any) -> Any:
-    """Copies tensors in nested dicts and lists to the CPU, into the tensors of an earlier copy where they fit."""
+    """Copy tensors in nested dicts and lists to the CPU, into the tensors of an earlier copy where they fit.
+
+    Args:
+        value: a tensor of any shape (*,), a dict or list of such values, or anything else, which is returned as it is.
+        buffer: the earlier copy, or None.
+
+    Returns:
+        The copy. On a GPU it is complete once the work queued on the device is done.
+    """
     if isinstance(value, Tensor):
         if not (isinstance(buffer, Tensor) and alike(buffer, value)):
             buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -119,5 +151,5 @@ def copied(value: Any, buffer: Any) -> Any:
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Says whether two tensors are of one shape, type and layout."""
+    """Return whether two tensors of any shape (*,) have the same shape, dtype and strides."""
     return (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())

@@ -1,4 +1,4 @@
-"""Convolution weights: by the paper's equations 2 to 4, without building the network, and of any network that is built."""
+"""Count convolution weights: by the paper's equations 2 to 4 without building the network, or of a built network."""
 
 from torch import nn
 
@@ -8,7 +8,13 @@ KERNEL = 3
 
 
 def decoder_level_weights(u: int, base_channels: int, levels: int) -> int:
-    """Counts the convolution weights of decoder level u, 1 to levels - 1 (eq. 2)."""
+    """Count the convolution weights of one decoder level (eq. 2).
+
+    Args:
+        u: level, 1 to levels - 1.
+        base_channels: b, the channels of level 1.
+        levels: B, the depth of the network.
+    """
     branches_and_merge = sum(2 ** (j - u) for j in range(u, levels)) + levels - u + 4
     return branches_and_merge * 2 ** (2 * u - 2) * base_channels**2 * KERNEL**2
 
@@ -16,9 +22,19 @@ def decoder_level_weights(u: int, base_channels: int, levels: int) -> int:
 def conv_weights(
     in_channels: int, num_classes: int, base_channels: int = 8, levels: int = 5, encoder: str = "vgg16"
 ) -> int:
-    """Counts the network's convolution weights, no biases and no normalisation (eq. 3 for vgg16, eq. 4 for resnet34).
+    """Count the network's convolution weights, without biases and normalisation (eq. 3 for vgg16, eq. 4 for resnet34).
 
-    The paper prints f(Z^1) inside eq. 3's last sum where f(Z^u) is meant. Raises ValueError for an unknown encoder.
+    The paper prints f(Z^1) inside eq. 3's last sum where f(Z^u) is meant.
+
+    Args:
+        in_channels: bands of the input.
+        num_classes: channels of the logits.
+        base_channels: b, the channels of level 1.
+        levels: B, the depth of the network.
+        encoder: "vgg16" or "resnet34".
+
+    Raises:
+        ValueError: for an unknown encoder.
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
@@ -37,6 +53,6 @@ def conv_weights(
 
 
 def convolution_weights(network: nn.Module) -> int:
-    """Count a network's convolution weights, no biases and no normalisation."""
+    """Count a built network's convolution weights, without biases and normalisation."""
     kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
     return sum(module.weight.numel() for module in network.modules() if isinstance(module, kinds))

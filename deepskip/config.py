@@ -1,14 +1,17 @@
-"""Every setting of a training, with its unit, default and bounds; jsonargparse reads them from YAML and the command line."""
+"""Define every setting of a training with its unit, default and bounds; jsonargparse reads YAML and the command line."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 
 def setting(default: Any, low: float | None = None, high: float | None = None, *, free: bool = False) -> Any:
-    """Makes the field of a setting, with all that is known of its values.
+    """Return the dataclass field of a setting with its default, its bounds and whether it may change on resuming.
 
-    low, high: what a number may be, both included; a high of None is no bound, a low of None no bounds. free: it changes
-    neither samples nor weights, so a run may be resumed with another value.
+    Args:
+        default: the setting's default.
+        low: smallest allowed number, included; None means that neither bound is checked.
+        high: largest allowed number, included; None means no upper bound.
+        free: it changes neither samples nor weights, so a run may be resumed with another value.
     """
     return field(default=default, metadata={"low": low, "high": high, "free": free})
 
@@ -21,7 +24,7 @@ class ModelConfig:
     """deepskip, plain_unet (the same without deep skips), unet, fcn, pspnet, h_dense_unet, unet3plus, nnunet, mask_rcnn,
     smp:ARCH:ENCODER (segmentation_models_pytorch), or one that an installed package adds (docs/networks.md)"""
     options: dict[str, Any] = field(default_factory=dict)
-    """what a network other than DeepSkip is told: {size: paper}, or widths of its own; DeepSkip has what follows"""
+    """options of a network other than DeepSkip: {size: paper}, or single widths; DeepSkip has the settings that follow"""
     base_channels: int = setting(8, 1, 1024)
     """channels of the first level, b; level u has b * 2^(u-1)"""
     levels: int = setting(5, 3, 6)
@@ -31,9 +34,10 @@ class ModelConfig:
     norm: Literal["batch", "instance-batch", "group"] = "batch"
     """normalisation; "instance-batch" is half instance, half batch norm, "group" gives the same on any number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
-    """how deeper maps are brought to a level's size"""
+    """how deeper maps are upsampled to a level's size"""
     enlarge: int = setting(1, 1, 4)
-    """times that images are enlarged before the network, 1 to 4, for objects of few pixels; costs its square in time, memory"""
+    """factor by which images are enlarged before the network, 1 to 4, for objects of few pixels; time and memory grow with
+    its square"""
     in_channels: int | None = setting(None, 1, 4096)
     """bands of the input; null takes them from the shards"""
     num_classes: int | None = setting(None, 1, 255)
@@ -47,11 +51,11 @@ class LossConfig:
     alpha: float = setting(0.5, 0, 1)
     """weight of foreground pixels in BCE, 0 to 1; background gets 1 - alpha"""
     beta: float = setting(1.0, 0)
-    """weight of BCE beside Dice"""
+    """weight of BCE relative to Dice"""
     eps: float = setting(1.0, 1e-12)
     """smoothing of Dice, in pixels"""
     class_weights: list[float] | None = None
-    """weight of each class in Dice, made to sum to 1; null weighs them equally"""
+    """weight of each class in Dice, normalised to sum 1; null weighs them equally"""
 
 
 @dataclass
@@ -61,37 +65,37 @@ class DataConfig:
     path: str = "data/coins"
     """folder or URL (s3://, gs://, http://) that holds train/ and val/, each with an index.json"""
     builtin: Literal["coins"] | None = setting(None, free=True)
-    """built-in data to pack into `path` where no shards are there"""
+    """built-in data to pack into `path` if it does not exist"""
     crop: int = setting(128, 16, 65536)
     """height and width of training crops, pixels; smaller images are padded"""
     foreground_crops: float = setting(0.5, 0, 1)
-    """share of training crops laid around a foreground pixel, 0 to 1"""
+    """share of training crops placed around a foreground pixel, 0 to 1"""
     copy_paste: float = setting(0.0, 0, 1)
-    """share of training crops that another sample of their shard is drawn for, whose objects are laid on, 0 to 1"""
+    """share of training crops onto which the objects of another sample of the same shard are pasted, 0 to 1"""
     normalize: Literal["image", "dataset", "none"] = "image"
-    """to mean 0, deviation 1 in each band: by each image's own statistics, or by the training set's"""
+    """scale each band to mean 0 and standard deviation 1 by its own or the training set's statistics; none keeps raw values"""
     shuffle_window: int = setting(16, 1)
-    """shards that are shuffled together; a reader has so many open, and twice as many in its cache"""
+    """number of shards that are shuffled together; a reader has this many open, and twice as many in its cache"""
     on_bad_sample: Literal["error", "skip"] = setting("error", free=True)
-    """a sample that cannot be used ends the training, or is left out and listed in bad_samples.jsonl"""
+    """whether an unusable sample ends the training, or is skipped and listed in bad_samples.jsonl"""
     loader_workers: int | None = setting(None, 0, 1024, free=True)
-    """decoding processes beside each training worker; 0 decodes in the training process, null takes 0, with a GPU 4"""
+    """decoding processes of each training worker; 0 decodes in the training process, null takes 4 with a GPU, else 0"""
     cache_dir: str = setting("~/.cache/deepskip", free=True)
     """folder on each machine for copies of remote shards, shared by its workers"""
     cache_gb: float = setting(50.0, 0, free=True)
-    """size of all copies together, gigabytes; the least recently used go first"""
+    """size of all copies together, gigabytes; the least recently used are removed first"""
 
 
 @dataclass
 class AugmentConfig:
-    """Random changes of training crops; a function of (seed, epoch, sample), so of no worker layout."""
+    """Random changes of training crops: a function of (seed, epoch, sample), the same on any number of workers."""
 
     flip: bool = True
     """mirror left-right and up-down, each with probability 0.5"""
     rotate90: bool = True
-    """turn by a random multiple of 90 degrees"""
+    """rotate by a random multiple of 90 degrees"""
     rotate: float = setting(0.0, 0, 180)
-    """turn by up to this many degrees either way"""
+    """rotate by up to this many degrees in either direction"""
     scale: float = setting(0.0, 0, 0.9)
     """enlarge or shrink by up to this share: 0.2 means 0.8 to 1.25"""
     brightness: float = setting(0.0, 0, 10)
@@ -109,35 +113,35 @@ class OptimConfig:
     """Muon or AdamW with linear warm-up and cosine decay, counted in steps."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    """Muon moves convolutions by orthogonalised momentum and the rest by Adam"""
+    """Muon updates convolutions by orthogonalised momentum and all other weights by Adam"""
 
     steps: int = setting(600, 1)
     """optimizer steps of the whole training"""
     global_batch_size: int = setting(8, 1)
-    """samples in one step over all workers; which and how they are augmented does not depend on how many workers share it"""
+    """samples in one step over all workers; neither their choice nor their augmentation depends on the number of workers"""
     learning_rate: float = setting(4e-3, 0, 10)
-    """peak learning rate, of Adam; Muon's steps are five times that"""
+    """peak learning rate of Adam; Muon's is five times that"""
     momentum: float = setting(0.95, 0, 0.99999999)
-    """Muon's: it looks back some 1 / (1 - momentum) steps, which is long where there are few"""
+    """momentum of Muon, which averages over about 1 / (1 - momentum) steps: many for a short training"""
     warmup_steps: int = setting(50, 0)
     """steps of linear warm-up"""
     final_learning_rate: float = setting(0.01, 0, 1)
-    """share of the peak that the cosine ends at"""
+    """final learning rate of the cosine schedule, as a share of the peak"""
     weight_decay: float = setting(0.1, 0, 10)
     """decoupled weight decay of convolution weights"""
     clip_norm: float = setting(1.0, 0)
     """largest norm of the gradient; 0 does not clip"""
     ema_decay: float = setting(0.98, 0, 0.99999999)
-    """decay a step of the moving average of the weights that is validated and kept; 0 keeps the weights themselves. At step t
-    the decay is (1 + t) / (10 + t) at most, so that the average of a short training is not one of its first weights"""
+    """decay per step of the moving average of the weights, which is validated and kept; 0 uses the weights themselves.
+    At step t it is at most (1 + t) / (10 + t), so that the average of a short training is not one of its first weights"""
 
 
 @dataclass
 class RunConfig:
-    """The run: its name, where it is stored, how often it looks up."""
+    """The run: its name, where it is stored, how often it logs, validates and saves."""
 
     name: str | None = setting(None, free=True)
-    """name of the run and of its folder; null takes the config file's name, numbered on when that one is finished"""
+    """name of the run and of its folder; null takes the config file's name, numbered if another or a finished run has it"""
     storage: str = setting("runs", free=True)
     """folder of all runs; every worker must see it under this path"""
     seed: int = 0
@@ -149,14 +153,14 @@ class RunConfig:
     checkpoint_every: int = setting(100, 1, free=True)
     """steps between checkpoints"""
     keep_checkpoints: int = setting(2, 1, free=True)
-    """newest checkpoints that stay, beside the best"""
+    """number of newest checkpoints to keep, in addition to the best"""
     patience: int = setting(0, 0, free=True)
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "next", "reference"] = setting("auto", free=True)
-    """operators: auto takes Triton's on GPUs that can run them, on CPUs forms for CPUs, else plain PyTorch's"""
+    """operators: auto takes Triton kernels on GPUs that can run them, optimised forms on CPUs, else plain PyTorch"""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting("none", free=True)
-    """torch.compile of the training step's network by this mode; the last two replay it as CUDA graphs. Crops have one size, so
-    it is compiled once; validation runs as it is where ema_decay is not 0"""
+    """mode of torch.compile for the training step's network; the last two replay it as CUDA graphs. Crops have one size, so
+    it is compiled once; validation is not compiled unless ema_decay is 0"""
     panels: int = setting(8, 0, 64)
     """validation images in the prediction panel"""
     experiment: str = "deepskip"
@@ -167,25 +171,25 @@ class RunConfig:
 
 @dataclass
 class ClusterConfig:
-    """What Ray gives to the training."""
+    """The resources that the training takes from Ray, and how it handles lost machines."""
 
     workers: int | tuple[int, int] | None = None
-    """training processes, or [fewest, most]: goes on with fewer where machines are lost and takes new ones; null takes one
-    a GPU, or 2 where there is no GPU (1 on a single core)"""
+    """training processes, or [fewest, most]: continues with fewer if machines are lost and takes new ones; null takes one
+    per GPU, or 2 without a GPU (1 on a single core)"""
     cpus_per_worker: float | None = setting(None, 0.01)
-    """CPU cores of each worker; null takes 1, and with --local all of this machine's, shared among its ranks"""
+    """CPU cores of each worker; null takes 1, and with --local all of this machine's, divided among its ranks"""
     gpu: bool | None = None
-    """one GPU a worker; null uses GPUs where the cluster has any"""
+    """one GPU per worker; null uses GPUs if the cluster has any"""
     wait_seconds: float = setting(20.0, 0)
-    """how long to wait for the cluster to have what was asked for, before giving up"""
+    """how long to wait for the requested resources before giving up, seconds"""
     resize_seconds: float = setting(60.0, 1)
-    """how often an elastic training looks for new machines; it grows by going back to its newest checkpoint"""
+    """how often an elastic training looks for new machines, seconds; it grows by restarting from its newest checkpoint"""
     collective_timeout: float = setting(120.0, 1)
     """longest time that workers wait for each other, or do not answer Ray, before they count as lost, seconds"""
     max_failures: int = setting(3, -1)
-    """how often in a row, with no new checkpoint between, a training is restarted after a worker died; -1 for ever"""
+    """number of consecutive restarts after a worker died, with no new checkpoint in between; -1 is unlimited"""
     recovery_seconds: float = setting(600.0, 0)
-    """how long a training waits for machines in place of lost ones before it gives up"""
+    """how long a training waits for machines that replace lost ones before it gives up, seconds"""
 
 
 @dataclass
@@ -202,12 +206,17 @@ class Config:
 
 
 def workers_range(workers: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Gives the fewest and the most of cluster.workers; None where it is left open."""
+    """Return the fewest and the most workers of cluster.workers, or None if it is not set."""
     return (workers, workers) if isinstance(workers, int) else workers and (workers[0], workers[1])
 
 
 def faults_of(settings: Any, section: str = "") -> list[str]:
-    """Lists the settings of a dataclass, and of those in it, that are out of bounds: key, value and what is allowed."""
+    """Return a message for each setting that is out of bounds: its key, its value and what is allowed.
+
+    Args:
+        settings: a dataclass; dataclasses in it are checked too.
+        section: prefix of the keys.
+    """
     faults = []
     for each in fields(settings):
         name, value = f"{section}{each.name}", getattr(settings, each.name)
@@ -215,7 +224,7 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
             faults += faults_of(value, f"{name}.")
             continue
         low, high = each.metadata.get("low"), each.metadata.get("high")
-        # not (a <= b) is true for nan too
+        # The comparison is negated, so that it is true for nan too.
         if low is not None and value is not None and not low <= value <= (value if high is None else high):
             faults.append(
                 f"{name} is {value}; it must be " + (f"{low:g} or more" if high is None else f"{low:g} to {high:g}")
@@ -224,7 +233,7 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
 
 
 def is_free(key: str) -> bool:
-    """Tells whether a run may be resumed with another value of a setting, `section.key`; an unknown one may not."""
+    """Return whether a run may be resumed with another value of a setting, `section.key`; unknown ones may not."""
     section, _, name = key.partition(".")
     outer = {each.name: each for each in fields(Config)}.get(section)
     if outer is None:
@@ -234,7 +243,11 @@ def is_free(key: str) -> bool:
 
 
 def check_values(config: Config) -> None:
-    """Checks every value's bounds; raises ValueError that names all keys at fault, their values and what is allowed."""
+    """Check the bounds of every value.
+
+    Raises:
+        ValueError: if any is out of bounds. The message has all such keys, their values and what is allowed.
+    """
     faults = faults_of(config)
     if (asked := workers_range(config.cluster.workers)) and not 1 <= asked[0] <= asked[1]:
         faults.append(f"cluster.workers is {config.cluster.workers}; it must be 1 or more, or [fewest, most]")
@@ -245,5 +258,5 @@ def check_values(config: Config) -> None:
 
 
 def is_folder_name(name: str) -> bool:
-    """Says whether a name can be a folder's, and is neither hidden nor leads elsewhere."""
+    """Return whether a name can be a folder's, is not hidden and contains no path separator."""
     return bool(name) and name[0] not in ".~" and "/" not in name and name.isprintable() and len(name.encode()) <= 200

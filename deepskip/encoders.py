@@ -1,4 +1,4 @@
-"""The two encoders that the paper counts: VGG-16-like (eq. 3) and ResNet-34-like (eq. 4)."""
+"""Build the two encoders of the paper: VGG-16-like (eq. 3) and ResNet-34-like (eq. 4)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -6,12 +6,20 @@ from torch import Tensor, nn
 from deepskip import kernels
 from deepskip.instance_batch_norm import InstanceBatchNorm
 
-# basic blocks a level, from level 2 on: ResNet-34's; a sixth level repeats the last number
+# ResNet-34's number of basic blocks at levels 2, 3, ...; a sixth level repeats the last number.
 RESNET34_BLOCKS = (3, 4, 6, 3, 3)
 
 
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    """Builds the normalisation of a block: "batch", "instance-batch", or "group" (4 channels a group)."""
+    """Build the normalisation of a block.
+
+    Args:
+        kind: "batch", "instance-batch", or "group" (4 channels in a group).
+        channels: channels of the maps.
+
+    Raises:
+        ValueError: for another kind.
+    """
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "instance-batch":
@@ -22,7 +30,13 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
 
 
 class ConvNormReLU(nn.Sequential):
-    """3x3 convolution without bias, normalisation, ReLU: the paper's cbr."""
+    """3x3 convolution without bias, normalisation, ReLU: the paper's cbr.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the result.
+        norm: "batch", "instance-batch" or "group".
+    """
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
         super().__init__(
@@ -32,6 +46,7 @@ class ConvNormReLU(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the maps (N, out_channels, H, W) of x (N, in_channels, H, W)."""
         conv, norm, relu = self
         weight = conv.get_parameter("weight")
         if not isinstance(norm, nn.BatchNorm2d):
@@ -49,7 +64,13 @@ class ConvNormReLU(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's two-convolution block with a 1x1 projection where the channels change (He et al. 2016)."""
+    """ResNet's block of two convolutions, with a 1x1 projection where the channels change (He et al. 2016).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the result.
+        norm: "batch", "instance-batch" or "group".
+    """
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
         super().__init__()
@@ -63,16 +84,17 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the maps (N, out_channels, H, W) of x (N, in_channels, H, W)."""
         return F.relu(self.second_norm(self.second(self.first(x))) + self.shortcut(x))
 
 
 def vgg16_level(u: int, in_channels: int, channels: int, norm: str) -> nn.Module:
-    """Builds level u (1 first) of the VGG encoder: two 3x3 convolutions."""
+    """Build level u (1 first) of the VGG encoder: two 3x3 convolutions."""
     return nn.Sequential(ConvNormReLU(in_channels, channels, norm), ConvNormReLU(channels, channels, norm))
 
 
 def resnet34_level(u: int, in_channels: int, channels: int, norm: str) -> nn.Module:
-    """Builds level u (1 first) of the ResNet encoder: one 3x3 convolution at level 1, basic blocks below it."""
+    """Build level u (1 first) of the ResNet encoder: one 3x3 convolution at level 1, basic blocks below it."""
     if u == 1:
         return ConvNormReLU(in_channels, channels, norm)
     blocks = [BasicBlock(in_channels, channels, norm)]

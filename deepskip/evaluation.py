@@ -1,4 +1,4 @@
-"""Validation: the network's loss and metrics on whole images, added up over all ranks."""
+"""Validate a network on whole images: its loss and metrics over all ranks."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,10 +23,28 @@ def evaluate(
     device: torch.device,
     panels: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Tensor | str]]]:
-    """Measures the network on whole images and returns the metrics (over all ranks) and this rank's first `panels` images.
+    """Measure the network on whole images.
 
-    "loss" and "soft_dice" are of the whole split, from sums over it (eq. 5). "images" is the number of images. Of a binary task
-    there are "best_threshold" and "iou_best_threshold" too; all other metrics are at a probability of 0.5.
+    Args:
+        network: takes normalised images (N, bands, H, W) and returns logits (N, V, H, W). It is set to evaluation mode.
+        criterion: the loss.
+        num_classes: 1 for binary, else exclusive classes.
+        ignore_index: label of pixels that are not counted.
+        images: this rank's share, one image a batch. A batch has "image" (1, bands, H, W), "mask" (1, H, W), "mean" and
+            "std" (1, bands), "key" (a list of one).
+        device: where the network is.
+        panels: number of images to return with their labels.
+
+    Returns:
+        The metrics over all ranks, and this rank's first `panels` images: "image" (bands, H, W), "mask" and "labels"
+        (H, W), "key".
+
+        "loss" and "soft_dice" are computed from sums over the whole split (eq. 5). "images" is the number of images.
+        For a binary task there are also "best_threshold" and "iou_best_threshold". All other metrics are at a
+        probability of 0.5.
+
+    Raises:
+        ValueError: if the validation split is empty.
     """
     network.eval()
     metrics = SegmentationMetrics(num_classes, ignore_index, device)
@@ -61,7 +79,17 @@ def evaluate(
 
 
 def thumbnail(image_CHW: Tensor, maps_HW: dict[str, Any], side: int) -> dict[str, np.ndarray]:
-    """Keeps of an image and its maps what a panel shows: three bands (H, W, 3), every k-th pixel, at most `side` a side."""
+    """Return an image and its maps reduced to what a panel shows, at most `side` pixels a side.
+
+    Args:
+        image_CHW: image (C, H, W).
+        maps_HW: maps of shape (H, W), by name.
+        side: largest height and width, in pixels; every k-th pixel is kept.
+
+    Returns:
+        "image" of shape (h, w, bands) and the maps (h, w). Of more than three bands, the first, the middle and the last
+        are kept.
+    """
     bands, height, width = image_CHW.shape
     step = -(-max(height, width) // side)
     shown = image_CHW if bands <= 3 else image_CHW[[0, bands // 2, bands - 1]]

@@ -1,7 +1,7 @@
-"""A trained model as a graph of plain operators, for ONNX runtimes and for torch without this package.
+"""Export a trained model as a graph of plain operators, for ONNX runtimes and for torch without this package.
 
-The graph takes raw images: normalisation, enlargement, padding to a multiple of 2^(levels - 1) and cropping are in it. The
-deep-skip stage is in its reference form: upsampling, convolution, concatenation.
+The graph takes raw images. Normalisation, enlargement, padding to a multiple of 2^(levels - 1) and cropping are part of
+it. The deep-skip stage is in its reference form: upsampling, convolution, concatenation.
 """
 
 import io
@@ -20,61 +20,72 @@ from deepskip.kernels import backend
 from deepskip.network import multiple_of
 
 INPUT, OUTPUT = "image", "probabilities"
-# antialiased resizing and GroupNormalization need no more, and runtimes of the last three years have it
+# Antialiased resizing and GroupNormalization need no later opset, and runtimes of the last three years have this one.
 OPSET = 18
-# what an exported graph may differ from PyTorch by, in probability
+# The largest accepted difference between an exported graph and PyTorch, in probability.
 TOLERANCE = 1e-4
 
 
 class ExportFailed(RuntimeError):
-    """The exported graph is not there, or is not the model; says by how much, at which size."""
+    """The graph could not be exported, or differs from the model; the message says by how much and at which size."""
 
 
 def to_program(segmenter: Segmenter) -> ExportedProgram:
-    """Exports raw images (N, bands, H, W) fp32 -> probabilities (N, V, H, W) fp32, of any N, H and W, as ATen operators.
+    """Export a model as a program of ATen operators that takes images of any number and size.
 
-    Raises ExportFailed where the network has no such graph, as Mask R-CNN has none.
+    The program maps raw images (N, bands, H, W) fp32 to probabilities (N, V, H, W) fp32.
+
+    Args:
+        segmenter: the model. It is set to evaluation mode.
+
+    Raises:
+        ExportFailed: if the network has no such graph, such as Mask R-CNN, or torch.export cannot trace it.
     """
     if reason := getattr(segmenter.network, "not_exported", None):
         raise ExportFailed(reason)
     segmenter = segmenter.eval()
     side = 4 * smallest_side(segmenter)
-    # a batch of 2 and two sides: equal or single numbers would be taken for fixed ones
+    # A batch of 2 and two different sides: torch.export would take a 1, or equal sides, for fixed.
     example = torch.zeros(2, segmenter.bands, side, side + 16, device=segmenter.mean.device)
     sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     try:
         with plain_operators():
             return torch.export.export(segmenter, (example,), dynamic_shapes=sizes)
-    # whatever the network of a stranger does that torch.export cannot follow
+    # An untrusted network may raise any error that torch.export passes on.
     except Exception as error:
         network = type(segmenter.network).__name__
-        raise ExportFailed(f"torch.export cannot follow {network}: {' '.join(str(error).split())[:300]}") from error
+        raise ExportFailed(f"torch.export cannot trace {network}: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager
 def plain_operators() -> Iterator[None]:
-    """Has the network compute without gradients and by the reference forms of all kernels while the block runs."""
+    """Run the block without gradients and with the reference forms of all kernels."""
     with backend.chosen("reference"), torch.no_grad():
         yield
 
 
 def smallest_side(segmenter: Segmenter) -> int:
-    """Gives the smallest height and width of images that a program of `to_program` takes; ONNX takes any."""
+    """Return the smallest height and width, in pixels, that a program of `to_program` takes; ONNX takes any."""
     return multiple_of(segmenter.network) + 1
 
 
 def program_bytes(program: ExportedProgram) -> bytes:
-    """Gives the file (.pt2) of a program; `torch.export.load(path).module()` runs it."""
+    """Return the bytes of a program's file (.pt2); `torch.export.load(path).module()` runs it."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # torch's archive writer warns of weights that share storage, which is all of them
+        # Torch's archive writer warns of weights that share storage, and all of them do.
         warnings.filterwarnings("ignore", message="No complete tensor found")
         torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
 def onnx_bytes(program: ExportedProgram, properties: Mapping[str, str]) -> bytes:
-    """Gives the ONNX file of a program, weights and all; properties: what it says of itself. Needs onnx and onnxscript."""
+    """Return the bytes of a program's ONNX file, weights included; needs onnx and onnxscript.
+
+    Args:
+        program: program that `to_program` returned.
+        properties: metadata to store in the file.
+    """
     import onnx
 
     with _quiet():
@@ -83,7 +94,7 @@ def onnx_bytes(program: ExportedProgram, properties: Mapping[str, str]) -> bytes
         )
     assert exported is not None
     model = exported.model_proto
-    # plain names for the sides that the exporter numbers, and nothing that still has the numbers
+    # The exporter numbers the dimensions: give them names, and remove the value infos that still have the numbers.
     del model.graph.value_info[:]
     for value in (model.graph.input[0], model.graph.output[0]):
         sides = value.type.tensor_type.shape.dim
@@ -96,7 +107,7 @@ def onnx_bytes(program: ExportedProgram, properties: Mapping[str, str]) -> bytes
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's remarks, on its own inner workings, off the screen."""
+    """Suppress the exporter's messages about its own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     try:
@@ -113,21 +124,31 @@ def _quiet() -> Iterator[None]:
 def compare(
     segmenter: Segmenter, runs: Callable[[np.ndarray], np.ndarray], sizes: Sequence[tuple[int, int, int]]
 ) -> dict[str, float]:
-    """Runs random images of sizes (N, H, W) through a graph and the model, and gives the largest difference at each size.
+    """Compare an exported graph with the model on random images.
 
-    runs: takes raw images as numpy, gives probabilities. Raises ExportFailed where one is over TOLERANCE.
+    Args:
+        segmenter: the model, on the CPU.
+        runs: the graph: takes raw images (N, bands, H, W) fp32 and returns probabilities (N, V, H, W), both numpy
+            arrays.
+        sizes: (N, H, W) of each comparison.
+
+    Returns:
+        The largest difference in probability by size, such as "1 x 64 x 96".
+
+    Raises:
+        ExportFailed: if a difference is over TOLERANCE.
     """
     rng = np.random.default_rng(0)
     found = {}
     for N, H, W in sizes:
         noise = rng.normal(size=(N, segmenter.bands, H, W)).astype(np.float32)
-        # as the training data lie
+        # Images with the mean and deviation of the training data.
         image = noise * segmenter.std.numpy()[..., None, None] + segmenter.mean.numpy()[..., None, None]
         with torch.inference_mode():
             expected: Tensor = segmenter(torch.from_numpy(image))
         difference = float(np.abs(runs(image) - expected.numpy()).max())
         found[f"{N} x {H} x {W}"] = difference
-        # nan is no small difference
+        # The comparison is negated, so that nan fails too.
         if not difference <= TOLERANCE:
             raise ExportFailed(
                 f"at {N} x {H} x {W} pixels its probabilities differ from PyTorch's by {difference:.2g}, over {TOLERANCE:g}"

@@ -1,4 +1,4 @@
-"""Pictures of predictions and curves of trainings."""
+"""Draw predictions over images, and curves of trainings and evaluations."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from deepskip.threshold_curve import Curve
 
 FOUND, MISSED, FALSE_ALARM = (0.1, 0.75, 0.3), (1.0, 0.75, 0.0), (0.95, 0.15, 0.15)
-# shown one after another for the classes 1, 2, ...
+# The colours of classes 1, 2, ...; they repeat for more classes.
 CLASS_COLOURS = (
     (0.95, 0.15, 0.15),
     (0.1, 0.6, 0.95),
@@ -22,15 +22,19 @@ CLASS_COLOURS = (
 
 
 def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
-    """Makes a picture (H, W, 3), 0 to 1, of any number of bands: the first, middle and last, each stretched to its range.
+    """Convert an image of any number of bands to a picture: the first, middle and last band, each stretched to its range.
 
-    Three bands of 8 bits are taken as RGB and left as they are.
+    Args:
+        image_HWC: image (H, W, bands). Three bands of uint8 are taken as RGB and only scaled.
+
+    Returns:
+        The picture (H, W, 3), fp32, 0 to 1. The range of a band is from its 1st to its 99th percentile.
     """
     bands = image_HWC.shape[2]
     if bands == 3 and image_HWC.dtype == np.uint8:
         return image_HWC.astype(np.float32) / 255
     shown = image_HWC[..., [0, bands // 2, bands - 1]].astype(np.float32)
-    # fp32 and in place: a picture of 2000 pixels a side has 48 MB as it is
+    # In fp32 and in place: a picture of 2000 pixels a side takes 48 MB already.
     low, high = np.percentile(shown, (1, 99), axis=(0, 1)).astype(np.float32)
     shown -= low
     shown /= np.maximum(high - low, 1e-12)
@@ -38,14 +42,30 @@ def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
 
 
 def outline(mask_HW: np.ndarray) -> np.ndarray:
-    """Gives the pixels (H, W) of a boolean mask that touch its outside by an edge; the image's border is no edge."""
+    """Return the pixels of a boolean mask that share an edge with a pixel outside it.
+
+    Args:
+        mask_HW: mask (H, W), bool. The image's border does not count as outside.
+
+    Returns:
+        A boolean mask (H, W).
+    """
     padded = np.pad(mask_HW, 1, mode="edge")
     inside = padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     return mask_HW & ~inside
 
 
 def overlay(image_HWC: np.ndarray, labels_HW: np.ndarray, opacity: float = 0.35) -> np.ndarray:
-    """Lays labels over an image: each class tinted and outlined in a colour; (H, W, 3) uint8."""
+    """Draw labels over an image: each class is tinted and outlined in a colour.
+
+    Args:
+        image_HWC: image (H, W, bands).
+        labels_HW: labels (H, W); 0 is background.
+        opacity: opacity of the tint, 0 to 1.
+
+    Returns:
+        The picture (H, W, 3), uint8.
+    """
     picture = to_rgb(image_HWC)
     for label in np.unique(labels_HW):
         if label == 0:
@@ -61,7 +81,17 @@ def overlay(image_HWC: np.ndarray, labels_HW: np.ndarray, opacity: float = 0.35)
 def comparison(
     image_HWC: np.ndarray, prediction_HW: np.ndarray, target_HW: np.ndarray, ignore_index: int
 ) -> np.ndarray:
-    """Tints an image by what was found (green), missed (yellow) and seen where nothing is (red); (H, W, 3), 0 to 1."""
+    """Tint an image by comparing prediction and target: found is green, missed is yellow, a false alarm is red.
+
+    Args:
+        image_HWC: image (H, W, bands).
+        prediction_HW: predicted labels (H, W).
+        target_HW: true labels (H, W).
+        ignore_index: true label of pixels that are not tinted.
+
+    Returns:
+        The picture (H, W, 3), 0 to 1.
+    """
     picture = to_rgb(image_HWC) * 0.6
     counted = target_HW != ignore_index
     for here, colour in (
@@ -74,10 +104,13 @@ def comparison(
 
 
 def panel(images: Sequence[dict[str, Any]], ignore_index: int, columns: int | None = None) -> Figure:
-    """Draws images in columns: the image, and below it the same with its prediction against the truth.
+    """Draw images side by side, and below each one the same image with its prediction compared with the target.
 
-    images: dicts of "image" (H, W, bands), "labels" (predicted) and "mask" (true), both (H, W), "key", and "note" if there is
-    more to say. columns: so many side by side, the rest below; None puts all into one row.
+    Args:
+        images: dicts of "image" (H, W, bands), "labels" (predicted) and "mask" (true), both (H, W), "key", and an
+            optional "note" for the title.
+        ignore_index: true label of pixels that are not tinted.
+        columns: number of images side by side, with the others below; None puts all into one row.
     """
     columns = min(columns or len(images), len(images))
     rows = -(-len(images) // columns)
@@ -99,9 +132,11 @@ def panel(images: Sequence[dict[str, Any]], ignore_index: int, columns: int | No
 
 
 def curves(history: dict[str, list[tuple[int, float]]]) -> Figure:
-    """Draws loss, Dice and IoU over the steps, training and validation in one plot each.
+    """Draw loss, Dice and IoU over the steps, training and validation in one plot each.
 
-    history: (step, value) pairs under "train/loss", "val/loss", "train/dice", "val/soft_dice", "train/iou", "val/iou".
+    Args:
+        history: (step, value) pairs under "train/loss", "val/loss", "train/dice", "val/soft_dice", "train/iou",
+            "val/iou"; any may be missing.
     """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     plots = (
@@ -123,7 +158,11 @@ def curves(history: dict[str, list[tuple[int, float]]]) -> Figure:
 
 
 def precision_recall(classes: Sequence[tuple[str, Curve]]) -> Figure:
-    """Draws precision over recall, and F1 over the threshold, of named classes; the best threshold is marked."""
+    """Draw precision over recall, and F1 over the threshold, of named classes; the best threshold is marked.
+
+    Args:
+        classes: name and curve of each foreground class.
+    """
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, curve), colour in zip(classes, cycle(CLASS_COLOURS), strict=False):
@@ -140,7 +179,11 @@ def precision_recall(classes: Sequence[tuple[str, Curve]]) -> Figure:
 
 
 def by_size(sizes: Sequence[dict[str, Any]]) -> Figure:
-    """Draws object recall and IoU, and false alarms, over the objects' size; sizes: as `SizeScores.compute` gives them."""
+    """Draw object recall, IoU and false alarms over the size of objects.
+
+    Args:
+        sizes: scores that `SizeScores.compute` returned.
+    """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     places = np.arange(len(sizes))
@@ -161,7 +204,11 @@ def by_size(sizes: Sequence[dict[str, Any]]) -> Figure:
 
 
 def confusion(counts_VV: np.ndarray) -> Figure:
-    """Draws a confusion matrix (true, predicted) of pixels as shares of the true class."""
+    """Draw a confusion matrix of pixels as shares of the true class.
+
+    Args:
+        counts_VV: pixels by true and predicted label, (V, V).
+    """
     V = len(counts_VV)
     shares = counts_VV / np.maximum(counts_VV.sum(1, keepdims=True), 1)
     side = max(3.5, 0.55 * V + 1.5)

@@ -1,4 +1,4 @@
-"""What stands around a network that predicts: normalisation, large images in tiles, probabilities and labels."""
+"""Prepare a network for prediction: normalisation, large images in tiles, probabilities and labels."""
 
 from typing import Any
 
@@ -9,28 +9,48 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from deepskip import networks
 from deepskip.tiling import logits_in_tiles, overlap_of
 
-# an image of more pixels than this is cut into overlapping tiles
+# Images of more pixels than this are cut into overlapping tiles.
 WHOLE_IMAGE_PIXELS = 2048 * 2048
 TILE = 1536
 
 
 def image_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives each band's mean and standard deviation over one image: two tensors (N, bands)."""
+    """Return each band's mean and standard deviation over each image.
+
+    Args:
+        image_NCHW: images (N, bands, H, W) of any real dtype.
+
+    Returns:
+        Means and deviations, each (N, bands) fp32.
+    """
     image_NCHW = image_NCHW.float()
-    # rows first: runtimes of exported models add fp32 up plainly, and a quarter of a million numbers cost them four digits
+    # Rows first: runtimes of exported models sum fp32 naively, and a quarter of a million numbers cost them four digits.
     mean_NC = image_NCHW.mean(3).mean(2)
     variance_NC = (image_NCHW - mean_NC[..., None, None]).square().mean(3).mean(2)
     return mean_NC, variance_NC.sqrt()
 
 
 def normalize(image_NCHW: Tensor, mean_NC: Tensor, std_NC: Tensor) -> Tensor:
-    """Brings each band to mean 0 and deviation 1, in fp32; a constant band becomes 0."""
+    """Scale each band to mean 0 and standard deviation 1, in fp32; a constant band becomes 0.
+
+    Args:
+        image_NCHW: images (N, bands, H, W) of any real dtype.
+        mean_NC: means, (N, bands) or (1, bands).
+        std_NC: standard deviations, (N, bands) or (1, bands); 0 is taken as 1.
+    """
     std_NC = torch.where(std_NC > 0, std_NC, 1.0)
     return (image_NCHW.float() - mean_NC[..., None, None]) / std_NC[..., None, None]
 
 
 def missing_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives each band's mean and deviation over the pixels that have a value, that are not nan: two tensors (N, bands)."""
+    """Return each band's mean and standard deviation over the pixels whose value is not nan.
+
+    Args:
+        image_NCHW: images (N, bands, H, W), nan where a value is missing.
+
+    Returns:
+        Means and deviations, each (N, bands) fp32; 0 for a band without any value.
+    """
     wide = image_NCHW.double()
     seen = ~wide.isnan()
     counts = seen.sum((2, 3)).clamp(min=1)
@@ -40,13 +60,26 @@ def missing_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def filled(image_NCHW: Tensor, mean_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts a band's mean where it has no value (nan); gives the image, and where (N, H, W) no band has one."""
+    """Replace missing values (nan) by their band's mean.
+
+    Args:
+        image_NCHW: images (N, bands, H, W), nan where a value is missing.
+        mean_NC: means, (N, bands) or (1, bands).
+
+    Returns:
+        The filled images, and a boolean mask (N, H, W) of the pixels where no band has a value.
+    """
     missing = image_NCHW.isnan()
     return torch.where(missing, mean_NC[..., None, None].to(image_NCHW.dtype), image_NCHW), missing.all(1)
 
 
 def without_values(p_NVHW: Tensor, nowhere_NHW: Tensor | None) -> Tensor:
-    """Makes all background, with certainty, where an image has no value."""
+    """Set pixels without a value to background, with certainty.
+
+    Args:
+        p_NVHW: probabilities (N, V, H, W).
+        nowhere_NHW: mask (N, H, W) of the pixels where no band has a value; None if there are none.
+    """
     if nowhere_NHW is None:
         return p_NVHW
     nowhere = nowhere_NHW.to(p_NVHW.device)[:, None].expand_as(p_NVHW)
@@ -57,23 +90,36 @@ def without_values(p_NVHW: Tensor, nowhere_NHW: Tensor | None) -> Tensor:
 
 
 def to_probabilities(logits: Tensor) -> Tensor:
-    """Turns logits (N, V, H, W) into probabilities: sigmoid for V = 1, else softmax over the classes."""
+    """Convert logits (N, V, H, W) to probabilities: sigmoid for V = 1, else softmax over the classes."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
 def to_labels(scores: Any, threshold: float) -> Any:
-    """Turns scores ([N,] V, H, W), a tensor or an array, into labels ([N,] H, W): over a threshold for V = 1, else the highest.
+    """Convert scores to labels: over a threshold for V = 1, else the class of the highest score.
 
-    threshold: of probabilities, by custom 0.5, or of logits, 0. Labels of V = 1 are bool, else int64.
+    Args:
+        scores: tensor or array ([N,] V, H, W) of probabilities or logits.
+        threshold: threshold for V = 1, usually 0.5 for probabilities or 0 for logits.
+
+    Returns:
+        Labels ([N,] H, W): bool for V = 1, else int64.
     """
     return scores[..., 0, :, :] > threshold if scores.shape[-3] == 1 else scores.argmax(-3)
 
 
 def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> Tensor:
-    """Computes the logits of normalised images of any size.
+    """Compute the logits of normalised images of any size.
 
-    Images of more than WHOLE_IMAGE_PIXELS go through in tiles of `tile` pixels a side, that overlap by so much that the
-    result is that of the whole image (deepskip.tiling). Both are as the network enlarges them.
+    Images of more than WHOLE_IMAGE_PIXELS are computed in overlapping tiles. The overlap is large enough that the
+    result is that of the whole image (deepskip.tiling). Both sizes are those after the network's own enlargement.
+
+    Args:
+        network: maps images (N, bands, H, W) to logits (N, V, H, W).
+        image_NCHW: normalised images (N, bands, H, W).
+        tile: height and width of tiles, in pixels.
+
+    Returns:
+        Logits (N, V, H, W).
     """
     H, W = image_NCHW.shape[-2:]
     if most_pixels(network) >= H * W:
@@ -84,21 +130,31 @@ def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> 
 
 
 def enlarged_by(network: nn.Module) -> int:
-    """Says how many times a network enlarges its images; one that is not ours does not."""
+    """Return the factor by which a network enlarges its images: 1 for networks without such a setting."""
     times = getattr(network, "enlarge", 1)
     return times if isinstance(times, int) else 1
 
 
 def most_pixels(network: nn.Module) -> int:
-    """Says how many pixels of images go through a network at once, before it enlarges them."""
+    """Return the number of image pixels that a network takes at once, before it enlarges them."""
     return WHOLE_IMAGE_PIXELS // enlarged_by(network) ** 2
 
 
 class Segmenter(nn.Module):
     """A trained network that takes raw images.
 
-    forward: raw image (N, bands, H, W) in the training data's own units -> probabilities (N, V, H, W).
-    bands, num_classes: of the network.
+    Args:
+        network: maps normalised images (N, bands, H, W) to logits (N, V, H, W).
+        num_classes: 1 for binary, else exclusive classes.
+        how: kind of normalisation, "image", "dataset" or "none".
+        mean: mean of each band over the training set.
+        std: standard deviation of each band over the training set.
+
+    Attributes:
+        bands: number of bands of the images.
+        num_classes: 1 for binary, else exclusive classes.
+        mean: means of the training set, (1, bands).
+        std: standard deviations of the training set, (1, bands).
     """
 
     mean: Tensor
@@ -112,7 +168,15 @@ class Segmenter(nn.Module):
         self.register_buffer("std", torch.tensor([std]))
 
     def normalized_where_seen(self, image_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalises raw images that are nan where they have no value; gives them, and where (N, H, W) no band has one."""
+        """Normalise raw images with missing values.
+
+        Args:
+            image_NCHW: raw images (N, bands, H, W), nan where a value is missing.
+
+        Returns:
+            The normalised images (N, bands, H, W), and a mask (N, H, W) of the pixels where no band has a value. The
+            mask is None if no value is missing.
+        """
         if not image_NCHW.is_floating_point() or not bool(image_NCHW.isnan().any()):
             return self.normalized(image_NCHW), None
         mean, std = missing_statistics(image_NCHW) if self.how == "image" else (self.mean, self.std)
@@ -120,7 +184,7 @@ class Segmenter(nn.Module):
         return image_NCHW.float() if self.how == "none" else normalize(image_NCHW, mean, std), nowhere_NHW
 
     def normalized(self, image_NCHW: Tensor) -> Tensor:
-        """Normalises raw images in the way the network was trained on."""
+        """Normalise raw images (N, bands, H, W) in the way that the network was trained on."""
         if self.how == "none":
             return image_NCHW.float()
         if self.how == "image":
@@ -128,11 +192,20 @@ class Segmenter(nn.Module):
         return normalize(image_NCHW, self.mean, self.std)
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
+        """Compute the probabilities (N, V, H, W) of raw images.
+
+        Args:
+            image_NCHW: images (N, bands, H, W) in the training data's own units.
+        """
         return to_probabilities(self.network(self.normalized(image_NCHW)))
 
 
 def build_segmenter(state: dict[str, Any]) -> Segmenter:
-    """Builds the network that a checkpoint's state describes, ready for inference."""
+    """Build the network that a checkpoint's state describes, with its averaged weights if it has them, in evaluation mode.
+
+    Args:
+        state: state of a checkpoint, checked.
+    """
     settings, data = state["config"]["model"], state["data"]
     network = networks.build(settings, data["in_channels"], data["num_classes"])
     network.load_state_dict(state["ema"] or state["model"])

@@ -1,8 +1,10 @@
-"""Half of the channels by instance norm, half by batch norm (IBN-Net, Pan et al. 2018): what varies from image to image goes
-from the one half and stays in the other.
+"""Normalise half of the channels by instance norm and half by batch norm (IBN-Net, Pan et al. 2018).
 
-Both are x * scale + shift with a scale and a shift for each sample and channel, which come from one pass of statistics. All is
-computed in fp32 or finer and given as it came: half precision has no digits for sums over whole maps.
+Instance norm removes what varies from image to image; the batch-norm half keeps it.
+
+Both are x * scale + shift with a scale and a shift for each sample and channel, from one pass of statistics. All
+computation is in fp32 or finer, and the result has the input's dtype. Half precision has too few digits for sums over
+whole maps.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _pooled(statistics_NC: Tensor, own: int) -> Tensor:
-    """Averages all channels from the first `own` on over the samples: those are the batch's."""
+    """Replace the statistics of channels `own` and up by their mean over the samples: these channels are the batch's."""
     shared = statistics_NC[:, own:].mean(0).expand(len(statistics_NC), -1)
     return torch.cat([statistics_NC[:, :own], shared], 1)
 
@@ -27,7 +29,7 @@ def _affine(x: Tensor, scale_NC: Tensor, shift_NC: Tensor) -> Tensor:
 
 
 class _InstanceBatchNorm(torch.autograd.Function):
-    """Autograd's own way through the statistics takes half as long again."""
+    """Compute the gradient by hand: autograd's own takes 1.5 times as long through the statistics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,10 +51,10 @@ class _InstanceBatchNorm(torch.autograd.Function):
         x, weight, mean, inverse = ctx.saved_tensors
         wide, grad = _wide(x), _wide(grad)
         of_grad = grad.mean((2, 3))
-        # of grad x_hat, each sample and channel
+        # The mean of grad * x_hat for each sample and channel.
         of_product = ((grad * wide).mean((2, 3)) - of_grad * mean) * inverse
         pixels = x.shape[2] * x.shape[3]
-        # dx = scale (grad - mean of grad - x_hat * mean of grad x_hat), means over what the statistics are of
+        # dx = scale (grad - mean of grad - x_hat * mean of grad x_hat), with means over the same pixels as the statistics.
         scale = weight * inverse
         slope = -scale * inverse * _pooled(of_product, ctx.own)
         shift = -scale * _pooled(of_grad, ctx.own) - slope * mean
@@ -61,10 +63,17 @@ class _InstanceBatchNorm(torch.autograd.Function):
 
 
 class InstanceBatchNorm(nn.Module):
-    """Normalises (N, C, H, W): the first half of the channels over (H, W), the others over (N, H, W).
+    """Normalise (N, C, H, W): the first half of the channels over (H, W), the others over (N, H, W).
 
-    In evaluation the others take running statistics, as `torch.nn.BatchNorm2d` does. Raises ValueError for fewer than two
-    channels, and in training for maps of one pixel, of which the first half would be nothing but its bias.
+    In evaluation the others use running statistics, as `torch.nn.BatchNorm2d` does.
+
+    Args:
+        channels: C, 2 or more.
+        eps: added to the variance.
+        momentum: share of a batch in the running statistics, 0 to 1.
+
+    Raises:
+        ValueError: for fewer than two channels.
     """
 
     running_mean: Tensor
@@ -81,10 +90,18 @@ class InstanceBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels - self.own))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise maps (N, C, H, W); the result has their shape and dtype.
+
+        Args:
+            x: maps (N, C, H, W).
+
+        Raises:
+            ValueError: in training, for maps of one pixel, whose instance-norm half would be nothing but its bias.
+        """
         if not self.training:
             return self._evaluated(_wide(x)).to(x.dtype)
         if x.shape[2] * x.shape[3] < 2:
-            raise ValueError(f"x is {tuple(x.shape)}; instance norm has no variance of one pixel: give larger images")
+            raise ValueError(f"x is {tuple(x.shape)}; instance norm needs more than one pixel: use larger images")
         y, mean, variance = _InstanceBatchNorm.apply(x, self.weight, self.bias, self.eps)
         count = x.numel() // x.shape[1]
         with torch.no_grad():
@@ -94,8 +111,8 @@ class InstanceBatchNorm(nn.Module):
 
     def _evaluated(self, x: Tensor) -> Tensor:
         own, weight, bias = self.own, self.weight, self.bias
-        # rows first, as for an image's statistics: runtimes of exported models add fp32 up plainly. group_norm takes the
-        # variance for a difference of large sums
+        # Rows first, as for an image's statistics: runtimes of exported models sum fp32 naively. group_norm would compute
+        # the variance as a difference of large sums.
         centred = x[:, :own] - x[:, :own].mean(3, keepdim=True).mean(2, keepdim=True)
         variance = centred.square().mean(3, keepdim=True).mean(2, keepdim=True)
         alone = centred * (weight[:own, None, None] * (variance + self.eps).rsqrt()) + bias[:own, None, None]

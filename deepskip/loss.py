@@ -1,4 +1,4 @@
-"""Weighted BCE + Dice over the global batch (eqs. 5 to 8)."""
+"""Compute weighted BCE + Dice over the global batch (eqs. 5 to 8)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,13 @@ from deepskip import kernels
 
 
 class LossParts(NamedTuple):
-    """The loss (eq. 5) and what it is made of; each a scalar tensor of the global batch."""
+    """The loss (eq. 5) and its parts over the global batch, scalars.
+
+    Attributes:
+        loss: beta * BCE + Dice.
+        bce: weighted BCE (eq. 6).
+        dice: Dice loss (eq. 7).
+    """
 
     loss: Tensor
     bce: Tensor
@@ -19,16 +25,23 @@ class LossParts(NamedTuple):
 
 
 class BCEDiceLoss(nn.Module):
-    """loss = beta * BCE + Dice, the same number and gradient on any number of workers.
+    """Compute loss = beta * BCE + Dice, the same number and gradient on any number of workers.
 
-    alpha: weight of foreground pixels in BCE, 0 to 1; background gets 1 - alpha (eq. 6). beta: weight of BCE (eq. 5).
-    class_weights: Q_v of eq. 7, one for each class, made to sum to 1; equal by default.
-    ignore_index: label that takes no part. eps: smoothing of Dice, in pixels.
     The paper's eq. 7 prints log o where o is meant: as printed it has no lower bound.
 
     In a torch.distributed process group the sums are added up over all ranks. The gradient of a rank is then its own
-    share: the parameters' gradient is the SUM over ranks, so a trainer on DistributedDataParallel, which averages,
+    share: the parameters' gradient is the SUM over ranks. DistributedDataParallel averages, so a trainer that uses it
     multiplies the loss by the world size.
+
+    Args:
+        alpha: weight of foreground pixels in BCE, 0 to 1; background gets 1 - alpha (eq. 6).
+        beta: weight of BCE (eq. 5).
+        class_weights: Q_v of eq. 7, one for each class, normalised to sum 1; equal by default.
+        ignore_index: label of pixels that are not counted; None counts all.
+        eps: smoothing of Dice, in pixels.
+
+    Raises:
+        ValueError: if alpha, eps or class_weights are out of range.
     """
 
     def __init__(
@@ -50,7 +63,7 @@ class BCEDiceLoss(nn.Module):
         self.class_weights = None if class_weights is None else tuple(class_weights)
         self.normalized_weights: Tensor
         if class_weights is not None:
-            # copied to a device once, not with every loss
+            # A buffer is copied to a device once, not with every loss.
             self.register_buffer(
                 "normalized_weights",
                 torch.tensor(class_weights, dtype=torch.float64) / sum(class_weights),
@@ -58,23 +71,42 @@ class BCEDiceLoss(nn.Module):
             )
 
     def parts(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossParts:
-        """Gives the loss and its two parts; shapes as in `forward`."""
+        """Compute the loss and its two parts.
+
+        Args:
+            logits: tensor (N, V, H, W).
+            target: labels (N, H, W), or (N, V, H, W) for independent labels.
+            sample_weight: weights of the samples, (N,); samples of weight 0 are not counted.
+        """
         sums = self.sums(logits, target, sample_weight)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             others = sums.detach().clone()
             dist.all_reduce(others)
-            # the value of the global sums, the gradient of the local ones
+            # The value is that of the global sums, the gradient that of the local ones.
             sums = sums + (others - sums.detach())
         return self.from_sums(sums)
 
     def sums(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Gives this rank's sums (2 + 3 V,), as `kernels.bce_dice_sums` returns them; shapes as in `forward`."""
+        """Compute this rank's sums (2 + 3 V,), as `kernels.bce_dice_sums` returns them.
+
+        Args:
+            logits: tensor (N, V, H, W).
+            target: labels (N, H, W), or (N, V, H, W) for independent labels.
+            sample_weight: weights of the samples, (N,); samples of weight 0 are not counted.
+        """
         return kernels.bce_dice_sums(
             logits, target, alpha=self.alpha, ignore_index=self.ignore_index, sample_weight=sample_weight
         )
 
     def from_sums(self, sums: Tensor) -> LossParts:
-        """Makes the loss of the sums (2 + 3 V,) that `kernels.bce_dice_sums` returns."""
+        """Compute the loss from sums.
+
+        Args:
+            sums: sums (2 + 3 V,), as `kernels.bce_dice_sums` returns them.
+
+        Raises:
+            ValueError: if the number of class weights is not V.
+        """
         weights = None
         if self.class_weights is not None:
             V = (len(sums) - 2) // 3
@@ -85,5 +117,11 @@ class BCEDiceLoss(nn.Module):
         return LossParts(*kernels.loss_of_sums(sums, weights, self.beta, self.eps))
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Computes the loss: logits (N, V, H, W), target (N, H, W) or (N, V, H, W), sample_weight (N,) -> scalar."""
+        """Compute the loss, a scalar.
+
+        Args:
+            logits: tensor (N, V, H, W).
+            target: labels (N, H, W), or (N, V, H, W) for independent labels.
+            sample_weight: weights of the samples, (N,); samples of weight 0 are not counted.
+        """
         return self.parts(logits, target, sample_weight).loss

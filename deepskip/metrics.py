@@ -1,4 +1,4 @@
-"""Validation metrics: pixels by torchmetrics, objects by connected components."""
+"""Compute validation metrics: pixels with torchmetrics, objects by connected components."""
 
 import numpy as np
 import scipy.ndimage
@@ -8,22 +8,21 @@ from torch import Tensor
 from deepskip.kernels import torchvision_ops
 from deepskip.size_scores import EIGHT_NEIGHBOURS
 
-# torchmetrics imports torchvision where it is installed, which fails beside a torch of another build
+# torchmetrics imports torchvision if it is installed, which fails with a torch of another build.
 torchvision_ops.declare()
 
 from torchmetrics import Metric  # noqa: E402
 from torchmetrics.classification import BinaryStatScores, MulticlassStatScores  # noqa: E402
 
-# probabilities above which validation would take pixels of a binary task for foreground
+# The probability thresholds that validation tries for the foreground of a binary task.
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
 
 class ObjectScores(Metric):
-    """Counts objects found and false alarms by 8-connected components of each foreground class.
+    """Count found objects and false alarms by 8-connected components of each foreground class.
 
     An object of the target is found when more than half of its pixels are predicted as its class. A component of the
-    prediction that touches no target pixel of its class is a false alarm. update: labels (H, W) of one image.
-    compute: object_recall (share of objects; nan where there is none), false_alarms_per_image.
+    prediction that touches no target pixel of its class is a false alarm.
     """
 
     full_state_update = False
@@ -34,6 +33,12 @@ class ObjectScores(Metric):
             self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add one image.
+
+        Args:
+            prediction: predicted labels (H, W).
+            target: true labels (H, W).
+        """
         predicted_HW, target_HW = prediction.cpu().numpy(), target.cpu().numpy()
         self.images += 1
         for label in np.union1d(np.unique(predicted_HW), np.unique(target_HW)):
@@ -50,6 +55,10 @@ class ObjectScores(Metric):
             self.false_alarms += number - len(touched)
 
     def compute(self) -> dict[str, Tensor]:
+        """Return "object_recall", the share of found objects, and "false_alarms_per_image", scalars.
+
+        The recall is nan if there are no objects.
+        """
         return {
             "object_recall": self.found / self.objects,
             "false_alarms_per_image": self.false_alarms / self.images,
@@ -57,11 +66,10 @@ class ObjectScores(Metric):
 
 
 class ThresholdScores(Metric):
-    """Counts the pixels of a binary task by how many of THRESHOLDS their probability is above.
+    """Count the pixels of a binary task by the number of THRESHOLDS that their probability is above.
 
-    update: logits and true labels (H, W) of one image; ignored pixels count nowhere. compute: best_threshold, whose IoU over
-    all images is highest (of equals the nearest to 0.5), and iou_best_threshold, that IoU. Without foreground they are 0.5
-    and nan.
+    Args:
+        ignore_index: true label of pixels that are not counted.
     """
 
     full_state_update = False
@@ -69,21 +77,31 @@ class ThresholdScores(Metric):
     def __init__(self, ignore_index: int) -> None:
         super().__init__()
         self.ignore_index = ignore_index
-        # by truth; the logit of 0.5 is 0, so that IoU at 0.5 is that of SegmentationMetrics
+        # By true label. The logit of 0.5 is 0, so that the IoU at 0.5 is that of SegmentationMetrics.
         self.add_state("counts", default=torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64), dist_reduce_fx="sum")
         self.register_buffer("edges", torch.tensor(THRESHOLDS, dtype=torch.float64).logit().float(), persistent=False)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add one image.
+
+        Args:
+            logits: logits of foreground, (H, W).
+            target: true labels (H, W); ignored pixels are not counted.
+        """
         counted = target != self.ignore_index
-        # how many edges lie below each logit
+        # The number of edges below each logit.
         places = torch.bucketize(logits[counted].float(), self.edges)
         places += (len(THRESHOLDS) + 1) * (target[counted] != 0)
         self.counts += torch.bincount(places, minlength=self.counts.numel()).view_as(self.counts)
 
     def compute(self) -> dict[str, Tensor]:
+        """Return "best_threshold", whose IoU over all images is highest, and "iou_best_threshold", that IoU; scalars.
+
+        Of equal thresholds the nearest to 0.5 is returned. Without foreground they are 0.5 and nan.
+        """
         counts = self.counts.cpu().double()
         foreground = counts[1].sum()
-        # above each threshold
+        # Pixels above each threshold.
         fp, tp = counts.flip(1).cumsum(1).flip(1)[:, 1:]
         iou = tp / (foreground + fp) if foreground else torch.full_like(tp, torch.nan)
         thresholds = torch.tensor(THRESHOLDS, dtype=torch.float64)
@@ -95,7 +113,17 @@ class ThresholdScores(Metric):
 def confusion_counts(
     prediction_HW: np.ndarray, target_HW: np.ndarray, num_classes: int, ignore_index: int
 ) -> np.ndarray:
-    """Counts pixels by true and predicted label: (V, V) int64, two labels for a binary task; ignored pixels count nowhere."""
+    """Count pixels by true and predicted label.
+
+    Args:
+        prediction_HW: predicted labels (H, W).
+        target_HW: true labels (H, W).
+        num_classes: 1 for binary, else exclusive classes with background 0.
+        ignore_index: true label of pixels that are not counted.
+
+    Returns:
+        Counts (V, V) int64, by true and then by predicted label; V is 2 for a binary task.
+    """
     labels = max(2, num_classes)
     counted = target_HW != ignore_index
     pairs = target_HW[counted].astype(np.int64) * labels + prediction_HW[counted]
@@ -103,16 +131,20 @@ def confusion_counts(
 
 
 class SegmentationMetrics:
-    """Accumulates the metrics of a validation split over all images and all ranks.
+    """Accumulate the metrics of a validation split over all images and all ranks.
 
-    num_classes: 1 for binary, else exclusive classes with background 0. device: where the counts are added up.
-    IoU, Dice, precision, recall and F1 are of the foreground over the whole split; with several classes the mean over
-    the foreground classes that occur in target or prediction. A ratio of nothing to nothing is nan.
+    IoU, Dice, precision, recall and F1 are of the foreground over the whole split. With several classes they are the
+    mean over the foreground classes that occur in target or prediction. A ratio of 0 to 0 is nan.
+
+    Args:
+        num_classes: 1 for binary, else exclusive classes with background 0.
+        ignore_index: true label of pixels that are not counted.
+        device: where the counts are summed.
     """
 
     def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str = "cpu") -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        # its own look at what labels there are takes longer than all else; these are checked where they are read
+        # Torchmetrics' check of the labels takes longer than all else. They are checked where they are read.
         unchecked = {"validate_args": False}
         self.pixels: Metric = (
             BinaryStatScores(**unchecked)
@@ -122,13 +154,22 @@ class SegmentationMetrics:
         self.objects = ObjectScores().to(device)
 
     def update(self, prediction_HW: Tensor, target_HW: Tensor) -> None:
-        """Adds one image: predicted and true labels (H, W); ignored pixels count nowhere."""
+        """Add one image.
+
+        Args:
+            prediction_HW: predicted labels (H, W).
+            target_HW: true labels (H, W); ignored pixels are not counted.
+        """
         counted = target_HW != self.ignore_index
         self.pixels.update(prediction_HW[counted].long(), target_HW[counted].long())
         self.objects.update(torch.where(counted, prediction_HW, 0), torch.where(counted, target_HW, 0))
 
     def compute(self) -> dict[str, float]:
-        """Gives the metrics, added up over all ranks of the process group (so every rank must call)."""
+        """Return the metrics, summed over all ranks of the process group; every rank must call this method.
+
+        Returns:
+            "iou", "dice", "pixel_accuracy", "precision", "recall", "f1", "object_recall" and "false_alarms_per_image".
+        """
         scores = self.pixels.compute().double().cpu().view(-1, 5)
         tp, fp, tn, fn, _ = scores.T
         if self.num_classes == 1:
@@ -143,7 +184,7 @@ class SegmentationMetrics:
             "pixel_accuracy": accuracy.mean().item(),
             "precision": (tp / (tp + fp)).nanmean().item(),
             "recall": (tp / (tp + fn)).nanmean().item(),
-            # of pixels, F1 and Dice are the same number
+            # For pixels, F1 and Dice are the same number.
             "f1": dice,
         }
         return result | {name: value.item() for name, value in self.objects.compute().items()}

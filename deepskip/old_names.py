@@ -1,6 +1,7 @@
-"""The packages by the names that they had in a checkout before they were one: jobs, data_shards, kernels, cluster.
+"""Keep the old names of the packages working: jobs, data_shards, kernels and cluster.
 
-`python -m jobs.train` and `from data_shards.dataset import Shards` work for this release, as names of the same modules.
+These were the names in a checkout before the packages became one. `python -m jobs.train` and `from data_shards.dataset
+import Shards` still work in this release, as names of the same modules.
 """
 
 import importlib
@@ -21,36 +22,44 @@ NEW_FORMS = {
 
 
 class SameModule(importlib.abc.InspectLoader):
-    """Gives the module of the new name for the old one."""
+    """Load the module of a new name for an old one.
+
+    Args:
+        name: the new name.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Import the module by its new name and return it."""
         self.module = importlib.import_module(self.name)
         self.spec = self.module.__spec__
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        # the import has given it the old name's
+        """Restore the module's own spec; its code has run already."""
+        # The import has set the spec of the old name.
         module.__spec__ = self.spec
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """Give what `python -m` runs."""
+        """Return the code that `python -m` runs."""
         found = importlib.util.find_spec(self.name)
         return found.loader.get_code(self.name) if found and found.loader else None  # type: ignore[attr-defined]
 
     def get_source(self, fullname: str) -> str | None:
+        """Return the source of the module."""
         found = importlib.util.find_spec(self.name)
         return found.loader.get_source(self.name) if found and found.loader else None  # type: ignore[attr-defined]
 
     def is_package(self, fullname: str) -> bool:
+        """Return whether the module is a package."""
         found = importlib.util.find_spec(self.name)
         return bool(found and found.submodule_search_locations is not None)
 
 
 class OldNames(importlib.abc.MetaPathFinder):
-    """Finds deepskip.jobs.train for jobs.train, once `jobs` has been imported by that name."""
+    """Find deepskip.jobs.train for jobs.train, once `jobs` has been imported by that name."""
 
     def __init__(self) -> None:
         self.packages: set[str] = set()
@@ -58,6 +67,7 @@ class OldNames(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Return a spec that loads the module of the new name, or None for any other module."""
         if name.partition(".")[0] not in self.packages:
             return None
         new = f"deepskip.{name}"
@@ -75,10 +85,10 @@ _finder = OldNames()
 
 
 def alias(package: str) -> None:
-    """Make a package that was imported by its old name the one of the new name, and say so once."""
+    """Replace a package that was imported by its old name with that of the new name, and report this once."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     if package not in _finder.packages:
         _finder.packages.add(package)
-        print(f"note: {NEW_FORMS[package]}; the old name goes with the next release", file=sys.stderr)
+        print(f"note: {NEW_FORMS[package]}; the old name will be removed in the next release", file=sys.stderr)
     sys.modules[package] = importlib.import_module(f"deepskip.{package}")

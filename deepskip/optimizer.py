@@ -1,4 +1,4 @@
-"""The optimizers: AdamW, and Muon for the convolutions, which gets further in short trainings (docs/paper.md)."""
+"""Build the optimizers: AdamW, and Muon for the convolutions, which reaches more in short trainings (docs/paper.md)."""
 
 import math
 from collections import defaultdict
@@ -10,20 +10,25 @@ from torch import Tensor, nn
 
 from deepskip.config import OptimConfig
 
-# Muon's learning rate in multiples of Adam's; half and double of it scored lower (docs/paper.md)
+# Muon's learning rate in multiples of Adam's; half and twice this scored lower (docs/paper.md).
 MUON_LEARNING_RATE = 5.0
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Builds the optimizer that the config names; it decays the weights of convolutions only."""
+    """Build the optimizer that the config names; only weights of convolutions decay.
+
+    Args:
+        config: settings of the optimizer.
+        network: network whose parameters the optimizer updates.
+    """
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     if config.optimizer == "adamw":
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.learning_rate)
-    # the head's few rows are no matrix to orthogonalise; other networks than ours end with theirs
+    # The head has too few rows to orthogonalise. A network without a `head` is taken to end with it.
     own_head = getattr(network, "head", None)
     head = {id(p) for p in (decayed[-1:] if own_head is None else own_head.parameters())}
     return Muon(
@@ -37,7 +42,12 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """Gives the learning rate of a step, 0 first: linear warm-up, then a cosine down to its final share."""
+    """Return the learning rate of a step: linear warm-up, then a cosine down to its final share.
+
+    Args:
+        config: settings of the optimizer.
+        step: 0 first.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -46,27 +56,37 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 
 def averaging_decay(config: OptimConfig, step: int) -> float:
-    """Return the decay of the weights' moving average at a step, 0 first: it rises to ema_decay with the steps.
+    """Return the decay of the weights' moving average at a step; it rises to ema_decay with the steps.
 
-    By step t it is (1 + t) / (10 + t) at most, as in TensorFlow's ExponentialMovingAverage and in diffusers' EMAModel: an
-    average of few steps then is one of late weights, not of those at the start.
+    At step t it is at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage and in diffusers' EMAModel.
+    So an average of few steps is one of late weights, not of those at the start.
+
+    Args:
+        config: settings of the optimizer.
+        step: 0 first.
     """
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Sets the learning rate of all parameters."""
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024), with Adam for other parameters.
+    """Update each weight matrix by orthogonalised momentum (Jordan et al. 2024), and other parameters by Adam.
 
-    params: groups with "muon" true (convolutions, taken as matrices of out-channels by the rest; they move by
-    MUON_LEARNING_RATE times the learning rate) or false. lr: learning rate. momentum: of Muon, Nesterov's. betas, eps:
-    Adam's. torch.optim.Muon takes matrices only, and orthogonalises in bfloat16, in which the same gradient summed in
-    another order, as on another number of workers, gives another step.
+    torch.optim.Muon takes matrices only, and orthogonalises in bfloat16. There the same gradient gives another step if
+    it is summed in another order, as on another number of workers.
+
+    Args:
+        params: groups with "muon" true (convolutions) or false. Convolutions are matrices of out-channels by the rest,
+            and their learning rate is MUON_LEARNING_RATE times as high.
+        lr: learning rate.
+        momentum: Nesterov momentum of Muon.
+        betas: decay rates of Adam's averages of the gradient and its square.
+        eps: Adam's eps, added to the root of the squared average.
     """
 
     def __init__(
@@ -81,7 +101,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Takes one step; gives what the closure gives, where there is one."""
+        """Take one step.
+
+        Args:
+            closure: function that recomputes the loss; None takes the gradients as they are.
+
+        Returns:
+            The closure's loss, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -91,7 +118,7 @@ class Muon(torch.optim.Optimizer):
                 (self._step_muon if group["muon"] else self._step_adam)(parameters, group)
         return loss
 
-    # all parameters of a group in each operation: their many small ones take a GPU longer to start than to do
+    # Each operation takes all parameters of a group: many are small, and a GPU takes longer to launch them than to run them.
     def _step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
             if not self.state[p]:
@@ -128,10 +155,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
-    """Brings the singular values of each (m, n) near 1, to about 0.7 to 1.2, by five quintic Newton-Schulz steps.
+    """Scale the singular values of each matrix to about 0.7 to 1.2 by five quintic Newton-Schulz steps.
 
-    x <- (a + b A + c A^2) x with A = x x^T, the shorter way round: the steps are polynomials of the first A, so they are
-    multiplied in (m, m), those of all matrices of that size at once, and x comes in once, at the end.
+    A step is x <- (a + b A + c A^2) x with A = x x^T, of the shorter side. The steps are polynomials of the first A. So they
+    are multiplied in (m, m), for all matrices of that size at once, and x is multiplied once, at the end.
+
+    Args:
+        matrices: matrices (m, n) of any sizes.
+
+    Returns:
+        Matrices of the same shapes.
     """
     a, b, c = NEWTON_SCHULZ
     wide = [x if x.shape[0] <= x.shape[1] else x.T for x in matrices]

@@ -1,4 +1,7 @@
-"""A trained network from image to labels, as scikit-learn has them: the one way for Python, files and HTTP."""
+"""Predict labels and probabilities with a trained network, with methods named as in scikit-learn.
+
+Python, the command line and HTTP all use this class.
+"""
 
 import math
 from pathlib import Path
@@ -18,18 +21,30 @@ Image = np.ndarray | Tensor
 
 
 class Predictor:
-    """A trained network that takes raw images, in the training data's own units, of any size.
+    """A trained network that takes raw images of any size, in the training data's own units.
 
-    An image is a numpy array (H, W, bands), or (H, W) where there is one band, or a torch tensor (bands, H, W); several of one
-    size are (N, H, W, bands) or (N, bands, H, W). What comes back is of the same kind, a tensor on the tensor's device.
-    `predictor(image)` is `predictor.predict(image)`. Images are prepared as the training images were (`pack --bands`,
-    `--longest_side`): brought to the network's bands, and shrunk where a side is longer; probabilities are enlarged again.
+    An image is a numpy array (H, W, bands), or (H, W) if it has one band, or a torch tensor (bands, H, W). Several
+    images of one size are (N, H, W, bands) or (N, bands, H, W). Results are of the same kind; a tensor is on the
+    image's device. `predictor(image)` is `predictor.predict(image)`.
 
-    bands, num_classes: of the network; 1 class is binary. preparation: "bands" and "longest_side" of the training images, or
-    None each. flips: average the probabilities of an image and its mirrorings, in all that follows.
+    Images are prepared as the training images were (`pack --bands`, `--longest_side`). They are resampled to the
+    network's bands, and shrunk if a side is longer. Probabilities are then enlarged to the image's own size.
 
-    Raises TypeError for what is no image of real numbers, ValueError for bands that cannot be brought to the network's, no
-    pixels, or values that are nan or infinite.
+    Methods that take images raise TypeError for anything that is not an image of real numbers. They raise ValueError
+    for bands that cannot be resampled, images without pixels, and values that are nan or infinite.
+
+    Args:
+        state: state of a checkpoint, checked.
+        device: device on which the network computes.
+        flips: average the probabilities of an image and its mirrorings by default.
+        precision: torch.bfloat16 computes in bf16 autocast; all else in the network's own precision.
+
+    Attributes:
+        bands: number of bands of the network's input.
+        num_classes: 1 for binary, else exclusive classes.
+        preparation: "bands" and "longest_side" of the training images, or None each.
+        nodata: value that marks missing values in the training images, or None.
+        flips: average the probabilities of an image and its mirrorings by default.
     """
 
     def __init__(
@@ -57,39 +72,72 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which the network computes."""
         return self.segmenter.mean.device
 
     def to(self, device: str | torch.device) -> "Predictor":
-        """Moves it to a device."""
+        """Move the network to a device, and return the predictor."""
         self.segmenter.to(device)
         return self
 
     def __call__(self, image: Image) -> Any:
+        """Segment an image (H, W, bands), or several, into labels, as `predict` does."""
         return self.predict(image)
 
     def predict(
         self, image: Image, threshold: float = 0.5, flips: bool | None = None, nodata: float | None = None
     ) -> Any:
-        """Segments into labels uint8 (H, W), or (N, H, W) of several: 0 is background.
+        """Segment an image, or several of one size, into labels.
 
-        threshold: probability above which a pixel is foreground; with classes the likeliest is taken. flips: averages the
-        probabilities of the image and its mirrorings, which takes four times as long; null does as the predictor's own.
-        nodata: value that stands for none, nan too: left out of statistics, and background; null takes the training data's.
+        Args:
+            image: array (H, W, bands), (H, W) or (N, H, W, bands), or tensor (bands, H, W) or (N, bands, H, W).
+            threshold: probability above which a pixel is foreground; with several classes the most likely one is taken.
+            flips: average the probabilities of the image and its mirrorings, which takes four times as long. None takes
+                the predictor's own setting.
+            nodata: value that marks missing values, nan too. They are excluded from statistics; a pixel without any
+                value is background. None takes the training data's.
+
+        Returns:
+            Labels uint8 (H, W), or (N, H, W) for several images; 0 is background.
+
+        Raises:
+            TypeError: if the image is not an array or tensor of real numbers.
+            ValueError: for other bands than the network's, no pixels, or values that are nan, infinite or beyond fp32.
         """
         labels = to_labels(self._of_images(image, flips, nodata), threshold)
         return self._as_given(labels.to(torch.uint8), image)
 
     def predict_proba(self, image: Image, flips: bool | None = None, nodata: float | None = None) -> Any:
-        """Gives probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes.
+        """Compute the probabilities of an image, or of several of one size.
 
-        flips, nodata: as in `predict`.
+        Args:
+            image: see `predict`.
+            flips: see `predict`.
+            nodata: see `predict`.
+
+        Returns:
+            Probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes. Several
+            images have N in front.
+
+        Raises:
+            TypeError: as in `predict`.
+            ValueError: as in `predict`.
         """
         p_NVHW = self._of_images(image, flips, nodata)
         return self._as_given(p_NVHW.permute(0, 2, 3, 1) if isinstance(image, np.ndarray) else p_NVHW, image)
 
     def prepared(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Brings an image to the network's bands and the training images' size; raises ValueError for other bands."""
+        """Resample an image to the network's bands and shrink it to the training images' size.
+
+        Args:
+            image_HWC: image (H, W, bands).
+
+        Returns:
+            The image (h, w, bands).
+
+        Raises:
+            ValueError: if the bands are not the network's afterwards.
+        """
         bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
         if bands is not None:
             image_HWC = resample_bands(image_HWC, bands)
@@ -99,23 +147,39 @@ class Predictor:
 
     @torch.inference_mode()
     def probabilities(self, raw_NCHW: Tensor, flips: bool | None = None) -> Tensor:
-        """Computes the probabilities (N, V, H, W) fp32, on the device, of prepared images; large ones go through in tiles.
+        """Compute the probabilities of prepared images; large ones are computed in tiles.
 
-        Where all bands of an image are nan it has no value, and all is background.
+        A pixel whose bands are all nan has no value, and is background.
+
+        Args:
+            raw_NCHW: images (N, bands, H, W).
+            flips: see `predict`.
+
+        Returns:
+            Probabilities (N, V, H, W) fp32, on the predictor's device.
         """
         normalized, nowhere_NHW = self.segmenter.normalized_where_seen(raw_NCHW.to(self.device))
         return without_values(to_probabilities(self.logits(normalized, flips)), nowhere_NHW)
 
     @torch.inference_mode()
     def logits(self, normalized_NCHW: Tensor, flips: bool | None = None, in_tiles: bool = True) -> Tensor:
-        """Computes the logits (N, V, H, W) fp32 of normalised images; in_tiles: cuts large ones (inference.predict_logits)."""
+        """Compute the logits of normalised images.
+
+        Args:
+            normalized_NCHW: images (N, bands, H, W), on the predictor's device.
+            flips: see `predict`.
+            in_tiles: cut large images into tiles (inference.predict_logits).
+
+        Returns:
+            Logits (N, V, H, W) fp32.
+        """
         network = Flipped(self.network) if (self.flips if flips is None else flips) else self.network
         x = normalized_NCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return (predict_logits(network, x) if in_tiles else network(x)).float()
 
     def _checked(self, image: Image, nodata: float | None) -> Tensor:
-        """Checks what was given and makes (N, C, H, W) fp32 of it, where it is, nan where it has no value."""
+        """Check an image and convert it to (N, C, H, W) fp32 on its own device, with nan for missing values."""
         C = f"{self.bands}" if self.preparation["bands"] is None else "bands"
         if isinstance(image, np.ndarray):
             if image.dtype.kind not in "biuf":
@@ -135,7 +199,7 @@ class Predictor:
             raise ValueError(f"the image has shape {tuple(shown)}: no pixels")
         if isinstance(image, np.ndarray):
             batch = image if image.ndim == 4 else image[None]
-            # what is beyond fp32 becomes infinite, and is told of below
+            # Values beyond fp32 become infinite, which is reported below.
             with np.errstate(over="ignore"):
                 x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32))
         else:
@@ -146,22 +210,22 @@ class Predictor:
         bad = x.numel() - int((torch.isfinite(x) | missing).sum())
         if bad:
             raise ValueError(
-                f"the image has {bad} values that are nan, infinite or beyond fp32; fill them in, or name the value that "
-                "stands for none: nodata=math.nan"
+                f"the image has {bad} values that are nan, infinite or beyond fp32; fill them in, or pass the value that "
+                "marks missing values, such as nodata=math.nan"
             )
         return torch.where(missing, math.nan, x) if bool(missing.any()) else x
 
     def _of_images(self, image: Image, flips: bool | None, nodata: float | None) -> Tensor:
-        """Gives the probabilities (N, V, H, W) of what was given, in its own size."""
+        """Return the probabilities (N, V, H, W) of one image or several, in their own size."""
         x = self._checked(image, self.nodata if nodata is None else nodata)
         H, W = x.shape[-2:]
         bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
         if (bands or x.shape[1]) != x.shape[1] or max(H, W) > (longest_side or max(H, W)):
-            # in its own dtype: integers stay integers, as in packed images
+            # Prepare it in its own dtype: integers stay integers, as in packed images.
             given = as_arrays(image) if not bool(x.isnan().any()) else as_arrays(x.permute(0, 2, 3, 1).cpu().numpy())
             images = [self.prepared(one) for one in given]
             x = torch.from_numpy(np.stack([np.moveaxis(one, 2, 0).astype(np.float32) for one in images]))
-        # as many at a time as one large image would have pixels
+        # As many images at a time as together have the pixels of one large image.
         few = max(1, inference.most_pixels(self.network) // (x.shape[2] * x.shape[3]))
         return torch.cat([enlarged_to(self.probabilities(part, flips), H, W) for part in x.split(few)])
 
@@ -172,9 +236,14 @@ class Predictor:
 
 
 def as_arrays(image: Image) -> np.ndarray:
-    """Gives one image or several as an array (N, H, W, C) of their own dtype; bool as uint8, short floats as fp32."""
+    """Return one image or several as an array (N, H, W, C), in their own dtype.
+
+    Args:
+        image: array (H, W), (H, W, C) or (N, H, W, C), or tensor (C, H, W) or (N, C, H, W). Booleans become uint8, and
+            floating-point tensors fp32.
+    """
     if isinstance(image, Tensor):
-        # numpy has no bfloat16
+        # NumPy has no bfloat16.
         array = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
         array = np.moveaxis(array, -3, -1)
     else:
@@ -184,16 +253,33 @@ def as_arrays(image: Image) -> np.ndarray:
 
 
 def enlarged_to(p_NVHW: Tensor, height: int, width: int) -> Tensor:
-    """Enlarges probabilities bilinearly to an image's own size: outlines come out smoother than of labels."""
+    """Enlarge probabilities bilinearly to an image's own size; outlines are smoother than those of enlarged labels.
+
+    Args:
+        p_NVHW: probabilities (N, V, h, w).
+        height: H, in pixels.
+        width: W, in pixels.
+
+    Returns:
+        Probabilities (N, V, H, W).
+    """
     if p_NVHW.shape[-2:] == (height, width):
         return p_NVHW
     return F.interpolate(p_NVHW, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def load(run_or_path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-    """Loads a trained model from a run's folder or URL (its best checkpoint) or from a checkpoint file.
+    """Load a trained model from a run's folder or URL (its best checkpoint) or from a checkpoint file.
 
-    MLflow's runs and registered models: `jobs.models.load`. Raises checkpoint.CheckpointError when there is none, or none
-    that is whole.
+    `jobs.models.load` also loads MLflow's runs and registered models.
+
+    Args:
+        run_or_path: folder or URL of a run, or a checkpoint file.
+        device: device on which the network computes.
+
+    Raises:
+        checkpoint.CheckpointError: if there is no checkpoint, or none that is complete and usable.
+        ImportError: if its network is from a package that is not installed.
+        OSError: if the storage cannot be read.
     """
     return Predictor(checkpoint.load_for_inference(run_or_path), device)

@@ -1,4 +1,4 @@
-"""What all ranks of a process group must know alike: where the training goes on, and that one of them was asked to stop."""
+"""Agree among all ranks of a process group on the checkpoint to resume from, and on when to stop."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,17 +12,28 @@ from deepskip.checkpoint import State
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 
-# steps between a vote and what comes of it: its result is there by then, and nobody waits
+# Steps between a vote and the use of its result, which has arrived by then, so that no rank waits.
 VOTE_STEPS = 2
 
 
 def agreed_start(
     run: Location, rank: int, world_size: int, device: torch.device, warn: Callable[[str], None]
 ) -> State | None:
-    """Gives every rank the newest whole checkpoint of a run, or None.
+    """Return the newest complete checkpoint of a run, the same on every rank, or None.
 
-    Rank 0 alone looks into the storage, where ranks on other machines may see older files; it removes what killed writers
-    left and sets broken checkpoints aside, telling `warn` of each. Raises checkpoint.CheckpointTooNew, OSError.
+    Rank 0 alone reads the storage, because ranks on other machines may see older files. It removes the leftovers of
+    killed writers and renames broken checkpoints.
+
+    Args:
+        run: folder or URL of the run.
+        rank: rank of this process.
+        world_size: number of ranks.
+        device: device for the broadcast.
+        warn: function that is called with a message for each broken checkpoint.
+
+    Raises:
+        checkpoint.CheckpointTooNew: if a later DeepSkip wrote a checkpoint.
+        OSError: if the storage cannot be read.
     """
     data, state = b"", None
     if rank == 0:
@@ -31,7 +42,7 @@ def agreed_start(
         data, state = found or (data, None)
         for path, fault in faults.items():
             checkpoint.set_aside(path)
-            warn(f"passed over a broken checkpoint: {fault}; it is now {storage.name(path)}{checkpoint.BROKEN}")
+            warn(f"skipped a broken checkpoint: {fault}; renamed it to {storage.name(path)}{checkpoint.BROKEN}")
     if world_size > 1:
         data = broadcast_bytes(data, rank, device)
         if rank != 0 and data:
@@ -40,7 +51,13 @@ def agreed_start(
 
 
 def broadcast_bytes(data: bytes, rank: int, device: torch.device) -> bytes:
-    """Gives every rank the bytes that rank 0 has."""
+    """Return the bytes that rank 0 has, on every rank.
+
+    Args:
+        data: bytes on rank 0; ignored on others.
+        rank: rank of this process.
+        device: device for the broadcast.
+    """
     size = torch.tensor(len(data), device=device)
     dist.broadcast(size, 0)
     if not size:
@@ -54,16 +71,24 @@ def broadcast_bytes(data: bytes, rank: int, device: torch.device) -> bytes:
 
 
 def share_buffers(network: nn.Module) -> None:
-    """Gives every rank rank 0's buffers: running statistics are of a rank's own batches, and rank 0's are in the checkpoint."""
+    """Copy rank 0's buffers to every rank.
+
+    Running statistics are of a rank's own batches, and rank 0's are in the checkpoint.
+    """
     for buffer in network.buffers():
         dist.broadcast(buffer, 0)
 
 
 class StopVote:
-    """Tells all ranks at the same step that some rank was asked to stop; called once a step by every rank.
+    """Let all ranks learn at the same step that some rank was asked to stop; every rank calls it once a step.
 
-    Alone, a rank decides at once. Among several, every step starts an all-reduce of one number, whose result is looked at
-    VOTE_STEPS later, so that no step waits for it.
+    With one rank the decision is immediate. With several, every step starts an all-reduce of one number. Its result is
+    read VOTE_STEPS later, so that no step waits for it.
+
+    Args:
+        stop_requested: returns whether this rank was asked to stop; None, on all ranks, never stops.
+        world_size: number of ranks.
+        device: device for the all-reduce.
     """
 
     def __init__(self, stop_requested: Callable[[], bool] | None, world_size: int, device: torch.device) -> None:
@@ -71,18 +96,18 @@ class StopVote:
         self.votes: deque[tuple[Tensor, dist.Work | None, torch.cuda.Event | None]] = deque()
 
     def __call__(self) -> bool:
-        """Votes, and says whether the ranks stop after this step."""
+        """Vote, and return whether the ranks stop after this step."""
         if self.stop_requested is None:
             return False
         asked = bool(self.stop_requested())
         if self.world_size == 1:
             return asked
-        # filled on the device: a copy to it would wait for all that is queued there
+        # Fill it on the device: a copy to it would wait for all work queued there.
         vote = torch.full((), float(asked), device=self.device)
         work = dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True)
         done = None
         if self.device.type == "cuda":
-            # on a GPU this queues, and does not wait
+            # On a GPU this only queues the wait, and the host continues.
             work.wait()
             vote = torch.empty((), pin_memory=True).copy_(vote, non_blocking=True)
             work, done = None, torch.cuda.Event()
@@ -93,7 +118,7 @@ class StopVote:
         return self._result()
 
     def close(self) -> None:
-        """Waits for the votes on their way: a rank that ends would cut them off for the others."""
+        """Wait for the pending votes: a rank that exits earlier would break them for the others."""
         while self.votes:
             self._result()
 

@@ -1,4 +1,4 @@
-"""Objects found, how well they are covered, and false alarms, by the objects' size."""
+"""Score objects by their size: recall, IoU and false alarms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-# objects touch at corners too
+# Pixels that touch at corners belong to the same object.
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 
 class SizeScores:
-    """Adds up scores of objects, 8-connected components of a foreground class, by their area.
+    """Accumulate scores of objects, 8-connected components of a foreground class, by their area.
 
-    edges: areas in pixels that part the sizes, ascending: n edges make n + 1 sizes, each from one edge up to, and without, the
-    next. An object is found as in `metrics.ObjectScores`. Its IoU is that with the predicted component that overlaps it best.
+    An object is found as in `metrics.ObjectScores`. Its IoU is that with the predicted component that overlaps it best.
     A false alarm, a predicted component that touches no object of its class, counts under its own area.
+
+    Args:
+        edges: areas in pixels that separate the sizes, ascending. n edges make n + 1 sizes, each from one edge,
+            included, to the next, excluded.
     """
 
     def __init__(self, edges: Sequence[int]) -> None:
@@ -25,7 +28,13 @@ class SizeScores:
         self.images = 0
 
     def update(self, prediction_HW: np.ndarray, target_HW: np.ndarray, ignore_index: int) -> None:
-        """Adds one image: predicted and true labels (H, W); ignored pixels count nowhere."""
+        """Add one image.
+
+        Args:
+            prediction_HW: predicted labels (H, W).
+            target_HW: true labels (H, W).
+            ignore_index: true label of pixels that are not counted.
+        """
         counted = target_HW != ignore_index
         prediction_HW, target_HW = np.where(counted, prediction_HW, 0), np.where(counted, target_HW, 0)
         self.images += 1
@@ -37,7 +46,7 @@ class SizeScores:
         objects, number = scipy.ndimage.label(truth, EIGHT_NEIGHBOURS)
         components, guessed = scipy.ndimage.label(guess, EIGHT_NEIGHBOURS)
         areas, guessed_areas = np.bincount(objects.ravel()), np.bincount(components.ravel())
-        # pixels of every object and component that overlap; a pair as one number
+        # The number of pixels that each object shares with each component; a pair is encoded as one number.
         both = truth & guess
         overlaps, shared = np.unique(
             objects[both].astype(np.int64) * (guessed + 1) + components[both], return_counts=True
@@ -62,8 +71,12 @@ class SizeScores:
         counts += np.bincount(sizes, minlength=len(counts))
 
     def compute(self) -> list[dict[str, Any]]:
-        """Gives for each size its bounds "from" and "to" (None: no end), "objects", "found", "recall", "iou" (the mean over
-        its objects), "false_alarms" and "false_alarms_per_image"; a ratio of nothing to nothing is nan."""
+        """Return the scores of each size, smallest first.
+
+        Returns:
+            For each size its bounds "from" and "to" (None for no upper bound), "objects", "found", "recall", "iou"
+            (the mean over its objects), "false_alarms" and "false_alarms_per_image". A ratio of 0 to 0 is nan.
+        """
         bounds = [0, *self.edges.tolist(), None]
         nothing = float("nan")
         return [

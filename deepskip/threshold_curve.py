@@ -1,19 +1,24 @@
-"""Precision and recall of pixels over all thresholds, from counts: no probability is kept."""
+"""Compute precision and recall of pixels over all thresholds from counts, without storing probabilities."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# a power of two: fp32 probabilities times this are exact
+# A power of two, so that fp32 probabilities times this are exact.
 STEPS = 1024
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of one foreground class at each of STEPS thresholds k / STEPS, at or above which a pixel is predicted.
+    """Scores of one foreground class at each of STEPS thresholds k / STEPS; a pixel at or above a threshold is predicted.
 
-    thresholds, precision, recall, f1, iou: (STEPS,); precision where nothing is predicted, and recall where nothing is there,
-    are nan. average_precision: area under the steps of the curve, nan where nothing is there.
+    Attributes:
+        thresholds: (STEPS,).
+        precision: (STEPS,); nan if nothing is predicted.
+        recall: (STEPS,); nan if the class has no pixels.
+        f1: (STEPS,).
+        iou: (STEPS,).
+        average_precision: area under the steps of the curve; nan if the class has no pixels.
     """
 
     thresholds: np.ndarray
@@ -25,24 +30,31 @@ class Curve:
 
     @property
     def best(self) -> int:
-        """The place of the best F1, which is that of the best IoU; of several the middle one."""
+        """The index of the best F1, which is also that of the best IoU; of several the middle one."""
         top = np.flatnonzero(self.f1 == np.nanmax(self.f1)) if np.isfinite(self.f1).any() else np.array([STEPS // 2])
         return int(top[len(top) // 2])
 
 
 class ThresholdCurve:
-    """Counts, for each foreground class by itself, how probable the pixels of it and all others are.
+    """Count, for each foreground class separately, the probabilities of its pixels and of all others.
 
-    num_classes: 1 for binary, else exclusive classes with background 0.
+    Args:
+        num_classes: 1 for binary, else exclusive classes with background 0.
+        ignore_index: true label of pixels that are not counted.
     """
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        # by class, truth, step
+        # By class, true or not, and step.
         self.counts = np.zeros((max(1, num_classes - 1), 2, STEPS), np.int64)
 
     def update(self, probabilities_VHW: np.ndarray, target_HW: np.ndarray) -> None:
-        """Adds one image: probabilities (V, H, W) fp32 and true labels (H, W); ignored pixels count nowhere."""
+        """Add one image.
+
+        Args:
+            probabilities_VHW: probabilities (V, H, W), fp32.
+            target_HW: true labels (H, W); ignored pixels are not counted.
+        """
         counted = target_HW != self.ignore_index
         target, first = target_HW[counted], 0 if self.num_classes == 1 else 1
         for place, p_HW in enumerate(probabilities_VHW[first:]):
@@ -51,10 +63,10 @@ class ThresholdCurve:
             self.counts[place] += np.bincount(steps, minlength=2 * STEPS).reshape(2, STEPS)
 
     def compute(self) -> list[Curve]:
-        """Gives the curve of each foreground class."""
+        """Return the curve of each foreground class, in order."""
         curves = []
         for negatives, positives in self.counts:
-            # at or above each threshold
+            # Pixels at or above each threshold.
             tp, fp = (np.cumsum(counts[::-1])[::-1].astype(np.float64) for counts in (positives, negatives))
             there = tp[0]
             with np.errstate(invalid="ignore"):

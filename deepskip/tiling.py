@@ -1,9 +1,9 @@
-"""Large images in overlapping tiles whose result is that of the whole image, a stripe of rows at a time.
+"""Compute large images in overlapping tiles, a stripe of rows at a time, with the result of the whole image.
 
-Along each side tiles start at multiples of 2^(B-1), where the network's pooling starts too, and overlap by twice the margin
-and a ramp. The margin is the receptive radius, so on the ramp both tiles hold what the whole image would give, and weights
-that add up to one lead from one to the other. With batch norm that is exact; with group and instance-batch norm, whose
-statistics are each tile's own, a broad ramp hides the step.
+Along each side tiles start at multiples of 2^(B-1), where the network's pooling starts too. They overlap by twice the
+margin and a ramp. The margin is the receptive radius, so on the ramp both tiles have the values of the whole image.
+Weights that sum to one blend the tiles there. With batch norm that is exact. Group and instance-batch norm use
+statistics of each tile, and a broad ramp hides the difference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +18,20 @@ from deepskip.instance_batch_norm import InstanceBatchNorm
 from deepskip.network import DeepSkipUNet, multiple_of
 
 RAMP = 32
-# where tiles differ a little even far from their borders
+# For networks whose tiles differ slightly even far from their borders.
 BROAD_RAMP = 128
-# what is taken for a network that is not ours
+# The margin for other networks than DeepSkip, whose receptive radius is not known.
 OTHER_MARGIN = 64
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How neighbouring tiles overlap: pixels next to a tile's border that count nothing, and of the ramp between two tiles.
+    """How neighbouring tiles overlap.
 
-    multiple: tiles start at multiples of it.
+    Attributes:
+        margin: pixels next to a tile's border that are discarded.
+        ramp: pixels over which two tiles are blended.
+        multiple: tiles start at multiples of it, in pixels.
     """
 
     margin: int
@@ -37,20 +40,25 @@ class Overlap:
 
     @property
     def pixels(self) -> int:
-        """Pixels that two neighbours share, at least."""
+        """The number of pixels that two neighbours share, at least."""
         return 2 * self.margin + self.ramp
 
     @property
     def smallest_tile(self) -> int:
-        """The side of a tile below which its two ramps would meet."""
+        """The side of a tile, in pixels, below which its two ramps would meet."""
         return sum(-(-pixels // self.multiple) * self.multiple for pixels in (self.pixels, self.ramp))
 
 
 @dataclass(frozen=True)
 class Span:
-    """A tile along one side: pixels start to stop go through the network, first to last of them count.
+    """A tile along one side: the network takes pixels start to stop, and first to last of its result are used.
 
-    weights: (last - first,) float32, of the pixels that count; those of all tiles at a pixel add up to one.
+    Attributes:
+        start: first pixel of the tile.
+        stop: end of the tile, excluded.
+        first: first pixel whose result is used.
+        last: end of those pixels, excluded.
+        weights: (last - first,) float32, of the pixels that are used; at each pixel those of all tiles sum to one.
     """
 
     start: int
@@ -61,7 +69,7 @@ class Span:
 
 
 def overlap_of(network: nn.Module) -> Overlap:
-    """Gives the overlap that a network's tiles need."""
+    """Return the overlap that a network's tiles need."""
     if isinstance(network, Flipped):
         return overlap_of(network.network)
     if not isinstance(network, DeepSkipUNet):
@@ -73,10 +81,10 @@ def overlap_of(network: nn.Module) -> Overlap:
 
 
 def receptive_radius(network: DeepSkipUNet) -> int:
-    """Computes how many pixels away, along either side, an input pixel can still change a pixel of the logits.
+    """Compute the distance, in pixels along either side, within which an input pixel can change a pixel of the logits.
 
-    An interval of output pixels is followed back through every path: 3x3 convolutions, pooling, bilinear upsampling, and the
-    enlargement of the image.
+    An interval of output pixels is traced back through every path: 3x3 convolutions, pooling, bilinear upsampling, and
+    the enlargement of the image.
     """
     convolutions = [
         sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in level.modules()) for level in network.encoder
@@ -89,7 +97,7 @@ def receptive_radius(network: DeepSkipUNet) -> int:
     def of_decoded(u: int, low: int, high: int) -> tuple[int, int]:
         if u == network.levels - 1:
             return of_encoded(u, low, high)
-        # the two of the merge and the branch's own
+        # The two convolutions of the merge and that of the branch.
         low, high = low - 3, high + 3
         taken = range(u, network.levels - 1)[network.taken(0)] if network.deep_skips else [u]
         reached = [of_encoded(j, *upsampled_from(low, high, 2 ** (j - u))) for j in taken]
@@ -104,15 +112,33 @@ def receptive_radius(network: DeepSkipUNet) -> int:
 
 
 def upsampled_from(low: int, high: int, scale: int) -> tuple[int, int]:
-    """Gives the pixels that pixels low to high of a map, enlarged bilinearly by a scale, are made of."""
+    """Return the range of pixels from which a range of pixels of a bilinearly enlarged map is computed.
+
+    Args:
+        low: first pixel of the enlarged map.
+        high: last pixel of the enlarged map, included.
+        scale: factor of the enlargement.
+
+    Returns:
+        The first and the last pixel of the map before; they may lie outside of it.
+    """
     if scale == 1:
         return low, high
-    # centres: (y + 0.5) / scale - 0.5, in whole numbers
+    # The centre of pixel y lies at (y + 0.5) / scale - 0.5; computed in integers.
     return (2 * low + 1 - scale) // (2 * scale), (2 * high + 1 - scale) // (2 * scale) + 1
 
 
 def spans(length: int, tile: int, overlap: Overlap) -> list[Span]:
-    """Cuts one side into tiles of `tile` pixels; raises ValueError where a tile is no larger than its overlaps."""
+    """Cut one side of an image into tiles.
+
+    Args:
+        length: length of the side, in pixels.
+        tile: side of a tile, in pixels; it is rounded down to the overlap's multiple.
+        overlap: overlap of neighbouring tiles.
+
+    Raises:
+        ValueError: if the side is longer than a tile, and a tile too small for its overlaps.
+    """
     if length <= tile:
         return [Span(0, length, 0, length, torch.ones(length))]
     if tile < overlap.smallest_tile:
@@ -121,10 +147,10 @@ def spans(length: int, tile: int, overlap: Overlap) -> list[Span]:
     advance = (tile - overlap.pixels) // overlap.multiple * overlap.multiple
     count = 1 - (tile - length) // advance
     starts = [i * advance for i in range(count)]
-    # a short last tile begins earlier instead: tiles of one size go through the network in one batch
+    # The last tile starts earlier instead of being shorter: tiles of one size can share a batch.
     starts[-1] = min(starts[-1], -(-(length - tile) // overlap.multiple) * overlap.multiple)
     stops = [*(start + tile for start in starts[:-1]), length]
-    # as late as the margin permits: where the last tile begins earlier its ramp must not meet the one before
+    # Ramps start as late as the margin permits: the last tile may start earlier, and its ramp must not meet the one before.
     ramps = [stop - overlap.margin - overlap.ramp for stop in stops[:-1]]
     rise = (torch.arange(overlap.ramp, dtype=torch.float32) + 0.5) / overlap.ramp
     found = []
@@ -148,9 +174,19 @@ def stitched(
     batch: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
-    """Gives the logits of a whole image in stripes from top to bottom: first row, and (channels, stripe's rows, width) fp32.
+    """Yield the logits of a whole image in stripes of rows, from top to bottom.
 
-    logits_of: takes a tile's rows and some tiles' columns (at most `batch`, of one width), gives (n, channels, h, w).
+    Args:
+        logits_of: takes a tile's rows and the columns of n <= `batch` tiles of one width, and returns their logits
+            (n, channels, h, w).
+        rows: spans of the image's height.
+        columns: spans of the image's width.
+        channels: number of channels of the logits.
+        batch: largest number of tiles at once.
+        device: device of the stripes.
+
+    Yields:
+        A stripe's first row, and its logits (channels, rows of the stripe, width) fp32.
     """
     width = columns[-1].last
     carried = torch.zeros(channels, 0, width, device=device)
@@ -168,13 +204,13 @@ def stitched(
                 ]
                 stripe[..., column.first : column.last] += weights.to(device) * inner
         whole = (below.first if below else row.last) - row.first
-        # a copy, so that the stripe itself can go
+        # A copy, so that the stripe itself can be freed.
         carried = stripe[:, whole:].clone()
         yield row.first, stripe[:, :whole]
 
 
 def batches(columns: Sequence[Span], batch: int) -> Iterator[Sequence[Span]]:
-    """Groups neighbouring tiles of one width, at most `batch` together."""
+    """Yield groups of neighbouring tiles of one width, at most `batch` in a group."""
     group: list[Span] = []
     for column in columns:
         if group and (len(group) == batch or column.stop - column.start != group[0].stop - group[0].start):
@@ -185,7 +221,20 @@ def batches(columns: Sequence[Span], batch: int) -> Iterator[Sequence[Span]]:
 
 
 def logits_in_tiles(network: nn.Module, image_NCHW: Tensor, tile: int, overlap: Overlap | None = None) -> Tensor:
-    """Computes the logits (N, V, H, W) of normalised images tile by tile; tile: pixels a side."""
+    """Compute the logits of normalised images tile by tile.
+
+    Args:
+        network: maps images (N, bands, H, W) to logits (N, V, H, W).
+        image_NCHW: images (N, bands, H, W).
+        tile: side of a tile, in pixels.
+        overlap: overlap of neighbouring tiles; None takes what the network needs.
+
+    Returns:
+        Logits (N, V, H, W) fp32.
+
+    Raises:
+        ValueError: if a tile is too small for its overlaps.
+    """
     overlap = overlap or overlap_of(network)
     H, W = image_NCHW.shape[-2:]
     first: dict[str, int] = {}
@@ -204,15 +253,30 @@ def logits_in_tiles(network: nn.Module, image_NCHW: Tensor, tile: int, overlap: 
 
 
 def classes_of(network: nn.Module, image_NCHW: Tensor) -> int:
-    """Gives the number of a network's logits a pixel; of one that does not say it, by trying."""
+    """Return the number of logits that a network has for a pixel.
+
+    Args:
+        network: a network; if it has no `num_classes`, it is run once on a corner of the first image.
+        image_NCHW: images (N, bands, H, W).
+    """
     known = getattr(network, "num_classes", None)
     return known if isinstance(known, int) else int(network(image_NCHW[:1, :, :64, :64]).shape[1])
 
 
 def enlarged_rows(small_VHW: np.ndarray, height: int, width: int, top: int, bottom: int) -> np.ndarray:
-    """Gives rows top to bottom of maps (V, h, w) that are enlarged bilinearly to a height and width: (V, bottom - top, width).
+    """Compute some rows of bilinearly enlarged maps, without the whole of them in memory.
 
-    As torch.nn.functional.interpolate of align_corners=False, without the whole of it in memory.
+    The result is that of torch.nn.functional.interpolate with align_corners=False.
+
+    Args:
+        small_VHW: maps (V, h, w).
+        height: height of the enlarged maps, in pixels.
+        width: width of the enlarged maps, in pixels.
+        top: first row to compute.
+        bottom: end of the rows, excluded.
+
+    Returns:
+        Maps (V, bottom - top, width).
     """
     _, h, w = small_VHW.shape
     above, below, share_y = neighbours(np.arange(top, bottom), h, height)
@@ -222,7 +286,16 @@ def enlarged_rows(small_VHW: np.ndarray, height: int, width: int, top: int, bott
 
 
 def neighbours(pixels: np.ndarray, small: int, large: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gives the two pixels of a side of `small` pixels that lie around each pixel of `large`, and the second one's share."""
+    """Return, for pixels of an enlarged side, the two pixels between which each one is interpolated.
+
+    Args:
+        pixels: pixels of the enlarged side, (n,).
+        small: length of the side before, in pixels.
+        large: length of the enlarged side, in pixels.
+
+    Returns:
+        The lower pixels, the upper pixels and the weights of the upper ones, each (n,).
+    """
     place = np.clip((pixels + 0.5) * (small / large) - 0.5, 0, small - 1)
     low = np.minimum(place.astype(np.int64), small - 1)
     return low, np.minimum(low + 1, small - 1), (place - low).astype(np.float32)

@@ -1,4 +1,7 @@
-"""The training loop. It is told its rank and world size; who started it, and where batches come from, it does not know."""
+"""Run the training loop.
+
+It is given its rank, its world size and its batches, and does not depend on Ray or on how batches are read.
+"""
 
 import math
 import time
@@ -24,14 +27,18 @@ from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or a weight, was nan or infinite; the message has the step and the samples."""
+    """The loss or a weight was nan or infinite; the message has the step and the samples."""
 
 
 class Preempted(RuntimeError):
-    """The training stopped because it was asked to; `step` is that of its checkpoint, which is written."""
+    """The training stopped because it was asked to, and its checkpoint is written.
+
+    Attributes:
+        step: step of the checkpoint.
+    """
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}, as it was asked to; its checkpoint is written")
+        super().__init__(f"stopped after step {step} as requested; its checkpoint is written")
         self.step = step
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -40,7 +47,14 @@ class Preempted(RuntimeError):
 
 @dataclass
 class Record:
-    """What the loop knows beyond its steps, and a checkpoint holds: the best validation and the time spent before."""
+    """What the loop adds to a checkpoint: the best validation and the time spent.
+
+    Attributes:
+        best: metrics and step of the best validation, or None.
+        validations_since_best: number of validations after the best one.
+        seconds: spent before this process started.
+        started: time of the start, of time.perf_counter.
+    """
 
     best: dict[str, Any] | None = None
     validations_since_best: int = 0
@@ -48,29 +62,45 @@ class Record:
     started: float = field(default_factory=time.perf_counter)
 
     def take(self, metrics: dict[str, Any], step: int) -> bool:
-        """Take a validation's metrics; returns whether they are the best so far."""
-        # not (a > b): nan beats nothing, and anything beats nan
+        """Record the metrics of a validation.
+
+        Args:
+            metrics: metrics of the validation.
+            step: step after which it ran.
+
+        Returns:
+            Whether they are the best so far.
+        """
+        # The comparison is negated, so nan counts as better than any value, and any value as better than nan.
         better = self.best is None or not metrics["iou"] <= self.best["iou"]
         self.best = metrics | {"step": step} if better else self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         return better
 
     def out_of_patience(self, patience: int) -> bool:
-        """Tell whether the training ends here; a patience of 0 never runs out."""
+        """Return whether the training ends here; a patience of 0 never runs out."""
         return 0 < patience <= self.validations_since_best
 
     def total_seconds(self) -> float:
-        """Return the time of all parts of the training."""
+        """Return the time of the whole training, including that before it was resumed."""
         return self.seconds + time.perf_counter() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it."""
+        """Return the record's part of a checkpoint."""
         return {"best": self.best, "stale": self.validations_since_best, "seconds": self.total_seconds()}
 
 
 @dataclass
 class Window:
-    """The steps since the last look at the device, and the rates of all windows."""
+    """The steps since the last synchronisation with the device, and the rates of all windows.
+
+    Attributes:
+        steps: results of the window's steps.
+        keys: keys of the samples of each step.
+        clock: start of the window, of time.perf_counter.
+        images: number of images in all windows closed so far.
+        seconds: duration of all windows closed so far.
+    """
 
     steps: list[StepResult] = field(default_factory=list)
     keys: list[list[str]] = field(default_factory=list)
@@ -83,7 +113,18 @@ class Window:
         return self.images / self.seconds if self.seconds else 0.0
 
     def close(self, training: TrainingStep, writer: CheckpointWriter) -> dict[str, float]:
-        """Wait for the device, once a window, and return its means; raises NonFiniteLoss on every rank."""
+        """Wait for the device, and return the means of the window's steps; this happens once a window.
+
+        Args:
+            training: training whose steps they are.
+            writer: writer of checkpoints, which finishes before an error is raised.
+
+        Returns:
+            "loss" and "images_per_second", and unless the network has its own loss, "bce", "dice" and "iou".
+
+        Raises:
+            NonFiniteLoss: on every rank, if a loss or a weight is nan or infinite.
+        """
         losses = torch.stack([torch.stack(one[:3]) for one in self.steps]).double().cpu()
         counts = torch.stack(
             [*torch.stack([one.overlap for one in self.steps]).sum(0), broken_weights(training.network)]
@@ -91,7 +132,7 @@ class Window:
         if training.world_size > 1:
             dist.all_reduce(counts)
         tp, fp, fn, broken = counts.tolist()
-        # before anything is written
+        # Check before anything is written.
         stop_if_not_finite(losses[:, 0], broken > 0, training.step, self.keys, training.world_size, writer)
         images, took = len(self.steps) * training.config.optim.global_batch_size, time.perf_counter() - self.clock
         self.images, self.seconds = self.images + images, self.seconds + took
@@ -117,14 +158,33 @@ def train(
     mlflow_run_id: str | None = None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Trains from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
+    """Train from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
 
-    run: folder or URL of its checkpoints. train_batches: called with the first step, yields this rank's share of every global
-    batch. validation_images: yields this rank's share of the validation split, one image a batch. observe: called on rank 0
-    with ("train" | "validation" | "panel" | "warning", steps done, values). stop_requested: asked after every step, on every
-    rank or on none; where it is true on any, a checkpoint is written and all raise Preempted within ranks.VOTE_STEPS steps.
-    In a process group every rank must call. Returns a summary: metrics of the best validation, sizes and times.
-    Raises NonFiniteLoss, Preempted, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, OSError.
+    In a process group every rank must call this function.
+
+    Args:
+        config: settings of the training.
+        data: description of the training data.
+        run: folder or URL of its checkpoints.
+        train_batches: function of the first step that yields this rank's share of every global batch.
+        validation_images: function that yields this rank's share of the validation split, one image a batch.
+        rank: rank of this process.
+        world_size: number of ranks.
+        device: device on which to train.
+        observe: called on rank 0 with ("train" | "validation" | "panel" | "warning", steps done, values).
+        mlflow_run_id: MLflow's run, stored in the checkpoints.
+        stop_requested: called after every step, on every rank or on none. If it is true on any, a checkpoint is written
+            and all ranks raise Preempted within ranks.VOTE_STEPS steps.
+
+    Returns:
+        A summary: metrics of the best validation, sizes and times.
+
+    Raises:
+        NonFiniteLoss: if a loss or a weight is nan or infinite.
+        Preempted: if a stop was requested.
+        checkpoint.CheckpointNotWritten: if a checkpoint could not be written.
+        checkpoint.CheckpointTooNew: if a later DeepSkip wrote a checkpoint of the run.
+        OSError: if the storage cannot be read.
     """
     device, run = torch.device(device), storage.locate(run)
     optim, settings = config.optim, config.run
@@ -172,7 +232,7 @@ def train(
                 writer.wait()
                 stop_vote.close()
                 if world_size > 1:
-                    # a rank that ends is the end of the others: not before rank 0 has written
+                    # A rank that exits ends the others, so all wait until rank 0 has written.
                     dist.barrier()
                 raise Preempted(training.step)
             window.clock = time.perf_counter()
@@ -192,7 +252,7 @@ def train(
 
 
 def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:
-    """Tell whether a step is logged, validated and saved; the last one is all three."""
+    """Return whether a step is logged, validated and saved; the last one is all three."""
     every = (settings.log_every, settings.validate_every, settings.checkpoint_every)
     return tuple(step % one == 0 or step == last for one in every)
 
@@ -200,7 +260,14 @@ def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:
 def validate(
     training: TrainingStep, images: Iterable[Batch], rank: int, observe: Callable[[str, int, dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Measure the moving average on the validation split and observe it; every rank calls with its share."""
+    """Measure the moving average on the validation split and pass the results to `observe`.
+
+    Args:
+        training: training whose averaged network is measured.
+        images: this rank's share of the split; every rank must call with its own.
+        rank: rank of this process.
+        observe: called on rank 0 with the metrics and the panel.
+    """
     if training.world_size > 1:
         share_buffers(training.averaged)
     data, panels = training.data, training.config.run.panels
@@ -214,10 +281,10 @@ def validate(
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields batches with their tensors on the device; a batch in pinned memory is copied while the last one is computed on."""
+    """Yield batches with their tensors on the device; pinned ones are copied while the last batch is computed."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:
-        # a stream of None leaves all as it is
+        # With a stream of None the context does nothing.
         with torch.cuda.stream(stream):
             moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if stream is not None:
@@ -225,13 +292,17 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             now.wait_stream(stream)
             for value in moved.values():
                 if isinstance(value, Tensor):
-                    # its memory is not given to the next copy while this stream still reads it
+                    # Its memory must not be reused by the next copy while this stream still reads it.
                     value.record_stream(now)
         yield moved
 
 
 def broken_weights(network: nn.Module) -> Tensor:
-    """Return 1 where a weight or a running statistic is nan or infinite, else 0, without waiting for the device."""
+    """Return 1 if a weight or a running statistic is nan or infinite, else 0, without waiting for the device.
+
+    Returns:
+        A scalar int64.
+    """
     tensors = [x for x in network.state_dict().values() if x.is_floating_point()]
     return (~torch.isfinite(nn.utils.get_total_norm(tensors, math.inf))).long()
 
@@ -239,15 +310,26 @@ def broken_weights(network: nn.Module) -> Tensor:
 def stop_if_not_finite(
     losses: Tensor, broken: bool, step: int, keys: list[list[str]], world_size: int, writer: CheckpointWriter
 ) -> None:
-    """Raises NonFiniteLoss for the first bad loss of a window that ends with `step`, or for broken weights after it.
+    """Raise an error for the first bad loss of a window, or for broken weights after it.
 
-    Every rank sees the same losses, and raises only when the checkpoint before is written.
+    Every rank sees the same losses. It raises only after the previous checkpoint is written.
+
+    Args:
+        losses: losses of the window's steps, (steps,).
+        broken: whether a weight is nan or infinite after the window.
+        step: last step of the window.
+        keys: keys of the samples of each step.
+        world_size: number of ranks.
+        writer: writer of checkpoints.
+
+    Raises:
+        NonFiniteLoss: with the step and its samples.
     """
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if not bad and not broken:
         return
     writer.wait()
-    # weights that break before the last step of a window make the next loss bad
+    # Weights that break before the last step of a window make the next loss non-finite.
     place = bad[0] if bad else len(losses) - 1
     batch_keys = keys[place]
     if world_size > 1:
@@ -255,8 +337,12 @@ def stop_if_not_finite(
         dist.all_gather_object(gathered, batch_keys)
         batch_keys = [key for part in gathered for key in part]
     number, value = step - len(losses) + place + 1, losses[place].item()
-    what = f"the loss of step {number} is {value}" if bad else f"step {number}, of loss {value}, broke the weights"
+    what = (
+        f"the loss of step {number} is {value}"
+        if bad
+        else f"step {number}, of loss {value}, made the weights nan or infinite"
+    )
     raise NonFiniteLoss(
         f"{what}; its samples: {', '.join(batch_keys)}. "
-        "The last checkpoint is from before it. Lower optim.learning_rate or look at these samples."
+        "The last checkpoint is from before this step. Lower optim.learning_rate or check these samples."
     )

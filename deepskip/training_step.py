@@ -1,6 +1,6 @@
-"""One training step: augment, forward, loss, backward, clip, optimizer, moving average; and the state that a checkpoint holds.
+"""Run one training step: augment, forward, loss, backward, clip, optimizer, moving average.
 
-Everything that trains runs this one: the trainer, the benchmarks, every comparison.
+The trainer, the benchmarks and every comparison run this step. A checkpoint holds its state.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,13 +20,22 @@ from deepskip.loss import BCEDiceLoss, LossParts
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 
-# image (N, bands, H, W) raw, mask (N, H, W) uint8, mean and std (N, bands), weight (N,); epoch, sample and key are lists of N
+# Raw image (N, bands, H, W), mask (N, H, W) uint8, mean and std (N, bands), weight (N,). Epoch, sample and key are lists of N.
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What the network must know of its data; stored in every checkpoint."""
+    """What the network must know of its data; stored in every checkpoint.
+
+    Attributes:
+        in_channels: bands.
+        num_classes: 1 for binary, else exclusive classes with background 0.
+        ignore_index: label of pixels that are not counted.
+        mean: mean of each band over the training set.
+        std: standard deviation of each band over the training set.
+        preparation: how the images were prepared when they were packed: "bands", "longest_side", "nodata".
+    """
 
     in_channels: int
     num_classes: int
@@ -37,9 +46,15 @@ class DataInfo:
 
 
 class StepResult(NamedTuple):
-    """What a step leaves beside its weights, all on the device: loss, BCE and Dice loss (scalars), and overlap (3,).
+    """The result of a step besides its weights, all on the device.
 
-    Of a network that brings its own loss there are no logits while it trains: all but the loss is 0.
+    A network with its own loss has no logits while it trains: all but the loss is 0.
+
+    Attributes:
+        loss: loss of the global batch, a scalar.
+        bce: BCE of the global batch, a scalar.
+        dice: Dice loss of the global batch, a scalar.
+        overlap: true positive, false positive and false negative foreground pixels of this rank, (3,) int64.
     """
 
     loss: Tensor
@@ -49,39 +64,56 @@ class StepResult(NamedTuple):
 
 
 class OwnLoss(nn.Module):
-    """A network that brings its own loss, as what a process group wraps: forward gives the loss of this rank's samples."""
+    """A module around a network with its own loss, for the process group to wrap.
+
+    Args:
+        network: network that has a method `training_loss`.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, image: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Compute the loss of this rank's samples, a scalar.
+
+        Args:
+            image: images (N, bands, H, W).
+            mask: labels (N, H, W).
+            weight: weights of the samples, (N,).
+        """
         return self.network.training_loss(image, mask, weight)  # type: ignore[operator]
 
 
 class TrainingStep:
-    """A network, its loss, optimizer and moving average, on their way through a training.
+    """A network, its loss, optimizer and moving average during a training.
 
     The weights are drawn from config.run.seed, so every rank has the same. Call `distribute` before the first step.
 
+    Args:
+        config: settings of the training.
+        data: description of the training data.
+        device: device on which to train.
+        world_size: number of ranks.
+
     Attributes:
-        network: in channels-last memory, on the device.
-        averaged: its moving average, or the network itself where config.optim.ema_decay is 0.
+        network: the network, in channels-last memory on the device.
+        averaged: its moving average, or the network itself if config.optim.ema_decay is 0.
         criterion: the loss.
-        step: steps done.
+        step: number of steps done.
     """
 
     def __init__(self, config: Config, data: DataInfo, device: torch.device, world_size: int = 1) -> None:
         self.config, self.data, self.device, self.world_size = config, data, device, world_size
         torch.manual_seed(config.run.seed)
         network = networks.build(asdict(config.model), data.in_channels, data.num_classes)
-        # 2-D ones alone: others have no such format
+        # Only 2-D convolutions: others have no such memory format.
         self.network: nn.Module = convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
         self.own_loss = networks.brings_loss(network)
         self.optimizer = build_optimizer(config.optim, self.network)
         self.ema: AveragedModel | None = None
         if config.optim.ema_decay:
-            # `average` gives it the decay of each step
+            # `average` sets the decay of each step.
             self.ema = AveragedModel(self.network, use_buffers=True)
         loss = config.loss
         self.criterion = BCEDiceLoss(loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps)
@@ -94,9 +126,9 @@ class TrainingStep:
         return self.network if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs, apart from what the loop around the steps knows.
+        """Return the state that a resumed training needs, except what the loop around the steps adds.
 
-        bfloat16 needs no gradient scaler; the learning rate and the augmentation are functions of the step.
+        bfloat16 needs no gradient scaler. The learning rate and the augmentation are functions of the step.
         """
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
@@ -106,7 +138,7 @@ class TrainingStep:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
@@ -118,18 +150,25 @@ class TrainingStep:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def distribute(self) -> None:
-        """Compile the network where the config asks for it, and join the process group where there are several ranks."""
+        """Compile the network if the config says so, and wrap it for the process group if there are several ranks."""
         if self.config.run.compile != "none":
-            # in place: the state keeps its names, and the moving average stays as it is
+            # Compile in place: the state keeps its names, and the moving average is not affected.
             self.network.compile(mode=self.config.run.compile)
         if self.world_size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            # other networks may have weights that a batch does not reach
+            # Other networks may have weights that get no gradient from a batch.
             reached = isinstance(self.network, DeepSkipUNet)
             self._model = DistributedDataParallel(self._model, device_ids=devices, find_unused_parameters=not reached)
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalise and augment a batch on the device: image (N, bands, H, W), channels last, and labels (N, H, W) int64."""
+        """Normalise and augment a batch.
+
+        Args:
+            batch: batch with its tensors on the device.
+
+        Returns:
+            Images (N, bands, H, W) in channels-last memory, and labels (N, H, W) int64.
+        """
         image, mask = normalize(batch["image"], batch["mean"], batch["std"]), batch["mask"].long()
         settings = self.config.augment
         draws = augment.draw(settings, self.config.run.seed, batch["epoch"], batch["sample"], self.data.in_channels)
@@ -137,36 +176,50 @@ class TrainingStep:
         return image.contiguous(memory_format=torch.channels_last), mask
 
     def forward(self, image: Tensor) -> Tensor:
-        """Run the network, in bf16 autocast on a GPU; logits (N, V, H, W)."""
+        """Compute the logits (N, V, H, W), in bf16 autocast on a GPU.
+
+        Args:
+            image: normalised images (N, bands, H, W).
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self._model(image)
 
     def backward(self, parts: LossParts) -> None:
-        """Leave the gradient of the global batch in the weights: the loss is its sum over ranks, where DDP averages."""
+        """Compute the gradient of the global batch and accumulate it in the weights.
+
+        The gradient is the sum over ranks, but DDP averages, so the loss is multiplied by the number of ranks.
+
+        Args:
+            parts: the loss and its parts.
+        """
         (parts.loss * self.world_size).backward()
 
     def clip(self) -> None:
-        """Bound the gradient's norm."""
+        """Clip the gradient's norm to config.optim.clip_norm."""
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
 
     def update(self) -> None:
-        """Move the weights by the learning rate of this step."""
+        """Update the weights with the learning rate of this step, and clear the gradient."""
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step))
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def average(self) -> None:
-        """Move the average of the weights, which begins as those of the first step, by the decay of this step."""
+        """Update the weights' moving average, which begins as those of the first step, with the decay of this step."""
         if self.ema is not None:
             self.ema.multi_avg_fn = get_ema_multi_avg_fn(averaging_decay(self.config.optim, self.step))
             self.ema.update_parameters(self.network)
 
     def __call__(self, batch: Batch) -> StepResult:
-        """Train on a batch that lies on the device; in a process group every rank calls with its share."""
+        """Train on a batch; in a process group every rank calls with its share.
+
+        Args:
+            batch: batch with its tensors on the device.
+        """
         image, mask = self.prepare(batch)
         if not isinstance(self.network, DeepSkipUNet):
-            # what a network draws (dropout, samples of boxes) is a function of the step, as all else is: resumed it is the same
+            # Random numbers of a network (dropout, sampled boxes) depend on the step alone: a resumed run draws the same.
             torch.manual_seed(self.config.run.seed + self.step)
         result = self.gradients_of_own_loss(image, mask, batch["weight"]) if self.own_loss else None
         if result is None:
@@ -182,7 +235,16 @@ class TrainingStep:
         return result
 
     def gradients_of_own_loss(self, image: Tensor, mask: Tensor, weight: Tensor) -> StepResult:
-        """Leave the gradient of the network's own loss in the weights; over several ranks it is the mean of theirs."""
+        """Compute the gradient of the network's own loss; over several ranks it is the mean of the ranks' gradients.
+
+        Args:
+            image: normalised images (N, bands, H, W).
+            mask: labels (N, H, W).
+            weight: weights of the samples, (N,).
+
+        Returns:
+            The mean loss over the ranks; all else is 0.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self._model(image, mask, weight)
         loss.backward()
@@ -195,7 +257,17 @@ class TrainingStep:
 
 
 def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
-    """Count true positive, false positive and false negative foreground pixels (3,), without waiting for the device."""
+    """Count true positive, false positive and false negative foreground pixels, without waiting for the device.
+
+    Args:
+        logits: tensor (N, V, H, W).
+        mask: labels (N, H, W).
+        weight: weights of the samples, (N,); those of weight 0 are not counted.
+        ignore_index: label of pixels that are not counted.
+
+    Returns:
+        The three counts, (3,) int64.
+    """
     labels = to_labels(logits, 0).long()
     counted = (mask != ignore_index) & (weight != 0)[:, None, None]
     right, guessed, true = labels == mask, labels != 0, mask != 0

@@ -24,7 +24,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert 'href="chaos.html"' in (tmp_path / "faults.html").read_text()
     assert 'href="networks.html"' in (tmp_path / "compare.html").read_text()
     # from docstrings
-    assert "Builds the network that a checkpoint&#39;s state describes" in (
+    assert "Build the network that a checkpoint&#39;s state describes" in (
         tmp_path / "reference" / "deepskip.html"
     ).read_text().replace("'", "&#39;")
     # nothing is fetched from elsewhere

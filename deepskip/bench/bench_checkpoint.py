@@ -1,4 +1,4 @@
-"""What a checkpoint costs the steps around it, written in the background or in the step; `make bench` runs it."""
+"""Benchmark what a checkpoint costs the steps around it, written in the background or in the step (`make bench`)."""
 
 import statistics
 import time
@@ -18,11 +18,12 @@ from deepskip.training_step import DataInfo, TrainingStep
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)
 ROUNDS = 18
-# steps from one checkpoint to the next: what the thread takes from the steps after it is in their time
+# Steps from one checkpoint to the next. The steps' time includes what the thread takes from them.
 STEPS = 3
 
 
 def test_checkpoint(benchmark: Any, tmp_path: Path) -> None:
+    """Time blocks of steps without a checkpoint, with one in the background, and with one in the step."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
     config = Config()
@@ -56,7 +57,7 @@ def test_checkpoint(benchmark: Any, tmp_path: Path) -> None:
             waits.setdefault(name, []).append(time.perf_counter() - started)
             for _ in range(STEPS - 1):
                 step()
-            # the next block must not pay for this one
+            # The next block must not include work of this one.
             measure.wait(DEVICE)
 
         return run
@@ -71,7 +72,7 @@ def test_checkpoint(benchmark: Any, tmp_path: Path) -> None:
         names = list(calls)
         host = {name: measure.host_seconds(call, DEVICE) for name, call in calls.items()}
         for turn in range(ROUNDS + 3):
-            # each goes first, second and last as often: what a slow spell of the machine takes, it takes from all
+            # Each is first, second and last equally often, so that a slow phase of the machine affects all of them.
             for name in names[turn % 3 :] + names[: turn % 3]:
                 times[name].append(measure.seconds(calls[name], DEVICE, host[name]))
         seconds = {name: values[3:] for name, values in times.items()}

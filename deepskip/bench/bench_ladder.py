@@ -1,4 +1,4 @@
-"""What each form for CPUs brought, one more at a time; `make bench` runs it where there is no GPU."""
+"""Benchmark the CPU kernels, added one at a time; `make bench` runs it if there is no GPU."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +20,13 @@ FORMS = ("deep_skip_cpu", "conv3_cpu", "batch_norm_cpu")
 
 
 class Rung:
-    """The network in a layout with some of the forms for CPUs, in fp32 or under autocast to bf16."""
+    """The network in a memory layout with some of the CPU kernels, in fp32 or under autocast to bf16.
+
+    Args:
+        layout: memory format of weights and images.
+        forms: names in FORMS that are used; the reference replaces the others.
+        bf16: run under autocast.
+    """
 
     def __init__(self, layout: torch.memory_format, forms: tuple[str, ...] = (), bf16: bool = False) -> None:
         torch.manual_seed(0)
@@ -30,7 +36,7 @@ class Rung:
         self.forms, self.bf16, self.criterion = forms, bf16, BCEDiceLoss()
 
     def run(self, training: bool) -> None:
-        """Runs a step without the optimizer, or inference."""
+        """Run a training step without the optimizer, or inference."""
         self.network.train(training)
         with ExitStack() as stack:
             for form in FORMS:
@@ -47,7 +53,15 @@ class Rung:
 
 
 def rows_of(rungs: dict[str, Rung], first: dict[str, float] | None) -> list[dict[str, Any]]:
-    """Measures rungs in turns; ratios are to `first`, or to the first of them."""
+    """Measure rungs alternately.
+
+    Args:
+        rungs: by name.
+        first: seconds of "train" and "inference" that ratios are relative to; None takes the first rung's.
+
+    Returns:
+        A row for each rung, with images/s.
+    """
 
     def calls(training: bool) -> dict[str, Callable[[], None]]:
         return {name: lambda rung=rung: rung.run(training) for name, rung in rungs.items()}  # type: ignore[misc]
@@ -68,6 +82,7 @@ def rows_of(rungs: dict[str, Rung], first: dict[str, float] | None) -> list[dict
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these are the forms for CPUs")
 def test_ladder(benchmark: Any) -> None:
+    """Time the network without CPU kernels, with one more at a time, and with freed memory kept."""
     last = torch.channels_last
     rungs = {
         "plain, contiguous": Rung(torch.contiguous_format),

@@ -1,4 +1,4 @@
-"""The whole network, training and inference, beside its plain form and other people's; `make bench` runs it."""
+"""Benchmark the whole network, training and inference, against its plain form and other libraries (`make bench`)."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ ROUNDS = 30 if DEVICE.type == "cuda" else 12
 
 
 def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
-    """Makes every network with the kernels and the layout that it runs with; those not installed are left out."""
+    """Build every network, with its kernels and memory layout; libraries that are not installed are skipped."""
     last, first = torch.channels_last, torch.contiguous_format
     made: dict[str, tuple[nn.Module, str, torch.memory_format]] = {
         "deepskip": (DeepSkipUNet(3, 1), "auto", last),
@@ -36,7 +36,7 @@ def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
     except ImportError:
         pass
     if DEVICE.type == "cuda":
-        # without what the host takes to start operations. a search of kernels (max-autotune) did not end in 230 s
+        # CUDA graphs exclude the host's launch overhead. A search of kernels (max-autotune) did not finish in 230 s.
         for name in ("deepskip", "plain, channels last", "MONAI BasicUNet"):
             if name in made:
                 network, kind, form = made[name]
@@ -46,6 +46,7 @@ def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
 
 
 def test_network(benchmark: Any) -> None:
+    """Time training and inference of every network alternately, after checking DeepSkip against its plain form."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True

@@ -1,4 +1,4 @@
-"""Where a whole training step goes, part by part and operator by operator; `make bench` runs it and keeps a trace."""
+"""Benchmark a whole training step by part and by operator; `make bench` runs it and keeps a trace."""
 
 import tempfile
 from collections.abc import Callable
@@ -20,7 +20,7 @@ ROUNDS = 30
 
 
 class Step:
-    """The trainer's step in parts, each a function to be timed; the batch lies in pinned memory for a GPU."""
+    """The trainer's step in parts, each a function to be timed; for a GPU the batch is in pinned memory."""
 
     def __init__(self) -> None:
         N, bands, *_ = SIZE
@@ -35,12 +35,12 @@ class Step:
         self.numbers = {"epoch": [0] * N, "sample": list(range(N))}
 
     def copy(self) -> None:
-        """Bring the batch to the device."""
+        """Copy the batch to the device."""
         tensors = {name: x.to(DEVICE, non_blocking=True) for name, x in self.host.items()}
         self.weight, self.batch = tensors["weight"], tensors | self.numbers
 
     def prepare(self) -> None:
-        """Normalise and augment it."""
+        """Normalise and augment the batch."""
         self.image, self.mask = self.training.prepare(self.batch)
 
     def forward(self) -> None:
@@ -56,7 +56,7 @@ class Step:
         self.training.backward(self.losses)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        """Return the parts in order."""
+        """Return the parts by name, in order."""
         return {
             "copy to the device": self.copy, "normalise and augment": self.prepare, "forward": self.forward,
             "loss": self.loss, "backward": self.backward, "clip": self.training.clip,
@@ -65,6 +65,7 @@ class Step:
 
 
 def test_step(benchmark: Any) -> None:
+    """Time the parts of a step and its operators, and compute its utilisation of the device."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True
@@ -79,7 +80,7 @@ def test_step(benchmark: Any) -> None:
         step.loss()
         step.backward()
 
-    # what the equations ask for, not what a form of them happens to do: the plain form's operations
+    # Count the operations of the plain form, which are those of the equations.
     kernels.backend.choose("reference")
     with FlopCounterMode(display=False) as counter:
         network()

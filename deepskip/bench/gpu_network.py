@@ -1,6 +1,6 @@
-"""The network's training step and inference on a GPU beside others, each launched by the host and as a CUDA graph.
+"""Benchmark training and inference on a GPU against other networks, launched by the host and as a CUDA graph.
 
-A part of `kernels.bench.gpu`, which starts it: python -m deepskip.bench.gpu_network --out DIR.
+It is a part of `kernels.bench.gpu`, which starts it: python -m deepskip.bench.gpu_network --out DIR.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +21,14 @@ SMALL = {"base_channels": 4, "levels": 3}
 
 
 def monai_unet(**options: Any) -> nn.Module:
-    """Make MONAI's U-Net, which not every machine has."""
+    """Build MONAI's U-Net, which is not installed on every machine."""
     from monai.networks.nets import BasicUNet
 
     return BasicUNet(2, 3, 1)
 
 
 def compiled(compile_options: dict[str, Any], **options: Any) -> nn.Module:
-    """Make the network with torch.compile."""
+    """Build the network with torch.compile."""
     torch._dynamo.reset()
     network = DeepSkipUNet(3, 1, **options)
     network.compile(dynamic=False, **compile_options)
@@ -36,7 +36,7 @@ def compiled(compile_options: dict[str, Any], **options: Any) -> nn.Module:
 
 
 def networks(compile_options: dict[str, Any]) -> dict[str, tuple[Callable[..., nn.Module], str]]:
-    """Return what makes each contender, and its kernels; what takes longest to compile last."""
+    """Return the function that builds each contender, and its kernels; the slowest to compile is last."""
     return {
         "deepskip": (partial(DeepSkipUNet, 3, 1), "triton"),
         "plain": (partial(DeepSkipUNet, 3, 1), "reference"),
@@ -47,7 +47,16 @@ def networks(compile_options: dict[str, Any]) -> dict[str, tuple[Callable[..., n
 
 
 def calls_of(network: nn.Module, image: Tensor, mask: Tensor, kind: str) -> dict[str, Callable[[], Any]]:
-    """Return what trains and what predicts; a training step is forward, loss and backward, without the optimizer."""
+    """Return a training step and an inference of a network as functions.
+
+    A training step is forward, loss and backward, without the optimizer.
+
+    Args:
+        network: network on the image's device.
+        image: images (N, bands, H, W).
+        mask: labels (N, H, W).
+        kind: backend of the network's kernels; the loss is always Triton's.
+    """
     loss = BCEDiceLoss()
     device = image.device.type
 
@@ -55,7 +64,7 @@ def calls_of(network: nn.Module, image: Tensor, mask: Tensor, kind: str) -> dict
         network.zero_grad(set_to_none=True)
         with backend.chosen(kind), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = network(image)
-        # the loss is ours for all of them
+        # DeepSkip's loss is used for every network.
         with backend.chosen("triton"):
             loss(logits, mask).backward()
 
@@ -67,7 +76,16 @@ def calls_of(network: nn.Module, image: Tensor, mask: Tensor, kind: str) -> dict
 
 
 def network_times(run: Run, make: Callable[..., nn.Module], kind: str) -> list[Row]:
-    """Time a network's training step and inference: launched by the host with all work lying ready, and as a graph."""
+    """Time a network's training step and inference, launched by the host with all work queued, and as a CUDA graph.
+
+    Args:
+        run: the benchmark's run.
+        make: builds the network.
+        kind: backend of its kernels.
+
+    Returns:
+        A row for each measurement; of a graph that fails, with the error.
+    """
     cuda = run.device.type == "cuda"
     size = SIZE if cuda else TOY
     network = make(**({} if cuda else SMALL)).to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -90,13 +108,13 @@ def network_times(run: Run, make: Callable[..., nn.Module], kind: str) -> list[R
 
 
 def network_rows(run: Run) -> Iterator[Job]:
-    """Time every contender; nothing where an operator of ours is wrong."""
+    """Yield a job for every contender; none if one of DeepSkip's operators is wrong."""
     cuda = run.device.type == "cuda"
     if run.wrong:
         return
     for name, (make, kind) in networks(run.compile_options).items():
         if name == "MONAI BasicUNet" and (find_spec("monai") is None or not cuda):
-            # at toy size it has no pixels left at its deepest level
+            # At toy size it has no pixels left at its deepest level.
             continue
         row = {"suite": "network", "implementation": name, "dtype": "bfloat16 autocast" if cuda else "float32"}
         yield row, partial(network_times, run, make, kind)

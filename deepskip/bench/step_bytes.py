@@ -1,9 +1,9 @@
-"""Bytes that a training step moves, launch by launch, counted without a GPU: python -m deepskip.bench.step_bytes.
+"""Count the bytes that a training step moves, launch by launch, without a GPU: python -m deepskip.bench.step_bytes.
 
-The network's forward pass, its loss and its backward pass run on torch's meta device in bf16 autocast, channels last, as a GPU
-runs them; each launch counts what it reads and writes (`kernels.bench.traffic`). A level's bytes are those of its encoder and
-decoder block; pooling, and the loss with its sums of gradients, stand by themselves. The optimizer, the moving average and
-augmentation are not in it.
+The network's forward pass, its loss and its backward pass run on torch's meta device in bf16 autocast and channels
+last, as on a GPU. Each launch counts what it reads and writes (`kernels.bench.traffic`). A level's bytes are those of
+its encoder and decoder block. Pooling, and the loss with its sums of gradients, are listed separately. The optimizer,
+the moving average and the augmentation are not included.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SIZE = (32, 3, 512, 512)
 
 
 def level_modules(network: DeepSkipUNet) -> dict[str, nn.Module]:
-    """Name the modules of each level; the head is level 1's."""
+    """Return the modules of each level by name; the head belongs to level 1."""
     found: dict[str, nn.Module] = {"level 1, head": network.head}
     for kind, levels in (("encoder", network.encoder), ("decoder", network.decoder)):
         found |= {f"level {u}, {kind}": level for u, level in enumerate(levels, 1)}
@@ -35,13 +35,13 @@ def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...
     """Count one step.
 
     Args:
-        network: on the meta device.
-        modules: what is to be told apart, by name.
-        size: of the image, (N, bands, H, W).
+        network: network on the meta device.
+        modules: the modules to count separately, by name.
+        size: size of the images, (N, bands, H, W).
         backend: "triton" or "reference".
 
     Returns:
-        A row for each launch; what is in none of the modules has an empty place.
+        A row for each launch; its place is empty if it belongs to none of the modules.
     """
     network.train()
     image = meta(*size, dtype=torch.float32)
@@ -62,7 +62,13 @@ def level_of(row: Moved) -> str:
 
 
 def rows(backend: str, size: tuple[int, ...] = SIZE, **options: Any) -> list[dict[str, Any]]:
-    """Make the rows of a network: launch by launch, with its level and bytes a pixel of the image."""
+    """Return the rows of a network, one for each launch, with its level and its bytes per pixel of the image.
+
+    Args:
+        backend: "triton" or "reference".
+        size: size of the images, (N, bands, H, W).
+        **options: arguments of DeepSkipUNet.
+    """
     with torch.device("meta"):
         network = DeepSkipUNet(size[1], 1, **options).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pixels = size[0] * size[2] * size[3]
@@ -76,7 +82,12 @@ def rows(backend: str, size: tuple[int, ...] = SIZE, **options: Any) -> list[dic
 
 
 def table(forms: dict[str, list[dict[str, Any]]], size: tuple[int, ...]) -> str:
-    """Make Markdown tables: bytes a pixel of the image by level and by operator, a column a form."""
+    """Return Markdown tables of bytes per pixel of the image, by level and by operator, with a column for each form.
+
+    Args:
+        forms: rows of each form.
+        size: size of the images, (N, bands, H, W).
+    """
     lines = []
     for key in ("level", "operator"):
         sums: dict[str, dict[str, float]] = defaultdict(dict)
@@ -99,9 +110,9 @@ def table(forms: dict[str, list[dict[str, Any]]], size: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    """Print the tables of today's form and the plain one, and write all rows."""
+    """Print the tables of the current form and the plain one, and write all rows."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.bench.step_bytes", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     forms = {"deepskip": rows("triton"), "plain": rows("reference")}
     if arguments.json:

@@ -1,11 +1,11 @@
-"""Every network by its name: DeepSkip, what it is compared with, and what installed packages add.
+"""Build any network by its name: DeepSkip, the networks that it is compared with, and those of installed packages.
 
-A network takes (N, bands, H, W) float and gives logits (N, classes, H, W) of the input's size, for any bands, classes, H
-and W. It is trained from scratch: no weights are ever downloaded. One that brings its own loss has a method
+A network takes (N, bands, H, W) float and returns logits (N, classes, H, W) of the input's size. Bands, classes, H and W
+may be any. It is trained from scratch: no weights are ever downloaded. A network with its own loss has a method
 `training_loss(image, target, sample_weight) -> scalar`.
 
-A name out of a config or a checkpoint chooses among what is installed (the registry, segmentation_models_pytorch, the entry
-point group `deepskip.networks`); it is never imported as a path, which would run a stranger's code.
+A name in a config or a checkpoint selects among what is installed: the registry, segmentation_models_pytorch, and the
+entry point group `deepskip.networks`. It is never imported as a path, which would run untrusted code.
 """
 
 import difflib
@@ -31,24 +31,27 @@ from deepskip.networks.unet import build_unet
 from deepskip.networks.unet3plus import build_unet3plus
 
 DEFAULT = "deepskip"
-# DeepSkipUNet and the same without its deep skips, the paper's baseline
+# DeepSkipUNet with its deep skips, and without them, the paper's baseline.
 OURS = {DEFAULT: True, "plain_unet": False}
 SMP = "smp"
 ENTRY_POINTS = "deepskip.networks"
-# of the config's model section: what DeepSkipUNet takes, and what any network does
+# The settings of the config's model section that DeepSkipUNet alone takes.
 OWN_SETTINGS = ("base_channels", "levels", "encoder", "norm", "upsample")
 SIZES = ("default", "paper")
-# of any layer; what a checkpoint says is built as an outline to see whether its weights fit
+# The largest width of a layer. The network of an untrusted checkpoint is built as an outline, to check its weights.
 MAX_WIDTH = 8192
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the registry, its widths in two sizes, and what the paper counts.
+    """A network of the registry, its widths in two sizes, and the number of parameters that the paper reports.
 
-    default: the widths that the network's authors or their library use. paper: widths that give the paper's number of
-    parameters for 3 bands and 1 class, or, where the paper has no such network, DeepSkip's own number.
-    paper_parameters: that number.
+    Attributes:
+        make: function of the bands, the classes and the widths that builds the network.
+        default: the widths that the network's authors or their library use.
+        paper: widths that give the paper's number of parameters for 3 bands and 1 class. If the paper has no such
+            network, they give DeepSkip's own number.
+        paper_parameters: that number.
     """
 
     make: Callable[..., nn.Module]
@@ -57,7 +60,7 @@ class Network:
     paper_parameters: int
 
 
-# anchors, in pixels, fit small objects in images that are not enlarged
+# The anchors, in pixels, fit small objects in images that are not enlarged.
 ANCHORS = (4, 8, 16, 32, 64)
 
 REGISTRY: dict[str, Network] = {
@@ -135,16 +138,21 @@ REGISTRY: dict[str, Network] = {
 
 
 def build(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:
-    """Build the network that a config's model section, or a checkpoint's of any age, describes; weights are random.
+    """Build the network that the model section of a config or of a checkpoint of any age describes, with random weights.
 
-    settings: of `deepskip.config.ModelConfig`; what is left out is DeepSkip's default. `options` are what a network other
-    than DeepSkip may be told: {"size": "paper"} or single widths of a network of the registry, what smp's classes or an
-    installed network's function take. The head of each network that the registry or smp builds starts near a foreground
-    probability of 0.1, as DeepSkip's does.
+    The head of each network that the registry or smp builds starts near a foreground probability of 0.1, as DeepSkip's
+    does.
+
+    Args:
+        settings: settings of `deepskip.config.ModelConfig`; a missing one has DeepSkip's default. `options` are for networks
+            other than DeepSkip. They are {"size": "paper"} or single widths of a network of the registry, the arguments
+            of smp's classes, or those of an installed network's function.
+        in_channels: bands, 1 or more.
+        num_classes: 1 for binary, else exclusive classes.
 
     Raises:
         ValueError: for an unknown name or option, or one out of range.
-        ImportError: where the network's library is missing; says how to install it.
+        ImportError: if the network's library is missing; the message says how to install it.
     """
     check(settings)
     for argument, value in (("in_channels", in_channels), ("num_classes", num_classes)):
@@ -171,23 +179,39 @@ def build(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn
     except TypeError as error:
         raise ValueError(f"model.options is {options}; {name} does not take that: {error}") from error
     if enlarge > 1 and brings_loss(network):
-        raise ValueError(f"model.enlarge is {enlarge}; {name} gives no logits while it trains, so it must be 1")
+        raise ValueError(f"model.enlarge is {enlarge}; {name} computes no logits while it trains, so it must be 1")
     if name not in installed() and not brings_loss(network):
         start_at_prior(network, num_classes)
     return Enlarged(network, enlarge) if enlarge > 1 else network
 
 
 def outline(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:
-    """Build a network on the meta device: without memory for its weights, to see in time that it can be built.
+    """Build a network on the meta device, without memory for its weights, to check early that it can be built.
 
-    Raises as `build` does. A network that a package adds may not be able to do without its weights: it is built with them.
+    A network of an installed package may not work without weights, so it is built on the CPU.
+
+    Args:
+        settings: see `build`.
+        in_channels: bands, 1 or more.
+        num_classes: 1 for binary, else exclusive classes.
+
+    Raises:
+        ValueError: as `build`.
+        ImportError: as `build`.
     """
     with torch.device("cpu" if settings.get("network") in installed() else "meta"):
         return build(settings, in_channels, num_classes)
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError where the model section names no network that is known here, or settings that it does not have."""
+    """Check that the model section names a known network, and only settings that it has.
+
+    Args:
+        settings: see `build`.
+
+    Raises:
+        ValueError: for an unknown network, option or size, a width out of range, or a setting that only DeepSkip has.
+    """
     name, options = settings.get("network", DEFAULT), settings.get("options") or {}
     if name in OURS:
         if options:
@@ -203,25 +227,30 @@ def check(settings: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise ValueError(
-            f"model.network is {name!r}{hint}; it must be one of {', '.join(known)}, or smp:ARCH:ENCODER, or what a package "
-            f"that is installed adds as an entry point of {ENTRY_POINTS}"
+            f"model.network is {name!r}{hint}; it must be one of {', '.join(known)}, or smp:ARCH:ENCODER, or an entry point "
+            f"of an installed package in the group {ENTRY_POINTS}"
         )
     changed = [key for key in OWN_SETTINGS if key in settings and settings[key] != getattr(ModelConfig, key)]
     if changed:
         named = ", ".join(f"model.{key}" for key in changed)
-        raise ValueError(f"{named} is for DeepSkip, and model.network is {name}: leave it out, and see model.options")
+        raise ValueError(f"{named} is for DeepSkip, and model.network is {name}: remove it, and see model.options")
 
 
 def installed() -> dict[str, Any]:
-    """Return the networks that installed packages add, by name; a name of ours stays ours."""
+    """Return the entry points of the networks that installed packages add, by name, except names of DeepSkip's own."""
     found = entry_points(group=ENTRY_POINTS)
     return {point.name: point for point in found if point.name not in OURS and point.name not in REGISTRY}
 
 
 def widths_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all widths of a network of the registry: those of its size, of which options replace single ones.
+    """Return all widths of a network of the registry: those of its size, with single ones replaced by options.
 
-    Raises ValueError for an unknown size or width, or a width out of range.
+    Args:
+        name: name of a network of the registry.
+        options: "size" ("default" or "paper") and single widths.
+
+    Raises:
+        ValueError: for an unknown size or width, or a width out of range.
     """
     size, widths = options.get("size", "default"), {key: value for key, value in options.items() if key != "size"}
     if size not in SIZES:
@@ -235,10 +264,19 @@ def widths_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_width(what: str, value: Any, like: Any) -> None:
-    """Raises ValueError unless the value is of the kind of a known one, and its numbers are 1 or more."""
+    """Check that a width has the type of a known one, and that its numbers are in range.
+
+    Args:
+        what: name of the setting, for the message.
+        value: value to check.
+        like: the known width: a number, a tuple of numbers, or the name of a backbone.
+
+    Raises:
+        ValueError: if it has another type or length, or is out of range.
+    """
     if isinstance(like, str):
-        # of timm's list: its own names could also name a file or a model hub, from which it would load
-        right, allowed = isinstance(value, str) and value in resnets(), "a ResNet of timm's: " + ", ".join(resnets())
+        # Only names in this list: timm's own names could also be a file or a model hub, from which it would load.
+        right, allowed = isinstance(value, str) and value in resnets(), "a ResNet in timm: " + ", ".join(resnets())
     elif isinstance(like, tuple):
         right = isinstance(value, (list, tuple)) and len(value) == len(like) and all(map(is_positive, value))
         allowed = f"{len(like)} whole numbers, each 1 to {MAX_WIDTH}"
@@ -249,24 +287,30 @@ def check_width(what: str, value: Any, like: Any) -> None:
 
 
 def resnets() -> tuple[str, ...]:
-    """Return the backbones that fcn, pspnet and mask_rcnn can have."""
+    """Return the names of the backbones that fcn, pspnet and mask_rcnn can have."""
     return ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def is_positive(value: Any) -> bool:
-    """Tells whether a value is a whole number of 1 or more, and no more than a width can be."""
+    """Return whether a value is an integer from 1 to MAX_WIDTH; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WIDTH
 
 
 def brings_loss(network: nn.Module) -> bool:
-    """Tell whether a network is trained by a loss of its own."""
+    """Return whether a network is trained with its own loss."""
     return hasattr(network, "training_loss")
 
 
 def start_at_prior(network: nn.Module, num_classes: int) -> None:
-    """Set the bias of a network's last convolution to the logits that DeepSkip's starts at; its weights stay as drawn.
+    """Set the bias of a network's last convolution to DeepSkip's initial logits; its weights stay as initialised.
 
-    Libraries draw heads that call half of all pixels foreground, which short trainings by AdamW take long to unlearn.
+    Libraries initialise heads that predict half of all pixels as foreground, which short trainings by AdamW take long
+    to unlearn.
+
+    Args:
+        network: network whose last convolution with `num_classes` channels and a bias is the head; without one, nothing
+            changes.
+        num_classes: 1 for binary, else exclusive classes.
     """
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     heads = [m for m in convolutions if m.out_channels == num_classes and m.bias is not None]

@@ -1,4 +1,4 @@
-"""Larger images for any network, as DeepSkip's `enlarge` has them."""
+"""Enlarge images for any network, as DeepSkip's setting `enlarge` does."""
 
 from torch import Tensor, nn
 
@@ -6,9 +6,11 @@ from deepskip.network import averaged, enlarged
 
 
 class Enlarged(nn.Module):
-    """Runs a network on images enlarged `times` times, bilinearly, and averages logits over what became of each pixel.
+    """Run a network on bilinearly enlarged images, and average its logits over the square that each pixel became.
 
-    forward: (N, bands, H, W) float -> logits (N, classes, H, W).
+    Args:
+        network: maps images (N, bands, H, W) to logits (N, classes, H, W).
+        times: factor of the enlargement.
     """
 
     def __init__(self, network: nn.Module, times: int) -> None:
@@ -16,4 +18,5 @@ class Enlarged(nn.Module):
         self.network, self.enlarge = network, times
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, classes, H, W) of images (N, bands, H, W)."""
         return averaged(self.network(enlarged(x, self.enlarge)), self.enlarge)

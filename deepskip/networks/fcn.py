@@ -1,4 +1,4 @@
-"""FCN (Long et al. 2015) on a dilated ResNet, as torchvision builds it."""
+"""Build FCN (Long et al. 2015) on a dilated ResNet, as torchvision does."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,16 @@ from deepskip.kernels import torchvision_ops
 
 
 class Features(nn.Module):
-    """The last feature map of a timm ResNet at 1/8 of the input's size, as torchvision's FCN takes it."""
+    """The last feature map of a timm ResNet at 1/8 of the input's size, as torchvision's FCN takes it.
+
+    Args:
+        in_channels: bands.
+        backbone: name of the ResNet.
+        channels: channels of the ResNet's stages.
+
+    Attributes:
+        out_channels: channels of the map.
+    """
 
     def __init__(self, in_channels: int, backbone: str, channels: Sequence[int]) -> None:
         super().__init__()
@@ -22,17 +31,25 @@ class Features(nn.Module):
             in_chans=in_channels,
             output_stride=8,
             channels=tuple(channels),
-            # as torchvision does; else the first step leaves all but the last norms of a block as they are
+            # As torchvision does. Otherwise the first step changes only the last norm of each block.
             zero_init_last=False,
         )
         self.out_channels = self.body.feature_info.channels()[-1]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the feature map (N, out_channels, h, w) of images (N, bands, H, W) under the key "out"."""
         return {"out": self.body(x)[-1]}
 
 
 class FullyConvolutional(nn.Module):
-    """forward: (N, bands, H, W) float -> logits (N, classes, H, W), of any size."""
+    """Torchvision's FCN on `Features`, for images of any size.
+
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        backbone: name of the ResNet.
+        channels: channels of the ResNet's stages.
+    """
 
     def __init__(self, in_channels: int, num_classes: int, backbone: str, channels: Sequence[int]) -> None:
         super().__init__()
@@ -42,10 +59,18 @@ class FullyConvolutional(nn.Module):
         self.network = FCN(features, FCNHead(features.out_channels, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, classes, H, W) of images (N, bands, H, W)."""
         return self.network(x)["out"]
 
 
 def build_fcn(in_channels: int, num_classes: int, *, backbone: str, channels: Sequence[int]) -> nn.Module:
-    """Builds torchvision's FCN; channels: of the ResNet's four stages (a bottleneck's output is four times that)."""
+    """Build torchvision's FCN.
+
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        backbone: name of the ResNet.
+        channels: channels of the ResNet's four stages (a bottleneck's output has four times as many).
+    """
     torchvision_ops.load_torchvision()
     return FullyConvolutional(in_channels, num_classes, backbone, channels)

@@ -1,9 +1,10 @@
-"""H-DenseUNet (Li et al. 2018, IEEE TMI, "H-DenseUNet: Hybrid Densely Connected UNet...") with bands as the third axis.
+"""Build H-DenseUNet (Li et al. 2018, IEEE TMI, "H-DenseUNet: Hybrid Densely Connected UNet...") with bands as third axis.
 
-A 2-D DenseUNet sees all bands at once; a 3-D one sees the bands as a volume, with the 2-D network's scores beside them, so
-its kernels join neighbouring bands. Their features are added and merged (hybrid feature fusion). The paper's volume has
-a label a slice; here one label stands for all bands, so the 3-D features are averaged over the bands before the
-last upsampling, which is 2-D. Both networks are trained together through the fused logits.
+A 2-D DenseUNet takes all bands at once. A 3-D one takes the bands as a volume, together with the 2-D network's scores,
+so its kernels combine neighbouring bands. Their features are added and merged (hybrid feature fusion).
+
+The paper's volume has a label for each slice. Here one label is for all bands, so the 3-D features are averaged over
+the bands before the last upsampling, which is 2-D. Both networks are trained together through the fused logits.
 """
 
 from collections.abc import Sequence
@@ -18,24 +19,31 @@ from deepskip.networks.padded import Padded
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-# DenseNet-BC: a bottleneck has four times the growth, a transition halves the channels
+# In DenseNet-BC a bottleneck has four times the growth, and a transition halves the channels.
 BOTTLENECK = 4
 
 
 def norm_relu_conv(dims: int, in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
-    """Gives a dense network's unit: norm, ReLU, convolution that keeps the size."""
+    """Return the unit of a dense network: normalisation, ReLU, and a convolution that keeps the size."""
     conv = CONV[dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
     return [NORM[dims](in_channels), nn.ReLU(inplace=True), conv]
 
 
 def conv_norm_relu(dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    """Gives the decoder's unit: 3-wide convolution, norm, ReLU."""
+    """Return the unit of the decoder: a convolution of width 3, normalisation, ReLU."""
     conv = CONV[dims](in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(conv, NORM[dims](out_channels), nn.ReLU(inplace=True))
 
 
 class DenseBlock(nn.ModuleList):
-    """Layers that each see all maps before them (Huang et al. 2017)."""
+    """Layers that each take all maps before them (Huang et al. 2017).
+
+    Args:
+        dims: 2 or 3.
+        in_channels: channels of the block's input.
+        growth: channels of each layer.
+        layers: number of layers.
+    """
 
     def __init__(self, dims: int, in_channels: int, growth: int, layers: int) -> None:
         super().__init__(
@@ -47,6 +55,7 @@ class DenseBlock(nn.ModuleList):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Append each layer's maps to x (N, C, [bands,] H, W): the result has C + layers * growth channels."""
         for layer in self:
             x = torch.cat([x, layer(x)], 1)
         return x
@@ -55,7 +64,12 @@ class DenseBlock(nn.ModuleList):
 class DenseUNet(nn.Module):
     """A DenseNet with a U-Net's decoder, whose skips are added, in 2 or 3 dimensions.
 
-    forward: (N, C, [bands,] H, W), H and W multiples of 2^(blocks + 1) -> features (N, stem, [half the bands,] half H, half W).
+    Args:
+        dims: 2 or 3.
+        in_channels: channels of the input.
+        stem: channels of the first convolution and of the result.
+        growth: channels of each dense layer.
+        blocks: number of layers of each dense block.
     """
 
     def __init__(self, dims: int, in_channels: int, stem: int, growth: int, blocks: Sequence[int]) -> None:
@@ -74,7 +88,8 @@ class DenseUNet(nn.Module):
                 self.transitions.append(nn.Sequential(*norm_relu_conv(dims, channels, channels // 2, 1)))
                 channels //= 2
         self.last = nn.Sequential(NORM[dims](channels), nn.ReLU(inplace=True))
-        # the lowest skip is brought to the width of what it is added to; above it the decoder has the skips' widths
+        # The lowest skip is widened to the channels of the maps that it is added to.
+        # Above it the decoder has the widths of the skips.
         self.widen = CONV[dims](skips[-1], channels, 1, bias=False)
         widths = [channels, *reversed(skips[:-1])]
         self.decoder = nn.ModuleList(
@@ -85,6 +100,11 @@ class DenseUNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute features (N, stem, [bands / 2,] H / 2, W / 2).
+
+        Args:
+            x: maps (N, C, [bands,] H, W), H and W multiples of 2^(blocks + 1).
+        """
         x = self.stem(x)
         skips = [x]
         x = F.max_pool2d(x, 3, 2, 1) if self.dims == 2 else F.max_pool3d(x, 3, 2, 1)
@@ -93,7 +113,7 @@ class DenseUNet(nn.Module):
             if i < len(self.transitions):
                 skips.append(x)
                 x = self.transitions[i](x)
-                # like the paper's, transitions leave the third axis as it is
+                # As in the paper, transitions keep the third axis.
                 x = F.avg_pool2d(x, 2) if self.dims == 2 else F.avg_pool3d(x, (1, 2, 2))
         x = self.last(x)
         skips[-1] = self.widen(skips[-1])
@@ -105,7 +125,18 @@ class DenseUNet(nn.Module):
 
 
 class HDenseUNet(nn.Module):
-    """forward: (N, bands, H, W) float, H and W multiples of 2^(blocks + 1) -> logits (N, classes, H, W)."""
+    """A 2-D and a 3-D DenseUNet with fused features.
+
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        stem: channels of the first convolutions.
+        growth: channels of each dense layer of the 2-D network.
+        blocks: layers of each dense block of the 2-D network.
+        growth_3d: channels of each dense layer of the 3-D network.
+        blocks_3d: layers of each dense block of the 3-D network.
+        features: channels of the fused features.
+    """
 
     def __init__(
         self,
@@ -128,6 +159,11 @@ class HDenseUNet(nn.Module):
         self.head = nn.Conv2d(features, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, classes, H, W).
+
+        Args:
+            x: images (N, bands, H, W), H and W multiples of 2^(blocks + 1).
+        """
         size = x.shape[-2:]
         flat = self.flat_features(enlarge(self.flat(x), size))
         scores = self.flat_head(flat)
@@ -139,19 +175,29 @@ class HDenseUNet(nn.Module):
 
 
 def single_precision_on_cpus(x: Tensor) -> AbstractContextManager[Any]:
-    """Ends autocast on CPUs: there the weight gradient of a bf16 3-D convolution has what memory held before, now and then.
+    """Return a context that disables autocast on CPUs.
 
-    Seen with torch 2.13 on AVX-512 BF16, in the decoder's last convolution: from 1e-8 of the gradient to 1e26 times it.
+    There the weight gradient of a bf16 3-D convolution sometimes contains uninitialised memory. Seen with torch 2.13 on
+    AVX-512 BF16, in the decoder's last convolution: from 1e-8 of the gradient to 1e26 times it.
+
+    Args:
+        x: tensor of any shape (*,), on the device in question.
     """
     return torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else nullcontext()
 
 
 def enlarge(x: Tensor, size: torch.Size) -> Tensor:
-    """Upsamples (N, C, h, w) bilinearly."""
+    """Upsample maps (N, C, h, w) bilinearly to a height and width, `size`."""
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def build_h_dense_unet(in_channels: int, num_classes: int, **widths: int | Sequence[int]) -> nn.Module:
-    """Builds H-DenseUNet; widths as HDenseUNet has them."""
+    """Build H-DenseUNet for images of any size.
+
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        **widths: the other arguments of HDenseUNet.
+    """
     network = HDenseUNet(in_channels, num_classes, **widths)  # type: ignore[arg-type]
     return Padded(network, 2 ** (len(network.flat.blocks) + 1))

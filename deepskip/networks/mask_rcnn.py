@@ -1,4 +1,7 @@
-"""Mask R-CNN (He et al. 2017) of torchvision's parts, trained on connected components, scored by the union of its masks."""
+"""Build Mask R-CNN (He et al. 2017) from torchvision's parts.
+
+It is trained on connected components, and its segmentation is the union of its masks.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,12 +16,19 @@ from deepskip.kernels import torchvision_ops
 
 BOX_POOL, MASK_POOL = 7, 14
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
-# logits of masks stay finite where a mask is 0 or 1
+# Probabilities are clamped by this, so that logits stay finite where a mask is 0 or 1.
 EPS = 1e-4
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on a timm ResNet: four maps at 1/4 to 1/32 of the input's size and one at 1/64."""
+    """A feature pyramid on a timm ResNet: four maps at 1/4 to 1/32 of the input's size and one at 1/64.
+
+    Args:
+        in_channels: bands.
+        backbone: name of the ResNet.
+        channels: channels of the ResNet's four stages.
+        out_channels: channels of each map.
+    """
 
     def __init__(self, in_channels: int, backbone: str, channels: Sequence[int], out_channels: int) -> None:
         super().__init__()
@@ -32,7 +42,7 @@ class Pyramid(nn.Module):
             out_indices=(1, 2, 3, 4),
             in_chans=in_channels,
             channels=tuple(channels),
-            # as torchvision does; else the first step leaves all but the last norms of a block as they are
+            # As torchvision does. Otherwise the first step changes only the last norm of each block.
             zero_init_last=False,
         )
         self.pyramid = FeaturePyramidNetwork(
@@ -41,19 +51,36 @@ class Pyramid(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the maps (N, out_channels, h, w) of images (N, bands, H, W) by name, largest first."""
         return self.pyramid(OrderedDict((str(i), y) for i, y in enumerate(self.body(x))))
 
 
 class MaskRCNNSegmenter(nn.Module):
-    """Mask R-CNN behind the interface of the other networks.
+    """Mask R-CNN with the interface of the other networks.
 
-    forward: (N, bands, H, W) float -> logits (N, classes, H, W), of the largest product of score and mask probability among a
-    pixel's detections: so whoever chooses a threshold chooses how sure a detection must be. At most 100 of an image,
-    of at least `score_threshold`, count. Among exclusive classes, background has logit 0: it wins where no product is over 0.5.
-    It detects as in evaluation even in training mode, and no gradient goes through it: `training_loss` is what trains.
+    A pixel's logit is that of the largest product of score and mask probability among its detections. So the threshold
+    of a prediction sets how certain a detection must be. At most 100 detections of an image count. Among exclusive
+    classes, background has logit 0: it wins where no product is over 0.5.
+
+    It detects as in evaluation even in training mode, and no gradient flows through `forward`: `training_loss` is for
+    training.
+
+    Args:
+        in_channels: bands.
+        num_classes: 1 for binary, else exclusive classes.
+        backbone: name of the ResNet.
+        channels: channels of the ResNet's four stages.
+        pyramid_channels: channels of the pyramid's maps.
+        box_features: features of the box head.
+        mask_channels: channels of the mask head.
+        anchors: side of the anchors on each map, in pixels.
+        score_threshold: smallest score of a detection that counts.
+
+    Attributes:
+        not_exported: why `export.to_program` refuses it.
     """
 
-    # why it has no graph of plain operators
+    # The reason why it cannot be exported as a graph of plain operators.
     not_exported = "Mask R-CNN computes on as many boxes as it finds, which no graph of fixed operators can"
 
     def __init__(
@@ -85,12 +112,13 @@ class MaskRCNNSegmenter(nn.Module):
             mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, kinds),
             box_score_thresh=score_threshold,
         )
-        # images come normalised and in the size they are scored in; _skip_resize heeds that in training alone and
-        # enlarges to 800 pixels at prediction, so objects would come in sizes that were never trained on
+        # Images are already normalised and at the size at which they are scored. _skip_resize respects that only in
+        # training and enlarges to 800 pixels for prediction, so objects would have sizes that were never trained on.
         transform = GeneralizedRCNNTransform(1, 1, image_mean=[0.0] * in_channels, image_std=[1.0] * in_channels)
         transform.resize = as_it_is
         self.detector.transform = transform
-        # torchvision reckons boxes and the numbers of their masks in the dtype of these; bfloat16 has whole pixels from 128 on
+        # Torchvision computes boxes and the indices of their masks in the dtype of these parts.
+        # In bfloat16, numbers from 128 on have no fractions.
         for part in (
             self.detector.rpn.head,
             self.detector.roi_heads.box_predictor,
@@ -100,6 +128,7 @@ class MaskRCNNSegmenter(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, classes, H, W) of images (N, bands, H, W), float."""
         training = self.detector.training
         self.detector.eval()
         try:
@@ -117,9 +146,12 @@ class MaskRCNNSegmenter(nn.Module):
         return logits[:, 1:] if self.num_classes == 1 else logits
 
     def training_loss(self, image: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Adds up torchvision's five losses over the samples of weight other than 0.
+        """Return the sum of torchvision's five losses over the samples of weight other than 0, a scalar.
 
-        image: (N, bands, H, W). target: (N, H, W) labels; pixels of labels that are no class count as background.
+        Args:
+            image: images (N, bands, H, W).
+            target: labels (N, H, W); labels that are no class count as background.
+            sample_weight: (N,); None takes all samples.
         """
         kept = range(len(image)) if sample_weight is None else sample_weight.nonzero().flatten().tolist()
         if not kept:
@@ -130,21 +162,33 @@ class MaskRCNNSegmenter(nn.Module):
 
 
 def as_it_is(image: Tensor, target: Any) -> tuple[Tensor, Any]:
-    """Leaves an image and its target in their size."""
+    """Return an image (bands, H, W) and its target unchanged, in place of torchvision's resizing."""
     return image, target
 
 
 def in_single_precision(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Makes the tensors of a module's output, or of lists of lists of it, fp32: a forward hook."""
+    """Convert the tensors of a module's output to fp32, as a forward hook.
+
+    Args:
+        module: not used.
+        inputs: not used.
+        output: a tensor of any shape (*,), or a list or tuple of such outputs.
+    """
     if isinstance(output, Tensor):
         return output.float()
     return type(output)(in_single_precision(module, inputs, each) for each in output)
 
 
 def instances_of(target: Tensor, classes: int) -> dict[str, Any]:
-    """Cuts labels (H, W) into the instances that torchvision trains on: one a connected component (8 neighbours) of a class.
+    """Cut labels into the instances that torchvision trains on: one for each connected component (8 neighbours) of a class.
 
-    Boxes are x1, y1, x2, y2 in pixels, the last column and row included.
+    Args:
+        target: labels (H, W).
+        classes: number of classes, background included.
+
+    Returns:
+        "boxes" (n, 4) fp32, "labels" (n,) int64 and "masks" (n, H, W) uint8. A box is x1, y1, x2, y2 in pixels; x2 and
+        y2 are one past the last column and row.
     """
     labels = target.cpu().numpy()
     boxes, kinds, masks = [], [], []
@@ -163,6 +207,12 @@ def instances_of(target: Tensor, classes: int) -> dict[str, Any]:
 
 
 def build_mask_rcnn(in_channels: int, num_classes: int, **widths: Any) -> nn.Module:
-    """Builds Mask R-CNN; widths as MaskRCNNSegmenter has them."""
+    """Build Mask R-CNN.
+
+    Args:
+        in_channels: bands.
+        num_classes: 1 for binary, else exclusive classes.
+        **widths: the other arguments of MaskRCNNSegmenter.
+    """
     torchvision_ops.load_torchvision()
     return MaskRCNNSegmenter(in_channels, num_classes, **widths)

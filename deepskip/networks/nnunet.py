@@ -1,4 +1,4 @@
-"""nnU-Net's plain convolutional U-Net (Isensee et al. 2021, Nature Methods), by its authors' own package."""
+"""Build nnU-Net's plain convolutional U-Net (Isensee et al. 2021, Nature Methods) with its authors' package."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,14 @@ from deepskip.networks.padded import Padded
 
 
 def build_nnunet(in_channels: int, num_classes: int, *, features: Sequence[int]) -> nn.Module:
-    """Builds PlainConvUNet with nnU-Net's 2-D settings; features: channels of each stage, as many as there are stages.
+    """Build PlainConvUNet with nnU-Net's 2-D settings and its initialisation, for images of any size.
 
-    Initialised as nnU-Net does. Its training recipe (deep supervision, self-configuration) is left out.
+    nnU-Net's training recipe (deep supervision, self-configuration) is not included.
+
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        features: channels of each stage; their number is the number of stages.
     """
     torchvision_ops.declare()
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
@@ -35,6 +40,6 @@ def build_nnunet(in_channels: int, num_classes: int, *, features: Sequence[int])
         nonlin_kwargs={"inplace": True},
     )
     network.apply(network.initialize)
-    # heads of lower stages serve deep supervision only
+    # The heads of lower stages are for deep supervision only.
     network.decoder.seg_layers = torch.nn.ModuleList([network.decoder.seg_layers[-1]])
     return Padded(network, 2 ** (stages - 1))

@@ -1,4 +1,4 @@
-"""PSPNet (Zhao et al. 2017) as segmentation_models_pytorch builds it."""
+"""Build PSPNet (Zhao et al. 2017) as segmentation_models_pytorch does."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,14 @@ from deepskip.networks.pooling import with_exportable_pooling
 def build_pspnet(
     in_channels: int, num_classes: int, *, backbone: str, channels: Sequence[int], pyramid_channels: int
 ) -> nn.Module:
-    """Builds PSPNet on the first two stages of a ResNet (1/8 of the input's size).
+    """Build PSPNet on the first two stages of a ResNet (1/8 of the input's size).
 
-    channels: of the ResNet's stages. pyramid_channels: of the map that the pooled ones are merged to.
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        backbone: name of the ResNet.
+        channels: channels of the ResNet's stages.
+        pyramid_channels: channels of the map into which the pooled ones are merged.
     """
     torchvision_ops.load_torchvision()
     from segmentation_models_pytorch import PSPNet
@@ -27,7 +32,7 @@ def build_pspnet(
         in_channels=in_channels,
         classes=num_classes,
         channels=tuple(channels),
-        # as torchvision does; else the first step leaves all but the last norms of a block as they are
+        # As torchvision does. Otherwise the first step changes only the last norm of each block.
         zero_init_last=False,
     )
     return Padded(with_exportable_pooling(network), 8)

@@ -1,4 +1,7 @@
-"""Any architecture with any encoder of segmentation_models_pytorch (Iakubovskii 2019), from random weights."""
+"""Build any architecture with any encoder of segmentation_models_pytorch (Iakubovskii 2019).
+
+Its weights are random.
+"""
 
 import difflib
 import inspect
@@ -10,23 +13,31 @@ from deepskip.kernels import torchvision_ops
 from deepskip.networks.padded import Padded
 from deepskip.networks.pooling import with_exportable_pooling
 
-# arguments of its classes that are DeepSkip's to give, or would change what comes out: probabilities, or a second output
+# Arguments that DeepSkip sets itself, or that would change the output to probabilities or to two outputs.
 NOT_OPTIONS = {
     "self", "kwargs", "encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params",
 }  # fmt: skip
-# the lowest maps of its encoders are at 1/32 of the input's size
+# The lowest maps of its encoders are at 1/32 of the input's size.
 MULTIPLE = 32
 
 
 def build_smp(in_channels: int, num_classes: int, *, arch: str, encoder: str, **options: Any) -> nn.Module:
-    """Build an architecture, such as Unet, with an encoder, such as resnet18, or tu-NAME of timm's; nothing is downloaded.
+    """Build an architecture with an encoder of segmentation_models_pytorch, without downloads, for images of any size.
 
-    Raises ValueError for an unknown architecture or encoder.
+    Args:
+        in_channels: bands.
+        num_classes: channels of the logits.
+        arch: architecture, such as Unet.
+        encoder: such as resnet18, or tu-NAME for timm's.
+        **options: arguments of the architecture's class.
+
+    Raises:
+        ValueError: for an unknown architecture, encoder or option, or if the library cannot build the combination.
     """
     torchvision_ops.load_torchvision()
     import segmentation_models_pytorch as smp
 
-    # which encoder timm builds is its list's matter: its own names could also name a file or a model hub
+    # Only encoders in timm's list: other names that timm accepts could be a file or a model hub.
     if encoder.startswith("tu-"):
         import timm
 
@@ -45,13 +56,13 @@ def build_smp(in_channels: int, num_classes: int, *, arch: str, encoder: str, **
                 f"(did you mean {', '.join(close or there[:5])}?)"
             )
     kind = smp.MODEL_ARCHITECTURES_MAPPING[arch.lower()]
-    # its own arguments alone: what it hands on to timm could name a file, whose pickle would be run, or a model hub
+    # Only the class's own arguments: those passed to timm could name a file, whose pickle would be run, or a model hub.
     known = set(inspect.signature(kind).parameters) - NOT_OPTIONS
     if unknown := sorted(set(options) - known):
         raise ValueError(f"model.options has {', '.join(unknown)}; smp:{arch} has {', '.join(sorted(known))}")
     try:
         network = kind(encoder, encoder_weights=None, in_channels=in_channels, classes=num_classes, **options)
-    # a shape, an encoder or a value that the library does not put together
+    # The library raises errors of many types for combinations that it does not support.
     except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"smp:{arch}:{encoder} with model.options {options} cannot be built: {reason}") from error

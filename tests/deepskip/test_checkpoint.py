@@ -46,11 +46,11 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     assert checkpoint.unpack(bytes(data), "x")["step"] == 1
     for place in range(len(data)):
         data[place] ^= 1 << place % 8
-        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
             checkpoint.unpack(bytes(data), "x")
         data[place] ^= 1 << place % 8
     for length in range(0, len(data), 7):
-        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
             checkpoint.unpack(bytes(data[:length]), "x")
 
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_at_the_next_call_and_the_last_one_is_whole(
 ) -> None:
     message = (
         rf"{checkpoint.step_path(tmp_path, 2)} could not be written: No space left on device\. Free space there.*"
-        rf"goes on from {checkpoint.step_path(tmp_path, 1)}, which is whole"
+        rf"resumes from {checkpoint.step_path(tmp_path, 1)}, which is complete"
     )
     with CheckpointWriter(tmp_path, 2) as writer:
         writer.save(state(1, 1.0))
@@ -196,16 +196,16 @@ def test_a_pickle_from_strangers_is_not_run(tmp_path: Path) -> None:
     path = checkpoint.step_path(tmp_path, 1)
     # with a right checksum, as whoever makes a bomb can compute it too
     checkpoint.save({"step": 1, "model": bomb}, path)
-    with pytest.raises(CheckpointError, match=rf"{path} is no whole checkpoint: Weights only load failed"):
+    with pytest.raises(CheckpointError, match=rf"{path} is not a complete checkpoint: Weights only load failed"):
         checkpoint.load_for_inference(tmp_path)
     found, warnings = start(tmp_path)
     assert found is None
     assert str(path) in warnings[0]
     torch.save({"format": checkpoint.FORMAT, "version": 1, "model": bomb}, path)
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         checkpoint.read(path)
     path.write_bytes(pickle.dumps(bomb))
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         checkpoint.read(path)
     assert not bomb.path.exists()
     # it does go off where it is run

@@ -72,7 +72,7 @@ def test_half_precision_is_rounded_once_at_the_end(training: bool) -> None:
 
 
 def test_what_has_no_variance_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(8, 4, 1, 1\); instance norm has no variance of one pixel"):
+    with pytest.raises(ValueError, match=r"\(8, 4, 1, 1\); instance norm needs more than one pixel"):
         InstanceBatchNorm(4)(torch.zeros(8, 4, 1, 1))
     with pytest.raises(ValueError, match="channels is 1"):
         InstanceBatchNorm(1)

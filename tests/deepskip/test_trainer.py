@@ -268,7 +268,7 @@ def test_a_full_disk_ends_the_training_with_the_last_checkpoint_whole(
         saved(state, location)
 
     monkeypatch.setattr(checkpoint, "save", full_from_3)
-    with pytest.raises(checkpoint.CheckpointNotWritten, match=r"step-00000002\.pt, which is whole"):
+    with pytest.raises(checkpoint.CheckpointNotWritten, match=r"step-00000002\.pt, which is complete"):
         losses(tmp_path, settings)
     monkeypatch.undo()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
@@ -317,7 +317,9 @@ def test_weights_that_break_after_a_finite_loss_are_not_saved(tmp_path: Path, mo
             parameters[0].grad[0] = torch.inf
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", overflow_in_step_4)
-    with pytest.raises(NonFiniteLoss, match=r"step 4, of loss \d.*, broke the weights; its samples: key300, key301"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 4, of loss \d.*, made the weights nan.*; its samples: key300, key301"
+    ):
         train(settings, DATA, run=tmp_path, train_batches=batches, validation_images=images)
     folder = tmp_path / checkpoint.FOLDER
     assert {path.name for path in folder.iterdir()} <= {"step-00000002.pt", checkpoint.BEST}

@@ -294,7 +294,7 @@ def test_a_checkpoint_from_before_there_were_networks_is_deepskips() -> None:
         ({"network": "smp:Unet:resnet18", "options": {"encoder_depth": 9}}, "cannot be built"),
         ({"network": "smp:DPT:resnet18"}, "cannot be built"),
         *(
-            ({"network": name, "options": {"backbone": "hf-hub:somebody/model"}}, "must be a ResNet of timm's")
+            ({"network": name, "options": {"backbone": "hf-hub:somebody/model"}}, "must be a ResNet in timm")
             for name in ("fcn", "pspnet", "mask_rcnn")
         ),
         ({"network": "smp:Unett:resnet18"}, r"no architecture 'unett' \(did you mean unet"),
@@ -314,7 +314,7 @@ def test_a_checkpoint_from_before_there_were_networks_is_deepskips() -> None:
         ({"network": "unet3plus", "options": {"base_channels": 0}}, "base_channels is 0; it must be a whole number"),
         ({"network": "fcn", "options": {"channels": [8, 8]}}, r"channels is \[8, 8\]; it must be 4 whole numbers"),
         ({"network": "fcn", "options": {"backbone": 18}}, "backbone is 18; it must be a ResNet"),
-        ({"network": "mask_rcnn", "enlarge": 2}, "model.enlarge is 2; mask_rcnn gives no logits while it trains"),
+        ({"network": "mask_rcnn", "enlarge": 2}, "model.enlarge is 2; mask_rcnn computes no logits while it trains"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
