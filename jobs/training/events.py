@@ -43,7 +43,7 @@ class Panel:
 
     Attributes:
         step: the step after which they were predicted.
-        images: for each its "image", "mask", "labels" and "key", as `deepskip.evaluation.thumbnail` returns them.
+        images: for each its "image", "mask" and "labels" from `deepskip.evaluation.thumbnail`, and its sample's "key".
     """
 
     step: int
