@@ -1,7 +1,7 @@
 """Batch images of one size that arrive at about the same time, so that they go through the network together.
 
-Ray Serve's own batching only uses the order of arrival, so its batches mix images of different sizes. Here a batch is the oldest
-image with others of the same size and dtype, wherever they are in the queue.
+Ray Serve's own batching only uses the order of arrival, so its batches mix images of different sizes. Here a batch is the
+oldest image with others of the same size and dtype, wherever they are in the queue.
 """
 
 import asyncio
