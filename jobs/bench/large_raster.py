@@ -138,8 +138,8 @@ def compare(
         windows: number of windows; the first is the upper left one.
 
     Returns:
-        Counts of pixels compared and different, the largest absolute logit of a pixel that differs, the share of foreground,
-        and whether the mask has the raster's georeference.
+        The numbers of pixels compared and different, the largest absolute logit of a pixel that differs, and the share of
+        foreground. Also whether the mask has the raster's georeference.
     """
     import rasterio
 

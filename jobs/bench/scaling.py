@@ -1,8 +1,8 @@
 """Measure on this machine what the scaling model of cluster/scale.py is checked against, and write it as a JSON file.
 
-Run it as `python -m deepskip.jobs.bench.scaling`. Processes have one thread each, and use gloo on loopback. Measured are
-all-reduces by size over 2 to 4 processes, steps of the default network (3 x 128 x 128 crops) on 1 and 2 processes, without
-and with communication, and a checkpoint.
+Run it as `python -m deepskip.jobs.bench.scaling`. Processes have one thread each, and use gloo on loopback. It measures
+all-reduces by size over 2 to 4 processes, and a checkpoint. It also measures steps of the default network (3 x 128 x 128
+crops) on 1 and 2 processes, with and without communication.
 """
 
 import argparse

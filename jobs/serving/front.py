@@ -1,7 +1,7 @@
 """The HTTP server in front of the replicas.
 
-It replaces Ray Serve's proxy. That proxy reads bodies of any size, as fast as they come, into an unbounded queue, and assigns
-a replica to a request whose body has not arrived. Here a request is refused by its headers if possible. Its body is counted
+It replaces Ray Serve's proxy. That proxy reads bodies of any size, as fast as they come, into an unbounded queue. It also
+assigns a replica to a request whose body has not arrived. Here a request is refused by its headers if possible. Its body is counted
 while it arrives, and only a complete request goes to a replica. One front feeds all replicas of the cluster.
 """
 
@@ -165,8 +165,8 @@ class Front:
             request: the request.
 
         Raises:
-            Refused: if the request comes from a page of another site (403), if the token is missing or wrong (401), or if a
-                server without a token is called by a host name that is not loopback's (403).
+            Refused: if the request comes from a page of another site (403), or if the token is missing or wrong (401). A
+                server without a token also refuses host names other than loopback's (403).
         """
         check_site(request)
         if self.token is None:
@@ -232,8 +232,8 @@ class Front:
             The format of the answer, a key of answers.FORMATS, and the declared content type in lower case, or "".
 
         Raises:
-            Refused: for a wrong query or an empty body (400), a body that is too large (413), an encoded body or another
-                content type (415), or a full server (429).
+            Refused: for a wrong query or an empty body (400), and for a body that is too large (413). Also for an encoded
+                body or another content type (415), and if the server is full (429).
         """
         unknown = sorted(set(request.query) - {"format"})
         wanted = request.query.get("format", "mask")
@@ -274,8 +274,8 @@ class Front:
             body: receives the bytes, also if this raises.
 
         Raises:
-            Refused: if the body is not complete within body_seconds (408), is too large (413), is empty or ends early (400),
-                or if the server becomes full meanwhile (429).
+            Refused: if the body is not complete within body_seconds (408), is too large (413), is empty or ends early (400).
+                Also if the server becomes full meanwhile (429).
         """
         try:
             async with asyncio.timeout(self.config.body_seconds):

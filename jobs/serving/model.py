@@ -64,8 +64,8 @@ class Model:
             answer: format of the answer, a key of answers.FORMATS.
 
         Returns:
-            The answer. Its status is 413 if the image is too large, and 422 if it cannot be decoded, the model does not accept
-            it, or its outlines are too long for polygons.
+            The answer. Its status is 413 if the image is too large. It is 422 if the image cannot be decoded, if the model does
+            not accept it, or if its outlines are too long for polygons.
         """
         started = time.perf_counter()
         try:

@@ -91,8 +91,8 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: 
         The trainer's summary, with the number of skipped samples as "bad_samples".
 
     Raises:
-        SystemExit: for one of share.FATAL's errors, such as bad data, a non-finite loss or a full disk (an `error:` line is
-            printed), or with status STOPPED after a SIGTERM.
+        SystemExit: for one of share.FATAL's errors, such as bad data or a non-finite loss; an `error:` line is printed. After
+            a SIGTERM the status is STOPPED.
     """
     console = Console(config, run, tracker)
     one_of = f"{ranks.world_size} ranks" if ranks.world_size > 1 else "1 rank"
