@@ -241,7 +241,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"# The server under load: {machine['gpu'] or f'''{machine['cores']} cores'''}, torch {machine['torch']}", "",
         "`python -m deepskip.jobs.bench.serving`: PNG in, mask out, one replica; all share the machine. Medians of "
-        f"{len(found['rows'][0]['pairs'])} runs; \"bare\": direct calls to the replica without HTTP, alternately.",
+        f"{len(found['rows'][0]['pairs'])} runs; \"bare\": direct calls to the replica without HTTP, measured alternately.",
         *([machine["remark"]] if machine["remark"] else []), "",
         "| image | at once | requests/s | p50, ms | p99, ms | bare, requests/s | p50, ms | p99, ms |",
         "|---|---|---|---|---|---|---|---|",

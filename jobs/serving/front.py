@@ -1,8 +1,8 @@
 """The HTTP server in front of the replicas.
 
 It replaces Ray Serve's proxy. That proxy reads bodies of any size, as fast as they come, into an unbounded queue. It also
-assigns a replica to a request whose body has not arrived. Here a request is refused by its headers if possible. Its body is counted
-while it arrives, and only a complete request goes to a replica. One front feeds all replicas of the cluster.
+assigns a replica to a request whose body has not arrived. Here a request is refused by its headers if possible. Its body is
+counted while it arrives, and only a complete request goes to a replica. One front feeds all replicas of the cluster.
 """
 
 import asyncio

@@ -71,7 +71,7 @@ def start_ray() -> None:
         if not settings:
             stop(f"Ray at {os.environ.get('RAY_ADDRESS')} cannot be joined: {what}", NotHere)
         stop(
-            f"Ray does not start on this machine: {what}. It needs memory without a ulimit -v{trouble.limit()}, "
+            f"Ray does not start on this machine: {what}. It needs memory without a limit by ulimit -v{trouble.limit()}, "
             "and free space in /tmp/ray, where its logs are"
         )
 
