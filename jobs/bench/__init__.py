@@ -1,1 +1,1 @@
-"""What a training costs around its network, measured."""
+"""Benchmarks of training and serving: their cost compared with the network alone, and their scaling."""

@@ -1,8 +1,8 @@
-"""python -m deepskip.jobs.bench: what Ray Train and the trainer cost a step beside a bare loop under torchrun.
+"""Measure the overhead of Ray Train and the trainer per step, compared with a bare loop under torchrun.
 
-Both run in turns, so that what else the machine does meets both. A step's time is the median over windows of log_every steps;
-the first windows, where memory is found, do not count. What the trainer does between steps (validation, checkpoints) is not
-in it.
+Run it as `python -m deepskip.jobs.bench`. Both run alternately, so that other load on the machine affects both. The time of a
+step is the median over windows of log_every steps. The first windows, in which memory is allocated, are skipped. What the
+trainer does between steps (validation, checkpoints) is not measured.
 """
 
 import argparse
@@ -25,10 +25,14 @@ WINDOW, LEFT_OUT = 5, 2
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures and writes results/NAME.json and .md."""
+    """Run the benchmark, and write results/NAME.json and results/NAME.md.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench", description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--pairs", type=int, default=3, help="how often each is run")
+    parser.add_argument("--pairs", type=int, default=3, help="number of runs of each")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--name", default=f"{os.cpu_count()}-cores")
     arguments = parser.parse_args(argv)
@@ -50,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
                 }
                 options = [f"--{key}={value}" for key, value in settings.items()]
                 pairs.append((bare(workers, options), trained(home / "runs" / f"{workers}-{pair}", options)))
-                print(f"{workers} workers: bare {pairs[-1][0]:.4f} s a step, trained {pairs[-1][1]:.4f} s", flush=True)
+                print(
+                    f"{workers} workers: bare {pairs[-1][0]:.4f} s per step, trained {pairs[-1][1]:.4f} s", flush=True
+                )
             rows.append({"workers": workers, "pairs": pairs})
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
     RESULTS.mkdir(exist_ok=True)
@@ -59,7 +65,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def bare(workers: int, options: list[str]) -> float:
-    """Gives the bare loop's seconds a step."""
+    """Run the bare loop under torchrun, and return its seconds per step.
+
+    Args:
+        workers: number of processes.
+        options: the settings of the training, as command-line arguments.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
     command += ["-m", "deepskip.jobs.bench.bare", *options]
     done = subprocess.run(
@@ -71,7 +82,12 @@ def bare(workers: int, options: list[str]) -> float:
 
 
 def trained(run: Path, options: list[str]) -> float:
-    """Gives the job's seconds a step, from what it logged."""
+    """Run the training job, and return its seconds per step, from the speeds that it logged.
+
+    Args:
+        run: folder of the run.
+        options: the settings of the training, as command-line arguments.
+    """
     subprocess.run([sys.executable, "-m", "deepskip.jobs.train", *options], capture_output=True, check=True)
     speeds = [values["images_per_second"] for kind, _, values, _ in read_measured(run / MEASURED) if kind == "train"]
     batch = json.loads((run / "run.json").read_text())["config"]["optim"]["global_batch_size"]
@@ -79,13 +95,19 @@ def trained(run: Path, options: list[str]) -> float:
 
 
 def table(rows: list[dict], machine: dict, steps: int) -> str:
-    """Makes the page."""
+    """Return the results as Markdown.
+
+    Args:
+        rows: for each number of "workers" its "pairs" of (bare, trained) seconds per step.
+        machine: "cores" and "torch" (version) of the machine.
+        steps: number of steps of each run.
+    """
     lines = [
-        f"# Ray Train and the trainer beside a bare loop: {machine['cores']} cores, torch {machine['torch']}",
+        f"# Ray Train and the trainer, compared with a bare loop: {machine['cores']} cores, torch {machine['torch']}",
         "",
-        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps, medians; pairs run in turns.",
+        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps, medians; both run alternately.",
         "",
-        "| workers | bare, s a step | trained, s a step | cost of each pair | median |",
+        "| workers | bare, s per step | trained, s per step | overhead of each pair | median |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The same step and data in a bare loop; torchrun starts it, and it prints the seconds of each step."""
+"""Train the same steps on the same data in a bare loop; torchrun starts it, and it prints the seconds of each step."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from deepskip.training_step import TrainingStep
 
 
 def main() -> None:
-    """Trains config.optim.steps steps on the CPU."""
+    """Train config.optim.steps steps on the CPU; rank 0 prints the seconds of each step as a JSON list."""
     config, *_ = parse("train", sys.argv[1:])
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -42,7 +42,7 @@ def main() -> None:
         print(json.dumps(seconds), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    # what the processes of torch leave running is of no interest
+    # Exit without cleanup; threads that torch may leave running do not matter.
     os._exit(0)
 
 

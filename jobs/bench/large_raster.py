@@ -1,6 +1,6 @@
-"""A large GeoTIFF through jobs.predict: its peak of memory, and its answer beside the network's own on windows of it.
+"""Predict a large GeoTIFF with jobs.predict: measure peak memory, and compare its mask with the network's own on windows.
 
-python -m deepskip.jobs.bench.large_raster --work FOLDER makes the raster, predicts, compares, and prints one line of JSON.
+`python -m deepskip.jobs.bench.large_raster --work FOLDER` makes the raster, predicts, compares, and prints one line of JSON.
 """
 
 import argparse
@@ -25,12 +25,23 @@ from deepskip.network import multiple_of
 from deepskip.tiling import enlarged_rows
 
 STRIPE = 512
-# of the windows that are compared, and what is read around them, pixels: more than the network sees
+# Side of the windows that are compared, and the margin that is read around them, in pixels. The margin is larger than the
+# network's receptive field.
 WINDOW, AROUND = 1024, 160
 
 
 def make_raster(path: Path, side: int, bands: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Writes blobs on slopes, in tiles of 512, deflated; gives each band's mean and deviation by sums in fp64."""
+    """Write a GeoTIFF of smooth blobs with noise, in deflated tiles of 512 x 512 pixels.
+
+    Args:
+        path: file to write.
+        side: height and width, pixels.
+        bands: number of bands.
+        dtype: dtype of the values, which are 0 to 255.
+
+    Returns:
+        Mean and standard deviation of each band, two arrays (bands,) from sums in fp64.
+    """
     import rasterio  # type: ignore[import-untyped]
     from rasterio.transform import Affine  # type: ignore[import-untyped]
 
@@ -58,7 +69,14 @@ def make_raster(path: Path, side: int, bands: int, dtype: str) -> tuple[np.ndarr
 
 @torch.inference_mode()
 def make_model(run: Path, raster: Path, bands: int, statistics: tuple[np.ndarray, np.ndarray]) -> None:
-    """Writes a checkpoint of the default network with random weights whose answers on the raster are both, half and half."""
+    """Write a checkpoint of the default network with random weights, for which about half of the raster is foreground.
+
+    Args:
+        run: folder of the run.
+        raster: the GeoTIFF; its upper left window sets the bias of the network's head.
+        bands: number of bands of the raster.
+        statistics: mean and standard deviation of each band, two arrays (bands,).
+    """
     import rasterio
 
     torch.manual_seed(0)
@@ -71,7 +89,7 @@ def make_model(run: Path, raster: Path, bands: int, statistics: tuple[np.ndarray
         values = torch.from_numpy(image.read(window=((0, WINDOW), (0, WINDOW))).astype(np.float32))[None]
     mean, std = (torch.tensor(each[None], dtype=torch.float32) for each in statistics)
     logits = network.eval()(normalize(values, mean, std))
-    # a mask of one kind alone would be right however it was made
+    # With a mask of one value alone, errors in tiling would not show.
     network.head.bias.data -= logits.median()
     data = {
         "in_channels": bands, "num_classes": 1, "mean": [0.0] * bands, "std": [1.0] * bands,
@@ -82,7 +100,14 @@ def make_model(run: Path, raster: Path, bands: int, statistics: tuple[np.ndarray
 
 
 def watched(command: list[str]) -> tuple[float, int, int]:
-    """Runs a command; gives its seconds, and the peak of resident and of private memory of it and its children, bytes."""
+    """Run a command, and measure its time and memory, with that of its child processes.
+
+    Returns:
+        Seconds, peak of resident memory in bytes, and peak of private memory in bytes.
+
+    Raises:
+        SystemExit: if the command fails.
+    """
     started, resident, private = time.monotonic(), 0, 0
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -95,7 +120,7 @@ def watched(command: list[str]) -> tuple[float, int, int]:
             pass
         time.sleep(0.25)
     if process.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with status {process.returncode}")
+        sys.exit(f"error: {' '.join(command)} failed with status {process.returncode}")
     return time.monotonic() - started, resident, private
 
 
@@ -103,7 +128,19 @@ def watched(command: list[str]) -> tuple[float, int, int]:
 def compare(
     run: Path, raster: Path, out: Path, statistics: tuple[np.ndarray, np.ndarray], windows: int
 ) -> dict[str, Any]:
-    """Compares the mask with the network's answer on windows anywhere, read with more around them than it sees."""
+    """Compare the mask with the network's own answer on random windows, with a margin beyond its receptive field.
+
+    Args:
+        run: folder of the run.
+        raster: the GeoTIFF.
+        out: folder of the predicted masks.
+        statistics: mean and standard deviation of each band, two arrays (bands,).
+        windows: number of windows; the first is the upper left one.
+
+    Returns:
+        The numbers of pixels compared and different, the largest absolute logit of a pixel that differs, and the share of
+        foreground. Also whether the mask has the raster's georeference.
+    """
     import rasterio
 
     network = deepskip.load(run).network
@@ -115,7 +152,7 @@ def compare(
         same_place = image.crs == mask.crs and image.transform == mask.transform
         multiple = multiple_of(network)
         for number in range(windows):
-            # the first in a corner of the image, the others anywhere
+            # The first window is in a corner of the image, the others are anywhere.
             top, left = (int(rng.integers(0, image.height - WINDOW)) * (number > 0) for _ in range(2))
             y, x = (max(0, (place - AROUND) // multiple * multiple) for place in (top, left))
             bottom, right = min(top + WINDOW + AROUND, image.height), min(left + WINDOW + AROUND, image.width)
@@ -129,7 +166,7 @@ def compare(
                 different + int(wrong.sum()),
                 foreground + int(found.sum()),
             )
-            # how sure the network was where the answers differ: rounding can turn a logit of 0 over
+            # Rounding can change the sign of a logit near 0, so a difference matters only if its logit is large.
             worst = max(worst, float(np.abs(inner[wrong]).max(initial=0)))
     return {
         "windows": windows,
@@ -142,7 +179,7 @@ def compare(
 
 
 def main() -> None:
-    """Makes, predicts, compares and prints."""
+    """Make the raster and a model, predict, compare, and print the results as JSON."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench.large_raster", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for the raster and the outputs")
     parser.add_argument("--side", type=int, default=20000)

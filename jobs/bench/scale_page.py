@@ -1,8 +1,6 @@
-"""Puts the tables of docs/scale.md and its plot up to date, from the model and stored results.
+"""Update the tables of docs/scale.md and its plot, from the scaling model and stored results.
 
-python -m deepskip.jobs.bench.scale_page
-
-GPUs were not measured: their numbers are assumptions.
+Run it as `python -m deepskip.jobs.bench.scale_page`. GPUs were not measured: their numbers are assumptions.
 """
 
 import json
@@ -31,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 PAGE, PLOT = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.svg"
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 NS = [2**power for power in range(11)]
-# counted by torch's FlopCounterMode: forward and backward of the default network, a 3 x 128 x 128 image
+# Forward and backward pass of the default network for a 3 x 128 x 128 image, counted by torch's FlopCounterMode.
 FLOPS_128 = 3.3557e9
-# crops of 512 x 512
+# Crops of 512 x 512 pixels, relative to 128 x 128.
 PIXELS = (512 / 128) ** 2
-# PNGs of 128 x 128 a second in one process (data_shards/bench/results); 4 processes a GPU
+# PNGs of 128 x 128 pixels read per second in one process (data_shards/bench/results); the page assumes 4 processes per GPU.
 PNG_128 = 2109.0
-# assumptions, none of them measured: docs/scale.md says where each is from
+# Assumptions, none of them measured: docs/scale.md has the source of each.
 NVLINK, INFINIBAND, ETHERNET = Link(3e-6, 450e9), Link(5e-6, 50e9), Link(50e-6, 3.125e9)
 GPU_FLOPS = 20e12
 GPU = Machine(
@@ -51,24 +49,24 @@ GPU = Machine(
 CLOUD = replace(GPU, outer=ETHERNET, devices_per_node=1)
 STRONG_BATCH, WEAK_BATCH = 1024, 16
 HOUR = 3600.0
-# 419 interruptions in 54 days on 16,384 GPUs of 8 a node (The Llama 3 Herd of Models, 2024)
+# 419 interruptions in 54 days on 16,384 GPUs, 8 per node (The Llama 3 Herd of Models, 2024).
 STEADY = Faults(node_mtbf=54 * 24 * HOUR * 2048 / 419, recovery=60.0, checkpoint=0.3)
 SPOT = replace(STEADY, node_mtbf=24 * HOUR)
 
 
 def read_results() -> dict[str, Any]:
-    """Gives what jobs.bench.scaling measured, sizes and image counts as numbers."""
+    """Return the results of jobs.bench.scaling, as its `measure` returns them."""
     return json.loads(RESULTS.read_text())
 
 
 def measured_machine(results: dict[str, Any]) -> Machine:
-    """Fits the model to what one process, and all-reduces over two, were measured to take."""
+    """Fit the scaling model to the measured steps of one process and the measured all-reduces over two."""
     link = fitted_link([tuple(row) for row in results["all_reduce"]["2"]], 2)
     return fitted_machine({int(k): (v["mean"], v["deviation"]) for k, v in results["alone"].items()}, link)
 
 
 def check_table(results: dict[str, Any]) -> str:
-    """Makes the table of predicted and measured times; what was fitted is not in it."""
+    """Return the table of predicted and measured times; it omits the measurements that the model was fitted to."""
     machine = measured_machine(results)
     lines = ["| what | processes | measured, ms | model, ms | error |", "|---|---|---|---|---|"]
     for n in (3, 4):
@@ -91,14 +89,21 @@ def check_table(results: dict[str, Any]) -> str:
 
 
 def row(what: str, n: int, measured: float, predicted: float) -> str:
-    """Makes a line of that table."""
+    """Return a row of that table.
+
+    Args:
+        what: what was measured.
+        n: number of processes.
+        measured: measured time, s.
+        predicted: the model's time, s.
+    """
     return (
         f"| {what} | {n} | {1e3 * measured:.2f} | {1e3 * predicted:.2f} | {100 * (predicted / measured - 1):+.0f} % |"
     )
 
 
 def fit_text(results: dict[str, Any]) -> str:
-    """Says what was fitted."""
+    """Return the fitted parameters of the model, and the machine that was measured, as a paragraph."""
     machine, on, saved = measured_machine(results), results["machine"], results["checkpoint"]
     link = machine.inner
     return (
@@ -111,7 +116,7 @@ def fit_text(results: dict[str, Any]) -> str:
 
 
 def scaling_table() -> str:
-    """Makes the table of steps and efficiencies."""
+    """Return the table of step times and efficiencies by number of GPUs."""
     fast, slow = "8 a node, 400 Gb/s", "1 a node, 25 Gb/s"
     lines = [
         f"| GPUs | strong: {STRONG_BATCH:,} images, ms a step | efficiency, {fast} | {slow} "
@@ -130,7 +135,7 @@ def scaling_table() -> str:
 
 
 def parts_table() -> str:
-    """Makes the table of where the time of a step goes."""
+    """Return the table of the parts of a step's time."""
     lines = [
         "| GPUs, batch | compute, ms | fixed part of it | waiting for the slowest | loss sums | gradients | loader |",
         "|---|---|---|---|---|---|---|",
@@ -143,7 +148,7 @@ def parts_table() -> str:
 
 
 def all_reduce_table() -> str:
-    """Makes the table of ways to all-reduce the gradients over 1,024 GPUs."""
+    """Return the table of algorithms to all-reduce the gradients over 1,024 GPUs."""
     lines = [
         "| 1,024 GPUs, all gradients at once | 8 a node, 400 Gb/s a node: ms | one a node, 25 Gb/s: ms |",
         "|---|---|---|",
@@ -160,7 +165,7 @@ def all_reduce_table() -> str:
 
 
 def faults_table() -> str:
-    """Makes the table of faults, the best interval between checkpoints, and what is left."""
+    """Return the table of faults, the best interval between checkpoints, and the goodput."""
     lines = [
         "| GPUs (8 a node) | faults a day | best interval, s | goodput | with one every 30 min "
         "| spot: faults a day | best interval, s | goodput |",
@@ -180,7 +185,7 @@ def faults_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Gives every generated part of the page by its name."""
+    """Return every generated part of the page by its name."""
     results = read_results()
     return {
         "fit": fit_text(results),
@@ -193,9 +198,16 @@ def tables() -> dict[str, str]:
 
 
 def filled(page: str) -> str:
-    """Gives the page with its generated parts replaced: what stands between <!-- NAME --> and <!-- end -->."""
+    """Return the page with its generated parts replaced: the text between <!-- NAME --> and <!-- end -->.
+
+    Args:
+        page: the page, as Markdown.
+
+    Raises:
+        ValueError: if the page does not have exactly one place for each part.
+    """
     for name, text in tables().items():
-        # no backslash of a table is one of the pattern's
+        # A backslash in a table must not be read as one of re.sub's escapes.
         text = text.replace("\\", r"\\")
         page, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1\n{text}\n\n\2", page, flags=re.DOTALL)
         if count != 1:
@@ -204,14 +216,14 @@ def filled(page: str) -> str:
 
 
 def draw() -> None:
-    """Draws efficiency by number of GPUs, strong and weak, and goodput by the interval between checkpoints."""
+    """Plot efficiency over the number of GPUs, strong and weak, and goodput over the interval between checkpoints."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
 
-    # the same file from the same numbers
+    # A fixed salt, so that the same numbers make the same file.
     plt.rcParams |= {"svg.hashsalt": "scale", "font.size": 9}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for machine, style, name in ((GPU, "-", "8 a node, 400 Gb/s"), (CLOUD, "--", "1 a node, 25 Gb/s")):
@@ -245,7 +257,7 @@ def draw() -> None:
 
 
 def main() -> None:
-    """Writes the page and the plot."""
+    """Write the page and the plot."""
     PAGE.write_text(filled(PAGE.read_text()))
     draw()
     print(PAGE, PLOT)

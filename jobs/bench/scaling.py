@@ -1,7 +1,8 @@
-"""python -m deepskip.jobs.bench.scaling: measures here what the model of cluster/scale.py is checked against, as one JSON file.
+"""Measure on this machine what the scaling model of cluster/scale.py is checked against, and write it as a JSON file.
 
-Processes of one thread each, gloo on loopback: all-reduce by size over 2 to 4 processes, steps of the default network
-(3 x 128 x 128 crops) on 1 and 2 processes, without and with communication, and a checkpoint.
+Run it as `python -m deepskip.jobs.bench.scaling`. Processes have one thread each, and use gloo on loopback. It measures
+all-reduces by size over 2 to 4 processes, and a checkpoint. It also measures steps of the default network (3 x 128 x 128
+crops) on 1 and 2 processes, with and without communication.
 """
 
 import argparse
@@ -31,7 +32,16 @@ STEPS, WARM_UP = 40, 6
 
 
 def seconds_of(call: Callable[[], Any], calls: int, warm_up: int) -> list[float]:
-    """Times calls, seconds each; in a process group the calls of all ranks begin together."""
+    """Measure the seconds of each of a number of calls; in a process group the calls of all ranks begin together.
+
+    Args:
+        call: what is timed.
+        calls: number of timed calls.
+        warm_up: number of calls before them that are not timed.
+
+    Returns:
+        The seconds of each timed call.
+    """
     seconds = []
     for index in range(warm_up + calls):
         if dist.is_initialized():
@@ -44,7 +54,14 @@ def seconds_of(call: Callable[[], Any], calls: int, warm_up: int) -> list[float]
 
 
 def time_all_reduce(rank: int, world_size: int, store: str, out: str) -> None:
-    """Times all-reduces of float32 by size; rank 0 writes [[bytes, seconds], ...]."""
+    """Measure all-reduces of float32 by size, as one rank; rank 0 writes [[bytes, median seconds], ...].
+
+    Args:
+        rank: rank of this process.
+        world_size: number of processes.
+        store: file with which the processes find each other.
+        out: JSON file that rank 0 writes.
+    """
     join(rank, world_size, store)
     rows = []
     for size in (32, *SIZES):
@@ -56,9 +73,18 @@ def time_all_reduce(rank: int, world_size: int, store: str, out: str) -> None:
 
 
 def time_steps(rank: int, world_size: int, store: str, out: str, images: int, together: bool) -> None:
-    """Times training steps of `images` a process, with communication (`together`) or each process by itself.
+    """Measure training steps, as one rank, with or without communication between the ranks.
 
-    Rank 0 writes the mean over ranks and steps, the deviation over steps, and the mean of the steps' slowest rank, seconds.
+    Rank 0 writes, in seconds, the mean over ranks and steps, the standard deviation over steps, and the mean over steps of the
+    slowest rank's time.
+
+    Args:
+        rank: rank of this process.
+        world_size: number of processes.
+        store: file with which the processes find each other.
+        out: JSON file that rank 0 writes.
+        images: number of images per process and step.
+        together: whether the ranks train one network together; if not, each trains its own.
     """
     join(rank, world_size, store)
     keep_freed_memory()
@@ -67,7 +93,7 @@ def time_steps(rank: int, world_size: int, store: str, out: str, images: int, to
         training.distribute()
     else:
         criterion = training.criterion
-        # what the loss is of a rank by itself
+        # Without the all-reduce, the loss is that of this rank alone.
         training.criterion.parts = lambda *inputs: criterion.from_sums(criterion.sums(*inputs))  # type: ignore[method-assign]
     batch = batch_of(images)
 
@@ -85,7 +111,15 @@ def time_steps(rank: int, world_size: int, store: str, out: str, images: int, to
 
 
 def batch_of(images: int) -> dict[str, Any]:
-    """Make a batch of random crops, of mean 0 and deviation 1."""
+    """Return a batch of random crops with mean 0 and standard deviation 1.
+
+    Args:
+        images: number of crops, N.
+
+    Returns:
+        The batch: "image" (N, 3, CROP, CROP) fp32 in channels_last, "mask" (N, CROP, CROP) uint8, "mean" and "std" (N, 3),
+        "weight" (N,), and the lists "epoch" and "sample".
+    """
     return {
         "image": torch.randn(images, 3, CROP, CROP).contiguous(memory_format=torch.channels_last),
         "mask": (torch.rand(images, CROP, CROP) < 0.1).to(torch.uint8),
@@ -95,14 +129,26 @@ def batch_of(images: int) -> dict[str, Any]:
 
 
 def join(rank: int, world_size: int, store: str) -> None:
-    """Joins the process group with one thread."""
+    """Join the gloo process group on loopback, and use one thread.
+
+    Args:
+        rank: rank of this process.
+        world_size: number of processes.
+        store: file with which the processes find each other.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
 
 
 def on_processes(worker: Callable[..., None], world_size: int, *arguments: Any) -> Any:
-    """Runs a worker on so many processes and gives what its rank 0 wrote."""
+    """Run a worker on several processes, and return the JSON value that rank 0 wrote.
+
+    Args:
+        worker: called in each process with rank, world_size, store, out and the other arguments.
+        world_size: number of processes.
+        *arguments: further arguments of the worker.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         mp.spawn(worker, (world_size, f"{folder}/store", str(out), *arguments), nprocs=world_size)
@@ -110,7 +156,11 @@ def on_processes(worker: Callable[..., None], world_size: int, *arguments: Any) 
 
 
 def time_checkpoint() -> tuple[float, int]:
-    """Return the seconds and the bytes of a whole checkpoint: weights, their moving average, the optimizer's state."""
+    """Measure a full checkpoint, with weights, their moving average and the optimizer's state.
+
+    Returns:
+        Median seconds to save it, and its bytes.
+    """
     training = TrainingStep(Config(), DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}), torch.device("cpu"))
     training(batch_of(1))
     state = training.state_dict()
@@ -120,7 +170,7 @@ def time_checkpoint() -> tuple[float, int]:
 
 
 def measure() -> dict[str, Any]:
-    """Measures everything."""
+    """Run all measurements, and return them with a description of the machine."""
     seconds, size = time_checkpoint()
     return {
         "machine": {
@@ -138,7 +188,11 @@ def measure() -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures and writes the file."""
+    """Run all measurements, and write the file.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench.scaling", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     arguments = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""python -m deepskip.jobs.bench.serving: latency and throughput of the server under wrk, beside the bare handle to its replica.
+"""Measure latency and throughput of the server under wrk, compared with direct calls to its replica.
 
-Both are asked in turns, with as many requests under way. The server's process also runs the bare calls; wrk is a process of
-its own (Debian: apt-get install wrk). All of it shares this machine. Then more is asked than there is room for: what is
-turned away is counted, and how long the others took.
+Run it as `python -m deepskip.jobs.bench.serving`. Both are measured alternately, with the same number of requests in progress.
+The server's process also makes the direct calls; wrk is a process of its own (Debian: apt-get install wrk). All of them share
+this machine. Last, the server is overloaded: refusals are counted, and the latency of the served requests is measured.
 """
 
 import argparse
@@ -48,7 +48,14 @@ end
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures and writes results/serving-NAME.json and .md."""
+    """Run the benchmark, and write results/serving-NAME.json and results/serving-NAME.md.
+
+    Args:
+        argv: command-line arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: if wrk is not installed; an `error:` line is printed.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench.serving", description=__doc__)
     parser.add_argument("--checkpoint", help="a run; by default an untrained network of the default size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="sides of the images, pixels")
@@ -57,16 +64,16 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         nargs="+",
         default=[1, 4, 16, 64],
-        help="requests at once; of larger images at most 4",
+        help="requests at once; for sizes after the first at most 4",
     )
-    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
-    parser.add_argument("--pairs", type=int, default=2, help="how often each is measured")
+    parser.add_argument("--seconds", type=float, default=8, help="seconds of each measurement")
+    parser.add_argument("--pairs", type=int, default=2, help="number of measurements of each")
     parser.add_argument("--overload", type=int, default=256, help="connections beyond capacity")
-    parser.add_argument("--remark", default="", help="what the reader should know of the machine at that time")
+    parser.add_argument("--remark", default="", help="a remark on the machine's state, for the report")
     parser.add_argument("--name", default=f"{os.cpu_count()}-cores")
     arguments = parser.parse_args(argv)
     if shutil.which("wrk") is None:
-        stop("there is no wrk; on Debian: apt-get install wrk")
+        stop("wrk is not installed; on Debian: apt-get install wrk")
     config = ServeConfig(model=arguments.checkpoint or "untrained", port=0, cpus=len(os.sched_getaffinity(0)))
     check_values(config)
     state = checkpoint.load_for_inference(arguments.checkpoint) if arguments.checkpoint else untrained()
@@ -82,14 +89,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def untrained() -> dict[str, Any]:
-    """Makes the state of a network of the default size that takes three bands."""
+    """Return the checkpoint state of an untrained network of the default size, for three bands and one class."""
     torch.manual_seed(0)
     data = {"in_channels": 3, "num_classes": 1, "mean": [0.0] * 3, "std": [1.0] * 3}
     return {"config": asdict(Config()), "data": data, "model": DeepSkipUNet(3, 1).state_dict(), "ema": None}
 
 
 def picture(side: int) -> bytes:
-    """Makes a PNG of smooth blobs and noise, which packs as photographs do."""
+    """Return a PNG of smooth blobs with noise, which compresses about as well as a photograph.
+
+    Args:
+        side: height and width, pixels.
+    """
     rng = np.random.default_rng(side)
     blobs = Image.fromarray(rng.integers(0, 255, (side // 16, side // 16, 3), dtype=np.uint8)).resize((side, side))
     noisy = np.asarray(blobs, np.int16) + rng.integers(-4, 5, (side, side, 3))
@@ -101,7 +112,17 @@ def picture(side: int) -> bytes:
 async def measure(
     arguments: argparse.Namespace, config: ServeConfig, listener: Any, handle: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Measures in turns; gives a row for each size and concurrency, and one of more than there is room for."""
+    """Measure the server and direct calls alternately, and then the server under overload.
+
+    Args:
+        arguments: the command line's.
+        config: the server's settings.
+        listener: the server's socket.
+        handle: Ray Serve's handle to the replica.
+
+    Returns:
+        A row for each size and concurrency, and the results under overload.
+    """
     way = Replicas(handle)
     front = Front(config, None, way.ask, lambda: 1, {})
     taken: list[tuple[int, float]] = []
@@ -139,7 +160,7 @@ async def measure(
         statuses = {status: sum(each == status for each, _ in taken) for status in sorted({each for each, _ in taken})}
         beyond = {"side": arguments.sizes[0], "connections": arguments.overload, "statuses": statuses, "wrk": seen}
         beyond |= {"served_p50": 1e3 * percentile(served, 50), "served_p99": 1e3 * percentile(served, 99)}
-        # and as before, when it is over
+        # After the overload, the server must answer as before.
         await asyncio.sleep(1)
         beyond["afterwards"] = await wrk(port, image, 1, arguments.seconds)
         assert beyond["afterwards"]["refused"] == 0, beyond
@@ -148,7 +169,17 @@ async def measure(
 
 
 async def wrk(port: int, image: Path, concurrency: int, seconds: float) -> dict[str, float]:
-    """Sends an image over so many connections for so long; gives what wrk counted, times in ms."""
+    """Send an image repeatedly with wrk.
+
+    Args:
+        port: the server's port on loopback.
+        image: the PNG file; wrk's script is written next to it.
+        concurrency: number of connections.
+        seconds: duration.
+
+    Returns:
+        wrk's "requests", "seconds", "refused", "lost", and the latency's "p50" and "p99" in ms.
+    """
     script = image.with_suffix(".lua")
     script.write_text(SCRIPT.format(image=image))
     process = await asyncio.create_subprocess_exec(
@@ -160,7 +191,17 @@ async def wrk(port: int, image: Path, concurrency: int, seconds: float) -> dict[
 
 
 async def ask_handle(handle: Any, body: bytes, concurrency: int, seconds: float) -> dict[str, float]:
-    """Asks the replica without HTTP between, as wrk does with it; gives the same counts."""
+    """Call the replica directly, without HTTP, with the same load as wrk.
+
+    Args:
+        handle: Ray Serve's handle to the replica.
+        body: bytes of a PNG.
+        concurrency: number of calls in progress at once.
+        seconds: duration.
+
+    Returns:
+        "requests", "seconds", and the latency's "p50" and "p99" in ms.
+    """
     taken: list[float] = []
     started = time.perf_counter()
 
@@ -176,22 +217,31 @@ async def ask_handle(handle: Any, body: bytes, concurrency: int, seconds: float)
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Gives a percentile; nan of nothing."""
+    """Return a percentile of some values; nan if there are none.
+
+    Args:
+        values: the values.
+        share: the percentile, 0 to 100.
+    """
     return float(np.percentile(values, share)) if values else float("nan")
 
 
 def say(line: str) -> None:
-    """Prints a line of progress at once."""
+    """Print a progress line on stderr at once."""
     print(line, file=sys.stderr, flush=True)
 
 
 def table(found: dict[str, Any]) -> str:
-    """Writes the results as Markdown."""
+    """Return the results as Markdown.
+
+    Args:
+        found: "machine", "settings", "rows" and "overload", as `main` writes them to the JSON file.
+    """
     machine, beyond = found["machine"], found["overload"]
     lines = [
         f"# The server under load: {machine['gpu'] or f'''{machine['cores']} cores'''}, torch {machine['torch']}", "",
         "`python -m deepskip.jobs.bench.serving`: PNG in, mask out, one replica; all share the machine. Medians of "
-        f"{len(found['rows'][0]['pairs'])} runs; \"bare\": the handle to the replica without HTTP, in turns with it.",
+        f"{len(found['rows'][0]['pairs'])} runs; \"bare\": direct calls to the replica without HTTP, measured alternately.",
         *([machine["remark"]] if machine["remark"] else []), "",
         "| image | at once | requests/s | p50, ms | p99, ms | bare, requests/s | p50, ms | p99, ms |",
         "|---|---|---|---|---|---|---|---|",
@@ -207,10 +257,10 @@ def table(found: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} times {status}" for status, count in beyond["statuses"].items())
     lines += [
         "",
-        f"Beyond capacity: {beyond['connections']} connections that ask again at once, where {capacity} may wait, for "
-        f"{seen['seconds']:.0f} s ({beyond['side']} x {beyond['side']}): {counts}; {seen['lost']} lost. Those served took "
-        f"{beyond['served_p50']:.0f} ms (p50) and {beyond['served_p99']:.0f} ms (p99) from their head to their answer. "
-        f"Afterwards one at a time: p50 {beyond['afterwards']['p50']:.0f} ms.",
+        f"Overload: {beyond['connections']} connections that retry at once, where {capacity} requests may wait, for "
+        f"{seen['seconds']:.0f} s ({beyond['side']} x {beyond['side']}): {counts}; {seen['lost']} lost. Served requests took "
+        f"{beyond['served_p50']:.0f} ms (p50) and {beyond['served_p99']:.0f} ms (p99) from their headers to their answer. "
+        f"Afterwards, one at a time: p50 {beyond['afterwards']['p50']:.0f} ms.",
     ]
     return "\n".join(lines) + "\n"
 

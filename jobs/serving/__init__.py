@@ -1,1 +1,1 @@
-"""A trained model behind HTTP: the front that listens, the replicas that segment, the page for people."""
+"""Serve a trained model over HTTP: the front listens, the replicas segment, and a web page lets people try it."""

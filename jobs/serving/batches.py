@@ -1,7 +1,7 @@
-"""Images of one size that came at about the same time go through the network together.
+"""Batch images of one size that arrive at about the same time, so that they go through the network together.
 
-Serve's own batching knows the order of arrival alone: among images of many sizes it makes batches of which each size is a
-part. Here the oldest image takes with it those of its own kind, wherever they stand in the queue.
+Ray Serve's own batching only uses the order of arrival, so its batches mix images of different sizes. Here a batch is the
+oldest image with others of the same size and dtype, wherever they are in the queue.
 """
 
 import asyncio
@@ -13,7 +13,13 @@ import numpy as np
 
 
 class Waiting(NamedTuple):
-    """An image in the queue, since when (s), and where its result goes."""
+    """An image in the queue.
+
+    Attributes:
+        image: the image (H, W, bands).
+        since: when it came, s (time.monotonic).
+        result: future that receives the result, and the number of images in its batch.
+    """
 
     image: np.ndarray
     since: float
@@ -21,10 +27,16 @@ class Waiting(NamedTuple):
 
 
 class Batches:
-    """forward(images) computes a result for each of several images of one shape and type, in a thread.
+    """A queue of images, which are computed in batches of one shape and dtype.
 
-    most: images of a batch. pixels: of all images of a batch together, where there are several. wait: seconds that the oldest
-    waits for others while fewer are there.
+    Attributes:
+        forward: called in a thread with a batch, a list of images (H, W, bands) of one shape and dtype; returns a list of
+            results, one array per image.
+        most: largest number of images in a batch.
+        pixels: largest number of pixels in a batch of several images; a larger image goes alone.
+        wait: time, in seconds, that the oldest image waits for others while its batch is not full.
+        queue: the images that wait, oldest first.
+        worker: the task that computes batches; None or done while the queue is empty.
     """
 
     def __init__(
@@ -35,7 +47,17 @@ class Batches:
         self.worker: asyncio.Task[None] | None = None
 
     async def run(self, image_HWC: np.ndarray) -> tuple[np.ndarray, int]:
-        """Gives the result for an image, and how many images were computed together with it, itself included."""
+        """Compute the result for one image, in a batch with others.
+
+        Args:
+            image_HWC: the image (H, W, bands).
+
+        Returns:
+            The result, an array as `forward` returns it, and the number of images in the batch, this one included.
+
+        Raises:
+            Exception: the error of `forward`, if it failed for the batch.
+        """
         result: asyncio.Future[tuple[np.ndarray, int]] = asyncio.get_running_loop().create_future()
         self.queue.append(Waiting(image_HWC, time.monotonic(), result))
         if self.worker is None or self.worker.done():
@@ -43,7 +65,7 @@ class Batches:
         return await result
 
     async def work(self) -> None:
-        """Computes batch after batch until the queue is empty."""
+        """Compute batches until the queue is empty."""
         while self.queue:
             first = self.queue[0]
             most = max(1, min(self.most, self.pixels // (first.image.shape[0] * first.image.shape[1])))
@@ -53,13 +75,13 @@ class Batches:
             batch = [each for each in self.queue if kind(each.image) == kind(first.image)][:most]
             taken = set(map(id, batch))
             self.queue = [each for each in self.queue if id(each) not in taken]
-            # whoever asked may have gone
+            # Clients may have left meanwhile; their futures are cancelled.
             batch = [each for each in batch if not each.result.done()]
             if batch:
                 await self.compute(batch)
 
     async def compute(self, batch: list[Waiting]) -> None:
-        """Computes one batch and hands out its results, or its error."""
+        """Compute one batch, and set the result, or the error, of each of its images."""
         try:
             results = await asyncio.to_thread(self.forward, [each.image for each in batch])
         except Exception as error:
@@ -73,5 +95,5 @@ class Batches:
 
 
 def kind(image_HWC: np.ndarray) -> Any:
-    """Gives what images must share to be computed together."""
+    """Return the shape and dtype of an image (H, W, bands); images of one batch have both in common."""
     return image_HWC.shape, image_HWC.dtype

@@ -1,4 +1,4 @@
-"""The replicas: bytes of an image in, bytes of an answer out."""
+"""The replicas of the model: bytes of an image file in, bytes of an answer out."""
 
 import asyncio
 import sys
@@ -18,20 +18,25 @@ from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
 
-# decoded images held at once, bytes; decoding waits until there is room
+# Bytes of decoded images in memory at once; decoding waits until there is room.
 DECODED_BYTES = 2**29
-# bytes of a value of an image, by which the limit in pixels becomes one in bytes
+# Bytes per value of an image, which convert the limit in pixels into one in bytes.
 VALUE_BYTES = 4
-# values larger than this overflow in the network
+# Larger values would overflow in the network.
 LARGEST_VALUE = 1e30
 T = TypeVar("T")
 
 
 class Model:
-    """One replica of the model, as a Serve deployment.
+    """One replica of the model, as a Ray Serve deployment.
 
-    state: of a checkpoint. max_pixels: of an image. batch, batch_wait: as in the settings. threads: of the network, and that
-    decode and encode beside it.
+    Args:
+        state: a checkpoint's state, with "config", "data", "model" and "ema".
+        device: "cpu" or "cuda".
+        max_pixels: largest number of pixels of an image.
+        batch: largest number of images that go through the network together.
+        batch_wait: time, in seconds, that the first image of a batch waits for others.
+        threads: number of torch's CPU threads, of threads that decode, and of threads that encode.
     """
 
     def __init__(
@@ -42,19 +47,29 @@ class Model:
         self.predictor = Predictor(state, device)
         bands = self.predictor.bands
         self.limits = Limits(max_pixels, max_pixels * max(bands, 3) * VALUE_BYTES)
-        # apart, since decoding waits for room that encoding makes
+        # Decoding waits for memory that encoding frees, so each has threads of its own; shared threads could deadlock.
         self.decoders, self.encoders = Slots(threads), Slots(threads)
         self.room = Room(DECODED_BYTES)
         most = (inference.TILE // inference.enlarged_by(self.predictor.network)) ** 2
         self.batches = Batches(self.forward, batch, most, batch_wait)
-        # the first pass through the network takes longest
+        # The first pass through the network takes longest, so it is done before requests come.
         self.predictor.predict(np.zeros((64, 64, bands), np.float32))
 
     async def segment(self, body: bytes, extension: str, answer: str) -> Answer:
-        """Answers one request. extension: what kind of file the body is. answer: one of answers.FORMATS."""
+        """Answer one request: decode the image, run the network, and encode the answer.
+
+        Args:
+            body: bytes of the image file.
+            extension: kind of file of the body: "png", "jpg", "tif" or "npy".
+            answer: format of the answer, a key of answers.FORMATS.
+
+        Returns:
+            The answer. Its status is 413 if the image is too large. It is 422 if the image cannot be decoded, if the model does
+            not accept it, or if its outlines are too long for polygons.
+        """
         started = time.perf_counter()
         try:
-            # one image more than there is room for, since its size is known only then
+            # The size of an image is known only after decoding, so each thread may decode one image beyond the room.
             image = await self.decoders.run(self.read, body, extension, ready=self.room.left)
         except TooLarge as error:
             return Answer(413, reason=f"the image: {error}")
@@ -77,7 +92,19 @@ class Model:
         return made
 
     def read(self, body: bytes, extension: str) -> np.ndarray:
-        """Decodes an image and looks whether the model can take it; raises ValueError."""
+        """Decode an image, and check that the model accepts it.
+
+        Args:
+            body: bytes of the image file.
+            extension: kind of file of the body: "png", "jpg", "tif" or "npy".
+
+        Returns:
+            The image (H, W, bands), in the file's dtype. If pixels have no value, it is float32 or float64 with nan there.
+
+        Raises:
+            ValueError: if the file cannot be decoded, has other bands than the model, or values beyond LARGEST_VALUE.
+            TooLarge: if the image has too many pixels or bytes; it is a ValueError.
+        """
         bands = self.predictor.bands if self.predictor.preparation["bands"] is None else None
         reading = Reading(missing=True, nodata=self.predictor.nodata)
         image = decode_image(extension, body, self.limits, bands, reading)
@@ -88,7 +115,19 @@ class Model:
         return image
 
     def forward(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Computes the probabilities (V, H, W) of images of one size; a single one may be large, and is cut into tiles."""
+        """Compute the probabilities of prepared images of one size; a single image may be large, and is computed in tiles.
+
+        If a batch does not fit into the GPU's memory, its images are computed one at a time.
+
+        Args:
+            images: arrays (H, W, bands) of one shape and dtype, with the bands of the network.
+
+        Returns:
+            For each image its probabilities (V, H, W), fp32; V = 1 is binary.
+
+        Raises:
+            torch.OutOfMemoryError: if a single image does not fit into the GPU's memory.
+        """
         try:
             x_NHWC = torch.from_numpy(np.stack(images, dtype=np.float32, casting="unsafe"))
             return list(self.predictor.probabilities(x_NHWC.permute(0, 3, 1, 2)).cpu().numpy())
@@ -99,20 +138,37 @@ class Model:
         return [p_VHW for image in images for p_VHW in self.forward([image])]
 
     async def describe(self) -> dict[str, Any]:
-        """Says what the model takes and gives."""
+        """Return {"bands", "classes"} of the model; bands is None if images with any number of bands are resampled."""
         resampled = self.predictor.preparation["bands"] is not None
         return {"bands": None if resampled else self.predictor.bands, "classes": self.predictor.num_classes}
 
 
 class Slots:
-    """Runs functions in so many threads. A slot is free when its function has ended, not when its caller has left."""
+    """Runs functions in `count` threads; a slot is free when its function has ended, not when its caller has left.
+
+    Attributes:
+        free: semaphore of the free slots.
+        threads: the threads.
+    """
 
     def __init__(self, count: int) -> None:
         self.free = asyncio.Semaphore(count)
         self.threads = ThreadPoolExecutor(count)
 
     async def run(self, function: Callable[..., T], *arguments: Any, ready: asyncio.Event | None = None) -> T:
-        """Runs a function in the next slot, once `ready` is set."""
+        """Run a function in the next free slot, as soon as `ready` is set.
+
+        Args:
+            function: called in a thread.
+            *arguments: its arguments.
+            ready: waited for while the slot is held; None starts at once.
+
+        Returns:
+            The function's result.
+
+        Raises:
+            Exception: the function's error.
+        """
         await self.free.acquire()
         loop = asyncio.get_running_loop()
         try:
@@ -127,7 +183,13 @@ class Slots:
 
 
 class Room:
-    """Counts bytes that are held; whoever would hold more waits until others have left room."""
+    """Counts bytes in memory, so that tasks can wait until there is room.
+
+    Attributes:
+        most: there is room while fewer bytes than this are held.
+        held: bytes held now; may exceed `most`.
+        left: event that is set while there is room.
+    """
 
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
@@ -136,7 +198,7 @@ class Room:
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Holds so many bytes for the length of a block."""
+        """Count `count` bytes as held while the block runs."""
         self.change(count)
         try:
             yield
@@ -144,7 +206,7 @@ class Room:
             self.change(-count)
 
     def change(self, count: int) -> None:
-        """Takes or gives back bytes, and tells those who wait."""
+        """Add `count` bytes, or release them if it is negative, and set or clear `left`."""
         self.held += count
         if self.held < self.most:
             self.left.set()
@@ -153,15 +215,18 @@ class Room:
 
 
 def close_back_door() -> None:
-    """Keeps Serve from opening a port of each replica that takes pickles from anybody, on every interface.
+    """Keep Ray Serve from opening a port in each replica that unpickles data from anybody, on every network interface.
 
-    By it deployments may call each other over gRPC; the front calls as actors do, behind Ray's own token. Serve has no
-    setting for it: it binds to [::] when the model is loaded. Does nothing outside a replica.
+    Over this port deployments may call each other by gRPC. The front calls replicas as Ray actors instead, protected by Ray's
+    token. Serve has no setting for the port, which binds to [::] when the model is loaded. Outside a replica this does nothing.
+
+    Raises:
+        AssertionError: if this version of Ray Serve opens the port in another way.
     """
     replica = sys.modules.get("ray.serve._private.replica")
     if replica is not None:
-        # another version of Ray may open it in another way, which must not go unseen
+        # Another version of Ray may open the port in another way; that must be an error and not pass unnoticed.
         assert hasattr(replica, "add_port_to_grpc_server"), (
-            "this Ray Serve opens its gRPC port in a way that is not known"
+            "this version of Ray Serve opens its gRPC port in an unknown way; use a version that DeepSkip was tested with"
         )
         replica.add_port_to_grpc_server = lambda server, address: 0  # type: ignore[attr-defined]

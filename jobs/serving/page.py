@@ -1,4 +1,4 @@
-"""The page on which a person drops an image: one file, no assets from elsewhere, and a policy that allows no others."""
+"""The web page on which people drop an image: one file without external assets, and a policy that forbids others."""
 
 import base64
 import hashlib
@@ -10,8 +10,15 @@ from typing import Any
 
 
 def build(about: dict[str, Any]) -> tuple[str, str]:
-    """Gives the page with what it should know of the server, and its Content-Security-Policy."""
-    # a script of another type is data: nothing runs it, and the policy need not name it
+    """Return the web page, and its Content-Security-Policy.
+
+    Args:
+        about: what the page must know of the server, as JSON: "bands", "classes" and "token".
+
+    Returns:
+        The page's HTML, and the value of the header.
+    """
+    # A script element of another type is data: browsers do not run it, and the policy need not name it.
     data = json.dumps(about).replace("<", "\\u003c")
     text, policy = template()
     return text.replace("{{about}}", data), policy
@@ -19,7 +26,11 @@ def build(about: dict[str, Any]) -> tuple[str, str]:
 
 @lru_cache(maxsize=1)
 def template() -> tuple[str, str]:
-    """Reads the page and makes the policy from the hashes of its script and its style."""
+    """Read the page, and build its policy from the hashes of its script and its style.
+
+    Returns:
+        The page's HTML with a placeholder for the data, and the Content-Security-Policy.
+    """
     text = (resources.files("deepskip.jobs.serving") / "page.html").read_text()
     hashes = {}
     for tag in ("script", "style"):

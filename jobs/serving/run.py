@@ -1,4 +1,4 @@
-"""Brings a server up on Ray and takes it down again."""
+"""Start a server on Ray, and stop it again."""
 
 import asyncio
 import logging
@@ -19,18 +19,27 @@ from deepskip.jobs.serving.settings import ServeConfig
 from deepskip.jobs.settings import stop
 
 APPLICATION = "deepskip"
-# a connection on which no request has come whole in this time is closed
+# A connection without a complete request for this time is closed.
 IDLE_SECONDS = 20
-# requests that are under way when the server is stopped have this long
+# Requests in progress when the server is stopped have this long to finish.
 LAST_SECONDS = 10.0
-# what a refused request still sends is read and thrown away for so long, so that the refusal arrives
+# The rest of a refused request's body is read and discarded for up to this long, so that the client receives the refusal.
 LINGER_SECONDS = 5.0
 WATCH_SECONDS = 1.0
 
 
 def serve(config: ServeConfig, token: str | None, state: State) -> None:
-    """Serves until SIGTERM or SIGINT; ends the program with an `error:` line where it cannot."""
-    # before ray takes its time
+    """Serve a model until SIGTERM or SIGINT.
+
+    Args:
+        config: the server's settings.
+        token: what requests must carry; None if the server needs no token.
+        state: the model's checkpoint.
+
+    Raises:
+        SystemExit: if the server cannot start, for example because the port is in use; an `error:` line is printed.
+    """
+    # The port is checked first, since Ray takes seconds to start.
     listener = listen(config)
     with replicas(config, state) as handle:
         asyncio.run(answer(config, token, listener, handle))
@@ -38,7 +47,18 @@ def serve(config: ServeConfig, token: str | None, state: State) -> None:
 
 @contextmanager
 def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
-    """Starts Ray, or joins the cluster at RAY_ADDRESS, and the replicas on it, for a block; gives the handle to them."""
+    """Start Ray, or join the cluster at RAY_ADDRESS, and run the replicas on it while the block runs.
+
+    Args:
+        config: the server's settings.
+        state: the model's checkpoint.
+
+    Yields:
+        Ray Serve's handle to the replicas.
+
+    Raises:
+        SystemExit: if Ray does not start, or has no room for the replicas; an `error:` line is printed.
+    """
     settings = {"RAY_USAGE_STATS_ENABLED": "0"}
     settings |= of_loopback(os.environ.get("RAY_ADDRESS"))
     for name, value in settings.items():
@@ -59,16 +79,31 @@ def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """Takes the port; ends the program where it is taken, or the address is not this machine's."""
+    """Open the socket of the server.
+
+    Raises:
+        SystemExit: if the port is in use, or the address is not one of this machine; an `error:` line is printed.
+    """
     try:
         family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        stop(f"host {config.host}, port {config.port}: {error.strerror}; name others, or --port 0 for a free one")
+        stop(f"host {config.host}, port {config.port}: {error.strerror}; choose others, or --port 0 for a free port")
 
 
 def deploy(config: ServeConfig, state: State) -> Any:
-    """Starts the replicas and waits until they have loaded the model; gives the handle to them."""
+    """Start the replicas, and wait until they have loaded the model.
+
+    Args:
+        config: the server's settings; `cpus` must be set.
+        state: the model's checkpoint.
+
+    Returns:
+        Ray Serve's handle to the replicas.
+
+    Raises:
+        SystemExit: if this machine's own Ray has no room for the replicas; an `error:` line is printed.
+    """
     import torch
     from ray import serve as ray_serve
 
@@ -78,12 +113,12 @@ def deploy(config: ServeConfig, state: State) -> Any:
     assert config.cpus is not None
     gpus = config.gpus if config.gpus is not None else float(torch.cuda.is_available())
     check_room({"CPU": config.cpus * config.replicas, "GPU": gpus * config.replicas})
-    # the optimizer stays here
+    # The optimizer's state is not sent to the replicas.
     kept = {key: state[key] for key in ("config", "data", "model", "ema")}
     deployment = ray_serve.deployment(Model).options(
         name="model",
         num_replicas=config.replicas,
-        # the front counts what waits: a replica takes all that it lets through
+        # The front limits the number of requests, so a replica accepts all that come through it.
         max_ongoing_requests=config.max_waiting,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus},
         health_check_period_s=2,
@@ -102,7 +137,14 @@ def deploy(config: ServeConfig, state: State) -> Any:
 
 
 def check_room(needed: dict[str, float]) -> None:
-    """Says so where the cluster has no room for the replicas; ends the program where it is this machine's own Ray."""
+    """Check that the cluster has the resources for the replicas; on a cluster at RAY_ADDRESS only a warning is printed.
+
+    Args:
+        needed: number of "CPU" and "GPU" of all replicas together.
+
+    Raises:
+        SystemExit: if this machine's own Ray has too few; an `error:` line is printed.
+    """
     import ray
 
     have = ray.cluster_resources()
@@ -119,7 +161,14 @@ def check_room(needed: dict[str, float]) -> None:
 
 
 async def answer(config: ServeConfig, token: str | None, listener: socket.socket, handle: Any) -> None:
-    """Answers requests until a signal comes."""
+    """Answer requests until SIGTERM or SIGINT, and finish those in progress for up to LAST_SECONDS.
+
+    Args:
+        config: the server's settings.
+        token: what requests must carry; None if the server needs no token.
+        listener: the server's socket.
+        handle: Ray Serve's handle to the replicas.
+    """
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -134,8 +183,8 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
     if token is not None:
         print("requests must carry the token: Authorization: Bearer TOKEN", flush=True)
     await stopped.wait()
-    print("stopping: what has been asked is still answered", flush=True)
-    # aiohttp itself would close connections whose bodies are still coming
+    print("stopping: requests in progress are still answered", flush=True)
+    # aiohttp's own shutdown would close connections whose bodies are still arriving.
     await site.stop()
     await front.finish(LAST_SECONDS)
     watching.cancel()
@@ -143,12 +192,20 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
 
 
 async def open_front(app: web.Application, listener: socket.socket) -> tuple[web.AppRunner, web.SockSite]:
-    """Begins to answer; stopping the site ends new connections, the runner's cleanup all."""
+    """Start to answer requests.
+
+    Args:
+        app: the front's application.
+        listener: the server's socket.
+
+    Returns:
+        aiohttp's runner, whose cleanup closes all connections, and its site, which when stopped accepts no new connections.
+    """
     answer_in_json()
-    # bodies stay as they are sent: a compressed one is refused
+    # Bodies are not decompressed, since a compressed body is refused.
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=IDLE_SECONDS, lingering_time=LINGER_SECONDS, auto_decompress=False,
-        # whoever leaves makes room at once
+        # A client that leaves frees its place at once.
         handler_cancellation=True, shutdown_timeout=1,
     )  # fmt: skip
     await runner.setup()
@@ -158,13 +215,31 @@ async def open_front(app: web.Application, listener: socket.socket) -> tuple[web
 
 
 class Replicas:
-    """The way to the replicas, and how many there are."""
+    """Sends requests to the replicas, and counts the replicas that run.
+
+    Attributes:
+        handle: Ray Serve's handle to the replicas.
+        up: number of replicas that run, as of the last look.
+    """
 
     def __init__(self, handle: Any) -> None:
         self.handle, self.up = handle, 1
 
     async def ask(self, body: bytes, extension: str, wanted: str) -> Answer:
-        """Brings a request to a replica; raises Unavailable where it died and no other answered."""
+        """Send a request to a replica, and once more to another if that replica died.
+
+        Args:
+            body: bytes of the image file.
+            extension: kind of file of the body: "png", "jpg", "tif" or "npy".
+            wanted: format of the answer, a key of answers.FORMATS.
+
+        Returns:
+            The replica's answer.
+
+        Raises:
+            Unavailable: if no replica answered.
+            RayTaskError: if the replica's code failed; trying again would fail again.
+        """
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
@@ -176,16 +251,16 @@ class Replicas:
                 response.cancel()
                 raise
             except RayTaskError:
-                # a fault of the code: it would come again
+                # An error in the replica's code would occur again.
                 raise
             except (RayError, RayServeException) as error:
-                # another replica may do it; an image that kills replicas is not tried on all of them
+                # Another replica may succeed. There is one retry only, so that an image that kills replicas does not kill all.
                 if last:
                     raise Unavailable(type(error).__name__) from None
         raise AssertionError
 
     async def watch(self) -> None:
-        """Looks now and then how many replicas run."""
+        """Update the number of replicas that run, every WATCH_SECONDS, until cancelled."""
         from ray import serve as ray_serve
 
         while True:
@@ -193,7 +268,7 @@ class Replicas:
                 found = await asyncio.to_thread(ray_serve.status)
                 states = found.applications[APPLICATION].deployments["model"].replica_states
                 self.up = int(states.get("RUNNING", 0))
-            # whatever it is, the head does not answer
+            # Any error means that the cluster's head does not answer.
             except Exception:
                 self.up = 0
             await asyncio.sleep(WATCH_SECONDS)

@@ -1,4 +1,4 @@
-"""Every setting of the server, with its unit and default, and what is checked before anything is started."""
+"""The server's settings, with units and defaults, and the checks that are made before anything is started."""
 
 import ipaddress
 import os
@@ -11,18 +11,18 @@ from deepskip.config import faults_of, setting
 from deepskip.jobs.settings import NotHere, parse_settings, stop
 
 VARIABLE = "DEEPSKIP_TOKEN"
-# below this a token can be guessed over a network
+# A shorter token could be guessed over a network.
 TOKEN_CHARACTERS = 16
 
 
 @dataclass(kw_only=True)
 class ServeConfig:
-    """Serves a trained model over HTTP: an image in, a mask, polygons or an overlay out, and a page to try it on."""
+    """Serve a trained model over HTTP: an image in; a mask, polygons or an overlay out; with a web page to try it."""
 
     model: str
     """a run's folder (runs/NAME), its URL, a checkpoint file, an MLflow run's id, or models:/NAME/VERSION"""
     tracking_uri: str | None = None
-    """MLflow's address, for names of its own; null takes $MLFLOW_TRACKING_URI, else the database in runs/"""
+    """MLflow's address, for models that MLflow names; null takes $MLFLOW_TRACKING_URI, else the database in runs/"""
     host: str = "127.0.0.1"
     """address to listen on; any but this machine's own loopback needs a token"""
     port: int = setting(8000, 0, 65535)
@@ -32,39 +32,49 @@ class ServeConfig:
     max_body_mb: float = setting(64, 0.001, 2000)
     """largest body of a request, MB; a larger one is refused before it is read (413)"""
     max_megapixels: float = setting(32, 0.001, 268)
-    """largest image, millions of pixels, however few bytes it is packed into (413)"""
+    """largest image, millions of pixels, whatever its compressed size (413)"""
     max_waiting: int = setting(64, 1, 100_000)
-    """requests that may wait or run at once; further ones are turned away (429)"""
+    """requests that may wait or run at once; further ones are refused (429)"""
     max_held_mb: float = setting(1024, 0.001, 1e6)
-    """bytes of bodies held at once, of all requests, MB; what does not fit is turned away (429)"""
+    """bodies of all requests in memory at once, MB; requests that do not fit are refused (429)"""
     body_seconds: float = setting(30, 0.1, 3600)
-    """a body must have come whole in this time (408), and an answer must have been taken in it"""
+    """time for a client to send a whole body (408), and to receive an answer, seconds"""
     answer_seconds: float = setting(120, 0.1, 3600)
-    """an answer must be ready in this time (504)"""
+    """time for an answer to be ready, seconds (504)"""
     batch: int = setting(8, 1, 1024)
-    """images of one size that go through the network together, at most"""
+    """largest number of images of one size that go through the network together"""
     batch_wait: float = setting(0.005, 0, 10)
     """seconds that the first image of a batch waits for others"""
     replicas: int = setting(1, 1, 10_000)
     """copies of the model, over the whole cluster"""
     cpus: int | None = setting(None, 1, 1024)
-    """CPU cores of each replica; null shares out this machine's"""
+    """CPU cores of each replica; null divides this machine's cores among the replicas"""
     gpus: float | None = setting(None, 0, 64)
-    """GPUs of each replica; null takes 1 where this machine has one, else 0"""
+    """GPUs of each replica; null takes 1 if this machine has one, else 0"""
 
     @property
     def max_body(self) -> int:
-        """Largest body, bytes."""
+        """Return the largest body, in bytes."""
         return int(self.max_body_mb * 1e6)
 
     @property
     def max_pixels(self) -> int:
-        """Largest image, pixels."""
+        """Return the largest image, in pixels."""
         return int(self.max_megapixels * 1e6)
 
 
 def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
-    """Reads the settings; gives them with the token. Bad ones end the program by `stop`."""
+    """Read the settings from a command line, and the token.
+
+    Args:
+        argv: the arguments, without the program's name.
+
+    Returns:
+        The settings, with `cpus` set, and the token; None if the server needs none.
+
+    Raises:
+        SystemExit: for a wrong setting or token (an `error:` line is printed), and with status 0 for --help.
+    """
     config = parse_settings("serve", ServeConfig, argv)
     check_values(config)
     if config.cpus is None:
@@ -73,7 +83,11 @@ def parse(argv: list[str]) -> tuple[ServeConfig, str | None]:
 
 
 def check_values(config: ServeConfig) -> None:
-    """Ends the program where a number is out of its bounds."""
+    """Check that every number is within its bounds.
+
+    Raises:
+        SystemExit: if one is not; an `error:` line is printed for each.
+    """
     faults = faults_of(config)
     if config.max_held_mb < config.max_body_mb:
         faults.append(
@@ -84,7 +98,13 @@ def check_values(config: ServeConfig) -> None:
 
 
 def read_token(config: ServeConfig) -> str | None:
-    """Gives the token; ends the program where there is none and the server would be reached from other machines."""
+    """Return the token from token_file or $DEEPSKIP_TOKEN; None if there is none and the server needs none.
+
+    Raises:
+        NotHere: if the token file does not exist; an `error:` line is printed.
+        SystemExit: if the token is weak, its file cannot be read or is empty, or there is none although other machines can
+            reach the server; an `error:` line is printed.
+    """
     if config.token_file is not None:
         try:
             token = config.token_file.read_text().strip()
@@ -114,7 +134,7 @@ def read_token(config: ServeConfig) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Says whether every address of a host is this machine's loopback; a host that has none is not."""
+    """Return whether all addresses of a host are this machine's loopback; False for a host that has none."""
     if is_loopback_address(host):
         return True
     try:
@@ -125,7 +145,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_loopback_address(text: str) -> bool:
-    """Says whether a text is an address, not a name, of loopback."""
+    """Return whether a text is a loopback address; False for any host name."""
     try:
         return ipaddress.ip_address(text).is_loopback
     except ValueError:

@@ -1,1 +1,1 @@
-"""What a training on Ray consists of: driver, workers, and the events between them."""
+"""Trainings on Ray and in one process: the driver, the workers, and the events that they exchange."""

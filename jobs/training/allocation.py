@@ -1,4 +1,4 @@
-"""How many workers a training gets, of what kind, and where: what Ray has, and what it is asked for."""
+"""Start Ray, and decide how many workers a training gets, with or without GPUs, from the cluster's free resources."""
 
 import math
 import os
@@ -22,14 +22,22 @@ from deepskip.data_shards import trouble
 from deepskip.jobs import runs
 from deepskip.jobs.settings import NotHere, stop
 
-# files and sockets that a Ray of one machine has open
+# Ray on one machine keeps about this number of files and sockets open.
 LEAST_DESCRIPTORS = 200
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class WorkerAllocation:
-    """What a training gets: fewest and most workers, whether each has a GPU, and how many of them fit right now."""
+    """The number and kind of workers that a training gets.
+
+    Attributes:
+        fewest: smallest number of workers that the training runs with; 0 if the default is one per GPU and there is none.
+        most: largest number of workers.
+        gpu: whether each worker has a GPU.
+        fitting: number of workers that the machines now alive have resources for.
+        description: the cluster's resources, as words for messages.
+    """
 
     fewest: int
     most: int
@@ -43,14 +51,20 @@ class WorkerAllocation:
 
 
 def start_ray() -> None:
-    """Start Ray on this machine, or join the one at RAY_ADDRESS; ends the program with a line where that fails."""
+    """Start Ray on this machine, or join the cluster at RAY_ADDRESS.
+
+    Raises:
+        NotHere: if the cluster at RAY_ADDRESS cannot be joined; an `error:` line is printed.
+        SystemExit: if Ray does not start on this machine, or may open too few files; an `error:` line is printed.
+        Exception: any error that `trouble.in_words` can explain, such as a full disk, for the caller to report.
+    """
     settings = own_ray()
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if settings and allowed < LEAST_DESCRIPTORS:
         stop(f"this process may open {allowed} files, and Ray needs {LEAST_DESCRIPTORS}: allow more (ulimit -n 4096)")
     try:
         _init_ray(settings)
-    # ray has errors of every kind for what its processes lack
+    # Ray raises errors of many types when its processes lack a resource.
     except Exception as error:
         if trouble.in_words(error):
             raise
@@ -58,8 +72,8 @@ def start_ray() -> None:
         if not settings:
             stop(f"Ray at {os.environ.get('RAY_ADDRESS')} cannot be joined: {what}", NotHere)
         stop(
-            f"Ray does not start on this machine: {what}. It needs memory that is not bounded by ulimit -v{trouble.limit()}, "
-            "and room in /tmp/ray; what its processes said is there"
+            f"Ray does not start on this machine: {what}. It needs memory without a limit by ulimit -v{trouble.limit()}, "
+            "and free space in /tmp/ray, where its logs are"
         )
 
 
@@ -74,16 +88,16 @@ def _init_ray(settings: dict[str, Any]) -> None:
 
 
 def own_ray() -> dict[str, Any]:
-    """Return what ray.init needs where no cluster is named: a Ray on this machine alone, bound to loopback.
+    """Return the arguments of ray.init for a Ray on this machine alone, bound to loopback; empty if RAY_ADDRESS is set.
 
-    Sets in the environment what it is started with: a token of its own above all, without which any user of the machine
-    could run code in it. To a head on loopback too no proxy is asked the way.
+    Sets the environment variables that Ray is started with. The most important is an authentication token: without it, any
+    user of the machine could run code in this Ray. Proxies are bypassed, also for a head on loopback.
     """
     os.environ.update(past_proxies(os.environ))
     if os.environ.get("RAY_ADDRESS"):
         return {}
     if os.environ.get("RAY_AUTH_MODE") != "token" or not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        # where no mode is set ray asks for a token, and takes this one; setting the mode after ray's import is too late
+        # Without a mode, Ray requires a token and uses this one. Setting the mode after Ray was imported has no effect.
         os.environ.pop("RAY_AUTH_MODE", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for name, value in (LOOPBACK_ONLY | {"RAY_worker_niceness": NODE_SETTINGS["RAY_worker_niceness"]}).items():
@@ -92,16 +106,20 @@ def own_ray() -> dict[str, Any]:
 
 
 def cpus_of(requested: ClusterConfig) -> float:
-    """Return the CPU cores of each worker."""
+    """Return the number of CPU cores of each worker; 1 if the settings name none."""
     return requested.cpus_per_worker or 1.0
 
 
 def allocation(requested: ClusterConfig) -> WorkerAllocation:
-    """Count how many workers, of what kind, fit on the machines that are alive; fewest is 0 where there is no GPU yet."""
+    """Return how many workers are requested, with or without GPUs, and how many fit on the machines now alive.
+
+    The default is one worker per GPU, or one or two workers without GPUs. If GPUs are required and the cluster has none yet,
+    `fewest` is 0 by default.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     gpu = requested.gpu if requested.gpu is not None else gpus > 0
-    # a worker does not span machines
+    # A worker does not span machines, so whole workers are counted on each machine.
     fitting = sum(
         int(min(node.get("CPU", 0) // cpus_of(requested), node.get("GPU", 0) if gpu else math.inf)) for node in nodes
     )
@@ -112,7 +130,11 @@ def allocation(requested: ClusterConfig) -> WorkerAllocation:
 
 
 def resources(requested: ClusterConfig) -> WorkerAllocation:
-    """Wait for the cluster to have the fewest workers requested; ends the program after cluster.wait_seconds."""
+    """Wait until the cluster has resources for the smallest number of workers requested, and return the allocation.
+
+    Raises:
+        SystemExit: if they are still missing after cluster.wait_seconds; an `error:` line is printed.
+    """
     deadline = time.monotonic() + requested.wait_seconds
     while True:
         found = allocation(requested)
@@ -121,14 +143,14 @@ def resources(requested: ClusterConfig) -> WorkerAllocation:
         if time.monotonic() > deadline:
             need = f"{cpus_of(requested):g} CPU{' and 1 GPU' if found.gpu else ''}"
             stop(
-                f"cluster.workers is {requested.workers or found.most or 'one a GPU'}, each with {need}, but the cluster has "
+                f"cluster.workers is {requested.workers or found.most or 'one per GPU'}, each with {need}, but the cluster has "
                 f"{found.description}; waited {requested.wait_seconds:g} s. Ask for fewer, or add machines."
             )
         time.sleep(POLL_SECONDS)
 
 
 def scaling_config(requested: ClusterConfig, allocated: WorkerAllocation) -> ScalingConfig:
-    """Make Ray Train's scaling: a fixed number of workers, or as many between two as there is room for."""
+    """Return Ray Train's scaling: a fixed number of workers, or for an elastic training a range of numbers."""
     return ScalingConfig(
         num_workers=allocated.most if allocated.fewest == allocated.most else (allocated.fewest, allocated.most),
         use_gpu=allocated.gpu,
@@ -138,21 +160,29 @@ def scaling_config(requested: ClusterConfig, allocated: WorkerAllocation) -> Sca
 
 
 def look_at_machines() -> None:
-    """Have Ray count its machines now: an elastic training is planned by a count that is up to 20 s old otherwise."""
-    # an inner part of ray: where a version lacks it, or it is slow, so is recovery, and nothing else
+    """Make Ray count its machines now; otherwise an elastic training is planned by a count that is up to 20 s old."""
+    # This is internal to Ray. If a version lacks it, or it is slow, recovery takes longer and nothing else changes.
     with suppress(ValueError, AttributeError, TypeError, ray.exceptions.RayError):
         ray.get(coordinator().get_reserved_resources.remote("", recompute=True), timeout=2)
 
 
 def coordinator() -> Any:
-    """Return the actor by which Ray shares machines out among elastic trainings; raises ValueError where there is none."""
+    """Return the actor with which Ray divides the machines among elastic trainings.
+
+    Raises:
+        ValueError: if there is no such actor.
+    """
     return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
 
 
 def claim_machines(trainer: Any, note: Path) -> None:
-    """Give back the machines that this run's last driver had, and note in a file under what name this one has its own.
+    """Release the machines that this run's previous driver reserved, and record the name of the new reservation.
 
-    Ray leaves an elastic training's machines to it for three minutes after its driver was killed.
+    Ray keeps an elastic training's machines reserved for three minutes after its driver was killed.
+
+    Args:
+        trainer: the run's TorchTrainer, whose run id names the new reservation.
+        note: JSON file in the run's folder that holds the name of the newest reservation.
     """
     earlier = runs.read_json(note).get("requester")
     with suppress(ValueError, AttributeError, TypeError, ray.exceptions.RayError):
@@ -163,6 +193,6 @@ def claim_machines(trainer: Any, note: Path) -> None:
 
 
 def beside_driver() -> dict[str, Any]:
-    """Return the options of an actor that lives, and dies, with the driver's machine."""
+    """Return the options of an actor that runs on the driver's machine, and ends if that machine is lost."""
     node = ray.get_runtime_context().get_node_id()
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}

@@ -1,4 +1,4 @@
-"""What a training tells, passed on: to the terminal, to the tracker, and to the run's list of bad samples."""
+"""Report a training's events on the terminal, to the MLflow tracker, and in the run's list of bad samples."""
 
 from typing import Any
 
@@ -8,7 +8,15 @@ from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped,
 
 
 class Console:
-    """Passes on the events of a training, in whatever process they come; tracker: None where there is no MLflow."""
+    """Reports the events of a training, on Ray and in one process alike.
+
+    Attributes:
+        steps: number of optimizer steps of the whole training.
+        tracker: sends metrics and images to MLflow; None without MLflow.
+        bad_samples: the run's list of skipped samples.
+        training: the newest training metrics.
+        disagreed: whether `report.disagreement` of training and validation metrics was printed; it is printed once.
+    """
 
     def __init__(self, config: Config, run: runs.Run, tracker: Any) -> None:
         self.steps, self.tracker = config.optim.steps, tracker
@@ -17,7 +25,7 @@ class Console:
         self.disagreed = False
 
     def take(self, event: Event) -> None:
-        """Pass on one event."""
+        """Print one event, or send it to the tracker, or both."""
         match event:
             case Measured(kind, step, values, stamp):
                 if kind == "train":
@@ -37,8 +45,8 @@ class Console:
                 note_skipped(self.bad_samples, about)
 
     def finish(self) -> int:
-        """Say how many samples were skipped, if any, and return it."""
-        # other ranks of torchrun's have written to it too
+        """Return the number of skipped samples; if there are any, print a warning and send their list to the tracker."""
+        # Under torchrun other ranks write to the file too, so it is read again.
         count = len(journal.BadSamples(self.bad_samples.path.parent))
         if count:
             if self.tracker:
@@ -48,6 +56,11 @@ class Console:
 
 
 def note_skipped(bad_samples: journal.BadSamples, about: dict[str, Any]) -> None:
-    """Write down, and say, that a sample is left out, the first time that it is."""
+    """Add a skipped sample to the run's list, and print a warning; each sample is listed and printed once.
+
+    Args:
+        bad_samples: the run's list.
+        about: the sample's "split", "shard", "key", "epoch" and "reason".
+    """
     if bad_samples.add(about):
         print(f"warning: skipped sample {about['key']} in {about['shard']}: {about['reason']}", flush=True)

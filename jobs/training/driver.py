@@ -1,4 +1,4 @@
-"""The driver of a training: starts the workers on Ray, and passes on what they tell while they train."""
+"""The driver of a training: starts the workers on Ray, and processes the events that they send while they train."""
 
 import os
 import signal
@@ -19,16 +19,25 @@ from deepskip.jobs.training.console import Console
 from deepskip.jobs.training.worker import train_worker
 
 POLL_SECONDS = 0.5
-# a job that is stopped waits so long for its workers' last checkpoint; less than heads give it (RAY_JOB_STOP_WAIT_TIME_S)
+# A stopped job waits this long for its workers' last checkpoint. It is less than the time that Ray's head leaves the job
+# (RAY_JOB_STOP_WAIT_TIME_S).
 STOP_SECONDS = 15.0
 
 
 class Driver:
-    """Takes the workers' events and passes them on: to the terminal, to the tracker, to the run's folder.
+    """Processes the workers' events: reports them on the terminal, to MLflow and in the run's folder, and ends the training.
 
     Attributes:
-        summary: the trainer's, when the training is done.
-        fatal: why the training must end, where it must.
+        config: the settings of the training.
+        queue: handle of the EventQueue actor.
+        elastic: whether the number of workers may change during the training.
+        console: reports the events.
+        summary: the trainer's summary, once the training is done.
+        fatal: why the training must end; None while it need not.
+        policy: decides when a training whose workers fail is given up.
+        done: set when `follow` shall end.
+        stopped: set when the workers have written their last checkpoint.
+        follower: the thread that runs `follow`.
     """
 
     def __init__(self, config: Config, run: runs.Run, tracker: Any, queue: Any, elastic: bool) -> None:
@@ -41,12 +50,12 @@ class Driver:
         self.follower = threading.Thread(target=self.follow, daemon=True)
 
     def deliver(self) -> None:
-        """Pass on all events since the last call; one thread at a time calls."""
+        """Process all events since the last call; only one thread at a time may call this."""
         for event in ray.get(self.queue.drain.remote(), timeout=self.config.cluster.collective_timeout):
             self.take(event)
 
     def take(self, event: told.Event) -> None:
-        """Pass on one event."""
+        """Process one event."""
         match event:
             case told.Measured("train", step):
                 self.policy.came_to(step)
@@ -68,24 +77,31 @@ class Driver:
         self.console.take(event)
 
     def follow(self) -> None:
-        """Deliver until the training ends; where it cannot go on, have the main thread leave Ray's fit."""
+        """Process events until the training ends; if it cannot continue, interrupt Ray's `fit` in the main thread."""
         while not self.done.wait(POLL_SECONDS):
             try:
                 self.deliver()
             except Exception as error:
-                # with nobody to listen the training would go on unseen
-                self.fatal = f"what the workers told could not be passed on: {error!r}"
+                # If nothing processes events, the training would continue unseen.
+                self.fatal = f"the workers' events could not be processed: {error!r}"
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if self.elastic:
                 allocation.look_at_machines()
             if self.fatal is None and (reason := self.policy.reason_to_give_up()):
                 self.fatal = reason
-                # only the main thread can leave trainer.fit
+                # Only the main thread can leave trainer.fit.
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def run(self, trainer: TorchTrainer) -> dict[str, Any]:
-        """Run the training to its end and return its summary; ends the program where it fails or is stopped."""
+        """Run the training to its end and return its summary.
+
+        Returns:
+            The trainer's summary, with the number of skipped samples as "bad_samples".
+
+        Raises:
+            SystemExit: if the training fails (an `error:` line is printed), or with status STOPPED after a SIGTERM.
+        """
         self.follower.start()
         try:
             trainer.fit()
@@ -100,16 +116,16 @@ class Driver:
                     self.queue.stop.remote()
                     if not self.stopped.wait(STOP_SECONDS):
                         print(
-                            f"warning: the workers have not said within {STOP_SECONDS:g} s that they stopped; the training "
-                            "goes on from the newest checkpoint that is whole",
+                            f"warning: the workers did not confirm within {STOP_SECONDS:g} s that they stopped; the training "
+                            "will resume from the newest complete checkpoint",
                             flush=True,
                         )
-                # ray makes 1 of whatever status a program ends with inside of its calls
+                # Ray replaces any exit status that is raised inside its calls by 1.
                 sys.exit(STOPPED)
         finally:
             self.done.set()
-            # what it drained and has not passed on is in nobody else's hands. It waits for no server, and for the queue no
-            # longer than the collective timeout
+            # The follower may hold events that it drained and has not processed, and nobody else has them. It waits for no
+            # server, and for the queue no longer than the collective timeout.
             self.follower.join()
         if self.fatal is None:
             self.end()
@@ -120,17 +136,30 @@ class Driver:
         return self.summary | {"bad_samples": bad_samples}
 
     def end(self) -> None:
-        """Deliver what is left, after the follower has ended."""
+        """End the follower, and process the remaining events."""
         self.done.set()
         self.follower.join()
         self.deliver()
 
 
 def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
-    """Run the training on Ray and pass on what it tells while it runs; returns the trainer's summary."""
+    """Train on Ray, and report the training's progress while it runs.
+
+    Args:
+        config: the settings of the training.
+        run: the run's folder, which this process has claimed.
+        run_id: the MLflow run's id, stored in checkpoints; None without MLflow.
+        tracker: sends metrics and images to MLflow; None without MLflow.
+
+    Returns:
+        The trainer's summary, with the number of skipped samples as "bad_samples".
+
+    Raises:
+        SystemExit: if the training cannot start, fails or is stopped; see `start_ray`, `resources` and `Driver.run`.
+    """
     requested = config.cluster
     allocation.start_ray()
-    # ray has put itself before our handler, and would abort the process 3 s after the signal
+    # Ray has replaced our SIGTERM handler by its own, which would abort the process 3 s after the signal.
     listen_to_sigterm()
     allocated = allocation.resources(requested)
     queue = ray.remote(told.EventQueue).options(**allocation.beside_driver()).remote(run.folder / runs.JOURNAL)
@@ -142,7 +171,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict
         run_config=RunConfig(
             name="ray",
             storage_path=str(run.folder),
-            # how often is for the driver to say, which sees whether the training came further
+            # The driver limits the number of restarts, since it sees whether the training advanced in between.
             failure_config=FailureConfig(max_failures=-1),
             callbacks=[restarts.FailureReports(queue)],
         ),

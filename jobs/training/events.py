@@ -1,4 +1,4 @@
-"""What workers tell the driver while they train, and the queue that it goes through."""
+"""The events that workers send to the driver while they train, and the queue between them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,12 @@ from deepskip.jobs.journal import write_down
 
 @dataclass(frozen=True)
 class Started:
-    """A group of workers trains, resuming at a step."""
+    """A group of workers has started to train.
+
+    Attributes:
+        step: the step at which it starts or resumes.
+        workers: number of workers.
+    """
 
     step: int
     workers: int
@@ -17,7 +22,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a window of steps or of a validation; stamp: when, in ms, as the journal has it."""
+    """Metrics of a window of training steps, or of a validation.
+
+    Attributes:
+        kind: "train" or "validation".
+        step: the last step that the metrics cover.
+        values: the metrics by name.
+        stamp: time in ms since the epoch, as in the run's journal; 0 until the event is written there.
+    """
 
     kind: Literal["train", "validation"]
     step: int
@@ -27,7 +39,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Panel:
-    """Validation images with their labels, small enough to send."""
+    """Validation images with masks and predictions, reduced in size so that they are cheap to send.
+
+    Attributes:
+        step: the step after which they were predicted.
+        images: for each its "image", "mask" and "labels" from `deepskip.evaluation.thumbnail`, and its sample's "key".
+    """
 
     step: int
     images: list[dict[str, Any]]
@@ -35,42 +52,46 @@ class Panel:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that a person should know, and the training goes on."""
+    """A warning for the user; the training continues."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class SampleSkipped:
-    """A bad sample was skipped: split, shard, key and reason."""
+    """A bad sample was skipped.
+
+    Attributes:
+        report: the sample's "split", "shard", "key" and "epoch", and the "reason".
+    """
 
     report: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class WorkersFailed:
-    """Workers died or raised, and Ray starts the group again."""
+    """Workers died or raised an error, and Ray starts the group again."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The workers wrote a checkpoint because the job is being stopped, and ended."""
+    """The workers were asked to stop; they wrote a checkpoint and ended."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Fatal:
-    """A fault that no restart mends."""
+    """A failure that a restart would not fix."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The training is done; the trainer's summary."""
+    """The training is done; `summary` is the trainer's."""
 
     summary: dict[str, Any]
 
@@ -79,9 +100,14 @@ Event = Started | Measured | Panel | Warned | SampleSkipped | WorkersFailed | St
 
 
 class EventQueue:
-    """Takes events from workers and hands them to the driver; an actor that outlives the workers.
+    """A Ray actor that receives the workers' events and passes them to the driver; it outlives the workers.
 
-    What was measured is in the journal before the worker hears that it was taken, so a driver may be killed at any time.
+    Metrics are written to the run's journal before `put` returns, so none is lost if the driver is killed.
+
+    Attributes:
+        journal: file in the run's folder to which metrics are appended.
+        events: events that the driver has not fetched yet, oldest first.
+        over: whether the training shall end; see `is_over`.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -90,21 +116,21 @@ class EventQueue:
         self.over = False
 
     def put(self, event: Event) -> None:
-        """Take one event."""
+        """Add one event; metrics are written to the journal first."""
         self.over = self.over or isinstance(event, Fatal)
         if isinstance(event, Measured):
             event = replace(event, stamp=write_down(self.journal, event.kind, event.step, event.values))
         self.events.append(event)
 
     def drain(self) -> list[Event]:
-        """Return all events since the last call."""
+        """Return all events since the last call, oldest first."""
         events, self.events = self.events, []
         return events
 
     def stop(self) -> None:
-        """Note that the job is being stopped."""
+        """Record that the job is being stopped, for `is_over`."""
         self.over = True
 
     def is_over(self) -> bool:
-        """Tell whether the job is being stopped, or a worker met a fault that no restart mends."""
+        """Return whether the job is being stopped, or a worker had a failure that a restart would not fix."""
         return self.over

@@ -1,4 +1,4 @@
-"""A training in this process, without Ray: for notebooks, for machines without it, to debug; as one of torchrun's ranks too."""
+"""Train in this process, without Ray: for notebooks, for debugging, and on machines without Ray; also as a rank of torchrun."""
 
 import os
 import sys
@@ -24,7 +24,15 @@ from deepskip.jobs.training.events import Event, Measured, SampleSkipped, Starte
 
 @dataclass
 class Ranks:
-    """This process among those that train together; told: whether all know the run's folder, or that there is none."""
+    """This process's place among the ranks that train together.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world_size: number of ranks.
+        device: where this rank trains.
+        threads: number of CPU threads of this rank.
+        told: whether rank 0 has sent the run's folder to all ranks, or that there is no training.
+    """
 
     rank: int
     world_size: int
@@ -35,7 +43,17 @@ class Ranks:
 
 @contextmanager
 def ranks(config: Config) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, or be alone, while the block runs."""
+    """Join the process group of the ranks that torchrun started, while the block runs; without torchrun, be the only rank.
+
+    Args:
+        config: the settings of the training.
+
+    Yields:
+        This process's rank, device and number of threads.
+
+    Raises:
+        SystemExit: if cluster.gpu is true and torch finds no GPU; an `error:` line is printed.
+    """
     rank, world_size, local, neighbours = (
         int(os.environ.get(name, alone))
         for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -60,15 +78,27 @@ def ranks(config: Config) -> Iterator[Ranks]:
 
 
 def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: Ranks) -> dict[str, Any]:
-    """Train as rank 0 and pass on what all this tells; returns the trainer's summary.
+    """Train as rank 0, and report the training's progress.
 
-    Ends the program, with an `error:` line, for a fault of the data, the weights or the disk; with STOPPED after a SIGTERM.
+    Args:
+        config: the settings of the training.
+        run: the run's folder, which this process has claimed.
+        run_id: the MLflow run's id, stored in checkpoints; None without MLflow.
+        tracker: sends metrics and images to MLflow; None without MLflow.
+        ranks: this process's place among the ranks.
+
+    Returns:
+        The trainer's summary, with the number of skipped samples as "bad_samples".
+
+    Raises:
+        SystemExit: for one of share.FATAL's errors, such as bad data or a non-finite loss; an `error:` line is printed. After
+            a SIGTERM the status is STOPPED.
     """
     console = Console(config, run, tracker)
     one_of = f"{ranks.world_size} ranks" if ranks.world_size > 1 else "1 rank"
     if (asked := workers_range(config.cluster.workers)) and not asked[0] <= ranks.world_size <= asked[1]:
         print(
-            f"warning: cluster.workers is {config.cluster.workers}, which is for Ray: here train as many as torchrun starts",
+            f"warning: cluster.workers is {config.cluster.workers}, which is for Ray: here torchrun sets the number of ranks",
             flush=True,
         )
     print(f"training {run.name} in this process, {one_of}, {config.optim.steps} steps", flush=True)
@@ -88,7 +118,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: 
 
 
 def follow(config: Config, ranks: Ranks) -> None:
-    """Train as another rank than 0, into the folder that rank 0 has claimed."""
+    """Train as a rank other than 0, in the folder that rank 0 has claimed; return at once if rank 0 reports no training."""
     if told := agree(ranks, None):
         folder, run_id = told
         bad_samples = journal.BadSamples(Path(folder))
@@ -102,7 +132,11 @@ def follow(config: Config, ranks: Ranks) -> None:
 
 @contextmanager
 def others_told(ranks: Ranks) -> Iterator[None]:
-    """Tell the other ranks, where the block ends before it comes to train, that there is nothing to do."""
+    """Release the other ranks if the block ends before it trains, for example because of an error.
+
+    Args:
+        ranks: this process's place among the ranks; it is rank 0.
+    """
     try:
         yield
     finally:
@@ -111,7 +145,15 @@ def others_told(ranks: Ranks) -> Iterator[None]:
 
 
 def agree(ranks: Ranks, told: tuple[str, str | None] | None) -> tuple[str, str | None] | None:
-    """Give every rank the run's folder and MLflow run, which rank 0 knows; None where there is no training."""
+    """Broadcast the run's folder and MLflow run id from rank 0 to all ranks; every rank must call this.
+
+    Args:
+        ranks: this process's place among the ranks; its `told` is set.
+        told: on rank 0 the folder and the MLflow run id, or None if there is no training. Other ranks pass None.
+
+    Returns:
+        What rank 0 passed.
+    """
     ranks.told = True
     if ranks.world_size == 1:
         return told
@@ -121,7 +163,21 @@ def agree(ranks: Ranks, told: tuple[str, str | None] | None) -> tuple[str, str |
 
 
 def train(config: Config, folder: Path, run_id: str | None, tell: Any, ranks: Ranks) -> dict[str, Any]:
-    """Train a rank's share; faults that say it all end the program."""
+    """Train this rank's share of a run.
+
+    Args:
+        config: the settings of the training.
+        folder: the run's folder.
+        run_id: the MLflow run's id, or None.
+        tell: takes every event of this rank.
+        ranks: this process's place among the ranks.
+
+    Returns:
+        The trainer's summary.
+
+    Raises:
+        SystemExit: for one of share.FATAL's errors (an `error:` line is printed), or with status STOPPED after a SIGTERM.
+    """
     if threading.current_thread() is threading.main_thread():
         preemption.set_handler()
     try:
@@ -131,7 +187,7 @@ def train(config: Config, folder: Path, run_id: str | None, tell: Any, ranks: Ra
             run_id=run_id,
         )  # fmt: skip
         if ranks.world_size > 1:
-            # all have written down what they skipped
+            # After this, all ranks have listed the samples that they skipped.
             dist.barrier()
         return summary
     except trainer.Preempted as error:

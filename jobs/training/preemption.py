@@ -1,6 +1,6 @@
-"""What asks a training worker to stop: SIGTERM to its process or to the job, or Ray draining one of the workers' nodes.
+"""Requests to a training worker to stop: SIGTERM to its process or to the job, or Ray draining one of the workers' nodes.
 
-Ray runs the training in a thread, and only a main thread can set a signal's handler: the worker's actor is asked to.
+Ray runs the training in a thread, and only the main thread can set a signal handler. So the worker's actor sets it.
 """
 
 import signal
@@ -15,21 +15,25 @@ _asked = threading.Event()
 
 
 def listen() -> None:
-    """Make the first SIGTERM to this worker ask for a stop; a second one ends the process, as Ray has it."""
+    """Make the first SIGTERM to this worker request a stop; a second one ends the process, with Ray's own handler."""
     import ray
 
     ray.get(ray.get_runtime_context().current_actor.__ray_call__.remote(_in_actor))
 
 
 def follow(queue: Any) -> None:
-    """Have this worker ask for a stop, too, when the driver says that the whole job is being stopped."""
+    """Start a thread that requests a stop of this worker when the event queue reports that the training is to end.
+
+    Args:
+        queue: handle of the EventQueue actor.
+    """
     threading.Thread(target=_poll, args=[queue], daemon=True).start()
 
 
 def _poll(queue: Any) -> None:
     import ray
 
-    # a driver that is gone asks for nothing
+    # If the driver is gone, the queue is too, and there is nothing left to poll.
     with suppress(ray.exceptions.RayError):
         while not ray.get(queue.is_over.remote()):
             time.sleep(POLL_SECONDS)
@@ -41,7 +45,7 @@ def _in_actor(actor: Any) -> None:
 
 
 def set_handler() -> None:
-    """Make the first SIGTERM to this process ask for a stop, and the next one do what it did before."""
+    """Make the first SIGTERM to this process request a stop; the next one goes to the handler that was set before."""
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(number: int, frame: object) -> None:
@@ -53,17 +57,18 @@ def set_handler() -> None:
 
 
 def asked() -> bool:
-    """Tell whether a SIGTERM, or the driver, asked for a stop."""
+    """Return whether a SIGTERM or the driver requested a stop."""
     return _asked.is_set()
 
 
 def requested() -> bool:
-    """Tell whether this worker was asked to stop, by Ray too; cheap enough for every step."""
+    """Return whether a SIGTERM, the driver or Ray requested a stop of this worker; cheap enough for every step."""
     return asked() or _draining()
 
 
 def _draining() -> bool:
-    # ray.train.get_preemption_info asks all workers at once, which is too slow for every step; this is what it asks them for
+    # ray.train.get_preemption_info asks all workers at once, which is too slow for every step. This reads the value that
+    # each worker would answer with.
     with suppress(ImportError, AttributeError, RuntimeError):
         from ray.train.v2._internal.execution.context import get_train_context
 

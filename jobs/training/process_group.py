@@ -1,4 +1,4 @@
-"""The workers' process group: joined through Ray's own addresses, left without waiting for anybody."""
+"""The workers' process group: joined on Ray's own addresses, and left without waiting for other workers."""
 
 import os
 import socket
@@ -15,24 +15,32 @@ from ray.train.torch import TorchConfig
 
 @dataclass
 class ProcessGroup(TorchConfig):
-    """The workers' process group: its sockets on the address by which Ray knows each machine, and on no other.
+    """Settings of the workers' process group, whose sockets are bound to each machine's Ray address and to no other.
 
-    timeout_s: a collective that takes longer has failed.
+    `timeout_s` of the base class is the time, in seconds, after which a collective has failed.
     """
 
     @property
     def backend_cls(self) -> type:
-        """What Ray Train calls on the controller when a group of workers starts."""
+        """Return the class that Ray Train's controller calls when a group of workers starts."""
         return ProcessGroupBackend
 
 
 class ProcessGroupBackend(Backend):
-    """Joins the workers. At their end it does nothing: to leave the group in order would be to wait for dead workers."""
+    """Joins the workers in a process group; when they end it does nothing, since a clean exit would wait for dead workers."""
 
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        """Join all workers in one process group; raises where one dies meanwhile."""
+        """Join all workers in one process group.
+
+        Args:
+            worker_group: Ray Train's group of workers.
+            backend_config: the settings of the process group.
+
+        Raises:
+            ray.exceptions.RayError: if a worker dies meanwhile.
+        """
         kind = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         size = len(worker_group)
         worker_group.execute(use_own_interface)
@@ -46,9 +54,9 @@ class ProcessGroupBackend(Backend):
 
 
 def use_own_interface() -> None:
-    """Name to gloo the network interface of this machine's Ray address.
+    """Set gloo's network interface to that of this machine's Ray address, unless one is set; NCCL's too on loopback.
 
-    By itself gloo takes the address of the host's name, which is 127.0.0.1 or 127.0.1.1 on many machines.
+    By default gloo uses the address of the host's name, which is 127.0.0.1 or 127.0.1.1 on many machines.
     """
     address = ray.util.get_node_ip_address()
     for interface, addresses in psutil.net_if_addrs().items():
@@ -59,12 +67,18 @@ def use_own_interface() -> None:
             return
 
 
-# rank 0's, for as long as its process lives
+# Rank 0's store, kept for as long as its process lives.
 opened: list[dist.TCPStore] = []
 
 
 def open_store() -> tuple[str, int]:
-    """Open the store where ranks find each other, on this machine's Ray address; torch's own listens on every one."""
+    """Open the store where ranks find each other, on this machine's Ray address.
+
+    By default torch's store listens on every address.
+
+    Returns:
+        The store's address and port.
+    """
     address = ray.util.get_node_ip_address()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as door:
         door.bind((address, 0))
@@ -77,7 +91,16 @@ def open_store() -> tuple[str, int]:
 
 
 def join(kind: str, address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
-    """Join the process group; a collective of it that takes longer than timeout_s raises."""
+    """Join the process group as one rank.
+
+    Args:
+        kind: torch.distributed's backend, "gloo" or "nccl".
+        address: address of rank 0's store.
+        port: port of rank 0's store.
+        rank: this worker's rank; rank 0 must have called `open_store`.
+        world_size: number of workers.
+        timeout_s: time in seconds after which a collective raises.
+    """
     timeout = timedelta(seconds=timeout_s)
     store = opened[-1] if rank == 0 else dist.TCPStore(address, port, is_master=False, timeout=timeout)
     dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -1,4 +1,4 @@
-"""What becomes of a training whose workers fail: how it is told, and when it is given up."""
+"""How failures of a training's workers are handled: how they are reported, and when the training is given up."""
 
 import time
 from typing import Any
@@ -12,24 +12,29 @@ from deepskip.jobs.training.events import WorkersFailed
 
 
 class FailureReports(UserCallback):
-    """Tell the driver, through the event queue, that workers failed and how; runs in Ray's controller."""
+    """Reports to the driver, through the event queue, which workers failed and why; runs in Ray's controller."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Take the errors by rank."""
+        """Write one event for the errors of all ranks to the queue.
+
+        Args:
+            run_context: Ray's description of the run; unused.
+            worker_exceptions: the errors by rank.
+        """
         reasons: dict[str, list[str]] = {}
         for rank, error in sorted(worker_exceptions.items()):
             reasons.setdefault(why(error), []).append(str(rank))
         text = "; ".join(f"rank {', '.join(ranks)} {reason}" for reason, ranks in reasons.items())
         self.queue.put.remote(WorkersFailed(text))
-        # next the controller decides on how many workers to go on with
+        # Next the controller decides with how many workers to continue.
         look_at_machines()
 
 
 def why(error: Exception) -> str:
-    """Put a worker's failure into a few words."""
+    """Return a short description of a worker's failure."""
     error = getattr(error, "health_check_failure", error)
     if isinstance(error, ray.exceptions.RayActorError):
         return "died, or its machine was lost"
@@ -37,9 +42,17 @@ def why(error: Exception) -> str:
 
 
 class RestartPolicy:
-    """Decide when a training is given up: it fails again and again at one place, or workers do not start.
+    """Decides when a training is given up: when it keeps failing at one place, or when no workers start.
 
-    starts: how often a group of workers began to train.
+    Attributes:
+        requested: the settings of the cluster, with the allowed failures and the time to recover.
+        checkpoint_every: number of steps between checkpoints.
+        starts: number of times that a group of workers began to train.
+        start_step: step at which the newest group began.
+        newest_step: newest step that was done.
+        failures: number of failures in a row, without a new checkpoint in between.
+        last_failure: description of the last failure.
+        waiting_since: time (s, monotonic) since which no group trains; None while one trains.
     """
 
     def __init__(self, requested: ClusterConfig, checkpoint_every: int) -> None:
@@ -49,7 +62,7 @@ class RestartPolicy:
         self.waiting_since: float | None = time.monotonic()
 
     def started(self, step: int) -> None:
-        """Note that a group of workers goes on after `step`."""
+        """Record that a group of workers starts, or resumes, after `step`; an advance resets the count of failures."""
         self.starts += 1
         if step > self.start_step:
             self.failures = 0
@@ -57,24 +70,24 @@ class RestartPolicy:
         self.waiting_since = None
 
     def came_to(self, step: int) -> None:
-        """Note a step that was done."""
+        """Record a step that was done."""
         self.newest_step = max(self.newest_step, step)
 
     def failed(self, text: str) -> None:
-        """Note that the group failed; a failure past a new checkpoint is the first in its row."""
+        """Record that the group failed; after a new checkpoint the count of failures begins again at 1."""
         further = self.newest_step // self.checkpoint_every > self.start_step // self.checkpoint_every
         self.failures = 1 if further else self.failures + 1
         self.last_failure = text
         self.waiting_since = time.monotonic()
 
     def reason_to_give_up(self) -> str | None:
-        """Return why the training must end, or None."""
+        """Return why the training must be given up, or None while it need not."""
         if 0 <= self.requested.max_failures < self.failures:
             return f"the training failed {self.failures} times after step {self.start_step}: {self.last_failure}"
         if self.waiting_since is not None and time.monotonic() - self.waiting_since > self.requested.recovery_seconds:
             found = allocation(self.requested)
             return (
                 f"no workers started for {self.requested.recovery_seconds:g} s (cluster.recovery_seconds): the training needs "
-                f"{found.fewest or 'some'}, the cluster has {found.description}. The same command goes on."
+                f"{found.fewest or 'some'}, the cluster has {found.description}. Run the same command again to resume."
             )
         return None

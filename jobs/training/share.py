@@ -1,4 +1,4 @@
-"""One rank's share of a training, over shards, and what it tells while it trains; it knows nothing of Ray."""
+"""One rank's share of a training on shards, and the events that it sends; it does not depend on Ray."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +21,9 @@ from deepskip.jobs.settings import cache_of
 from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
 from deepskip.training_step import DataInfo
 
-# longest side of the pictures in a panel, pixels
+# Longest side of the images in a panel, in pixels.
 PANEL_SIDE = 512
-# faults that no restart mends, and whose message says it all
+# Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
     checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew,
@@ -42,10 +42,26 @@ def train(
     threads: int,
     run_id: str | None,
 ) -> dict[str, Any]:
-    """Train one rank's share into a run's folder and return the trainer's summary.
+    """Train one rank's share of a run.
 
-    tell: takes every event; Measured, Panel and Warned on rank 0 alone. threads: of torch, on the CPU. Raises FATAL's errors
-    among others.
+    Args:
+        config: the settings of the training.
+        folder: the run's folder, for checkpoints.
+        tell: takes every event; Started, Measured, Panel and Warned come on rank 0 alone.
+        stop_requested: asked after every step; if it is true on any rank, all ranks write a checkpoint and stop.
+        rank: number of this rank, from 0.
+        world_size: number of ranks.
+        device: where this rank trains.
+        threads: number of torch's CPU threads; at least 1 is used.
+        run_id: the MLflow run's id, stored in checkpoints; None without MLflow.
+
+    Returns:
+        The trainer's summary.
+
+    Raises:
+        Exception: the errors in FATAL, which a restart would not fix.
+        trainer.Preempted: if a stop was requested, after the checkpoint was written.
+        runs.LeaseLost: on rank 0, if other workers have resumed this run meanwhile.
     """
     torch.set_num_threads(max(1, threads))
     lease = runs.acquire_writer_lease(folder) if rank == 0 else ""
@@ -95,9 +111,16 @@ def train(
 
 
 def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
-    """Make an event of what the trainer observed."""
+    """Return the event for one call of the trainer's `observe`.
+
+    Args:
+        kind: "train", "validation", "panel" or "warning".
+        step: number of steps done.
+        values: metrics by name; for a panel {"images": list of {"image" (C, H, W), "mask" (H, W), "labels" (H, W), "key"}};
+            for a warning {"text": str}.
+    """
     if kind == "panel":
-        # small enough to send
+        # The images are reduced, so that the event is cheap to send.
         shown = [
             thumbnail(one["image"], {name: one[name] for name in ("mask", "labels")}, PANEL_SIDE) | {"key": one["key"]}
             for one in values["images"]
@@ -109,7 +132,7 @@ def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel |
 
 
 def data_info(index: Index) -> DataInfo:
-    """Return what the trainer must know of the data."""
+    """Return what the trainer must know about the data, from a split's index."""
     return DataInfo(
         index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation
     )

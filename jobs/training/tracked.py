@@ -1,4 +1,4 @@
-"""The MLflow run around a training, and what MLflow has not taken of it, which the same command sends later."""
+"""The MLflow run of a training, and a record of what MLflow has not received, which the same command sends later."""
 
 import contextlib
 import tempfile
@@ -18,13 +18,19 @@ from deepskip.jobs import runs
 from deepskip.jobs.settings import cache_of, stop
 
 UNSENT = "unsent.json"
-# a slow server gets the model within so long, or with the next call of the same command
+# Time to upload the model, in seconds; if a server takes longer, the next call of the same command uploads it again.
 MODEL_SECONDS = 120.0
 
 
 @dataclass
 class Tracked:
-    """uri, tracker: None where the training is not tracked; run_id: then that of an earlier part, if that was."""
+    """How a training is tracked by MLflow.
+
+    Attributes:
+        uri: MLflow's address; None if the training is not tracked.
+        run_id: the MLflow run's id. If the training is not tracked: that of an earlier, tracked part of it, or None.
+        tracker: sends metrics and images to MLflow; None if the training is not tracked.
+    """
 
     uri: str | None
     run_id: str | None
@@ -33,10 +39,21 @@ class Tracked:
 
 @contextmanager
 def tracked(config: Config, run: runs.Run, settings: dict[str, Any], required: bool) -> Iterator[Tracked]:
-    """Start or take up the MLflow run of a training, record the run, and close it when the block ends, however it ends.
+    """Start or continue the MLflow run of a training, write the run's record, and close the MLflow run after the block.
 
-    required: whether MLflow must be installed; else a training without it is not tracked. Ends the program where the server
-    does not answer.
+    The MLflow run's status is FINISHED after the block, FAILED after an error, and KILLED if the job was stopped.
+
+    Args:
+        config: the settings of the training.
+        run: the run's folder, which this process has claimed.
+        settings: the settings as a dict, for the record and MLflow's parameters.
+        required: whether MLflow must be installed; if not, a training on a machine without it is not tracked.
+
+    Yields:
+        The address, run id and tracker.
+
+    Raises:
+        SystemExit: if the tracking server does not answer; an `error:` line is printed.
     """
     if config.run.tracking_uri == runs.NOT_TRACKED or not (required or find_spec("mlflow")):
         runs.record(run, settings, run.mlflow_run_id)
@@ -59,7 +76,7 @@ def tracked(config: Config, run: runs.Run, settings: dict[str, Any], required: b
             yield Tracked(uri, run_id, tracker)
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt) as error:
-        # a fault that was told apart ends with 2; anything else is somebody stopping the job
+        # `stop` ends the program with status 2 after a failure; with any other status, somebody stopped the job.
         status = "FAILED" if getattr(error, "code", None) == 2 else "KILLED"
         raise
     finally:
@@ -68,15 +85,36 @@ def tracked(config: Config, run: runs.Run, settings: dict[str, Any], required: b
 
 
 def tracker_of(tracking: Any, uri: str, run_id: str, config: Config, folder: Path) -> Any:
-    """Make the tracker of a run, which begins with what the run's journal has."""
+    """Return a tracker for a run, which first sends the metrics that are in the run's journal.
+
+    Args:
+        tracking: the module deepskip.jobs.tracking, which imports MLflow.
+        uri: MLflow's address.
+        run_id: the MLflow run's id.
+        config: the settings of the training, for the ignore_index of its validation split.
+        folder: the run's folder.
+    """
     validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
     return tracking.Tracker(uri, run_id, validation.ignore_index, folder / runs.JOURNAL)
 
 
 def finish(tracker: Any, uri: str, folder: Path, status: str) -> bool:
-    """Send the rest and close the run; what the server did not take is noted. Tells whether it took everything."""
+    """Send the remaining events, close the MLflow run, and record in the folder what the server did not receive.
+
+    Args:
+        tracker: the run's tracker.
+        uri: MLflow's address, for messages.
+        folder: the run's folder.
+        status: MLflow's status of the run: FINISHED, FAILED or KILLED.
+
+    Returns:
+        Whether the server received everything.
+    """
     if fault := tracker.finish(status):
-        print(f"warning: MLflow at {uri} did not take everything, the same command sends it: {fault}", flush=True)
+        print(
+            f"warning: MLflow at {uri} has not received everything, the same command sends the rest: {fault}",
+            flush=True,
+        )
         note(folder, status=status)
     else:
         note(folder, status=None)
@@ -84,7 +122,12 @@ def finish(tracker: Any, uri: str, folder: Path, status: str) -> bool:
 
 
 def note(folder: Path, **what: Any) -> None:
-    """Note what MLflow has not got of a run: `status`, with the metrics and files before it, or `model`; None: it has."""
+    """Record in the folder what MLflow has not received of a run; the file is removed when nothing is missing.
+
+    Args:
+        folder: the run's folder.
+        **what: `status`, which stands for all metrics and files too, or `model`; None if MLflow has received it.
+    """
     left = {key: value for key, value in (runs.read_json(folder / UNSENT) | what).items() if value is not None}
     if left:
         runs.write_json(folder / UNSENT, left)
@@ -93,12 +136,15 @@ def note(folder: Path, **what: Any) -> None:
 
 
 def send_late(folder: Path, config: Config) -> None:
-    """Send what MLflow did not take of a run that is finished."""
+    """Send what MLflow has not received of a finished run, if anything; problems are printed as warnings."""
     unsent, run_id = runs.read_json(folder / UNSENT), runs.read_json(folder / runs.RECORD).get("mlflow_run_id")
     if not unsent or not run_id or config.run.tracking_uri == runs.NOT_TRACKED:
         return
     if find_spec("mlflow") is None:
-        print("warning: MLflow has not got all of this run, and is not installed here: pip install mlflow", flush=True)
+        print(
+            "warning: MLflow has not received all of this run, and is not installed here: pip install mlflow",
+            flush=True,
+        )
         return
     tracking = import_module("deepskip.jobs.tracking")
     uri = tracking.tracking_uri(folder.parent, config.run.tracking_uri)
@@ -108,13 +154,21 @@ def send_late(folder: Path, config: Config) -> None:
         return
     if "model" in unsent and not log_model(folder, uri, run_id):
         return
-    print(f"MLflow at {uri} has now what it did not take before")
+    print(f"MLflow at {uri} has now received what was missing")
 
 
 def log_model(folder: Path, uri: str, run_id: str) -> bool:
-    """Log the best checkpoint's model to a finished MLflow run, and tell whether there is nothing left to log.
+    """Log the best checkpoint's model to a finished MLflow run.
 
-    A server that is away, or takes more than MODEL_SECONDS, costs a warning and not the training; it is noted until it is done.
+    If the server does not answer, or takes more than MODEL_SECONDS, a warning is printed, and the same command tries again.
+
+    Args:
+        folder: the run's folder.
+        uri: MLflow's address.
+        run_id: the MLflow run's id.
+
+    Returns:
+        Whether nothing is left to log: the model was logged, or it cannot be.
     """
     note(folder, model=True)
     tracking = import_module("deepskip.jobs.tracking")
@@ -126,7 +180,7 @@ def log_model(folder: Path, uri: str, run_id: str) -> bool:
         thread.join(MODEL_SECONDS)
         if found:
             fault, again = found[0][0] or "", found[0][1]
-    # mlflow has set it to running, or to failed
+    # Logging a model has set the run's status to running, or to failed.
     with contextlib.suppress(Exception):
         tracking.terminate(uri, run_id)
     if fault:
@@ -138,7 +192,7 @@ def log_model(folder: Path, uri: str, run_id: str) -> bool:
 
 
 def _log(folder: Path, uri: str, run_id: str, temporary: Path, found: list[tuple[str | None, bool]]) -> None:
-    """Log the model; leaves what went wrong, or None, and whether it should be tried again."""
+    """Log the model; append to `found` the error's text, or None, and whether to try again."""
     from deepskip import checkpoint
     from deepskip.inference import build_segmenter
     from deepskip.jobs import models, tracking
@@ -153,6 +207,6 @@ def _log(folder: Path, uri: str, run_id: str, temporary: Path, found: list[tuple
         checkpoint.save(models.for_inference(state), path)
         tracking.log_model(uri, run_id, segmenter, path)
         found.append((None, False))
-    # mlflow, torch.export and the network each have their own errors; the checkpoint is safe on disk
+    # MLflow, torch.export and the network each raise their own errors; the checkpoint is safe on disk.
     except Exception as error:
         found.append((tracking.in_short(error), tracking.is_of_the_server(error)))

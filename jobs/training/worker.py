@@ -1,4 +1,4 @@
-"""What one worker of a training does on Ray: its rank's share, and telling the driver's queue of it."""
+"""One worker of a training on Ray: it trains its rank's share, and sends events to the driver's queue."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,23 @@ from deepskip.jobs.training.events import Event, Fatal, Finished, Measured, Pane
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train on one worker; Ray starts it once on each, and again after a worker died."""
+    """Train on one worker; Ray starts this on every worker, and again after a worker died.
+
+    Args:
+        settings: "config" (Config), "run" (the run's folder), "run_id" (of MLflow, or None) and "queue" (handle of the
+            EventQueue actor).
+
+    Raises:
+        Exception: any error of `train`, after it was reported to the queue if the driver must know of it.
+    """
     queue = settings["queue"]
-    # a fault that is told already would only be met again
+    # After a failure that a restart would not fix, training again would only fail again.
     if ray.get(queue.is_over.remote()):
         return
     try:
         summary = train(settings)
     except trainer.Preempted as error:
-        # ray starts the workers again, which resume at that checkpoint
+        # Ray starts the workers again, and they resume at that checkpoint.
         if ray.train.get_context().get_world_rank() == 0:
             ray.get(queue.put.remote(Stopped(str(error))))
         raise
@@ -40,7 +48,17 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train this worker's share and return the trainer's summary."""
+    """Train this worker's share.
+
+    Args:
+        settings: as in `train_worker`.
+
+    Returns:
+        The trainer's summary.
+
+    Raises:
+        Exception: the errors of `share.train`, and Ray's if the queue does not answer within the collective timeout.
+    """
     queue = settings["queue"]
     config: Config = settings["config"]
     context = ray.train.get_context()
@@ -52,7 +70,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     def tell(event: Event) -> None:
         taken = queue.put.remote(event)
         if isinstance(event, Measured | Panel | Warned):
-            # workers that nobody hears any more get no further
+            # Workers whose driver is gone stop here.
             ray.get(taken, timeout=config.cluster.collective_timeout)
 
     return share.train(

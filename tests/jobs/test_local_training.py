@@ -167,10 +167,10 @@ def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
     # where MLflow is missing there is nobody to send it to
     without = run(["-c", WITHOUT, *command], coins)
     assert without.returncode == 0, without.stdout + without.stderr
-    assert "MLflow has not got all of this run, and is not installed here" in without.stdout
+    assert "MLflow has not received all of this run, and is not installed here" in without.stdout
     # another process knows nothing of the first one's server
     again = run(["-m", "deepskip.jobs.train", *command], coins)
-    assert "has now what it did not take before" in again.stdout, again.stdout + again.stderr
+    assert "has now received what was missing" in again.stdout, again.stdout + again.stderr
     assert not (folder / tracked.UNSENT).exists()
     uri, run_id = f"sqlite:///{tmp_path / 'mlflow.db'}", runs.read_json(folder / "run.json")["mlflow_run_id"]
     assert models.load(run_id, tracking_uri=uri).state["step"] == 2

@@ -135,7 +135,7 @@ def test_more_than_there_is_room_for_is_turned_away_and_none_is_lost(server, seg
     for image, reply in zip(images, replies, strict=True):
         if reply.status == 429:
             assert reply.headers["retry-after"] == "1"
-            assert "as many as may" in json.loads(reply.body)["error"]
+            assert "the limit; retry later" in json.loads(reply.body)["error"]
             continue
         p = segmenter.predict_proba(image)[..., 0]
         # images that went through the network together differ in the last bits
