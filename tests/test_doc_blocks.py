@@ -41,7 +41,7 @@ def at_toy_size(words: list[str]) -> list[str]:
 
 
 def in_child(words: list[str], folder: Path) -> str:
-    """Run one deepskip command in a fork of this process, which has torch loaded; return what it printed; raise if it failed."""
+    """Run a deepskip command in a fork of this process, which has torch loaded; return its output; raise if it failed."""
     printed = folder / ".printed"
     child = os.fork()
     if child == 0:
@@ -110,7 +110,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "images": [{"id": i + 1, "file_name": path.name, "height": 128, "width": 128} for i, path in enumerate(images)],
         "categories": [{"id": 1, "name": "coin"}],
         "annotations": [
-            square | {"id": i + 1, "image_id": i + 1, "segmentation": [[9, 9, 19, 9, 19, 19, 9, 19]]} for i in range(len(images))
+            square | {"id": i + 1, "image_id": i + 1, "segmentation": [[9, 9, 19, 9, 19, 19, 9, 19]]}
+            for i in range(len(images))
         ],
     }))  # fmt: skip
     in_child(["pack", "coins", "--out", "data/coins", *FEW], folder)
