@@ -1,9 +1,10 @@
 """Code blocks of the pages: found, run from top to bottom in one folder, and their output put into the page.
 
-`python -m tests.blocks PAGE ... --folder DIR [--update]` runs the blocks of pages unchanged, as `make newcomer` does. A block that
-no test can run has a comment before it: <!-- no-run: REASON -->. If the reason is NEWCOMER, this command runs it.
+`python -m tests.blocks PAGE ... --folder DIR [--update]` runs the blocks of pages unchanged, as `make newcomer` does. A block
+that no test can run has a comment before it: <!-- no-run: REASON -->. If the reason is NEWCOMER, this command runs it.
 
-In a block of `console`, commands begin with "$ " and the rest is output. Each line of `bash` is a command, and `python` is a program.
+In a block of `console`, commands begin with "$ " and the rest is output. Each line of
+`bash` is a command, and `python` is a program.
 """
 
 import argparse

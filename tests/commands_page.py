@@ -1,4 +1,4 @@
-"""Write docs/reference/commands.md, every command with its options, from what `--help` prints: `python -m tests.commands_page`."""
+"""Write docs/reference/commands.md, every command with its options: `python -m tests.commands_page`."""
 
 import io
 import os
@@ -13,7 +13,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "commands.md"
 INNER = {"pack": ("folder", "coco", "arrays", "coins"), "cluster": ("up", "down", "status")}
 HEAD = """# Commands
 
-What `deepskip COMMAND --help` prints. Settings of `train`, `evaluate`, `predict`, `export`, `serve` and `compare` can be in a YAML file as well: `--config mine.yaml`.
+What `deepskip COMMAND --help` prints. Settings of `train`, `evaluate`, `predict`, `export`, `serve` and
+`compare` can be in a YAML file as well: `--config mine.yaml`.
 This page is written by `python -m tests.commands_page`.
 """
 
