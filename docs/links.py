@@ -27,7 +27,7 @@ lay_out(Path(__file__).parents[1])
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Replace links that leave docs/ by the path of the file, and links to a folder's README by its page; warn of missing files."""
+    """Replace links that leave docs/ by a path, and links to a README by its page; warn of missing files."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     root = Path(config.config_file_path).parent
 
