@@ -1,4 +1,4 @@
-"""For mkdocs: what a link of the docs is in the site, where in the repository it leads to code or to a folder's README."""
+"""For mkdocs: rewrite links of the docs that lead to code, or to a folder's README, in the repository."""
 
 import logging
 import posixpath
@@ -13,7 +13,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def lay_out(root: Path) -> None:
-    """Lays the rooms beside each other as the one package that they are installed as, for who reads them as files."""
+    """Link the top-level folders into one package, as they are installed, for tools that read files."""
     package = root / "build" / "types" / "deepskip"
     package.mkdir(parents=True, exist_ok=True)
     for room in (*(root / name for name in ROOMS), *(root / "deepskip").iterdir()):
@@ -27,10 +27,7 @@ lay_out(Path(__file__).parents[1])
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Puts the path of a file in the place of a link that leaves docs/, and a folder's page in that of its README.
-
-    Warns where there is no such file.
-    """
+    """Replace links that leave docs/ by a path, and links to a README by its page; warn of missing files."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     root = Path(config.config_file_path).parent
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# What a newcomer does: a fresh clone of HEAD with an empty home, make train, make test; both timed, the log kept.
-#   tests/newcomer.sh OUT [BUSY]    BUSY: processes that keep a core busy each meanwhile, 0 by default
+# What a newcomer does, in a fresh clone of HEAD with an empty home: the commands of README and of the first tutorial as they
+# stand, then make train and make test. All are timed, and the log is kept. The two pages with the output of this run go to OUT.
+#   tests/newcomer.sh OUT [BUSY] [pages]    BUSY: processes that keep a core busy meanwhile, 0 by default; pages: no make test
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 busy=${2:-0}
+only=${3:-}
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 folder=$(mktemp -d "${TMPDIR:-/tmp}/newcomer-XXXXXX")
 pids=()
@@ -20,17 +22,26 @@ for ((i = 0; i < busy; i++)); do
 done
 log="$out/$(git -C "$top" rev-parse --short HEAD).log"
 {
-  echo "$(date -u +%F) commit $(git -C "$top" rev-parse --short HEAD), $(nproc) cores, $busy busy processes beside"
+  echo "$(date -u +%F) commit $(git -C "$top" rev-parse --short HEAD), $(nproc) cores, $busy busy processes"
   grep -m1 'model name' /proc/cpuinfo || uname -m
 } | tee "$log"
-for target in train test; do
+# run NAME COMMAND ...: times a command of the newcomer, and ends with its status if it fails
+run() {
+  local started status=0
   started=$(date +%s)
-  status=0
-  (cd "$folder/deepskip" && HOME="$folder/home" make "$target") >>"$log" 2>&1 || status=$?
-  echo "make $target: status $status, $(($(date +%s) - started)) s" | tee -a "$log"
+  (cd "$folder/deepskip" && HOME="$folder/home" "${@:2}") >>"$log" 2>&1 || status=$?
+  echo "$1: status $status, $(($(date +%s) - started)) s" | tee -a "$log"
   if [ "$status" -ne 0 ]; then
     tail -n 40 "$log"
     exit "$status"
   fi
+}
+for page in README.md docs/tutorials/first-model.md; do
+  run "$page" python3 -m tests.blocks "$page" --folder . --update
+  mkdir -p "$out/$(dirname "$page")" && cp "$folder/deepskip/$page" "$out/$page"
 done
+if [ "$only" != pages ]; then
+  run "make train" make train
+  run "make test" make test
+fi
 echo "the whole log: $log"

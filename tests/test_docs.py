@@ -18,15 +18,16 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # a link to code becomes the name of the file; one to a page stays one
-    data = (tmp_path / "data.html").read_text()
+    data = (tmp_path / "stream.html").read_text()
     assert "<code>data_shards/order.py</code>" in data
     assert "../data_shards" not in data
     assert 'href="chaos.html"' in (tmp_path / "faults.html").read_text()
     assert 'href="networks.html"' in (tmp_path / "compare.html").read_text()
     # from docstrings
-    assert "Build the network that a checkpoint&#39;s state describes" in (
-        tmp_path / "reference" / "deepskip.html"
-    ).read_text().replace("'", "&#39;")
+    reference = (tmp_path / "reference" / "deepskip.html").read_text()
+    assert "Build the network that a checkpoint&#39;s state describes" in reference.replace("'", "&#39;")
+    # Google's sections become tables
+    assert "doc-section-item field-annotation" in reference or "<span class=\"doc-section-title\">Raises:</span>" in reference
     # nothing is fetched from elsewhere
     for page in tmp_path.rglob("*.html"):
         fetched = re.findall(
@@ -51,6 +52,12 @@ def help_of(*words: str) -> str:
     with redirect_stdout(said), suppress(SystemExit):
         cli.main([*words, "--help"])
     return said.getvalue()
+
+
+def test_the_page_of_commands_is_what_they_print() -> None:
+    code = "from tests.commands_page import PAGE, text; import sys; sys.exit(PAGE.read_text() != text())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120)
+    assert done.returncode == 0, "python -m tests.commands_page writes it anew"
 
 
 def test_every_command_of_the_pages_is_one_and_has_its_options() -> None:
