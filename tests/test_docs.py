@@ -27,7 +27,10 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     reference = (tmp_path / "reference" / "deepskip.html").read_text()
     assert "Build the network that a checkpoint&#39;s state describes" in reference.replace("'", "&#39;")
     # Google's sections become tables
-    assert "doc-section-item field-annotation" in reference or "<span class=\"doc-section-title\">Raises:</span>" in reference
+    assert (
+        "doc-section-item field-annotation" in reference
+        or '<span class="doc-section-title">Raises:</span>' in reference
+    )
     # nothing is fetched from elsewhere
     for page in tmp_path.rglob("*.html"):
         fetched = re.findall(
