@@ -19,6 +19,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# it reports to MLflow's makers, from a thread that takes variables out of the environment while requests go through it: a
+# request then fails with a KeyError
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from deepskip.cluster.settings import past_proxies
 

@@ -252,3 +252,18 @@ def test_an_experiment_that_another_training_makes_in_between(
     monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", too_early)
     assert tracking.experiment_id(server.uri, tmp_path, "raced") == there
     assert looked == ["raced", "raced"]
+
+
+def test_mlflow_reports_to_nobody() -> None:
+    # outside of tests, which MLflow knows by variables of pytest's and of continuous integration
+    variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "PYTHONPATH")}
+    code = "import deepskip.jobs.tracking, mlflow.telemetry.client as c; print(c.get_telemetry_client())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout == "None\n"
