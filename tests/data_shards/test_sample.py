@@ -228,7 +228,7 @@ def test_masks() -> None:
     assert set(np.unique(decode_mask("png", pil(ones)))) == {0, 255}
     three[0, 0, 1] += 1
     for array, message in (
-        (three, "not of colours"),
+        (three, "not colours"),
         (labels - 0.5, "not integers"),
         (labels.astype(int) + 2**31, "too large"),
     ):
