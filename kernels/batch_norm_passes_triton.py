@@ -28,9 +28,8 @@ STATISTICS = 5
 def _places(pixels, C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr):
     # of a tile's elements, from the pixel that it starts at
     r, c = tl.arange(0, TILE), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    if LAST:
-        return r, c, r[:, None] * C + c[None, :]
-    return r, c, r[:, None] + (c.to(tl.int64) * pixels)[None, :]
+    places = r[:, None] * C + c[None, :] if LAST else r[:, None] + (c.to(tl.int64) * pixels)[None, :]
+    return r, c, places
 
 
 @triton.jit
@@ -64,7 +63,7 @@ def _there(c, C: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def sums(
+def batch_norm_sums(
     x_ptr, rows_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +133,7 @@ def _rsqrt(v):
 
 
 @triton.jit
-def statistics(
+def batch_norm_statistics(
     rows_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, out_ptr, rows, C, count, momentum, eps,
     TRAINING: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +163,7 @@ def statistics(
 
 
 @triton.jit
-def normalise(
+def batch_norm_relu(
     x_ptr, stats_ptr, y_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +178,7 @@ def normalise(
 
 
 @triton.jit
-def gradient_sums(
+def batch_norm_gradient_sums(
     dy_ptr, x_ptr, stats_ptr, rows_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -217,7 +216,7 @@ def gradient_sums(
 
 
 @triton.jit
-def coefficients(
+def batch_norm_coefficients(
     rows_ptr, stats_ptr, dw_ptr, db_ptr, out_ptr, rows, C, count, TRAINING: tl.constexpr, ROWS: tl.constexpr
 ):
     c = tl.program_id(0)
@@ -240,7 +239,7 @@ def coefficients(
 
 
 @triton.jit
-def input_gradient(
+def batch_norm_input_gradient(
     dy_ptr, x_ptr, stats_ptr, coefficients_ptr, dx_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip

@@ -18,8 +18,8 @@ WIDTH, LOADS = 16, 4
 WARPS = 4
 # channels that a program takes of channels-last maps, at most: 128 bytes of a pixel in half precision
 CHANNELS = 64
-# programs of the sums, about: eight for each of an H100's 132 processors
-MAX_PROGRAMS = 1024
+# programs of the sums, about: six for each of an H100's 132 processors, whose registers hold as many at once
+MAX_PROGRAMS = 792
 # rows of partial sums that are added up at a time, and by how many warps
 ROWS, ROW_WARPS = 256, 4
 
@@ -79,7 +79,7 @@ def _sums_of(x: Tensor) -> Tensor:
     programs = cut.programs(2 * LOADS, MAX_PROGRAMS)
     rows = torch.empty(cut.samples * programs, 2, C, dtype=torch.float64, device=x.device)
     with backend.device_of(x):
-        passes.sums[(len(rows), cut.blocks)](
+        passes.batch_norm_sums[(len(rows), cut.blocks)](
             x, rows, programs, cut.pixels, C=C, TILE=cut.rows, CHANNELS=cut.channels, LOADS=LOADS, LAST=cut.last,
             num_warps=WARPS,
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _statistics_of(
     C = len(affine[0])
     out = torch.empty(passes.STATISTICS, C, dtype=torch.float32, device=affine[0].device)
     with backend.device_of(out):
-        passes.statistics[(C,)](
+        passes.batch_norm_statistics[(C,)](
             # where there are no rows, a pointer that is not read
             out if rows is None else rows, *affine, *running, out, 0 if rows is None else len(rows), C, count, momentum, eps,
             TRAINING=rows is not None, ROWS=ROWS, num_warps=ROW_WARPS,
@@ -137,7 +137,7 @@ def _normalise_relu(x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, trai
     cut = plan(x)
     programs = cut.programs(LOADS)
     with backend.device_of(x):
-        passes.normalise[(cut.samples * programs, cut.blocks)](
+        passes.batch_norm_relu[(cut.samples * programs, cut.blocks)](
             x, stats, y, programs, cut.pixels,
             C=x.shape[1], TILE=LOADS * cut.rows, CHANNELS=cut.channels, LAST=cut.last, num_warps=WARPS,
         )  # fmt: skip
@@ -162,14 +162,14 @@ def _normalise_relu_gradient(dy: Tensor, x: Tensor, stats: Tensor, training: boo
     few, many = cut.programs(2 * LOADS, MAX_PROGRAMS), cut.programs(LOADS)
     rows = stats.new_empty(cut.samples * few, 2, C)
     with backend.device_of(x):
-        passes.gradient_sums[(len(rows), cut.blocks)](
+        passes.batch_norm_gradient_sums[(len(rows), cut.blocks)](
             dy, x, stats, rows, few, cut.pixels, TILE=cut.rows, LOADS=LOADS, **shared
         )
-        passes.coefficients[(C,)](
+        passes.batch_norm_coefficients[(C,)](
             rows, stats, d_weight, d_bias, coefficients, len(rows), C, x.numel() // C, TRAINING=training, ROWS=ROWS,
             num_warps=ROW_WARPS,
         )  # fmt: skip
-        passes.input_gradient[(cut.samples * many, cut.blocks)](
+        passes.batch_norm_input_gradient[(cut.samples * many, cut.blocks)](
             dy, x, stats, coefficients, dx, many, cut.pixels, TILE=LOADS * cut.rows, **shared
         )
     return dx, d_weight, d_bias
