@@ -38,7 +38,7 @@ def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...
         network: on the meta device.
         modules: what is to be told apart, by name.
         size: of the image, (N, bands, H, W).
-        backend: "triton" or "reference".
+        backend: "triton", "next" or "reference".
 
     Returns:
         A row for each launch; what is in none of the modules has an empty place.
@@ -99,11 +99,11 @@ def table(forms: dict[str, list[dict[str, Any]]], size: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    """Print the tables of today's form and the plain one, and write all rows."""
+    """Print the tables of today's form, the next one and the plain one, and write all rows."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.bench.step_bytes", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()
-    forms = {"deepskip": rows("triton"), "plain": rows("reference")}
+    forms = {"deepskip": rows("triton"), "deepskip, next": rows("next"), "plain": rows("reference")}
     if arguments.json:
         arguments.json.write_text(json.dumps(forms, indent=1) + "\n")
     print(table(forms, SIZE))
