@@ -247,8 +247,8 @@ def batch_norm_relu_of_sums(
     Raises:
         ValueError: as there, or rows of another shape.
     """
-    # plain fp32 sums of squares lose digits of the variance: with a mean of k deviations about (1 + k^2) 6e-8 of it, where each
-    # is of some thousand pixels. A convolution without bias has means of a few deviations, and five of them cost 2e-6
+    # plain fp32 sums of squares lose digits of the variance: with a mean of k deviations 1 + k^2 times their own rounding, 1e-7
+    # for some thousand pixels. A convolution without bias has means of a few deviations, and five of them cost 3e-6
     if rows.ndim != 3 or rows.shape[1:] != (2, x.shape[1]):
         raise ValueError(f"rows are {tuple(rows.shape)}; of this map they must be (programs, 2, {x.shape[1]})")
     return _of(x, rows, weight, bias, running_mean, running_var, True, momentum, eps)

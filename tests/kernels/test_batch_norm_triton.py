@@ -104,9 +104,9 @@ def check(
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        ((2, 8, 13, 11), torch.float32),
-        ((2, 8, 13, 11), torch.float16),
-        ((2, 8, 13, 11), torch.bfloat16),
+        ((2, 8, 9, 7), torch.float32),
+        ((2, 8, 9, 7), torch.float16),
+        ((2, 8, 9, 7), torch.bfloat16),
         ((3, 1, 5, 9), torch.float32),
         ((1, 11, 3, 7), torch.bfloat16),
         ((1, 3, 1, 2), torch.float32),
@@ -119,7 +119,9 @@ def test_values_and_gradients(
     check(cut_small.batch_norm_relu, shape, dtype, layout, training)
 
 
-@pytest.mark.parametrize("shape", [(2, 300, 3, 3), (2, 8, 41, 29)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 300, 3, 3), marks=pytest.mark.slow), (1, 70, 1, 3), (2, 8, 41, 29)], ids=str
+)
 def test_tiles_of_the_real_size(triton_batch_norm: ModuleType, shape: tuple[int, ...]) -> None:
     check(triton_batch_norm.batch_norm_relu, shape, torch.float32, "last", True)
 
@@ -147,12 +149,12 @@ def test_with_sums_that_the_producer_made(cut_small: ModuleType, dtype: torch.dt
 
 
 def test_plain_sums_are_good_enough_at_a_mean_of_five_deviations(triton_batch_norm: ModuleType) -> None:
-    # what the comment in batch_norm_relu_of_sums says: 26 times fp32's rounding
+    # what the comment in batch_norm_relu_of_sums says: squares are 26 times the variance, and so are their sums' roundings, two
     x = (torch.randn(4, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 5.0).to(DEVICE)
     weight, bias, mean, var = (torch.full((8,), value, device=DEVICE) for value in (1.0, 0.0, 0.0, 1.0))
     triton_batch_norm._batch_statistics(None, rows_of(x, 4), 4 * 64 * 64, weight, bias, mean, var, 1.0, EPS)
     exact = x.double().var((0, 2, 3))
-    assert ((var.double() - exact).abs() / exact).max() <= 26 * SINGLE
+    assert ((var.double() - exact).abs() / exact).max() <= 2 * 26 * SINGLE
 
 
 def test_rows_of_another_map_are_refused(triton_batch_norm: ModuleType) -> None:
@@ -165,7 +167,7 @@ def test_rows_of_another_map_are_refused(triton_batch_norm: ModuleType) -> None:
 def test_the_same_bits_every_time(cut_small: ModuleType, layout: str) -> None:
     runs = []
     for _ in range(2):
-        leaves, running = case((2, 8, 9, 11), layout=layout)
+        leaves, running = case((2, 3, 5, 7), layout=layout)
         y = cut_small.batch_norm_relu(*leaves, *running, True, 0.1, EPS)
         runs.append([y, *torch.autograd.grad(y.square().sum(), leaves), *running])
     for one, other in zip(*runs, strict=True):
@@ -277,20 +279,20 @@ def test_bytes_are_those_of_the_fewest_passes() -> None:
             .contiguous(memory_format=torch.channels_last)
             .requires_grad_()
         )
-        settings = [torch.empty(8) for _ in range(4)]
+        settings = [torch.empty(8, requires_grad=i < 2) for i in range(4)]
         rows = torch.empty(32, 2, 8)
     for name, given in (("two passes", None), ("one", rows)):
         traffic = Traffic()
         with kernels.backend.chosen("next"), traffic:
             y = kernels.batch_norm_relu(x, *settings, True, 0.1, EPS, given)
             forward = len(traffic.moved)
-            y.backward(torch.empty_like(y))
+            torch.autograd.grad(y, (x, *settings[:2]), torch.empty_like(y))
         parts = (traffic.moved[:forward], traffic.moved[forward:])
         moved[name] = [sum((one.read + one.written) // size for one in part) for part in parts]
     # x twice or once and y; x and dy twice and dx
     assert moved["two passes"][0] == 3
     assert moved["one"][0] == 2
-    assert moved["two passes"][1] == moved["one"][1] >= 5
+    assert moved["two passes"][1] == moved["one"][1] == 5
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
