@@ -199,8 +199,9 @@ def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
             if norm:
                 N, H, W = candidate.shape
                 C = cases.BASE << (candidate.level - 1)
-                channels = [meta(C, dtype=torch.float32) for _ in range(4)]
-                out = kernels.batch_norm_relu(meta(N, C, H, W).requires_grad_(), *channels, True, 0.1, 1e-5)
+                weight, bias, mean, var = (meta(C, dtype=torch.float32) for _ in range(4))
+                x = meta(N, C, H, W).requires_grad_()
+                out = kernels.batch_norm_relu(x, weight, bias, mean, var, True, 0.1, 1e-5)
             elif candidate.level:
                 N, H, W = candidate.shape
                 K = cases.BASE << (candidate.level - 1)

@@ -63,8 +63,8 @@ def passes(name: str, arguments: tuple[Any, ...], result: Any) -> list[tuple[str
         return [("sums", [x], []), ("", [], [result])] if rows is None else [("", [rows], [result])]
     if name == "normalise_relu_gradient":
         dy, x, stats = arguments[:3]
-        sums, coefficients = ("sums", [dy, x, stats], []), ("coefficients", [stats], list(result[1:]))
-        return [sums, coefficients, ("input gradient", [dy, x, stats], [result[0]])]
+        read = [dy, x, stats]
+        return [("sums", read, []), ("coefficients", [stats], [*result[1:]]), ("input gradient", read, [result[0]])]
     return None
 
 
