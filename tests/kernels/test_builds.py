@@ -21,7 +21,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 80), ("deep_skip", 32), ("batch_norm", 47)])
+@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 80), ("deep_skip", 32), ("batch_norm", 46)])
 def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
     rows = [line.split() for line in run("deepskip.kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
     # architecture, variant, registers, spilled bytes, shared bytes
@@ -72,7 +72,7 @@ def test_batch_norm_is_bound_by_memory(counted: dict[str, Any]) -> None:
     # bytes of 8 channels of two bytes: x; x and y; x and dy; x, dy and dx; sums and statistics are few
     expected = {
         "sums": (16, 1.75), "normalise": (32, 2.12), "gradient sums": (32, 3.30), "input gradient": (48, 3.65),
-        "statistics": (0, 0.003), "gradient coefficients": (0, 0.002), "statistics of given rows": (0, 0.008),
+        "statistics": (0, 0.003), "gradient coefficients": (0, 0.002), "statistics of given rows": (0, 0.004),
     }  # fmt: skip
     rows = {row["launch"]: row for row in counted["rows"] if "norm + ReLU" in row["launch"]}
     assert set(rows) == {f"level 1 norm + ReLU, {name}, next" for name in expected}
