@@ -71,10 +71,15 @@ def batch_norm_relu(
     eps: float,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Normalises (N, C, H, W) over all but C, then ReLU; arguments as in `torch.nn.functional.batch_norm`.
+    """Normalise (N, C, H, W) over all but C, then ReLU.
 
-    rows: (programs, 2, C) fp32, sums and sums of squares of x where what made it has written them; in training the new Triton
-    launches then read x once. Other forms need none.
+    Args:
+        x, weight, bias, running_mean, running_var, training, momentum, eps: as in `torch.nn.functional.batch_norm`.
+        rows: (programs, 2, C) fp32, sums and sums of squares of x that its producer has written, or None. In training the new
+            Triton launches then read x once; other forms do not need them.
+
+    Returns:
+        The map, of x's type.
     """
     found = backend.implementation(x)
     settings = (weight, bias, running_mean, running_var)

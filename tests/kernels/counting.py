@@ -109,7 +109,7 @@ def norm_stores() -> dict[str, Any]:
 
 
 def far_accesses() -> list[dict[str, Any]]:
-    """Say how far into maps of more than 2^31 elements, last and first, the first and last programs reach."""
+    """Return how far into maps of more than 2^31 elements, last and first, the first and last programs reach."""
     found = []
     # far pixels, far channels, far samples
     for size, last in (
