@@ -69,10 +69,28 @@ def batch_norm_relu(
     training: bool,
     momentum: float,
     eps: float,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Normalises (N, C, H, W) over all but C, then ReLU; arguments as in `torch.nn.functional.batch_norm`."""
-    form = batch_norm_cpu if backend.implementation(x) == "cpu" else reference
-    return form.batch_norm_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    """Normalise (N, C, H, W) over all but C, then ReLU.
+
+    Args:
+        x, weight, bias, running_mean, running_var, training, momentum, eps: as in `torch.nn.functional.batch_norm`.
+        rows: (programs, 2, C) fp32, sums and sums of squares of x that its producer has written, or None. In training the new
+            Triton launches then read x once; other forms do not need them.
+
+    Returns:
+        The map, of x's type.
+    """
+    found = backend.implementation(x)
+    settings = (weight, bias, running_mean, running_var)
+    if found == "triton" and backend.uses_next():
+        from deepskip.kernels import batch_norm_triton
+
+        if training and rows is not None:
+            return batch_norm_triton.batch_norm_relu_of_sums(x, rows, *settings, momentum, eps)
+        return batch_norm_triton.batch_norm_relu(x, *settings, training, momentum, eps)
+    form = batch_norm_cpu if found == "cpu" else reference
+    return form.batch_norm_relu(x, *settings, training, momentum, eps)
 
 
 if __name__ == "kernels":

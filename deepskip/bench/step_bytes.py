@@ -38,7 +38,7 @@ def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...
         network: network on the meta device.
         modules: the modules to count separately, by name.
         size: size of the images, (N, bands, H, W).
-        backend: "triton" or "reference".
+        backend: "triton", "next" or "reference".
 
     Returns:
         A row for each launch; its place is empty if it belongs to none of the modules.
@@ -110,11 +110,11 @@ def table(forms: dict[str, list[dict[str, Any]]], size: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    """Print the tables of the current form and the plain one, and write all rows."""
+    """Print the tables of the current, the new and the plain form, and write all rows."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.bench.step_bytes", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    forms = {"deepskip": rows("triton"), "plain": rows("reference")}
+    forms = {"deepskip": rows("triton"), "deepskip, next": rows("next"), "plain": rows("reference")}
     if arguments.json:
         arguments.json.write_text(json.dumps(forms, indent=1) + "\n")
     print(table(forms, SIZE))

@@ -22,6 +22,8 @@ from deepskip.kernels.bench.launches import Launches, meta
 LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 # maps of networks of 5 levels, and b of 4 and 64 at the ends
 STAGES = (((2, 4, 8, 2), 8), ((2, 4, 2), 16), ((2, 2), 32), ((2,), 64), ((2, 4, 8, 16, 2), 4), ((2, 4, 8, 2), 64))
+# of levels of b = 8, and what no block of channels fits
+NORM_CHANNELS = (8, 128, 3)
 
 
 class Build(NamedTuple):
@@ -85,13 +87,39 @@ def stage_calls() -> dict[str, Callable[[], Tensor]]:
     }
 
 
-SUITES = {"bce_dice": loss_calls, "deep_skip": stage_calls}
+def norm_calls() -> dict[str, Callable[[], Tensor]]:
+    """Return calls of batch norm and ReLU, by name."""
+
+    def call(C: int, dtype: torch.dtype, last: bool, training: bool, of_sums: bool = False) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            x = meta(2, C, 64, 64, dtype=dtype, last=last).requires_grad_()
+            weight, bias, mean, var = (meta(C, dtype=torch.float32) for _ in range(4))
+            rows = meta(64, 2, C, dtype=torch.float32) if of_sums else None
+            settings = (weight.requires_grad_(), bias.requires_grad_(), mean, var, training, 0.1, 1e-5)
+            return kernels.batch_norm_relu(x, *settings, rows)
+
+        return run
+
+    half = torch.bfloat16
+    found = {f"bfloat16, C = {C}, last": call(C, half, True, True) for C in NORM_CHANNELS}
+    # the types differ in the width of a load alone
+    found |= {f"{str(dtype).removeprefix('torch.')}, C = 8, last": call(8, dtype, True, True) for dtype in LOGITS}
+    return found | {
+        "bfloat16, C = 8, first": call(8, half, False, True),
+        "bfloat16, C = 8, last, evaluation": call(8, half, True, False),
+        "bfloat16, C = 8, last, of sums": call(8, half, True, True, True),
+    }
+
+
+SUITES = {"bce_dice": loss_calls, "deep_skip": stage_calls, "batch_norm": norm_calls}
+# suites of launches that another backend than "triton" takes
+BACKENDS = {"batch_norm": "next"}
 
 
 def builds_of(suite: str, name: str, architecture: int) -> list[Build]:
     """Build what a call and its gradient launch."""
     seen = Launches(architecture)
-    with seen.watching():
+    with seen.watching(BACKENDS.get(suite, "triton")):
         out = SUITES[suite]()[name]()
         out.backward(torch.empty_like(out))
     made: dict[str, Build] = {}

@@ -12,15 +12,15 @@ from unittest import mock
 import torch
 
 from deepskip import kernels
-from deepskip.kernels import bce_dice_triton, deep_skip_triton
-from deepskip.kernels.bench import cases, gpu_part, machine_code, measure
+from deepskip.kernels import batch_norm_triton, bce_dice_triton, deep_skip_triton
+from deepskip.kernels.bench import cases, gpu_norms, gpu_part, machine_code, measure
 from deepskip.kernels.bench.launches import Launches, meta
 
 
 class Candidate(NamedTuple):
     """A shape of one launch.
 
-    operator: the launch, as the product's operator is called. case: the size. level: of the decoder, 0 for the loss.
+    operator: the launch, as the product's operator is called. case: the size. level: of the network, 0 for the loss.
     shape: (N, H, W) of the level, or (N, V, H, W) of the logits. settings: what takes the place of the product's.
     taken: whether it is the product's own.
     """
@@ -43,6 +43,9 @@ WINDOWS, CHANNELS, WARPS = (8, 16), (8, 16, 32), (1, 2, 4, 8)
 # processes that build, each with a torch of its own in memory
 MOST_BUILDERS = 16
 BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
+# of batch norm: loads under way and warps; programs that are 4, 6 and 8 for each of an H100's processors. Two levels will do
+LOADS, NORM_WARPS, NORM_PROGRAMS, NORM_LEVELS = (2, 4, 8), (2, 4, 8), (528, 792, 1056), 2
+NORM_OPERATORS = ("batch_norm_statistics", "normalise_relu", "normalise_relu_gradient")
 
 
 def _stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
@@ -60,6 +63,19 @@ def _stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Can
                         mine = taken._replace(channels=min(taken.channels, max(K, 8))) == (window, channels, warps)
                         name = f"level {u}, {N}x{shape[1]}x{shape[2]}"
                         yield Candidate(operator, name, u, shape, settings, mine)
+
+
+def _norms(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
+    N, H, W = size
+    for u in levels[:NORM_LEVELS]:
+        shape = N, H >> (u - 1), W >> (u - 1)
+        name = f"{gpu_norms.norm_name(u)}, {'x'.join(map(str, shape))}"
+        for operator, loads, warps in itertools.product(NORM_OPERATORS, LOADS, NORM_WARPS):
+            # normalising alone has no rows
+            for programs in (batch_norm_triton.MAX_PROGRAMS,) if operator == "normalise_relu" else NORM_PROGRAMS:
+                settings = (("LOADS", loads), ("WARPS", warps), ("MAX_PROGRAMS", programs))
+                mine = all(getattr(batch_norm_triton, setting) == value for setting, value in settings)
+                yield Candidate(operator, name, u, shape, settings, mine)
 
 
 def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]:
@@ -80,7 +96,7 @@ def all_of(
 ) -> list[Candidate]:
     """Return every candidate: the product's own of each launch first, then the others, a launch after the other in turns."""
     found: dict[tuple[str, str], list[Candidate]] = {}
-    for candidate in (*_stages(stage, levels), *_losses(losses)):
+    for candidate in (*_stages(stage, levels), *_norms(stage, levels), *_losses(losses)):
         found.setdefault((candidate.operator, candidate.case), []).append(candidate)
     ordered = [sorted(some, key=lambda one: not one.taken) for some in found.values()]
     return [one for turn in itertools.zip_longest(*ordered) for one in turn if one is not None]
@@ -121,7 +137,10 @@ def patched(candidate: Candidate) -> Iterator[None]:
     """Have the product launch the candidate's shape while the block runs."""
     settings = dict(candidate.settings)
     with ExitStack() as stack:
-        if candidate.level:
+        if candidate.operator in NORM_OPERATORS:
+            for key, value in settings.items():
+                stack.enter_context(mock.patch.object(batch_norm_triton, key, value))
+        elif candidate.level:
             shape = deep_skip_triton.Shape(settings["window"], settings["channels"], settings["warps"])
             for table in (deep_skip_triton.HALF, deep_skip_triton.SINGLE):
                 stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, (shape, shape))))
@@ -140,6 +159,9 @@ def _operator_call(
 
 def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
     """Return what runs the candidate's operator by itself, with inputs of its size."""
+    if candidate.operator in NORM_OPERATORS:
+        inputs = gpu_norms.operator_inputs(candidate.level, candidate.shape, dtype, device)
+        return _operator_call(candidate, lambda: inputs[candidate.operator], device)
     if candidate.level:
         N, H, W = candidate.shape
         K = cases.BASE << (candidate.level - 1)
@@ -171,9 +193,16 @@ def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
         The bytes spilled a thread by operator; nothing where the build fails.
     """
     seen = Launches(architecture)
+    norm = candidate.operator in NORM_OPERATORS
     try:
-        with patched(candidate), seen.watching():
-            if candidate.level:
+        with patched(candidate), seen.watching("next" if norm else "triton"):
+            if norm:
+                N, H, W = candidate.shape
+                C = cases.BASE << (candidate.level - 1)
+                weight, bias, mean, var = (meta(C, dtype=torch.float32) for _ in range(4))
+                x = meta(N, C, H, W).requires_grad_()
+                out = kernels.batch_norm_relu(x, weight, bias, mean, var, True, 0.1, 1e-5)
+            elif candidate.level:
                 N, H, W = candidate.shape
                 K = cases.BASE << (candidate.level - 1)
                 factors = [1, *(2**j for j in range(1, cases.LEVELS - candidate.level)), 2]

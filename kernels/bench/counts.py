@@ -46,13 +46,29 @@ WIDEST = 16 * 32
 
 STAGE = (16, 512, 512)
 BASE, LEVELS = 8, 5
-# the benchmark: decoder levels, and the loss by size of logits, labels, and what the launches' names end with
-PARTS: tuple[int | tuple[tuple[int, int, int, int], torch.dtype, str], ...] = (
+
+
+class Norm(NamedTuple):
+    """Batch norm and ReLU at an encoder level, 1 first; of_sums: whether what made its input has added it up."""
+
+    level: int
+    of_sums: bool
+
+
+# the benchmark: decoder levels, the loss by size of logits, labels, and what the launches' names end with, and norms
+PARTS: tuple[int | tuple[tuple[int, int, int, int], torch.dtype, str] | Norm, ...] = (
     *range(1, LEVELS),
     ((16, 1, 1024, 1024), torch.uint8, ""),
     ((16, 1, 1024, 1024), torch.int64, ", int64 labels"),
     ((8, 19, 512, 512), torch.uint8, ", 19 classes"),
-)
+    Norm(1, False), Norm(1, True), Norm(3, False),
+)  # fmt: skip
+# names of the norm's launches
+NORMS = {
+    "batch_norm_sums": "sums", "batch_norm_statistics": "statistics", "batch_norm_relu": "normalise",
+    "batch_norm_gradient_sums": "gradient sums", "batch_norm_coefficients": "gradient coefficients",
+    "batch_norm_input_gradient": "input gradient",
+}  # fmt: skip
 
 
 class Count(NamedTuple):
@@ -167,8 +183,39 @@ def loss(size: tuple[int, int, int, int], labels: torch.dtype) -> Callable[[], T
     return lambda: kernels.loss_of_sums(kernels.bce_dice_sums(logits, target))[0]
 
 
+def norm(part: Norm) -> tuple[Callable[[], Tensor], tuple[int, int, int, int]]:
+    """Make the forward call of a level's batch norm and ReLU on meta tensors, and the size of its map."""
+    N, H, W = STAGE[0], STAGE[1] >> (part.level - 1), STAGE[2] >> (part.level - 1)
+    C = BASE << (part.level - 1)
+    x = meta(N, C, H, W).requires_grad_()
+    weight, bias, mean, var = (meta(C, dtype=torch.float32) for _ in range(4))
+    # a producer whose programs make two thousand pixels each
+    rows = meta(N * H * W // 2048, 2, C, dtype=torch.float32) if part.of_sums else None
+    settings = (weight.requires_grad_(), bias.requires_grad_(), mean, var, True, 0.1, 1e-5)
+    return lambda: kernels.batch_norm_relu(x, *settings, rows), (N, C, H, W)
+
+
+def collected_norm(architecture: int, part: Norm) -> Iterator[tuple[str, str, int, list[Started]]]:
+    """Yield what batch norm and ReLU launch, as `collected` does."""
+    call, size = norm(part)
+    seen = Launches(architecture)
+    with seen.watching("next"):
+        out = call()
+        out.backward(torch.empty_like(out))
+    for one in seen.started:
+        if one.launch is not None:
+            name = f"level {part.level} norm + ReLU, {NORMS[one.launch.build.name]}"
+            name += " of given rows" if part.of_sums and one.moved.operator == "batch_norm_statistics" else ""
+            # the other launches are the same ones
+            if not part.of_sums or name.endswith("rows"):
+                yield f"{name}, next", " x ".join(map(str, size)), size[0] * size[2] * size[3], [one]
+
+
 def collected(architecture: int, part: Any) -> Iterator[tuple[str, str, int, list[Started]]]:
     """Yield what a part of the benchmark launches: name, shape, pixels of output, and the launches between in- and output."""
+    if isinstance(part, Norm):
+        yield from collected_norm(architecture, part)
+        return
     seen = Launches(architecture)
     if isinstance(part, int):
         call, pixels = stage(part)

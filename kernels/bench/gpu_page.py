@@ -111,7 +111,10 @@ def launch_lines(rows: list[Row]) -> Iterator[str]:
 
 def contender_lines(rows: list[Row]) -> Iterator[str]:
     """Yield the stage and the loss beside other forms; ratios below one are lost."""
-    for suite, heading in (("stage contenders", "The deep-skip stage"), ("loss contenders", "BCE + Dice")):
+    headings = {
+        "stage contenders": "The deep-skip stage", "norm contenders": "Batch norm and ReLU", "loss contenders": "BCE + Dice"
+    }  # fmt: skip
+    for suite, heading in headings.items():
         if not (found := of(rows, suite)):
             continue
         yield f"## {heading}, beside others\n\nDeepSkip in turns with each; bold where it loses.\n"

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepskip import kernels
 from deepskip.kernels import reference
-from deepskip.kernels.bench import candidates, cases, measure, opponents
+from deepskip.kernels.bench import candidates, cases, gpu_norms, measure, opponents
 from deepskip.kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, finite, run_phases, timed
 
 # errors of a norm that rounding explains; where the plain form in the same type is worse, three times its error
@@ -65,6 +65,11 @@ def stage_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format
     return judged(dtype, *found)
 
 
+def norm_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format) -> Row:
+    """Compare a level's batch norm and ReLU, gradients and running statistics, with float64, at a quarter of the batch."""
+    return judged(dtype, *gpu_norms.norm_values(run, u, dtype, layout))
+
+
 def loss_gate(run: Run, shape: tuple[int, ...], dtype: torch.dtype, labels: torch.dtype) -> Row:
     """Compare the loss and its gradient with float64, with ignored pixels and sample weights."""
     logits, target = cases.loss_inputs(shape, dtype, run.device)
@@ -87,6 +92,8 @@ def gate_of(run: Run, dtype: torch.dtype) -> Iterator[Job]:
         for layout in (LAST, FIRST):
             row = about | {"operator": f"level {u} stage", "layout": str(layout)}
             yield row, partial(stage_gate, run, u, dtype, layout)
+            row = about | {"operator": gpu_norms.norm_name(u), "layout": str(layout)}
+            yield row, partial(norm_gate, run, u, dtype, layout)
     for shape in dict.fromkeys((2, V, min(H, 256), min(W, 256)) for _, V, H, W in run.sizes.losses):
         for labels in (torch.uint8, torch.int64):
             row = about | {"operator": "loss", "labels": str(labels), "classes": shape[1]}
@@ -179,6 +186,7 @@ def launches(run: Run) -> Iterator[Job]:
     about: Row = {"suite": "launches", "dtype": str(run.sizes.dtype)}
     for name, u, shape in levels(run):
         yield about | {"size": name}, partial(stage_launches, run, u, shape)
+    yield from gpu_norms.launch_jobs(run)
     for name, logits_shape in losses(run):
         yield about | {"size": f"loss, {name}"}, partial(loss_launches, run, logits_shape)
 
@@ -186,6 +194,7 @@ def launches(run: Run) -> Iterator[Job]:
 def candidate_shapes(run: Run) -> Iterator[Job]:
     """Time every shape of a launch that compiles without spilling, beside the one that the product takes."""
     names = {name for name, *_ in levels(run)} | {f"loss, {name}" for name, _ in losses(run)}
+    names |= {name for name, *_ in gpu_norms.sizes(run)}
     for candidate, spilled in candidates.built(run.sizes, run.device, run.left):
         if candidate.case not in names:
             continue
@@ -261,6 +270,7 @@ def contenders(run: Run) -> Iterator[Job]:
                 yield row, partial(loss_pair, run, shape, name)
 
     yield from stages("plain, channels last")
+    yield from gpu_norms.contender_jobs(run)
     yield from loss_forms(lambda name: name not in ("deepskip", "torch.compile"))
     yield from stages("torch.compile, channels last")
     yield from loss_forms(lambda name: name == "torch.compile")

@@ -113,13 +113,13 @@ class Launches(Traffic):
         # with the operators inside: a copy that makes an input contiguous is a launch of its own
         with self:
             result = mine._init_fn(*args, **kwargs)
+        before = len(self.moved)
         self.note(func, args, kwargs, result)
-        whole = self.moved[-1]
-        self.started += [
+        told = self.moved[before:]
+        if len(told) == 1:
             # what the operator moves is told once
-            Started(whole if i == 0 else whole._replace(read=0, written=0), launch, args)
-            for i, launch in enumerate(self._building)
-        ]
+            told += [told[0]._replace(read=0, written=0)] * (len(self._building) - 1)
+        self.started += [Started(row, launch, args) for row, launch in zip(told, self._building, strict=True)]
         return result
 
     def build(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -137,15 +137,22 @@ class Launches(Traffic):
         return self._building.pop()
 
     @contextmanager
-    def watching(self) -> Iterator["Launches"]:
-        """Collect while the block runs; raises RuntimeError where Triton's interpreter is on."""
+    def watching(self, kind: str = "triton") -> Iterator["Launches"]:
+        """Collect while the block runs.
+
+        Args:
+            kind: the kernels' backend, "triton" or "next".
+
+        Raises:
+            RuntimeError: where Triton's interpreter is on.
+        """
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: there is nothing to build")
         active = triton.runtime.driver._active
         triton.runtime.driver.set_active(_Driver(self.architecture))
         JITFunction.run = lambda kernel, *args, **kwargs: self.build(kernel, *args, **kwargs)
         try:
-            with backend.chosen("triton"), self:
+            with backend.chosen(kind), self:
                 yield self
         finally:
             JITFunction.run = _run

@@ -58,6 +58,13 @@ def passes(name: str, arguments: tuple[Any, ...], result: Any) -> list[tuple[str
         return [("statistics", [x], []), ("normalise", [x], [result[0]])]
     if name in ("native_batch_norm_backward", "cudnn_batch_norm_backward"):
         return [("sums", _tensors(arguments[:2]), []), ("input gradient", _tensors(arguments[:2]), [result[0]])]
+    if name == "batch_norm_statistics":
+        x, rows = arguments[:2]
+        return [("sums", [x], []), ("", [], [result])] if rows is None else [("", [rows], [result])]
+    if name == "normalise_relu_gradient":
+        dy, x, stats = arguments[:3]
+        read = [dy, x, stats]
+        return [("sums", read, []), ("coefficients", [stats], [*result[1:]]), ("input gradient", read, [result[0]])]
     return None
 
 

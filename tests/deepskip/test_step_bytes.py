@@ -38,7 +38,7 @@ def test_a_block_moves_what_is_worked_out_by_hand() -> None:
 def test_a_whole_step_moves_about_what_the_plan_says() -> None:
     size = (32, 3, 512, 512)
     sums: dict[str, dict[str, float]] = {}
-    for form in ("triton", "reference"):
+    for form in ("triton", "next", "reference"):
         rows = step_bytes.rows(form, size)
         sums[form] = {"all": sum(row["bytes_per_pixel"] for row in rows)}
         for row in rows:
@@ -46,6 +46,8 @@ def test_a_whole_step_moves_about_what_the_plan_says() -> None:
     # counted by hand before there was a counter: about 2,300 at level 1, 36 GB in all
     assert 2100 <= sums["triton"]["level 1"] <= 2400
     assert 34e9 <= sums["triton"]["all"] * 32 * 512 * 512 <= 38e9
+    # the new launches at level 1: four norms of 8 channels without ReLU's own passes, which are two maps forward and three back
+    assert sums["triton"]["level 1"] - sums["next"]["level 1"] >= 4 * 5 * 16
     # the plain form at least writes and reads every upsampled map, forward and backward
     upsampled = 2 * (16 + 32 + 64 + 16)
     assert sums["reference"]["level 1"] - sums["triton"]["level 1"] >= 2 * upsampled

@@ -88,15 +88,66 @@ def loss_stores() -> dict[str, int]:
     return stores(launch, [launch.named["dz_ptr"]])
 
 
+def norm_call(size: tuple[int, int, int, int], last: bool) -> list[TritonLaunch]:
+    """Build what batch norm and ReLU and their gradient launch for a map of a size."""
+    x = meta(*size, last=last).requires_grad_()
+    channels = [meta(size[1], dtype=torch.float32) for _ in range(4)]
+    seen = Launches(ARCHITECTURE)
+    with seen.watching("next"):
+        kernels.batch_norm_relu(x, *channels, True, 0.1, 1e-5).backward(torch.empty_like(x))
+    return [one.launch for one in seen.started if one.launch is not None]
+
+
+def norm_stores() -> dict[str, Any]:
+    """Check the two passes that write a map, at sizes whose pixels and channels are no whole blocks."""
+    found: dict[str, Any] = {}
+    for layout, size in (("last", (2, 67, 9, 31)), ("first", (2, 3, 23, 61))):
+        _, _, forward, _, _, backward = norm_call(size, layout == "last")
+        found[f"norm, {layout}"] = stores(forward, [forward.named["y_ptr"]])
+        found[f"norm gradient, {layout}"] = stores(backward, [backward.named["dx_ptr"]])
+    return found
+
+
+def far_accesses() -> list[dict[str, Any]]:
+    """Return how far into maps of more than 2^31 elements, last and first, the first and last programs reach."""
+    found = []
+    # far pixels, far channels, far samples
+    for size, last in (
+        ((2, 8, 1 << 14, 1 << 14), True),
+        ((1, 3, 1 << 15, 1 << 15), False),
+        ((3, 1, 1 << 15, 1 << 15), True),
+    ):
+        for launch in norm_call(size, last):
+            if launch.build.name not in ("batch_norm_relu", "batch_norm_input_gradient"):
+                continue
+            across, down, _ = launch.grid
+            maps = [launch.named[name] for name in ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr") if name in launch.named]
+            starts = {launch.address(x): x for x in maps}
+            reached = dict.fromkeys(starts, (2**63, 0))
+            corners = [0, across - 1, across * (down - 1), across * down - 1]
+            for warp in counts.executed(launch, ARCHITECTURE, corners):
+                for access in warp.accesses:
+                    for at in access.addresses if access.addresses is not None else ():
+                        start = max((one for one in starts if one <= at), default=0)
+                        if start in reached and at < start + 2 * starts[start].numel():
+                            low, high = reached[start]
+                            reached[start] = min(low, int(at) - start), max(high, int(at) - start + access.width)
+            found.append({"name": launch.build.name, "bytes": 2 * maps[0].numel(), "reached": list(reached.values())})
+    return found
+
+
 def main() -> None:
     """Write everything as JSON."""
     shapes = candidates.all_of((2, 32, 32), (3,), ((2, 1, 64, 64),))
-    parts = [counts.PARTS[0], counts.PARTS[counts.LEVELS - 1]]
+    norms = [one for one in shapes if one.operator in candidates.NORM_OPERATORS]
+    parts = [counts.PARTS[0], counts.PARTS[counts.LEVELS - 1], counts.Norm(1, False), counts.Norm(1, True)]
     found = {
         "rows": [row for part in parts for row in counts.rows(ARCHITECTURE, part)],
         "trips": trips(),
         "spills": candidates.spilled(shapes[0], ARCHITECTURE) | candidates.spilled(shapes[-1], ARCHITECTURE),
-        "stores": stage_stores() | {"gradient of the loss": loss_stores()},
+        "norm spills": candidates.spilled(norms[0], ARCHITECTURE),
+        "stores": stage_stores() | {"gradient of the loss": loss_stores()} | norm_stores(),
+        "far": far_accesses(),
     }
     Path(sys.argv[1]).write_text(json.dumps(found))
 

@@ -15,6 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepskip.kernels import backend
 
+NORM_LAUNCHES = (
+    "batch_norm_sums", "batch_norm_statistics", "batch_norm_relu", "batch_norm_gradient_sums", "batch_norm_coefficients",
+    "batch_norm_input_gradient",
+)  # fmt: skip
+
 
 def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
@@ -35,8 +40,9 @@ def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_launch_is_on_the_device_of_its_tensors(
-    triton_form: ModuleType, triton_loss: ModuleType, triton_deep_skip: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    triton_form: ModuleType, triton_loss: ModuleType, triton_deep_skip: ModuleType, triton_batch_norm: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     # a machine of two GPUs, by mocks: tensors that say they are on the second, and the current device, which is the first
     current = [0]
     launched: list[str] = []
@@ -64,6 +70,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         (triton_form, ("_sigmoid_sums", "_sigmoid_gradient", "_softmax_sums", "_softmax_gradient", "_add_rows")),
         (triton_loss, ("_loss_of_sums", "_loss_of_sums_gradient")),
         (triton_deep_skip, ("_branches",)),
+        (triton_batch_norm.passes, NORM_LAUNCHES),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -80,9 +87,13 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         own, taps = torch.empty(2, 8, 8, 8, **there), [torch.empty(2, 4, 4, 72, **there)]
         triton_deep_skip._spread._init_fn(own, taps, "bilinear")
         triton_deep_skip._gather._init_fn(torch.empty(2, 16, 8, 8, **there), [2], "bilinear")
+        channels = [torch.empty(8, **there) for _ in range(4)]
+        stats = triton_batch_norm._batch_statistics._init_fn(own, None, 128, *channels, 0.1, 1e-5)
+        triton_batch_norm._normalise_relu._init_fn(own, *channels[:2], stats, True)
+        triton_batch_norm._normalise_relu_gradient._init_fn(own, own, stats, True)
     assert launched == [
         "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
-        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches",
+        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches", *NORM_LAUNCHES,
     ]  # fmt: skip
 
 

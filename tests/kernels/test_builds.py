@@ -21,7 +21,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 80), ("deep_skip", 32)])
+@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 80), ("deep_skip", 32), ("batch_norm", 46)])
 def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
     rows = [line.split() for line in run("deepskip.kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
     # architecture, variant, registers, spilled bytes, shared bytes
@@ -68,8 +68,46 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
     assert level["memory_floor_ms"] == pytest.approx(1e3 * moved * pixels / 3.0e12)
 
 
+def test_batch_norm_is_bound_by_memory(counted: dict[str, Any]) -> None:
+    # bytes of 8 channels of two bytes: x; x and y; x and dy; x, dy and dx; sums and statistics are few
+    expected = {
+        "sums": (16, 1.75), "normalise": (32, 2.12), "gradient sums": (32, 3.30), "input gradient": (48, 3.65),
+        "statistics": (0, 0.003), "gradient coefficients": (0, 0.002), "statistics of given rows": (0, 0.004),
+    }  # fmt: skip
+    rows = {row["launch"]: row for row in counted["rows"] if "norm + ReLU" in row["launch"]}
+    assert set(rows) == {f"level 1 norm + ReLU, {name}, next" for name in expected}
+    for name, (moved, instructions) in expected.items():
+        row = rows[f"level 1 norm + ReLU, {name}, next"]
+        assert row["bytes_per_pixel"] == pytest.approx(moved, abs=0.04)
+        assert row["warp_instructions_per_pixel"] == pytest.approx(instructions, rel=0.05, abs=0.002)
+        assert row["spills"] == 0
+        if moved:
+            # half of the memory's time at most, on the card whose memory is fastest
+            assert row["issue_floor_ms"] <= 0.55 * row["memory_floor_ms_h200"]
+            assert set(row["load_widths"]) == {"16"}
+
+
+@pytest.mark.parametrize("what", ["norm, last", "norm gradient, last", "norm, first", "norm gradient, first"])
+def test_every_byte_of_a_normalised_map_is_stored_once(counted: dict[str, Any], what: str) -> None:
+    found = counted["stores"][what]
+    assert found["stored"] == found["bytes"]
+    assert found["distinct"] == found["bytes"]
+    assert found["outside"] == 0
+
+
+def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted: dict[str, Any]) -> None:
+    # the programs at both ends, by the machine code's own addresses
+    assert len(counted["far"]) == 6
+    for found in counted["far"]:
+        assert found["bytes"] > 2 * 2**31
+        assert found["reached"]
+        assert all(reached == [0, found["bytes"]] for reached in found["reached"])
+
+
 def test_shapes_that_a_launch_could_have_are_built_beforehand(counted: dict[str, Any]) -> None:
     assert counted["spills"] == dict.fromkeys(("spread_taps", "gather_taps", "bce_dice_sums", "bce_dice_gradient"), 0)
+    norms = ("batch_norm_statistics", "normalise_relu", "normalise_relu_gradient")
+    assert counted["norm spills"] == dict.fromkeys(norms, 0)
 
 
 def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # all timings are kept, not their median
     assert all(isinstance(row["seconds"], list) and min(row["seconds"]) > 0 for row in timed)
     assert {row["suite"] for row in timed} == {
-        "bandwidth", "launches", "candidates", "stage contenders", "loss contenders", "network",
+        "bandwidth", "launches", "candidates", "stage contenders", "norm contenders", "loss contenders", "network",
     }  # fmt: skip
     counts = tmp_path / "counts.json"
     counts.write_text("[]")
@@ -85,6 +85,7 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "Correctness",
         "Our operators",
         "BCE + Dice, beside",
+        "Batch norm and ReLU, beside",
         "The whole network",
         "Shapes of the",
     ):
@@ -109,6 +110,8 @@ def test_what_is_wrong_beside_float64_is_not_timed(tmp_path: Path) -> None:
     assert whole_rows(tmp_path)[0]["skipped"] == "the comparison with float64 did not end"
     about = {"suite": "gate", "dtype": "torch.float32"}
     journal.append(file, about | {"operator": "level 3 stage", "right": False, "error": None, "plain_error": 0.0})
+    norm = {"operator": "level 3 norm + ReLU, next", "right": False, "error": None, "plain_error": 0.0}
+    journal.append(file, about | norm)
     journal.append(file, about | {"operator": "loss", "right": True})
     journal.append(file, about | {"operator": "all", "complete": True})
     gpu.run_part(part, tmp_path, time.time() + 120)
