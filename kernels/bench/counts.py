@@ -37,7 +37,7 @@ CARDS = {
 SCHEDULERS = 4
 ARCHITECTURES = {80: ("A100",), 90: ("H100", "H200")}
 # argument that says after how many programs a launch's kinds of programs come again
-PERIODS = {"_branches": "per_stripe"}
+PERIODS = dict.fromkeys(("_branches", "_stage", "_gather_stage", "_weight_sums"), "per_stripe")
 # programs that are executed of a launch whose programs are all alike, far apart, until so many instructions are
 SAMPLED, ENOUGH = 32, 100_000
 # what one instruction of a warp can do: a matrix product of 16 x 8 x 16, an access of 16 bytes a lane
