@@ -4,11 +4,9 @@ Launches are in `subpixel_triton` and `subpixel_gradients_triton`. What is kept 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deepskip.kernels import deep_skip_triton, reference, subpixel_gradients_triton, subpixel_tables, subpixel_triton

@@ -70,12 +70,13 @@ def gather(
         strip(
             g_ptr, w_ptr, dx_ptr, None, y0, y1, h, S * W * STEP, w * C, W * STEP, S * STEP, reads, (j < WIDTH)[None, :],
             at[:, None] + (c * K)[None, :], (j < WIDTH)[:, None] & is_c[None, :],
-            X[:, None] * C + c[None, :], (X < end)[:, None] & is_c[None, :],
+            X[:, None] * C + c[None, :], (end > X)[:, None] & is_c[None, :],
             KIND, 6 * COLUMN, -COLUMN, S * SLOTS, SLOTS, 2, HOIST, False, OPERAND, PRECISION,
         )  # fmt: skip
 
 
-@triton.jit
+# a size of 1 would be a constant, which has no 64 bits
+@triton.jit(do_not_specialize=["H", "W"])
 def _gather_stage(
     g_ptr, maps, matrices, taps, near_blocks, strips, spans, far_blocks, per_stripe, stripes, H, W,
     K: tl.constexpr, STEP: tl.constexpr, NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -189,7 +190,7 @@ def sums_of(
     g_ptr += n * H * W * STEP
     start = number * span
     X = start + tl.arange(0, BLOCK)
-    is_mine = X < tl.minimum(start + span, w)
+    is_mine = tl.minimum(start + span, w) > X
     DEPTH: tl.constexpr = max(triton.next_power_of_2(3 * C), 16)
     j = tl.arange(0, DEPTH)
     column = X[:, None] - 1 + (j // C)[None, :]
@@ -247,7 +248,7 @@ def sums_of(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W"])
 def _weight_sums(
     g_ptr, maps, rows, blocks, strips, spans, per_stripe, stripes, N, H, W, K: tl.constexpr, STEP: tl.constexpr,
     FACTORS: tl.constexpr, SLICES: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

@@ -159,7 +159,8 @@ def _add_rows_one(
     tl.store(sums_ptr + block // BLOCKS * SIZE + at, tl.sum(total, 0), mask=at < SIZE)
 
 
-@triton.jit
+# a batch of 1 would be a constant, which has no 64 bits
+@triton.jit(do_not_specialize=["N"])
 def _add_rows(
     rows, sums, blocks, strips, stripes, N, SIZES: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -119,14 +119,15 @@ def spread(
         first_sums, second_sums = strip(
             x_ptr, w_ptr, out_ptr, bias, y0, y1, h, w * C, S * W * STEP, 0, C, reads, (j < DEPTH)[None, :],
             (j // C * COLUMN + j % C * K)[:, None] + at[None, :], (j < DEPTH)[:, None] & is_m[None, :],
-            X[:, None] * (S * STEP) + to[None, :], (X < end)[:, None] & is_m[None, :],
+            X[:, None] * (S * STEP) + to[None, :], (end > X)[:, None] & is_m[None, :],
             KIND, 0, COLUMN, SLOTS, SLOTS, 0, HOIST, SUMS, OPERAND, PRECISION,
         )  # fmt: skip
         first, second = tl.sum(first_sums, 0), tl.sum(second_sums, 0)
     return first, second
 
 
-@triton.jit
+# a size of 1 would be a constant, which has no 64 bits
+@triton.jit(do_not_specialize=["H", "W"])
 def _stage(
     out_ptr, bias_ptr, sums_ptr, maps, matrices, taps, near_blocks, strips, spans, far_blocks, per_stripe, stripes, H, W,
     K: tl.constexpr, STEP: tl.constexpr, NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr,

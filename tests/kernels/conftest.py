@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from deepskip.kernels import bce_dice_loss_triton, bce_dice_triton, deep_skip_triton
+from deepskip.kernels import bce_dice_loss_triton, bce_dice_triton, conv3_triton, deep_skip_triton, subpixel
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +24,13 @@ def triton_loss(triton_form: ModuleType) -> ModuleType:
 @pytest.fixture(scope="session")
 def triton_deep_skip(triton_form: ModuleType) -> ModuleType:
     return deep_skip_triton
+
+
+@pytest.fixture(scope="session", name="subpixel")
+def subpixel_form(triton_form: ModuleType) -> ModuleType:
+    return subpixel
+
+
+@pytest.fixture(scope="session", name="conv3_triton")
+def conv3_form(triton_form: ModuleType) -> ModuleType:
+    return conv3_triton
