@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepskip.kernels import backend, deep_skip_triton, subpixel_tables
+from deepskip.kernels import backend, deep_skip_triton, subpixel_tables, subpixel_triton
 from deepskip.kernels.deep_skip_triton import gather_map
 from deepskip.kernels.subpixel_rows_triton import edge, strip
-from deepskip.kernels.subpixel_triton import WARPS, branch, operand, stripe_of
+from deepskip.kernels.subpixel_triton import branch, operand, stripe_of
 
 # rows of output that a program of the weights' sums goes through, its warps, and cells of a product
 SUM_STRIPES, SUM_WARPS, SUM_BLOCK = (128, 64, 32, 16), 4, 64
@@ -139,7 +139,8 @@ def launch_map_gradients(
             COLUMNS=tuple(cut.columns for cut in cuts), BLOCKS=tuple(cut.block for cut in cuts),
             SLOTS=tuple(cut.slots for cut in cuts), HOIST=tuple(cut.hoist for cut in cuts),
             FAR=far, FAR_SLICES=tuple(slices[len(near) :]), WINDOW=window, WIDE=max(triton.next_power_of_2(K), 8),
-            STRIPE=stripe, BILINEAR=mode == "bilinear", OPERAND=operand(grad.dtype), PRECISION="tf32x3", num_warps=WARPS,
+            STRIPE=stripe, BILINEAR=mode == "bilinear", OPERAND=operand(grad.dtype), PRECISION="tf32x3",
+            num_warps=subpixel_triton.WARPS,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deepskip import kernels
+from deepskip.kernels import backend
 from deepskip.kernels.bench import machine_code
 from deepskip.kernels.bench.launches import Launches, Started, TritonLaunch, meta
 from deepskip.kernels.bench.warp import Warp
@@ -46,9 +47,22 @@ WIDEST = 16 * 32
 
 STAGE = (16, 512, 512)
 BASE, LEVELS = 8, 5
-# the benchmark: decoder levels, and the loss by size of logits, labels, and what the launches' names end with
-PARTS: tuple[int | tuple[tuple[int, int, int, int], torch.dtype, str], ...] = (
+
+
+class Next(NamedTuple):
+    """A part in the launches that no GPU has timed yet: a decoder level, or a 3x3 convolution of level 1, C to K channels."""
+
+    level: int
+    channels: tuple[int, int] | None = None
+
+
+# decoder levels that have other launches, and the convolutions of level 1: the first, those of equal width, and the merge
+NEXT_LEVELS, CONVOLUTIONS = (1, 2), ((3, BASE), (BASE, BASE), (LEVELS * BASE, BASE))
+# the benchmark: decoder levels, new launches, and the loss by size of logits, labels, and what the launches' names end with
+PARTS: tuple[int | Next | tuple[tuple[int, int, int, int], torch.dtype, str], ...] = (
     *range(1, LEVELS),
+    *(Next(u) for u in NEXT_LEVELS),
+    *(Next(1, channels) for channels in CONVOLUTIONS),
     ((16, 1, 1024, 1024), torch.uint8, ""),
     ((16, 1, 1024, 1024), torch.int64, ", int64 labels"),
     ((8, 19, 512, 512), torch.uint8, ", 19 classes"),
@@ -159,6 +173,13 @@ def stage(u: int) -> tuple[Callable[[], Tensor], int]:
     return lambda: kernels.deep_skip(maps, weights), N * H * W
 
 
+def convolution(C: int, K: int) -> tuple[Callable[[], Tensor], int]:
+    """Make the forward call of a 3x3 convolution of level 1 on meta tensors, and its pixels; an image needs no gradient."""
+    N, H, W = STAGE
+    x, weight = meta(N, C, H, W).requires_grad_(C >= BASE), meta(K, C, 3, 3).requires_grad_()
+    return lambda: kernels.conv3(x, weight), N * H * W
+
+
 def loss(size: tuple[int, int, int, int], labels: torch.dtype) -> Callable[[], Tensor]:
     """Make a call of the loss on meta tensors of a size."""
     N, _, H, W = size
@@ -170,15 +191,19 @@ def loss(size: tuple[int, int, int, int], labels: torch.dtype) -> Callable[[], T
 def collected(architecture: int, part: Any) -> Iterator[tuple[str, str, int, list[Started]]]:
     """Yield what a part of the benchmark launches: name, shape, pixels of output, and the launches between in- and output."""
     seen = Launches(architecture)
-    if isinstance(part, int):
-        call, pixels = stage(part)
-        with seen.watching():
+    if isinstance(part, int | Next):
+        level = part if isinstance(part, int) else part.level
+        channels = None if isinstance(part, int) else part.channels
+        call, pixels = stage(level) if channels is None else convolution(*channels)
+        what = "stage" if channels is None else f"conv3 {channels[0]} -> {channels[1]}"
+        with seen.watching(), backend.chosen("next" if isinstance(part, Next) else "triton"):
             out = call()
             forward = len(seen.started)
             out.backward(torch.empty_like(out))
-        shape = f"{STAGE[0]} x {STAGE[1] >> (part - 1)} x {STAGE[2] >> (part - 1)}, b = {BASE}"
-        yield f"level {part} stage forward", shape, pixels, seen.started[:forward]
-        yield f"level {part} stage backward", shape, pixels, seen.started[forward:]
+        shape = f"{STAGE[0]} x {STAGE[1] >> (level - 1)} x {STAGE[2] >> (level - 1)}, b = {BASE}"
+        suffix = ", next" if isinstance(part, Next) else ""
+        yield f"level {level} {what} forward{suffix}", shape, pixels, seen.started[:forward]
+        yield f"level {level} {what} backward{suffix}", shape, pixels, seen.started[forward:]
         return
     size, labels, suffix = part
     with seen.watching():

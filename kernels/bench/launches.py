@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
@@ -87,6 +88,21 @@ def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
         yield kind, value
 
 
+def _between(launch: TritonLaunch, known: set[int], made: set[int]) -> tuple[int, int]:
+    """Count the bytes that a launch reads and writes of what is its operator's alone; `made` gets what it writes first."""
+    read = written = 0
+    for x in {
+        value.untyped_storage()._cdata: value for kind, value in launch.arguments if kind.startswith("*")
+    }.values():
+        at, size = x.untyped_storage()._cdata, x.numel() * x.element_size()
+        if at in made:
+            read += size
+        elif at not in known:
+            written += size
+            made.add(at)
+    return read, written
+
+
 class Launches(Traffic):
     """Collects a call's launches while it is on; use `started`, and meta tensors.
 
@@ -114,12 +130,16 @@ class Launches(Traffic):
         with self:
             result = mine._init_fn(*args, **kwargs)
         self.note(func, args, kwargs, result)
+        # what the operator moves is told once
         whole = self.moved[-1]
-        self.started += [
-            # what the operator moves is told once
-            Started(whole if i == 0 else whole._replace(read=0, written=0), launch, args)
-            for i, launch in enumerate(self._building)
-        ]
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
+        made: set[int] = set()
+        for launch in self._building:
+            read, written = _between(launch, known, made)
+            self.started.append(
+                Started(whole._replace(read=whole.read + read, written=whole.written + written), launch, args)
+            )
+            whole = whole._replace(read=0, written=0)
         return result
 
     def build(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
