@@ -17,7 +17,7 @@ from torch import Tensor
 from deepskip.kernels import backend, deep_skip_triton, subpixel_tables, subpixel_triton
 from deepskip.kernels.deep_skip_triton import gather_map
 from deepskip.kernels.subpixel_rows_triton import edge, strip
-from deepskip.kernels.subpixel_triton import branch, operand, stripe_of
+from deepskip.kernels.subpixel_triton import branch, grouped, operand, stripe_of
 
 # rows of output that a program of the weights' sums goes through, its warps, and cells of a product
 SUM_STRIPES, SUM_WARPS, SUM_BLOCK = (128, 64, 32, 16), 4, 64
@@ -79,7 +79,8 @@ def gather(
 @triton.jit(do_not_specialize=["H", "W"])
 def _gather_stage(
     g_ptr, maps, matrices, taps, near_blocks, strips, spans, far_blocks, per_stripe, stripes, H, W,
-    K: tl.constexpr, STEP: tl.constexpr, NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, STEP: tl.constexpr, FIRSTS: tl.constexpr, COUNTS: tl.constexpr,
+    NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr, FAR: tl.constexpr,
     FAR_SLICES: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, STRIPE: tl.constexpr, BILINEAR: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,13 +90,23 @@ def _gather_stage(
     n = (stripe // stripes).to(tl.int64)
     Y0 = stripe % stripes * STRIPE
     start = 0
-    for i in tl.static_range(len(NEAR)):
-        if (part >= start) & (part < start + near_blocks[i]):
+    for j in tl.static_range(len(FIRSTS)):
+        i: tl.constexpr = FIRSTS[j]
+        count: tl.constexpr = COUNTS[j]
+        blocks = near_blocks[i]
+        if (part >= start) & (part < start + count * blocks):
+            number = (part - start) // blocks
+            w_ptr, dx_ptr = matrices[i], maps[i]
+            slice_at = number * 0 + NEAR_SLICES[i]
+            for other in tl.static_range(1, count):
+                if number == other:
+                    w_ptr, dx_ptr = matrices[i + other], maps[i + other]
+                    slice_at = number * 0 + NEAR_SLICES[i + other]
             gather(
-                g_ptr + NEAR_SLICES[i] * K, matrices[i], maps[i], n, Y0, part - start, strips[i], spans[i], H, W,
+                g_ptr + slice_at * K, w_ptr, dx_ptr, n, Y0, (part - start) % blocks, strips[i], spans[i], H, W,
                 CHANNELS[i], K, STEP, NEAR[i], COLUMNS[i], BLOCKS[i], SLOTS[i], HOIST[i], STRIPE, OPERAND, PRECISION,
             )  # fmt: skip
-        start += near_blocks[i]
+        start += count * blocks
     for i in tl.static_range(len(FAR)):
         if (part >= start) & (part < start + far_blocks[i]):
             pixels = H.to(tl.int64) * W
@@ -122,6 +133,9 @@ def launch_map_gradients(
     if not grad.numel() or not slices:
         return
     K = matrices[0].shape[5] if matrices else taps[0].shape[3] // 9
+    order, firsts, counts = grouped([(x.shape[2], x.shape[1]) for x in maps])
+    maps, matrices = [maps[i] for i in order], [matrices[i] for i in order]
+    near_slices, far_slices = tuple(slices[i] for i in order), tuple(slices[len(order) :])
     near = tuple(H // x.shape[2] for x in maps)
     far = tuple(H // x.shape[1] for x in taps)
     cuts = [branch(W // s, s * K, x.shape[1], grad.dtype, s) for s, x in zip(near, maps, strict=True)]
@@ -135,10 +149,11 @@ def launch_map_gradients(
         _gather_stage[(N * triton.cdiv(H, stripe) * per_stripe,)](
             grad, tuple(maps), tuple(matrices), tuple(taps), near_blocks, tuple(cut.strips for cut in cuts),
             tuple(cut.span for cut in cuts), far_blocks, per_stripe, triton.cdiv(H, stripe), H, W,
-            K=K, STEP=wide, NEAR=near, NEAR_SLICES=tuple(slices[: len(near)]), CHANNELS=tuple(x.shape[1] for x in maps),
+            K=K, STEP=wide, FIRSTS=firsts, COUNTS=counts, NEAR=near, NEAR_SLICES=near_slices,
+            CHANNELS=tuple(x.shape[1] for x in maps),
             COLUMNS=tuple(cut.columns for cut in cuts), BLOCKS=tuple(cut.block for cut in cuts),
             SLOTS=tuple(cut.slots for cut in cuts), HOIST=tuple(cut.hoist for cut in cuts),
-            FAR=far, FAR_SLICES=tuple(slices[len(near) :]), WINDOW=window, WIDE=max(triton.next_power_of_2(K), 8),
+            FAR=far, FAR_SLICES=far_slices, WINDOW=window, WIDE=max(triton.next_power_of_2(K), 8),
             STRIPE=stripe, BILINEAR=mode == "bilinear", OPERAND=operand(grad.dtype), PRECISION="tf32x3",
             num_warps=subpixel_triton.WARPS,
         )  # fmt: skip
@@ -158,14 +173,10 @@ def _column_sums(
     to = c[:, None] * M
     is_out = (c < C)[:, None] & is_g[None, :]
     m = tl.arange(0, m_off.shape[0])
-    for kind in tl.static_range(5):
+    for kind in range(5):
         # the row above, the row itself, the row below; the first row and the last one of themselves
-        d: tl.constexpr = kind - 1 if kind < 3 else 0
-        is_x = (y < y1) & (y + d >= 0) & (y + d < h)
-        if kind == 3:
-            is_x = is_x & (y == 0)
-        if kind == 4:
-            is_x = is_x & (y == h - 1)
+        d = tl.where(kind < 3, kind - 1, 0)
+        is_x = (y < y1) & (y + d >= 0) & (y + d < h) & ((kind < 3) | (y == tl.where(kind == 3, 0, h - 1)))
         x = tl.load(x_ptr + (r + d)[:, None] * x_row + c[None, :], mask=is_x[:, None] & (c < C)[None, :], other=0.0)
         sums = tl.dot(tl.trans(x.to(OPERAND)), g, input_precision=PRECISION)
         tl.store(to_ptr + kind * (C * M) + to + m[None, :], sums, mask=is_out)
@@ -229,22 +240,21 @@ def sums_of(
     tl.store(inner + 2 * SIZE + to, below, mask=is_out)
     # after all of those, rows of the first and last row of cells, and of the first and last column
     ends = rows_ptr + (N * stripes * strips).to(tl.int64) * (3 * SIZE)
-    for side in tl.static_range(2):
-        y_end = 0 if side == 0 else h - 1
+    for side in range(2):
+        y_end = side * (h - 1)
         if (y_end >= y0) & (y_end < y1):
-            x = tl.load(x_ptr + y_end.to(tl.int64) * x_row + x_off if side else x_ptr + x_off, mask=is_x, other=0.0)
-            g_end = g_ptr + y_end.to(tl.int64) * g_row + g_off if side else g_ptr + g_off
-            g = tl.load(g_end, mask=is_g, other=0.0).to(OPERAND)
+            x = tl.load(x_ptr + (y0 * 0 + y_end).to(tl.int64) * x_row + x_off, mask=is_x, other=0.0)
+            g = tl.load(g_ptr + (y0 * 0 + y_end).to(tl.int64) * g_row + g_off, mask=is_g, other=0.0).to(OPERAND)
             sums = tl.dot(tl.trans(x.to(OPERAND)), g, input_precision=PRECISION)
-            tl.store(ends + (side * N * strips + n * strips + number) * SIZE + to, sums, mask=is_out)
+            tl.store(ends + ((side * N + n) * strips + number) * SIZE + to, sums, mask=is_out)
     sides = ends + (2 * N * strips).to(tl.int64) * SIZE
     c = tl.arange(0, max(triton.next_power_of_2(C), 16))
-    for side in tl.static_range(2):
-        if number == (0 if side == 0 else strips - 1):
-            X_end = 0 if side == 0 else w - 1
+    for side in range(2):
+        if number == side * (strips - 1):
+            X_end = side * (w - 1)
             _column_sums(
                 x_ptr + y0.to(tl.int64) * x_row + X_end * C, g_ptr + y0.to(tl.int64) * g_row + X_end * (S * STEP),
-                sides + (side * N * stripes + stripe).to(tl.int64) * (5 * C * M) + m0, y0, y1, h, x_row, g_row, is_m, c,
+                sides + ((n * 0 + side) * N * stripes + stripe) * (5 * C * M) + m0, y0, y1, h, x_row, g_row, is_m, c,
                 m_off, M, C, max(STRIPE // S, 16), OPERAND, PRECISION,
             )  # fmt: skip
 
@@ -252,7 +262,8 @@ def sums_of(
 @triton.jit(do_not_specialize=["N", "H", "W"])
 def _weight_sums(
     g_ptr, maps, rows, blocks, strips, spans, per_stripe, stripes, N, H, W, K: tl.constexpr, STEP: tl.constexpr,
-    FACTORS: tl.constexpr, SLICES: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    FIRSTS: tl.constexpr, COUNTS: tl.constexpr, FACTORS: tl.constexpr, SLICES: tl.constexpr,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     STRIPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % per_stripe
@@ -260,13 +271,22 @@ def _weight_sums(
     n = (stripe // stripes).to(tl.int64)
     Y0 = stripe % stripes * STRIPE
     start = 0
-    for i in tl.static_range(len(FACTORS)):
-        if (part >= start) & (part < start + blocks[i]):
+    for j in tl.static_range(len(FIRSTS)):
+        i: tl.constexpr = FIRSTS[j]
+        count: tl.constexpr = COUNTS[j]
+        if (part >= start) & (part < start + count * blocks[i]):
+            number = (part - start) // blocks[i]
+            x_ptr, rows_ptr = maps[i], rows[i]
+            slice_at = number * 0 + SLICES[i]
+            for other in tl.static_range(1, count):
+                if number == other:
+                    x_ptr, rows_ptr = maps[i + other], rows[i + other]
+                    slice_at = number * 0 + SLICES[i + other]
             sums_of(
-                maps[i], g_ptr + SLICES[i] * K, rows[i], n, stripe, N, Y0, part - start, strips[i], spans[i], stripes, H, W,
-                CHANNELS[i], K, STEP, FACTORS[i], COLUMNS[i], BLOCK, STRIPE, OPERAND, PRECISION,
+                x_ptr, g_ptr + slice_at * K, rows_ptr, n, stripe, N, Y0, (part - start) % blocks[i], strips[i], spans[i],
+                stripes, H, W, CHANNELS[i], K, STEP, FACTORS[i], COLUMNS[i], BLOCK, STRIPE, OPERAND, PRECISION,
             )  # fmt: skip
-        start += blocks[i]
+        start += count * blocks[i]
 
 
 def launch_weight_gradients(
@@ -289,6 +309,8 @@ def launch_weight_gradients(
             dw.zero_()
         return
     K = grads[0].shape[0]
+    order, firsts, counts = grouped([(x.shape[2], x.shape[1]) for x in maps])
+    maps, grads, slices = [maps[i] for i in order], [grads[i] for i in order], [slices[i] for i in order]
     factors = tuple(H // x.shape[2] for x in maps)
     outputs = [s * s * K for s in factors]
     depths = [max(triton.next_power_of_2(3 * x.shape[1]), 16) for x in maps]
@@ -308,7 +330,8 @@ def launch_weight_gradients(
     with backend.device_of(grad):
         _weight_sums[(N * stripes * sum(blocks),)](
             grad, tuple(maps), tuple(rows), blocks, strips, spans, sum(blocks), stripes, N, H, W,
-            K=K, STEP=wide, FACTORS=factors, SLICES=tuple(slices), CHANNELS=tuple(x.shape[1] for x in maps), COLUMNS=columns,
+            K=K, STEP=wide, FIRSTS=firsts, COUNTS=counts, FACTORS=factors, SLICES=tuple(slices),
+            CHANNELS=tuple(x.shape[1] for x in maps), COLUMNS=columns,
             BLOCK=SUM_BLOCK, STRIPE=stripe, OPERAND=operand(grad.dtype), PRECISION="tf32x3", num_warps=SUM_WARPS,
         )  # fmt: skip
     subpixel_tables.weight_gradients(rows, grads, factors, N, strips, stripes, mode)

@@ -55,14 +55,14 @@ def strip(
     above = tl.zeros(to.shape, tl.float32)
     row_ptr = in_ptr + tl.maximum(y0 - 1, 0).to(tl.int64) * in_row
     edge_ptr = w_ptr + tl.where(y0 == 0, FIRST, ABOVE) * KIND
-    for i in tl.static_range(TILES):
+    for i in range(TILES):
         x = tl.load(row_ptr + (i // SLOTS * in_chunk + i % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(OPERAND)
         m = tl.load(edge_ptr + (i // SLOTS * CHUNK + i % SLOTS * SLOT) + at, mask=is_weight, other=0.0).to(OPERAND)
         above = tl.dot(x, m, above, input_precision=PRECISION)
     held = ()
     if HOIST:
-        for i in tl.static_range(TILES):
-            tile = w_ptr + (i // SLOTS * CHUNK + i % SLOTS * SLOT)
+        for a in tl.static_range(TILES):
+            tile = w_ptr + (a // SLOTS * CHUNK + a % SLOTS * SLOT)
             held += (
                 tl.load(tile + BELOW * KIND + at, mask=is_weight, other=0.0).to(OPERAND),
                 tl.load(tile + KIND + at, mask=is_weight, other=0.0).to(OPERAND),
@@ -70,14 +70,11 @@ def strip(
             )
     row_ptr = in_ptr + y0.to(tl.int64) * in_row
     same = tl.zeros(to.shape, tl.float32)
-    for i in tl.static_range(TILES):
+    for i in range(TILES):
         x = tl.load(row_ptr + (i // SLOTS * in_chunk + i % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(OPERAND)
-        if HOIST:
-            m_same, m_above = held[3 * i + 1], held[3 * i + 2]
-        else:
-            tile = w_ptr + (i // SLOTS * CHUNK + i % SLOTS * SLOT)
-            m_same = tl.load(tile + KIND + at, mask=is_weight, other=0.0).to(OPERAND)
-            m_above = tl.load(tile + ABOVE * KIND + at, mask=is_weight, other=0.0).to(OPERAND)
+        tile = w_ptr + (i // SLOTS * CHUNK + i % SLOTS * SLOT)
+        m_same = tl.load(tile + KIND + at, mask=is_weight, other=0.0).to(OPERAND)
+        m_above = tl.load(tile + ABOVE * KIND + at, mask=is_weight, other=0.0).to(OPERAND)
         above = tl.dot(x, m_same, above, input_precision=PRECISION)
         same = tl.dot(x, m_above, same, input_precision=PRECISION)
     for _ in range(y0 + 1, y1):
@@ -85,54 +82,36 @@ def strip(
         out = above
         above = same
         same = tl.zeros(to.shape, tl.float32)
-        for i in tl.static_range(TILES):
-            x = tl.load(row_ptr + (i // SLOTS * in_chunk + i % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(
-                OPERAND
-            )
-            if HOIST:
-                m_below, m_same, m_above = held[3 * i], held[3 * i + 1], held[3 * i + 2]
-            else:
-                tile = w_ptr + (i // SLOTS * CHUNK + i % SLOTS * SLOT)
+        if HOIST:
+            for t in tl.static_range(TILES):
+                x = tl.load(row_ptr + (t // SLOTS * in_chunk + t % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(
+                    OPERAND
+                )
+                out = tl.dot(x, held[3 * t], out, input_precision=PRECISION)
+                above = tl.dot(x, held[3 * t + 1], above, input_precision=PRECISION)
+                same = tl.dot(x, held[3 * t + 2], same, input_precision=PRECISION)
+        else:
+            # a loop, not copies of its body: with so many tiles the compiler takes minutes
+            for u in range(TILES):
+                x = tl.load(row_ptr + (u // SLOTS * in_chunk + u % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(
+                    OPERAND
+                )
+                tile = w_ptr + (u // SLOTS * CHUNK + u % SLOTS * SLOT)
                 m_below = tl.load(tile + BELOW * KIND + at, mask=is_weight, other=0.0).to(OPERAND)
                 m_same = tl.load(tile + KIND + at, mask=is_weight, other=0.0).to(OPERAND)
                 m_above = tl.load(tile + ABOVE * KIND + at, mask=is_weight, other=0.0).to(OPERAND)
-            out = tl.dot(x, m_below, out, input_precision=PRECISION)
-            above = tl.dot(x, m_same, above, input_precision=PRECISION)
-            same = tl.dot(x, m_above, same, input_precision=PRECISION)
+                out = tl.dot(x, m_below, out, input_precision=PRECISION)
+                above = tl.dot(x, m_same, above, input_precision=PRECISION)
+                same = tl.dot(x, m_above, same, input_precision=PRECISION)
         first_sums, second_sums = _write(out_ptr, to, out, is_out, bias, first_sums, second_sums, SUMS)
         out_ptr += out_row
     row_ptr += tl.where(y1 == h, 0, in_row)
     edge_ptr = w_ptr + tl.where(y1 == h, LAST, BELOW) * KIND
-    for i in tl.static_range(TILES):
+    for i in range(TILES):
         x = tl.load(row_ptr + (i // SLOTS * in_chunk + i % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(OPERAND)
         m = tl.load(edge_ptr + (i // SLOTS * CHUNK + i % SLOTS * SLOT) + at, mask=is_weight, other=0.0).to(OPERAND)
         above = tl.dot(x, m, above, input_precision=PRECISION)
     return _write(out_ptr, to, above, is_out, bias, first_sums, second_sums, SUMS)
-
-
-@triton.jit
-def _edge_column(
-    acc, in_ptr, w_ptr, rows, y0, y1, h, in_row, in_chunk, off, is_in, at, is_weight, KIND, CHUNK,
-    CHUNKS: tl.constexpr, ABOVE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    for i in tl.static_range(CHUNKS):
-        x_ptr = in_ptr + i * in_chunk + off
-        w = w_ptr + i * CHUNK + at
-        for d in tl.static_range(3):
-            y = rows + (d - 1)
-            x = tl.load(x_ptr + (d - 1) * in_row, mask=is_in & ((y >= 0) & (y < h))[:, None], other=0.0)
-            # the row above is row 0 of three
-            m = tl.load(w + (ABOVE + (1 - ABOVE) * d) * KIND, mask=is_weight, other=0.0)
-            acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
-        if y0 == 0:
-            x = tl.load(x_ptr, mask=is_in & (rows == 0)[:, None], other=0.0)
-            m = tl.load(w + FIRST * KIND, mask=is_weight, other=0.0)
-            acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
-        if y1 == h:
-            x = tl.load(x_ptr, mask=is_in & (rows == h - 1)[:, None], other=0.0)
-            m = tl.load(w + LAST * KIND, mask=is_weight, other=0.0)
-            acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -142,21 +121,31 @@ def edge(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Make rows y0 to y1 of the first (side 0) or the last column of cells; pointers are at row y0, off and to hold rows."""
-    x = tl.where(side == 0, 0, w - 1)
-    kind = tl.where(w == 1, ONLY, ONLY_FIRST + side)
+    # its own column, and the neighbour: the column after the first one, or before the last one
+    inner = 1 - 2 * side
+    own_kind = tl.where(w == 1, ONLY, ONLY_FIRST + side)
     acc = tl.zeros(to.shape, tl.float32)
-    acc = _edge_column(
-        acc, in_ptr + x * in_cell, w_ptr + kind * COLUMN, rows, y0, y1, h, in_row, in_chunk, off, is_in, at, is_weight,
-        KIND, CHUNK, CHUNKS, ABOVE, OPERAND, PRECISION,
-    )  # fmt: skip
-    if w > 1:
-        # the neighbour: the column after the first one, or before the last one
-        inner = 1 - 2 * side
-        kind = 1 + inner * (1 - ABOVE)
-        acc = _edge_column(
-            acc, in_ptr + (x + inner) * in_cell, w_ptr + kind * COLUMN, rows, y0, y1, h, in_row, in_chunk, off, is_in,
-            at, is_weight, KIND, CHUNK, CHUNKS, ABOVE, OPERAND, PRECISION,
-        )  # fmt: skip
+    for i in range(2 * CHUNKS):
+        neighbour = i // CHUNKS
+        kind = tl.where(neighbour == 0, own_kind, 1 + inner * (1 - ABOVE))
+        X = side * (w - 1) + neighbour * inner
+        x_ptr = in_ptr + i % CHUNKS * in_chunk + X * in_cell + off
+        m_ptr = w_ptr + i % CHUNKS * CHUNK + kind * COLUMN + at
+        is_there = is_in & ((neighbour == 0) | (w > 1))
+        for d in tl.static_range(3):
+            y = rows + (d - 1)
+            x = tl.load(x_ptr + (d - 1) * in_row, mask=is_there & ((y >= 0) & (y < h))[:, None], other=0.0)
+            # the row above is row 0 of three
+            m = tl.load(m_ptr + (ABOVE + (1 - ABOVE) * d) * KIND, mask=is_weight, other=0.0)
+            acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
+        if y0 == 0:
+            x = tl.load(x_ptr, mask=is_there & (rows == 0)[:, None], other=0.0)
+            m = tl.load(m_ptr + FIRST * KIND, mask=is_weight, other=0.0)
+            acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
+        if y1 == h:
+            x = tl.load(x_ptr, mask=is_there & (rows == h - 1)[:, None], other=0.0)
+            m = tl.load(m_ptr + LAST * KIND, mask=is_weight, other=0.0)
+            acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
     first_sums = tl.zeros(to.shape, tl.float32)
     second_sums = tl.zeros(to.shape, tl.float32)
     return _write(out_ptr, to, acc, is_out, bias, first_sums, second_sums, SUMS)

@@ -130,7 +130,8 @@ def spread(
 @triton.jit(do_not_specialize=["H", "W"])
 def _stage(
     out_ptr, bias_ptr, sums_ptr, maps, matrices, taps, near_blocks, strips, spans, far_blocks, per_stripe, stripes, H, W,
-    K: tl.constexpr, STEP: tl.constexpr, NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, STEP: tl.constexpr, FIRSTS: tl.constexpr, COUNTS: tl.constexpr,
+    NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr, FAR: tl.constexpr,
     FAR_SLICES: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, STRIPE: tl.constexpr, BILINEAR: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,10 +141,21 @@ def _stage(
     n = (stripe // stripes).to(tl.int64)
     Y0 = stripe % stripes * STRIPE
     start = 0
-    for i in tl.static_range(len(NEAR)):
-        if (part >= start) & (part < start + near_blocks[i]):
+    # maps of one shape are one piece of code
+    for j in tl.static_range(len(FIRSTS)):
+        i: tl.constexpr = FIRSTS[j]
+        count: tl.constexpr = COUNTS[j]
+        blocks = near_blocks[i]
+        if (part >= start) & (part < start + count * blocks):
+            number = (part - start) // blocks
+            x_ptr, w_ptr = maps[i], matrices[i]
+            slice_at = number * 0 + NEAR_SLICES[i]
+            for other in tl.static_range(1, count):
+                if number == other:
+                    x_ptr, w_ptr = maps[i + other], matrices[i + other]
+                    slice_at = number * 0 + NEAR_SLICES[i + other]
             first, second = spread(
-                maps[i], matrices[i], out_ptr + NEAR_SLICES[i] * K, bias_ptr, n, Y0, part - start, strips[i], spans[i], H, W,
+                x_ptr, w_ptr, out_ptr + slice_at * K, bias_ptr, n, Y0, (part - start) % blocks, strips[i], spans[i], H, W,
                 CHANNELS[i], K, STEP, NEAR[i], COLUMNS[i], BLOCKS[i], SLOTS[i], HOIST[i], STRIPE, sums_ptr is not None,
                 OPERAND, PRECISION,
             )  # fmt: skip
@@ -152,7 +164,7 @@ def _stage(
                 row_ptr = sums_ptr + tl.program_id(0) * (2 * K) + k
                 tl.store(row_ptr, first, mask=k < K)
                 tl.store(row_ptr + K, second, mask=k < K)
-        start += near_blocks[i]
+        start += count * blocks
     for i in tl.static_range(len(FAR)):
         if (part >= start) & (part < start + far_blocks[i]):
             pixels = H.to(tl.int64) * W
@@ -172,6 +184,14 @@ def operand(dtype: torch.dtype) -> tl.dtype:
 def stripe_of(N: int, H: int, per_stripe: int) -> int:
     """Choose the rows of output that a program makes: as many as leave enough programs."""
     return next((s for s in STRIPES if N * triton.cdiv(H, s) * per_stripe >= MANY), STRIPES[-1])
+
+
+def grouped(keys: Sequence[tuple[int, int]]) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """Order maps by shape: the order, and of each run of one shape the first place and the length."""
+    order = sorted(range(len(keys)), key=lambda i: keys[i])
+    firsts = tuple(j for j, i in enumerate(order) if j == 0 or keys[i] != keys[order[j - 1]])
+    ends = (*firsts[1:], len(order))
+    return order, firsts, tuple(end - first for first, end in zip(firsts, ends, strict=True))
 
 
 def programs_of(N: int, C: int, K: int, H: int, W: int, dtype: torch.dtype) -> int:
@@ -202,6 +222,9 @@ def launch_stage(
     if not out.numel():
         return
     K = wide // len(slices)
+    order, firsts, counts = grouped([(x.shape[2], x.shape[1]) for x in maps])
+    maps, matrices = [maps[i] for i in order], [matrices[i] for i in order]
+    near_slices, far_slices = tuple(slices[i] for i in order), tuple(slices[len(order) :])
     near = tuple(H // x.shape[2] for x in maps)
     far = tuple(H // x.shape[1] for x in taps)
     cuts = [branch(W // s, x.shape[1], s * s * K, out.dtype) for s, x in zip(near, maps, strict=True)]
@@ -214,9 +237,10 @@ def launch_stage(
         _stage[(N * triton.cdiv(H, stripe) * per_stripe,)](
             out, bias, sums, tuple(maps), tuple(matrices), tuple(taps), near_blocks, tuple(cut.strips for cut in cuts),
             tuple(cut.span for cut in cuts), far_blocks, per_stripe, triton.cdiv(H, stripe), H, W,
-            K=K, STEP=wide, NEAR=near, NEAR_SLICES=tuple(slices[: len(near)]), CHANNELS=tuple(x.shape[1] for x in maps),
+            K=K, STEP=wide, FIRSTS=firsts, COUNTS=counts, NEAR=near, NEAR_SLICES=near_slices,
+            CHANNELS=tuple(x.shape[1] for x in maps),
             COLUMNS=tuple(cut.columns for cut in cuts), BLOCKS=tuple(cut.block for cut in cuts),
             SLOTS=tuple(cut.slots for cut in cuts), HOIST=tuple(cut.hoist for cut in cuts),
-            FAR=far, FAR_SLICES=tuple(slices[len(near) :]), WINDOW=window, WIDE=max(triton.next_power_of_2(K), 8),
+            FAR=far, FAR_SLICES=far_slices, WINDOW=window, WIDE=max(triton.next_power_of_2(K), 8),
             STRIPE=stripe, BILINEAR=mode == "bilinear", OPERAND=operand(out.dtype), PRECISION="tf32x3", num_warps=WARPS,
         )  # fmt: skip

@@ -35,8 +35,9 @@ def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_launch_is_on_the_device_of_its_tensors(
-    triton_form: ModuleType, triton_loss: ModuleType, triton_deep_skip: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    triton_form: ModuleType, triton_loss: ModuleType, triton_deep_skip: ModuleType, subpixel: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     # a machine of two GPUs, by mocks: tensors that say they are on the second, and the current device, which is the first
     current = [0]
     launched: list[str] = []
@@ -64,6 +65,9 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         (triton_form, ("_sigmoid_sums", "_sigmoid_gradient", "_softmax_sums", "_softmax_gradient", "_add_rows")),
         (triton_loss, ("_loss_of_sums", "_loss_of_sums_gradient")),
         (triton_deep_skip, ("_branches",)),
+        (subpixel.subpixel_tables, ("_expand", "_add_rows", "_contract")),
+        (subpixel.subpixel_triton, ("_stage",)),
+        (subpixel.subpixel_gradients_triton, ("_gather_stage", "_weight_sums")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -80,9 +84,14 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         own, taps = torch.empty(2, 8, 8, 8, **there), [torch.empty(2, 4, 4, 72, **there)]
         triton_deep_skip._spread._init_fn(own, taps, "bilinear")
         triton_deep_skip._gather._init_fn(torch.empty(2, 16, 8, 8, **there), [2], "bilinear")
+        maps, weights = [own, torch.empty(2, 16, 4, 4, **there)], [torch.empty(8, C, 3, 3, **there) for C in (8, 16)]
+        subpixel._stage._init_fn(maps, weights, [], [0, 1], "bilinear")
+        grad = torch.empty(2, 16, 8, 8, **there)
+        subpixel._stage_gradients._init_fn(grad, maps, weights, [], [0, 1], "bilinear", [True] * 4)
     assert launched == [
         "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
-        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches",
+        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches", "_expand", "_stage", "_expand", "_gather_stage",
+        "_weight_sums", "_add_rows", "_contract",
     ]  # fmt: skip
 
 
