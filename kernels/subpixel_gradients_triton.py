@@ -19,8 +19,8 @@ from deepskip.kernels.deep_skip_triton import gather_map
 from deepskip.kernels.subpixel_rows_triton import edge, strip
 from deepskip.kernels.subpixel_triton import branch, grouped, operand, stripe_of
 
-# rows of output that a program of the weights' sums goes through, its warps, and cells of a product
-SUM_STRIPES, SUM_WARPS, SUM_BLOCK = (128, 64, 32, 16), 4, 64
+# rows of output that a program of the weights' sums goes through, its warps, and elements of x in a product
+SUM_STRIPES, SUM_WARPS, SUM_ELEMENTS = (128, 64, 32, 16), 4, 8192
 # accumulators of a program: (3 C, columns) is not to be larger
 SUM_TILE = 4096
 # programs that a GPU wants
@@ -75,6 +75,26 @@ def gather(
         )  # fmt: skip
 
 
+@triton.jit
+def _gradients_of_a_shape(
+    g_ptr, maps, matrices, n, Y0, number, part, strips, spans, H, W, K: tl.constexpr, STEP: tl.constexpr, AT: tl.constexpr,
+    COUNT: tl.constexpr, NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr, STRIPE: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # map AT and those after it are of one shape, and one piece of code
+    w_ptr, dx_ptr = matrices[AT], maps[AT]
+    slice_at = number * 0 + NEAR_SLICES[AT]
+    for other in tl.static_range(1, COUNT):
+        if number == other:
+            w_ptr, dx_ptr = matrices[AT + other], maps[AT + other]
+            slice_at = number * 0 + NEAR_SLICES[AT + other]
+    gather(
+        g_ptr + slice_at * K, w_ptr, dx_ptr, n, Y0, part, strips[AT], spans[AT], H, W, CHANNELS[AT], K, STEP, NEAR[AT],
+        COLUMNS[AT], BLOCKS[AT], SLOTS[AT], HOIST[AT], STRIPE, OPERAND, PRECISION,
+    )  # fmt: skip
+
+
 # a size of 1 would be a constant, which has no 64 bits
 @triton.jit(do_not_specialize=["H", "W"])
 def _gather_stage(
@@ -91,22 +111,13 @@ def _gather_stage(
     Y0 = stripe % stripes * STRIPE
     start = 0
     for j in tl.static_range(len(FIRSTS)):
-        i: tl.constexpr = FIRSTS[j]
-        count: tl.constexpr = COUNTS[j]
-        blocks = near_blocks[i]
-        if (part >= start) & (part < start + count * blocks):
-            number = (part - start) // blocks
-            w_ptr, dx_ptr = matrices[i], maps[i]
-            slice_at = number * 0 + NEAR_SLICES[i]
-            for other in tl.static_range(1, count):
-                if number == other:
-                    w_ptr, dx_ptr = matrices[i + other], maps[i + other]
-                    slice_at = number * 0 + NEAR_SLICES[i + other]
-            gather(
-                g_ptr + slice_at * K, w_ptr, dx_ptr, n, Y0, (part - start) % blocks, strips[i], spans[i], H, W,
-                CHANNELS[i], K, STEP, NEAR[i], COLUMNS[i], BLOCKS[i], SLOTS[i], HOIST[i], STRIPE, OPERAND, PRECISION,
+        blocks = near_blocks[FIRSTS[j]]
+        if (part >= start) & (part < start + COUNTS[j] * blocks):
+            _gradients_of_a_shape(
+                g_ptr, maps, matrices, n, Y0, (part - start) // blocks, (part - start) % blocks, strips, spans, H, W, K, STEP,
+                FIRSTS[j], COUNTS[j], NEAR, NEAR_SLICES, CHANNELS, COLUMNS, BLOCKS, SLOTS, HOIST, STRIPE, OPERAND, PRECISION,
             )  # fmt: skip
-        start += count * blocks
+        start += COUNTS[j] * blocks
     for i in tl.static_range(len(FAR)):
         if (part >= start) & (part < start + far_blocks[i]):
             pixels = H.to(tl.int64) * W
@@ -259,11 +270,29 @@ def sums_of(
             )  # fmt: skip
 
 
+@triton.jit
+def _sums_of_a_shape(
+    g_ptr, maps, rows, n, stripe, N, Y0, number, part, strips, spans, stripes, H, W, K: tl.constexpr, STEP: tl.constexpr,
+    AT: tl.constexpr, COUNT: tl.constexpr, FACTORS: tl.constexpr, SLICES: tl.constexpr, CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STRIPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    x_ptr, rows_ptr = maps[AT], rows[AT]
+    slice_at = number * 0 + SLICES[AT]
+    for other in tl.static_range(1, COUNT):
+        if number == other:
+            x_ptr, rows_ptr = maps[AT + other], rows[AT + other]
+            slice_at = number * 0 + SLICES[AT + other]
+    sums_of(
+        x_ptr, g_ptr + slice_at * K, rows_ptr, n, stripe, N, Y0, part, strips[AT], spans[AT], stripes, H, W, CHANNELS[AT], K,
+        STEP, FACTORS[AT], COLUMNS[AT], BLOCKS[AT], STRIPE, OPERAND, PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["N", "H", "W"])
 def _weight_sums(
     g_ptr, maps, rows, blocks, strips, spans, per_stripe, stripes, N, H, W, K: tl.constexpr, STEP: tl.constexpr,
     FIRSTS: tl.constexpr, COUNTS: tl.constexpr, FACTORS: tl.constexpr, SLICES: tl.constexpr,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     STRIPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % per_stripe
@@ -272,21 +301,13 @@ def _weight_sums(
     Y0 = stripe % stripes * STRIPE
     start = 0
     for j in tl.static_range(len(FIRSTS)):
-        i: tl.constexpr = FIRSTS[j]
-        count: tl.constexpr = COUNTS[j]
-        if (part >= start) & (part < start + count * blocks[i]):
-            number = (part - start) // blocks[i]
-            x_ptr, rows_ptr = maps[i], rows[i]
-            slice_at = number * 0 + SLICES[i]
-            for other in tl.static_range(1, count):
-                if number == other:
-                    x_ptr, rows_ptr = maps[i + other], rows[i + other]
-                    slice_at = number * 0 + SLICES[i + other]
-            sums_of(
-                x_ptr, g_ptr + slice_at * K, rows_ptr, n, stripe, N, Y0, (part - start) % blocks[i], strips[i], spans[i],
-                stripes, H, W, CHANNELS[i], K, STEP, FACTORS[i], COLUMNS[i], BLOCK, STRIPE, OPERAND, PRECISION,
+        count = blocks[FIRSTS[j]]
+        if (part >= start) & (part < start + COUNTS[j] * count):
+            _sums_of_a_shape(
+                g_ptr, maps, rows, n, stripe, N, Y0, (part - start) // count, (part - start) % count, strips, spans, stripes,
+                H, W, K, STEP, FIRSTS[j], COUNTS[j], FACTORS, SLICES, CHANNELS, COLUMNS, BLOCKS, STRIPE, OPERAND, PRECISION,
             )  # fmt: skip
-        start += count * blocks[i]
+        start += COUNTS[j] * count
 
 
 def launch_weight_gradients(
@@ -316,9 +337,14 @@ def launch_weight_gradients(
     depths = [max(triton.next_power_of_2(3 * x.shape[1]), 16) for x in maps]
     most = SUM_TILE // 2 if grad.dtype == torch.float32 else SUM_TILE
     columns = tuple(
-        max(16, min(triton.next_power_of_2(M), 32, most // depth)) for M, depth in zip(outputs, depths, strict=True)
+        max(8, min(triton.next_power_of_2(M), 32, most // depth)) for M, depth in zip(outputs, depths, strict=True)
     )
-    strips = tuple(triton.cdiv(W // s, SUM_BLOCK) for s in factors)
+    # as many cells as make a product large enough, beside what the program does once a row
+    cells = tuple(
+        min(max(SUM_ELEMENTS // depth, 32), 256, triton.next_power_of_2(max(W // s, 32)))
+        for s, depth in zip(factors, depths, strict=True)
+    )
+    strips = tuple(triton.cdiv(W // s, n) for s, n in zip(factors, cells, strict=True))
     spans = tuple(triton.cdiv(W // s, n) for s, n in zip(factors, strips, strict=True))
     blocks = tuple(n * triton.cdiv(M, c) for n, M, c in zip(strips, outputs, columns, strict=True))
     stripe = next((s for s in SUM_STRIPES if N * triton.cdiv(H, s) * sum(blocks) >= SUM_PROGRAMS), SUM_STRIPES[-1])
@@ -332,6 +358,6 @@ def launch_weight_gradients(
             grad, tuple(maps), tuple(rows), blocks, strips, spans, sum(blocks), stripes, N, H, W,
             K=K, STEP=wide, FIRSTS=firsts, COUNTS=counts, FACTORS=factors, SLICES=tuple(slices),
             CHANNELS=tuple(x.shape[1] for x in maps), COLUMNS=columns,
-            BLOCK=SUM_BLOCK, STRIPE=stripe, OPERAND=operand(grad.dtype), PRECISION="tf32x3", num_warps=SUM_WARPS,
+            BLOCKS=cells, STRIPE=stripe, OPERAND=operand(grad.dtype), PRECISION="tf32x3", num_warps=SUM_WARPS,
         )  # fmt: skip
     subpixel_tables.weight_gradients(rows, grads, factors, N, strips, stripes, mode)

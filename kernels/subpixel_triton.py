@@ -126,6 +126,31 @@ def spread(
     return first, second
 
 
+@triton.jit
+def _maps_of_a_shape(
+    out_ptr, bias_ptr, sums_ptr, maps, matrices, n, Y0, number, part, strips, spans, H, W, K: tl.constexpr,
+    STEP: tl.constexpr, AT: tl.constexpr, COUNT: tl.constexpr, NEAR: tl.constexpr, NEAR_SLICES: tl.constexpr,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr,
+    STRIPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # map AT and those after it are of one shape, and one piece of code
+    x_ptr, w_ptr = maps[AT], matrices[AT]
+    slice_at = number * 0 + NEAR_SLICES[AT]
+    for other in tl.static_range(1, COUNT):
+        if number == other:
+            x_ptr, w_ptr = maps[AT + other], matrices[AT + other]
+            slice_at = number * 0 + NEAR_SLICES[AT + other]
+    first, second = spread(
+        x_ptr, w_ptr, out_ptr + slice_at * K, bias_ptr, n, Y0, part, strips[AT], spans[AT], H, W, CHANNELS[AT], K, STEP,
+        NEAR[AT], COLUMNS[AT], BLOCKS[AT], SLOTS[AT], HOIST[AT], STRIPE, sums_ptr is not None, OPERAND, PRECISION,
+    )  # fmt: skip
+    if sums_ptr is not None:
+        k = tl.arange(0, COLUMNS[AT])
+        row_ptr = sums_ptr + tl.program_id(0) * (2 * K) + k
+        tl.store(row_ptr, first, mask=k < K)
+        tl.store(row_ptr + K, second, mask=k < K)
+
+
 # a size of 1 would be a constant, which has no 64 bits
 @triton.jit(do_not_specialize=["H", "W"])
 def _stage(
@@ -141,30 +166,15 @@ def _stage(
     n = (stripe // stripes).to(tl.int64)
     Y0 = stripe % stripes * STRIPE
     start = 0
-    # maps of one shape are one piece of code
     for j in tl.static_range(len(FIRSTS)):
-        i: tl.constexpr = FIRSTS[j]
-        count: tl.constexpr = COUNTS[j]
-        blocks = near_blocks[i]
-        if (part >= start) & (part < start + count * blocks):
-            number = (part - start) // blocks
-            x_ptr, w_ptr = maps[i], matrices[i]
-            slice_at = number * 0 + NEAR_SLICES[i]
-            for other in tl.static_range(1, count):
-                if number == other:
-                    x_ptr, w_ptr = maps[i + other], matrices[i + other]
-                    slice_at = number * 0 + NEAR_SLICES[i + other]
-            first, second = spread(
-                x_ptr, w_ptr, out_ptr + slice_at * K, bias_ptr, n, Y0, (part - start) % blocks, strips[i], spans[i], H, W,
-                CHANNELS[i], K, STEP, NEAR[i], COLUMNS[i], BLOCKS[i], SLOTS[i], HOIST[i], STRIPE, sums_ptr is not None,
-                OPERAND, PRECISION,
+        blocks = near_blocks[FIRSTS[j]]
+        if (part >= start) & (part < start + COUNTS[j] * blocks):
+            _maps_of_a_shape(
+                out_ptr, bias_ptr, sums_ptr, maps, matrices, n, Y0, (part - start) // blocks, (part - start) % blocks, strips,
+                spans, H, W, K, STEP, FIRSTS[j], COUNTS[j], NEAR, NEAR_SLICES, CHANNELS, COLUMNS, BLOCKS, SLOTS, HOIST,
+                STRIPE, OPERAND, PRECISION,
             )  # fmt: skip
-            if sums_ptr is not None:
-                k = tl.arange(0, COLUMNS[i])
-                row_ptr = sums_ptr + tl.program_id(0) * (2 * K) + k
-                tl.store(row_ptr, first, mask=k < K)
-                tl.store(row_ptr + K, second, mask=k < K)
-        start += count * blocks
+        start += COUNTS[j] * blocks
     for i in tl.static_range(len(FAR)):
         if (part >= start) & (part < start + far_blocks[i]):
             pixels = H.to(tl.int64) * W
