@@ -65,13 +65,6 @@ def _(
     return _like(maps[0], _wide(maps, weights, slices), is_last(maps[0]))
 
 
-def _wanted(grad: Tensor, maps: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    # gradients that are asked for: of maps, as channels last, then of weights
-    made = [_like(x, x.shape, True) for x, needed in zip(maps, needs, strict=False) if needed]
-    needed = needs[len(maps) :]
-    return made + [torch.empty_like(w) for w, asked in zip(weights, needed, strict=True) if asked]
-
-
 def _gradient_tensors(
     grad: Tensor, maps: Sequence[Tensor], weights: Sequence[Tensor], factors: Sequence[int], needs: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
