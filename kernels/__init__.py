@@ -47,16 +47,22 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     reference.check_maps(inputs, weights, mode)
     found = backend.implementation(inputs[0])
     if found == "triton":
-        from deepskip.kernels import deep_skip_triton
+        from deepskip.kernels import deep_skip_triton, subpixel
 
-        return deep_skip_triton.deep_skip(inputs, weights, mode)
-    form = deep_skip_cpu if found == "cpu" else reference
-    return form.deep_skip(inputs, weights, mode)
+        form = subpixel if backend.uses_next() else deep_skip_triton
+        return form.deep_skip(inputs, weights, mode)
+    plain = deep_skip_cpu if found == "cpu" else reference
+    return plain.deep_skip(inputs, weights, mode)
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolves (N, C, H, W) with (K, C, 3, 3), zero padding 1."""
-    form = conv3_cpu if backend.implementation(x) == "cpu" else reference
+    found = backend.implementation(x)
+    if found == "triton" and backend.uses_next():
+        from deepskip.kernels import conv3_triton
+
+        return conv3_triton.conv3(x, weight, bias)
+    form = conv3_cpu if found == "cpu" else reference
     return form.conv3(x, weight, bias)
 
 

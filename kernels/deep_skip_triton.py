@@ -114,9 +114,9 @@ def _row_of_taps(tiles, y, h, U: tl.constexpr, d: tl.constexpr, FACTOR: tl.const
 
 
 @triton.jit
-def _spread_map(
+def spread_map(
     t_ptr, out_ptr, Y0, block, k, H, W, x_step, c_step, K: tl.constexpr,
-    STRIPE: tl.constexpr, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
+    turns, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     h, w = H // FACTOR, W // FACTOR
@@ -134,7 +134,7 @@ def _spread_map(
     end = tl.minimum((cell + WINDOW - 2) * FACTOR, W)
     is_output = (end > X)[:, None] & (k < K)[None, :]
     out_ptr += Y0.to(tl.int64) * W * x_step
-    for i in range(STRIPE // FACTOR):
+    for i in range(turns):
         y = Y0 // FACTOR + i
         # FACTOR rows of output are made of the same nine taps: of a row and of those beside it, repeated beyond the border
         here = t_ptr + y.to(tl.int64) * w * (9 * K) + taps
@@ -161,15 +161,15 @@ def _spread_map(
 
 
 @triton.jit
-def _gather_map(
+def gather_map(
     g_ptr, t_ptr, Y0, block, k, H, W, x_step, c_step, K: tl.constexpr,
-    STRIPE: tl.constexpr, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
+    turns, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     h, w = H // FACTOR, W // FACTOR
     # one row of the map: the programs of a stripe go through its rows
-    y = Y0 // FACTOR + block % (STRIPE // FACTOR)
-    cell = block // (STRIPE // FACTOR) * (WINDOW - 2)
+    y = Y0 // FACTOR + block % turns
+    cell = block // turns * (WINDOW - 2)
     r = tl.arange(0, 4 * WINDOW)
     column, e = cell + r % WINDOW, r // WINDOW
     mine = (e < 3) & (r % WINDOW < WINDOW - 2) & (column < w)
@@ -244,14 +244,14 @@ def _branches(
             wide = wide_ptr + (j + 1) * K * c_step
             taps = maps[j] + n * (pixels // (FACTORS[j] * FACTORS[j])) * (9 * K)
             if BACKWARD:
-                _gather_map(
+                gather_map(
                     wide, taps, Y0, block - start, k, H, W, x_step, c_step, K,
-                    STRIPE, FACTORS[j], WINDOW, BILINEAR, OPERAND, PRECISION,
+                    STRIPE // FACTORS[j], FACTORS[j], WINDOW, BILINEAR, OPERAND, PRECISION,
                 )  # fmt: skip
             else:
-                _spread_map(
+                spread_map(
                     taps, wide, Y0, block - start, k, H, W, x_step, c_step, K,
-                    STRIPE, FACTORS[j], WINDOW, BILINEAR, OPERAND, PRECISION,
+                    STRIPE // FACTORS[j], FACTORS[j], WINDOW, BILINEAR, OPERAND, PRECISION,
                 )  # fmt: skip
         start += blocks[j + 1]
 
@@ -337,6 +337,27 @@ _spread.register_autograd(_backward, setup_context=_keep)
 _gather.register_autograd(no_second_backward, setup_context=lambda ctx, inputs, output: None)
 
 
+def factors_of(inputs: Sequence[Tensor]) -> list[int] | None:
+    """Return by how much each map is smaller than the first, 1 first; None where one is not so by 2, 4, 8 or 16 both ways."""
+    H, W = inputs[0].shape[-2:]
+    found = [1]
+    for x in inputs[1:]:
+        s = H // x.shape[2]
+        if s not in FACTORS or (x.shape[2] * s, x.shape[3] * s) != (H, W):
+            return None
+        found.append(s)
+    return found
+
+
+def taps_of(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute all nine taps of a map's convolution, (N, h, w, 9 K); fp32 where fp16's gradients could overflow."""
+    half = dtype == torch.float16
+    # autocast, which the meta device does not have, would make fp16 of the taps again
+    with torch.autocast(x.device.type, enabled=False) if half and not x.is_meta else nullcontext():
+        x_NHWC, mixed = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+        return F.linear(x_NHWC.float(), mixed.float()) if half else F.linear(x_NHWC, mixed)
+
+
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1): as `reference.deep_skip`.
 
@@ -344,19 +365,10 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     ways get the plain form. Raises ValueError for tensors of a CPU, RuntimeError where a second derivative is asked for.
     """
     must_run(inputs[0])
-    H, W = inputs[0].shape[-2:]
-    if not all(H // x.shape[2] in FACTORS and x.shape[2] * (H // x.shape[2]) == H for x in inputs[1:]) or any(
-        x.shape[3] * (H // x.shape[2]) != W for x in inputs[1:]
-    ):
+    if factors_of(inputs) is None:
         return reference.deep_skip(inputs, weights, mode)
     own = reference.conv3(inputs[0], weights[0])
     if len(inputs) == 1:
         return own
-    taps = []
-    half = own.dtype == torch.float16
-    # autocast, which the meta device does not have, would make fp16 of the taps again
-    with torch.autocast(own.device.type, enabled=False) if half and not own.is_meta else nullcontext():
-        for x, weight in zip(inputs[1:], weights[1:], strict=True):
-            x_NHWC, mixed = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
-            taps.append(F.linear(x_NHWC.float(), mixed.float()) if half else F.linear(x_NHWC, mixed))
+    taps = [taps_of(x, weight, own.dtype) for x, weight in zip(inputs[1:], weights[1:], strict=True)]
     return _spread(own, taps, mode)

@@ -15,7 +15,9 @@ if not torch.cuda.is_available():
     # gluon, which is imported when a kernel first runs; and ours, before any test's module imports them
     for name in ("triton.experimental.gluon", "triton.language"):
         importlib.import_module(name)
-    for name in ("bce_dice_triton", "bce_dice_loss_triton", "deep_skip_triton", "batch_norm_triton"):
+    for name in (
+        "bce_dice_triton", "bce_dice_loss_triton", "deep_skip_triton", "batch_norm_triton", "subpixel", "conv3_triton",
+    ):  # fmt: skip
         importlib.import_module(f"deepskip.kernels.{name}")
 
     # what the tests start must not see it

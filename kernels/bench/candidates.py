@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from deepskip import kernels
-from deepskip.kernels import batch_norm_triton, bce_dice_triton, deep_skip_triton
+from deepskip.kernels import batch_norm_triton, bce_dice_triton, deep_skip_triton, subpixel, subpixel_triton
 from deepskip.kernels.bench import cases, gpu_norms, gpu_part, machine_code, measure
 from deepskip.kernels.bench.launches import Launches, meta
 
@@ -42,6 +42,8 @@ class Candidate(NamedTuple):
 WINDOWS, CHANNELS, WARPS = (8, 16), (8, 16, 32), (1, 2, 4, 8)
 # processes that build, each with a torch of its own in memory
 MOST_BUILDERS = 16
+# cells of a product in the sub-pixel stage
+CELLS = (32, 64, 128)
 BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
 # of batch norm: loads under way and warps; programs that are 4, 6 and 8 for each of an H100's processors. Two levels will do
 LOADS, NORM_WARPS, NORM_PROGRAMS, NORM_LEVELS = (2, 4, 8), (2, 4, 8), (528, 792, 1056), 2
@@ -78,6 +80,19 @@ def _norms(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Cand
                 yield Candidate(operator, name, u, shape, settings, mine)
 
 
+def _next_stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
+    N, H, W = size
+    # more channels get today's launches
+    for u in (u for u in levels if cases.BASE << (u - 1) <= subpixel.MOST_OUTPUTS):
+        shape = N, H >> (u - 1), W >> (u - 1)
+        for operator in ("subpixel_stage", "subpixel_stage_gradients"):
+            for block in CELLS:
+                for warps in WARPS:
+                    settings = (("BLOCK", block), ("WARPS", warps))
+                    mine = all(getattr(subpixel_triton, setting) == value for setting, value in settings)
+                    yield Candidate(operator, f"level {u}, {N}x{shape[1]}x{shape[2]}, next", u, shape, settings, mine)
+
+
 def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]:
     for size in sizes:
         name, key = "loss, " + "x".join(map(str, size)), "SIGMOID_BLOCK" if size[1] == 1 else "SOFTMAX_TILE"
@@ -92,11 +107,17 @@ def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]
 
 
 def all_of(
-    stage: tuple[int, int, int], levels: tuple[int, ...], losses: tuple[tuple[int, int, int, int], ...]
-) -> list[Candidate]:
+    stage: tuple[int, int, int], levels: tuple[int, ...], losses: tuple[tuple[int, int, int, int], ...],
+    next_levels: tuple[int, ...] = (),
+) -> list[Candidate]:  # fmt: skip
     """Return every candidate: the product's own of each launch first, then the others, a launch after the other in turns."""
     found: dict[tuple[str, str], list[Candidate]] = {}
-    for candidate in (*_stages(stage, levels), *_norms(stage, levels), *_losses(losses)):
+    for candidate in (
+        *_stages(stage, levels),
+        *_norms(stage, levels),
+        *_losses(losses),
+        *_next_stages(stage, next_levels),
+    ):
         found.setdefault((candidate.operator, candidate.case), []).append(candidate)
     ordered = [sorted(some, key=lambda one: not one.taken) for some in found.values()]
     return [one for turn in itertools.zip_longest(*ordered) for one in turn if one is not None]
@@ -110,7 +131,7 @@ def built(
     The builds run beforehand, in processes of their own on all cores, and Triton's cache on the disk has them when they are
     timed. Candidates that differ in their operator alone are one build.
     """
-    found = all_of(sizes.stages[0], sizes.levels, sizes.losses[:2])
+    found = all_of(sizes.stages[0], sizes.levels, sizes.losses[:2], sizes.next_levels)
     if device.type != "cuda":
         launches = {(one.operator, one.case) for one in found}
         yield from ((one, None) for one in found[: 2 * len(launches)])
@@ -140,13 +161,14 @@ def patched(candidate: Candidate) -> Iterator[None]:
         if candidate.operator in NORM_OPERATORS:
             for key, value in settings.items():
                 stack.enter_context(mock.patch.object(batch_norm_triton, key, value))
-        elif candidate.level:
+        elif "window" in settings:
             shape = deep_skip_triton.Shape(settings["window"], settings["channels"], settings["warps"])
             for table in (deep_skip_triton.HALF, deep_skip_triton.SINGLE):
                 stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, (shape, shape))))
         else:
+            module = subpixel_triton if candidate.level else bce_dice_triton
             for key, value in settings.items():
-                stack.enter_context(mock.patch.object(bce_dice_triton, key, value))
+                stack.enter_context(mock.patch.object(module, key, value))
         yield
 
 
@@ -155,6 +177,23 @@ def _operator_call(
 ) -> Callable[[], Any]:
     operator = getattr(torch.ops.deepskip, candidate.operator).default
     return measure.rotated(operator, *make(), device=device)
+
+
+def _subpixel_arguments(
+    candidate: Candidate, factors: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Any, ...]:
+    N, H, W = candidate.shape
+    tensors = cases.level_inputs(candidate.level, N, H, W, dtype, torch.channels_last, device)
+    inputs, weights = ([x.detach() for x in some] for some in tensors)
+    K = weights[0].shape[0]
+    near = [i for i, s in enumerate((1, *factors)) if s in subpixel.NEAR]
+    far = [i for i, s in enumerate((1, *factors)) if s not in subpixel.NEAR]
+    maps, kernel_weights, deeper = [inputs[i] for i in near], [weights[i] for i in near], [factors[i - 1] for i in far]
+    if candidate.operator == "subpixel_stage":
+        taps = [torch.randn(N, H // s, W // s, 9 * K, device=device).to(dtype) for s in deeper]
+        return maps, kernel_weights, taps, [*near, *far], "bilinear"
+    grad = torch.randn(N, K * len(inputs), H, W, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    return grad, maps, kernel_weights, deeper, [*near, *far], "bilinear", [True] * (2 * len(near))
 
 
 def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
@@ -168,6 +207,8 @@ def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Call
         factors = [*(2**j for j in range(1, cases.LEVELS - candidate.level)), 2]
 
         def stage() -> tuple[Any, ...]:
+            if candidate.operator.startswith("subpixel"):
+                return _subpixel_arguments(candidate, factors, dtype, device)
             if candidate.operator == "spread_taps":
                 own = torch.randn(N, K, H, W, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
                 taps = [torch.randn(N, H // s, W // s, 9 * K, device=device).to(dtype) for s in factors]
@@ -195,7 +236,8 @@ def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
     seen = Launches(architecture)
     norm = candidate.operator in NORM_OPERATORS
     try:
-        with patched(candidate), seen.watching("next" if norm else "triton"):
+        form = "next" if norm or candidate.operator.startswith("subpixel") else "triton"
+        with patched(candidate), seen.watching(form):
             if norm:
                 N, H, W = candidate.shape
                 C = cases.BASE << (candidate.level - 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepskip import kernels
-from deepskip.kernels import reference
+from deepskip.kernels import backend, reference
 
 BASE, LEVELS = 8, 5
 Stage = Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -37,6 +37,28 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     """
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+
+def next_stage(inputs: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Compute the stage in the launches that no GPU has timed yet."""
+    with backend.chosen("next"):
+        return kernels.deep_skip(inputs, weights)
+
+
+def next_conv3(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve in the launches that no GPU has timed yet."""
+    with backend.chosen("next"):
+        return kernels.conv3(x, weight)
+
+
+def convolution_inputs(
+    size: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Make a map, channels last, and weights of (N, C, K, H, W); an image of few bands needs no gradient."""
+    N, C, K, H, W = size
+    x = torch.randn(N, C, H, W, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(K, C, 3, 3, device=device) / (9 * C) ** 0.5).to(dtype)
+    return x.requires_grad_(C > 3), weight.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
 STAGES = ("deepskip", "plain, channels last", "plain, contiguous", "torch.compile, channels last")

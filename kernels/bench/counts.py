@@ -37,7 +37,7 @@ CARDS = {
 SCHEDULERS = 4
 ARCHITECTURES = {80: ("A100",), 90: ("H100", "H200")}
 # argument that says after how many programs a launch's kinds of programs come again
-PERIODS = {"_branches": "per_stripe"}
+PERIODS = dict.fromkeys(("_branches", "_stage", "_gather_stage", "_weight_sums"), "per_stripe")
 # programs that are executed of a launch whose programs are all alike, far apart, until so many instructions are
 SAMPLED, ENOUGH = 32, 100_000
 # what one instruction of a warp can do: a matrix product of 16 x 8 x 16, an access of 16 bytes a lane
@@ -55,9 +55,20 @@ class Norm(NamedTuple):
     of_sums: bool
 
 
-# the benchmark: decoder levels, the loss by size of logits, labels, and what the launches' names end with, and norms
-PARTS: tuple[int | tuple[tuple[int, int, int, int], torch.dtype, str] | Norm, ...] = (
+class Next(NamedTuple):
+    """A part in the launches that no GPU has timed yet: a decoder level, or a 3x3 convolution of level 1, C to K channels."""
+
+    level: int
+    channels: tuple[int, int] | None = None
+
+
+# decoder levels that have other launches, and the convolutions of level 1: the first, those of equal width, and the merge
+NEXT_LEVELS, CONVOLUTIONS = (1, 2), ((3, BASE), (BASE, BASE), (LEVELS * BASE, BASE))
+# the benchmark: decoder levels, new launches, the loss by size of logits, labels, and what the launches end with, and norms
+PARTS: tuple[int | Next | tuple[tuple[int, int, int, int], torch.dtype, str] | Norm, ...] = (
     *range(1, LEVELS),
+    *(Next(u) for u in NEXT_LEVELS),
+    *(Next(1, channels) for channels in CONVOLUTIONS),
     ((16, 1, 1024, 1024), torch.uint8, ""),
     ((16, 1, 1024, 1024), torch.int64, ", int64 labels"),
     ((8, 19, 512, 512), torch.uint8, ", 19 classes"),
@@ -175,6 +186,13 @@ def stage(u: int) -> tuple[Callable[[], Tensor], int]:
     return lambda: kernels.deep_skip(maps, weights), N * H * W
 
 
+def convolution(C: int, K: int) -> tuple[Callable[[], Tensor], int]:
+    """Make the forward call of a 3x3 convolution of level 1 on meta tensors, and its pixels; an image needs no gradient."""
+    N, H, W = STAGE
+    x, weight = meta(N, C, H, W).requires_grad_(C >= BASE), meta(K, C, 3, 3).requires_grad_()
+    return lambda: kernels.conv3(x, weight), N * H * W
+
+
 def loss(size: tuple[int, int, int, int], labels: torch.dtype) -> Callable[[], Tensor]:
     """Make a call of the loss on meta tensors of a size."""
     N, _, H, W = size
@@ -217,15 +235,19 @@ def collected(architecture: int, part: Any) -> Iterator[tuple[str, str, int, lis
         yield from collected_norm(architecture, part)
         return
     seen = Launches(architecture)
-    if isinstance(part, int):
-        call, pixels = stage(part)
-        with seen.watching():
+    if isinstance(part, int | Next):
+        level = part if isinstance(part, int) else part.level
+        channels = None if isinstance(part, int) else part.channels
+        call, pixels = stage(level) if channels is None else convolution(*channels)
+        what = "stage" if channels is None else f"conv3 {channels[0]} -> {channels[1]}"
+        with seen.watching("next" if isinstance(part, Next) else "triton"):
             out = call()
             forward = len(seen.started)
             out.backward(torch.empty_like(out))
-        shape = f"{STAGE[0]} x {STAGE[1] >> (part - 1)} x {STAGE[2] >> (part - 1)}, b = {BASE}"
-        yield f"level {part} stage forward", shape, pixels, seen.started[:forward]
-        yield f"level {part} stage backward", shape, pixels, seen.started[forward:]
+        shape = f"{STAGE[0]} x {STAGE[1] >> (level - 1)} x {STAGE[2] >> (level - 1)}, b = {BASE}"
+        suffix = ", next" if isinstance(part, Next) else ""
+        yield f"level {level} {what} forward{suffix}", shape, pixels, seen.started[:forward]
+        yield f"level {level} {what} backward{suffix}", shape, pixels, seen.started[forward:]
         return
     size, labels, suffix = part
     with seen.watching():

@@ -26,6 +26,7 @@ class Sizes(NamedTuple):
 
     stages: (N, H, W) of level 1. levels: decoder levels. losses: (N, V, H, W) of logits. bandwidths: bytes moved.
     warm, rounds: calls before timing, and timed. dtype: of what is timed. checked: types that the gate compares besides.
+    next_levels: decoder levels in the launches that no GPU has timed yet. convolutions: (N, C, K, H, W) in such launches.
     """
 
     stages: tuple[tuple[int, int, int], ...]
@@ -36,14 +37,20 @@ class Sizes(NamedTuple):
     rounds: int
     dtype: torch.dtype
     checked: tuple[torch.dtype, ...]
+    next_levels: tuple[int, ...]
+    convolutions: tuple[tuple[int, int, int, int, int], ...]
 
 
 REAL = Sizes(
     ((16, 512, 512), (8, 1024, 1024)), (1, 2, 3, 4),
     ((16, 1, 1024, 1024), (8, 19, 512, 512), (4, 1, 128, 128), (32, 1, 512, 512)),
     (2**30, 2**31, 2**32), 3, 30, torch.bfloat16, (torch.float16, torch.float32),
+    (1, 2), ((16, 8, 8, 512, 512), (16, 40, 8, 512, 512), (16, 3, 8, 512, 512)),
 )  # fmt: skip
-TOY = Sizes(((1, 16, 16),), (3,), ((2, 1, 8, 8), (1, 3, 8, 8)), (2**20,), 0, 1, torch.float32, (torch.float16,))
+TOY = Sizes(
+    ((1, 16, 16),), (3,), ((2, 1, 8, 8), (1, 3, 8, 8)), (2**20,), 0, 1, torch.float32, (torch.float16,), (4,),
+    ((1, 4, 4, 3, 4),),
+)  # fmt: skip
 
 
 class Run(NamedTuple):

@@ -49,13 +49,13 @@ def judged(dtype: torch.dtype, ours: list[Tensor], plain: list[Tensor], exact: l
     return {"error": finite(worst), "plain_error": finite(max(plains)), "tolerance": TOLERANCES[dtype], "right": right}
 
 
-def stage_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format) -> Row:
+def stage_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format, ours: cases.Stage) -> Row:
     """Compare a level's stage, values and every gradient, with float64, at a quarter of the batch."""
     N, H, W = run.sizes.stages[0]
     inputs, weights = cases.level_inputs(u, max(1, N // 4), H >> (u - 1), W >> (u - 1), dtype, layout, run.device)
-    grad = torch.randn_like(stage_forward(kernels.deep_skip, (inputs, weights)))
+    grad = torch.randn_like(stage_forward(ours, (inputs, weights)))
     found = []
-    for stage, double in ((kernels.deep_skip, False), (reference.deep_skip, False), (reference.deep_skip, True)):
+    for stage, double in ((ours, False), (reference.deep_skip, False), (reference.deep_skip, True)):
         maps, kernel_weights = (
             [x.detach().to(torch.float64 if double else dtype).requires_grad_() for x in some]
             for some in (inputs, weights)
@@ -68,6 +68,18 @@ def stage_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format
 def norm_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format) -> Row:
     """Compare a level's batch norm and ReLU, gradients and running statistics, with float64, at a quarter of the batch."""
     return judged(dtype, *gpu_norms.norm_values(run, u, dtype, layout))
+
+
+def convolution_gate(run: Run, size: tuple[int, int, int, int, int], dtype: torch.dtype) -> Row:
+    """Compare a convolution of few channels, values and gradients, with float64, at a quarter of the batch."""
+    x, weight = cases.convolution_inputs((max(1, size[0] // 4), *size[1:]), dtype, run.device)
+    grad = torch.randn_like(reference.conv3(x, weight).detach())
+    found = []
+    for form, double in ((cases.next_conv3, False), (reference.conv3, False), (reference.conv3, True)):
+        leaves = [y.detach().to(torch.float64 if double else dtype).requires_grad_() for y in (x, weight)]
+        out = form(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
+    return judged(dtype, *found)
 
 
 def loss_gate(run: Run, shape: tuple[int, ...], dtype: torch.dtype, labels: torch.dtype) -> Row:
@@ -85,15 +97,25 @@ def loss_gate(run: Run, shape: tuple[int, ...], dtype: torch.dtype, labels: torc
     return judged(dtype, *found)
 
 
+def convolution_name(size: tuple[int, int, int, int, int]) -> str:
+    """Name a convolution in the new launches, as the gate does."""
+    return f"conv3 {size[1]} -> {size[2]}, next"
+
+
 def gate_of(run: Run, dtype: torch.dtype) -> Iterator[Job]:
     """Compare every operator in a type; ends with a row that says that nothing was left out."""
     about: Row = {"suite": "gate", "dtype": str(dtype)}
     for u in run.sizes.levels:
         for layout in (LAST, FIRST):
             row = about | {"operator": f"level {u} stage", "layout": str(layout)}
-            yield row, partial(stage_gate, run, u, dtype, layout)
+            yield row, partial(stage_gate, run, u, dtype, layout, kernels.deep_skip)
             row = about | {"operator": gpu_norms.norm_name(u), "layout": str(layout)}
             yield row, partial(norm_gate, run, u, dtype, layout)
+    for u in run.sizes.next_levels:
+        row = about | {"operator": f"level {u} stage, next", "layout": str(LAST)}
+        yield row, partial(stage_gate, run, u, dtype, LAST, cases.next_stage)
+    for size in run.sizes.convolutions:
+        yield about | {"operator": convolution_name(size)}, partial(convolution_gate, run, size, dtype)
     for shape in dict.fromkeys((2, V, min(H, 256), min(W, 256)) for _, V, H, W in run.sizes.losses):
         for labels in (torch.uint8, torch.int64):
             row = about | {"operator": "loss", "labels": str(labels), "classes": shape[1]}
@@ -139,12 +161,12 @@ def loss_step(loss: opponents.Loss, logits: Tensor, target: Tensor) -> Tensor:
     return torch.autograd.grad(loss(logits, target), logits)[0]
 
 
-def levels(run: Run) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
-    """Yield every size's levels that are right: name, level, (N, H, W)."""
+def levels(run: Run, suffix: str = "") -> Iterator[tuple[str, int, tuple[int, int, int]]]:
+    """Yield every size's levels that are right, in today's launches or those of a suffix: name, level, (N, H, W)."""
     for N, H, W in run.sizes.stages:
-        for u in run.sizes.levels:
-            if f"level {u} stage" not in run.wrong:
-                yield f"level {u}, {N}x{H >> (u - 1)}x{W >> (u - 1)}", u, (N, H >> (u - 1), W >> (u - 1))
+        for u in run.sizes.next_levels if suffix else run.sizes.levels:
+            if f"level {u} stage{suffix}" not in run.wrong:
+                yield f"level {u}, {N}x{H >> (u - 1)}x{W >> (u - 1)}{suffix}", u, (N, H >> (u - 1), W >> (u - 1))
 
 
 def losses(run: Run) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
@@ -161,14 +183,14 @@ def operators(run: Run, whole: dict[str, Callable[[], Any]], seen: _OurCalls) ->
     return [{"operator": name} | timed(run, {"": call}) for name, call in (calls | whole).items()]
 
 
-def stage_launches(run: Run, u: int, shape: tuple[int, int, int]) -> list[Row]:
+def stage_launches(run: Run, u: int, shape: tuple[int, int, int], stage: cases.Stage) -> list[Row]:
     """Time our operators as a level calls them, and the whole stage."""
     tensors = cases.level_inputs(u, *shape, run.sizes.dtype, LAST, run.device)
-    grad = torch.randn_like(stage_forward(kernels.deep_skip, tensors))
+    grad = torch.randn_like(stage_forward(stage, tensors))
     with _OurCalls() as seen:
-        stage_step(kernels.deep_skip, tensors, grad)
-    forward = measure.rotated(partial(stage_forward, kernels.deep_skip), tensors, device=run.device)
-    both = measure.rotated(partial(stage_step, kernels.deep_skip), tensors, grad, device=run.device)
+        stage_step(stage, tensors, grad)
+    forward = measure.rotated(partial(stage_forward, stage), tensors, device=run.device)
+    both = measure.rotated(partial(stage_step, stage), tensors, grad, device=run.device)
     return operators(run, {"stage forward": forward, "stage forward + backward": both}, seen)
 
 
@@ -181,20 +203,47 @@ def loss_launches(run: Run, shape: tuple[int, ...]) -> list[Row]:
     return operators(run, {"loss + gradient": both}, seen)
 
 
+def convolution_launches(run: Run, size: tuple[int, int, int, int, int]) -> list[Row]:
+    """Time a convolution of few channels in turns with the library's, forward, and forward and backward."""
+    x, weight = cases.convolution_inputs(size, run.sizes.dtype, run.device)
+    leaves = [y for y in (x, weight) if y.requires_grad]
+    grad = torch.randn_like(reference.conv3(x, weight).detach())
+
+    def forward(form: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            return form(x, weight)
+
+    def both(form: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(form(x, weight), [x, weight][-len(leaves) :], grad)
+
+    forms = {"": cases.next_conv3, "plain": reference.conv3}
+    rows = []
+    for name, what, arguments in (("forward", forward, (x, weight)), ("forward + backward", both, (x, weight, grad))):
+        calls = {
+            side: measure.rotated(partial(what, form), *arguments, device=run.device) for side, form in forms.items()
+        }
+        rows.append({"operator": f"{convolution_name(size)}, {name}"} | timed(run, calls))
+    return rows
+
+
 def launches(run: Run) -> Iterator[Job]:
     """Time each of our operators by itself, and the stage and the loss whole."""
     about: Row = {"suite": "launches", "dtype": str(run.sizes.dtype)}
-    for name, u, shape in levels(run):
-        yield about | {"size": name}, partial(stage_launches, run, u, shape)
+    for suffix, stage in (("", kernels.deep_skip), (", next", cases.next_stage)):
+        for name, u, shape in levels(run, suffix):
+            yield about | {"size": name}, partial(stage_launches, run, u, shape, stage)
     yield from gpu_norms.launch_jobs(run)
+    for size in run.sizes.convolutions:
+        if convolution_name(size) not in run.wrong:
+            yield about | {"size": "x".join(map(str, size))}, partial(convolution_launches, run, size)
     for name, logits_shape in losses(run):
         yield about | {"size": f"loss, {name}"}, partial(loss_launches, run, logits_shape)
 
 
 def candidate_shapes(run: Run) -> Iterator[Job]:
     """Time every shape of a launch that compiles without spilling, beside the one that the product takes."""
-    names = {name for name, *_ in levels(run)} | {f"loss, {name}" for name, _ in losses(run)}
-    names |= {name for name, *_ in gpu_norms.sizes(run)}
+    names = {name for suffix in ("", ", next") for name, *_ in levels(run, suffix)}
+    names |= {f"loss, {name}" for name, _ in losses(run)} | {name for name, *_ in gpu_norms.sizes(run)}
     for candidate, spilled in candidates.built(run.sizes, run.device, run.left):
         if candidate.case not in names:
             continue

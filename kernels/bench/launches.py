@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
@@ -87,6 +88,21 @@ def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
         yield kind, value
 
 
+def _between(launch: TritonLaunch, known: set[int], made: set[int]) -> tuple[int, int]:
+    """Count the bytes that a launch reads and writes of what is its operator's alone; `made` gets what it writes first."""
+    read = written = 0
+    for x in {
+        value.untyped_storage()._cdata: value for kind, value in launch.arguments if kind.startswith("*")
+    }.values():
+        at, size = x.untyped_storage()._cdata, x.numel() * x.element_size()
+        if at in made:
+            read += size
+        elif at not in known:
+            written += size
+            made.add(at)
+    return read, written
+
+
 class Launches(Traffic):
     """Collects a call's launches while it is on; use `started`, and meta tensors.
 
@@ -116,10 +132,16 @@ class Launches(Traffic):
         before = len(self.moved)
         self.note(func, args, kwargs, result)
         told = self.moved[before:]
-        if len(told) == 1:
-            # what the operator moves is told once
-            told += [told[0]._replace(read=0, written=0)] * (len(self._building) - 1)
-        self.started += [Started(row, launch, args) for row, launch in zip(told, self._building, strict=True)]
+        # of most operators the moves are told at once, without what one launch hands to the next
+        whole = len(told) == 1
+        told += [told[0]._replace(read=0, written=0)] * (len(self._building) - 1 if whole else 0)
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
+        made: set[int] = set()
+        for row, launch in zip(told, self._building, strict=True):
+            read, written = _between(launch, known, made) if whole else (0, 0)
+            self.started.append(
+                Started(row._replace(read=row.read + read, written=row.written + written), launch, args)
+            )
         return result
 
     def build(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

@@ -57,6 +57,9 @@ class WarpState:
         self.accesses: list[Access] = []
 
     def _known(self, store: dict[str, tuple[np.ndarray, np.ndarray]], name: str) -> Lanes:
+        if name not in store and not name.startswith("local "):
+            # nothing that works depends on what was there before, but bits are set in such a register one by one
+            return np.zeros(LANES, bool if "P" in name else np.uint32)
         x, known = store.get(name, (None, None))
         return x if known is not None and known[self.looking].all() else None
 

@@ -5,7 +5,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from deepskip.kernels import batch_norm_triton, bce_dice_loss_triton, bce_dice_triton, deep_skip_triton
+from deepskip.kernels import (
+    batch_norm_triton,
+    bce_dice_loss_triton,
+    bce_dice_triton,
+    conv3_triton,
+    deep_skip_triton,
+    subpixel,
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +36,13 @@ def triton_deep_skip(triton_form: ModuleType) -> ModuleType:
 @pytest.fixture(scope="session")
 def triton_batch_norm(triton_form: ModuleType) -> ModuleType:
     return batch_norm_triton
+
+
+@pytest.fixture(scope="session", name="subpixel")
+def subpixel_form(triton_form: ModuleType) -> ModuleType:
+    return subpixel
+
+
+@pytest.fixture(scope="session", name="conv3_triton")
+def conv3_form(triton_form: ModuleType) -> ModuleType:
+    return conv3_triton

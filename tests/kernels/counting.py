@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from deepskip import kernels
+from deepskip.kernels import backend
 from deepskip.kernels.bench import candidates, counts
 from deepskip.kernels.bench.launches import Launches, TritonLaunch, meta
 
@@ -77,6 +78,23 @@ def stage_stores() -> dict[str, Any]:
     }
 
 
+def next_stores() -> dict[str, Any]:
+    """Check the stage in sub-pixel form, and the gradients of its maps, at a size that is no whole number of blocks."""
+    N, K, H, W = 2, 5, 36, 20
+    factors = (1, 2, 4)
+    maps = [meta(N, K * s, H // s, W // s).requires_grad_() for s in factors]
+    weights = [meta(K, K * s, 3, 3).requires_grad_() for s in factors]
+    seen = Launches(ARCHITECTURE)
+    with seen.watching(), backend.chosen("next"):
+        out = kernels.deep_skip(maps, weights)
+        out.backward(torch.empty_like(out))
+    found = {one.launch.build.name: one.launch for one in seen.started if one.launch is not None}
+    return {
+        "forward, next": stores(found["_stage"], [found["_stage"].named["out_ptr"]]),
+        "backward, next": stores(found["_gather_stage"], list(found["_gather_stage"].named["maps"])),
+    }
+
+
 def loss_stores() -> dict[str, int]:
     """Check the gradient of the loss."""
     seen = Launches(ARCHITECTURE)
@@ -140,13 +158,16 @@ def main() -> None:
     """Write everything as JSON."""
     shapes = candidates.all_of((2, 32, 32), (3,), ((2, 1, 64, 64),))
     norms = [one for one in shapes if one.operator in candidates.NORM_OPERATORS]
-    parts = [counts.PARTS[0], counts.PARTS[counts.LEVELS - 1], counts.Norm(1, False), counts.Norm(1, True)]
+    parts = [
+        counts.PARTS[0], counts.Next(1), counts.Next(1, (8, 8)), ((16, 1, 1024, 1024), torch.uint8, ""),
+        counts.Norm(1, False), counts.Norm(1, True),
+    ]  # fmt: skip
     found = {
         "rows": [row for part in parts for row in counts.rows(ARCHITECTURE, part)],
         "trips": trips(),
         "spills": candidates.spilled(shapes[0], ARCHITECTURE) | candidates.spilled(shapes[-1], ARCHITECTURE),
         "norm spills": candidates.spilled(norms[0], ARCHITECTURE),
-        "stores": stage_stores() | {"gradient of the loss": loss_stores()} | norm_stores(),
+        "stores": stage_stores() | next_stores() | {"gradient of the loss": loss_stores()} | norm_stores(),
         "far": far_accesses(),
     }
     Path(sys.argv[1]).write_text(json.dumps(found))

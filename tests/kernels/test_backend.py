@@ -41,6 +41,7 @@ def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_launch_is_on_the_device_of_its_tensors(
     triton_form: ModuleType, triton_loss: ModuleType, triton_deep_skip: ModuleType, triton_batch_norm: ModuleType,
+    subpixel: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # a machine of two GPUs, by mocks: tensors that say they are on the second, and the current device, which is the first
@@ -71,6 +72,9 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         (triton_loss, ("_loss_of_sums", "_loss_of_sums_gradient")),
         (triton_deep_skip, ("_branches",)),
         (triton_batch_norm.passes, NORM_LAUNCHES),
+        (subpixel.subpixel_tables, ("_expand", "_add_rows", "_contract")),
+        (subpixel.subpixel_triton, ("_stage",)),
+        (subpixel.subpixel_gradients_triton, ("_gather_stage", "_weight_sums")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
@@ -91,9 +95,14 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         stats = triton_batch_norm._batch_statistics._init_fn(own, None, 128, *channels, 0.1, 1e-5)
         triton_batch_norm._normalise_relu._init_fn(own, *channels[:2], stats, True)
         triton_batch_norm._normalise_relu_gradient._init_fn(own, own, stats, True)
+        maps, weights = [own, torch.empty(2, 16, 4, 4, **there)], [torch.empty(8, C, 3, 3, **there) for C in (8, 16)]
+        subpixel._stage._init_fn(maps, weights, [], [0, 1], "bilinear")
+        grad = torch.empty(2, 16, 8, 8, **there)
+        subpixel._stage_gradients._init_fn(grad, maps, weights, [], [0, 1], "bilinear", [True] * 4)
     assert launched == [
         "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
-        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches", *NORM_LAUNCHES,
+        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches", *NORM_LAUNCHES, "_expand", "_stage", "_expand",
+        "_gather_stage", "_weight_sums", "_add_rows", "_contract",
     ]  # fmt: skip
 
 
