@@ -137,15 +137,19 @@ class Launches(Traffic):
         return self._building.pop()
 
     @contextmanager
-    def watching(self) -> Iterator["Launches"]:
-        """Collect while the block runs; raises RuntimeError where Triton's interpreter is on."""
+    def watching(self, kernels: str = "triton") -> Iterator["Launches"]:
+        """Collect while the block runs; raises RuntimeError where Triton's interpreter is on.
+
+        Args:
+            kernels: the backend, "triton" or "next".
+        """
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: there is nothing to build")
         active = triton.runtime.driver._active
         triton.runtime.driver.set_active(_Driver(self.architecture))
         JITFunction.run = lambda kernel, *args, **kwargs: self.build(kernel, *args, **kwargs)
         try:
-            with backend.chosen("triton"), self:
+            with backend.chosen(kernels), self:
                 yield self
         finally:
             JITFunction.run = _run
