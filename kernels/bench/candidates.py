@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 
 from deepskip import kernels
-from deepskip.kernels import bce_dice_triton, deep_skip_triton
+from deepskip.kernels import backend, bce_dice_triton, bce_dice_wide_triton, deep_skip_triton
 from deepskip.kernels.bench import cases, gpu_part, machine_code, measure
+from deepskip.kernels.bench.counts import NEXT
 from deepskip.kernels.bench.launches import Launches, meta
 
 
@@ -44,6 +45,9 @@ WINDOWS, CHANNELS, WARPS = (8, 16), (8, 16, 32), (1, 2, 4, 8)
 MOST_BUILDERS = 16
 BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
 
+# of the new launches: bytes that a lane loads, and warps and about how many programs there are
+WIDE_LOADS, WIDE_WARPS, WIDE_PROGRAMS = (8, 16, 32), (1, 2, 4), (2048, 4096, 8192)
+
 
 def _stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
     N, H, W = size
@@ -73,6 +77,17 @@ def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]
                         settings = ((key, block), ("WARPS", warps), ("MAX_PROGRAMS", programs))
                         mine = all(getattr(bce_dice_triton, setting) == value for setting, value in settings)
                         yield Candidate(operator, name, 0, size, settings, mine)
+
+        if size[1] == 1:
+            yield from _wide_losses(name + NEXT, size)
+
+
+def _wide_losses(name: str, size: tuple[int, int, int, int]) -> Iterator[Candidate]:
+    for operator in ("bce_dice_sums", "bce_dice_gradient"):
+        for load, warps, programs in itertools.product(WIDE_LOADS, WIDE_WARPS, WIDE_PROGRAMS):
+            settings = (("LOAD", load), ("WARPS", warps), ("PROGRAMS", programs))
+            mine = all(getattr(bce_dice_wide_triton, setting) == value for setting, value in settings)
+            yield Candidate(operator, name, 0, size, settings, mine)
 
 
 def all_of(
@@ -126,8 +141,11 @@ def patched(candidate: Candidate) -> Iterator[None]:
             for table in (deep_skip_triton.HALF, deep_skip_triton.SINGLE):
                 stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, (shape, shape))))
         else:
+            is_next = candidate.case.endswith(NEXT)
+            stack.enter_context(backend.chosen("next" if is_next else "triton"))
             for key, value in settings.items():
-                stack.enter_context(mock.patch.object(bce_dice_triton, key, value))
+                form = bce_dice_wide_triton if is_next else bce_dice_triton
+                stack.enter_context(mock.patch.object(form, key, value))
         yield
 
 
@@ -172,7 +190,7 @@ def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
     """
     seen = Launches(architecture)
     try:
-        with patched(candidate), seen.watching():
+        with patched(candidate), seen.watching("next" if candidate.case.endswith(NEXT) else "triton"):
             if candidate.level:
                 N, H, W = candidate.shape
                 K = cases.BASE << (candidate.level - 1)

@@ -77,12 +77,12 @@ def stage_stores() -> dict[str, Any]:
     }
 
 
-def loss_stores() -> dict[str, int]:
+def loss_stores(backend: str, size: tuple[int, int]) -> dict[str, int]:
     """Check the gradient of the loss."""
     seen = Launches(ARCHITECTURE)
-    with seen.watching():
-        logits = meta(3, 1, 37, 41, last=False).requires_grad_()
-        kernels.bce_dice_sums(logits, meta(3, 37, 41, dtype=torch.uint8)).backward(meta(5, dtype=torch.float32))
+    with seen.watching(backend):
+        logits = meta(3, 1, *size, last=False).requires_grad_()
+        kernels.bce_dice_sums(logits, meta(3, *size, dtype=torch.uint8)).backward(meta(5, dtype=torch.float32))
     (launch,) = [one.launch for one in seen.started if one.moved.operator == "bce_dice_gradient"]
     assert launch is not None
     return stores(launch, [launch.named["dz_ptr"]])
@@ -91,12 +91,18 @@ def loss_stores() -> dict[str, int]:
 def main() -> None:
     """Write everything as JSON."""
     shapes = candidates.all_of((2, 32, 32), (3,), ((2, 1, 64, 64),))
-    parts = [counts.PARTS[0], counts.PARTS[counts.LEVELS - 1]]
+    next_loss = [part for part in counts.PARTS if not isinstance(part, int) and part[2] == counts.NEXT]
+    parts = [counts.PARTS[0], counts.PARTS[counts.LEVELS - 1], *next_loss]
     found = {
         "rows": [row for part in parts for row in counts.rows(ARCHITECTURE, part)],
         "trips": trips(),
         "spills": candidates.spilled(shapes[0], ARCHITECTURE) | candidates.spilled(shapes[-1], ARCHITECTURE),
-        "stores": stage_stores() | {"gradient of the loss": loss_stores()},
+        "stores": stage_stores()
+        | {
+            "gradient of the loss": loss_stores("triton", (37, 41)),
+            "gradient of the loss, next": loss_stores("next", (16, 40)),
+            "gradient of the loss, next, whole blocks": loss_stores("next", (16, 48)),
+        },
     }
     Path(sys.argv[1]).write_text(json.dumps(found))
 
