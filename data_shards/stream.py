@@ -3,9 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -13,7 +15,8 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Batch, Shards
 from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
-SMALL = ("mean", "std", "weight")
+# told the epochs and the numbers of a batch's samples, returns what else the batch carries
+Entries = Callable[[list[int], list[int]], dict[str, Any]]
 # remote shards that are fetched at once
 FETCHES = 8
 
@@ -60,10 +63,12 @@ def train_batches(
     world_size: int,
     loader_workers: int = 0,
     window: int = 16,
+    entries: Entries | None = None,
 ) -> Iterator[Batch]:
     """Yields this rank's share of global batch first_step, first_step + 1, and so on without end.
 
-    loader_workers: decoding processes. window: shards that are shuffled together. Raises ValueError for a split without
+    loader_workers: decoding processes. window: shards that are shuffled together. entries: makes what else a batch carries,
+    where the batch is made; it goes to the loader's processes pickled. Raises ValueError for a split without
     samples, or a cache too small for the window.
     """
     if len(shards) == 0:
@@ -88,27 +93,40 @@ def train_batches(
             loader = DataLoader(
                 shards,
                 batch_sampler=slots(),
-                collate_fn=pack_small,
+                collate_fn=partial(collated, entries),
                 num_workers=loader_workers,
                 prefetch_factor=4,
                 pin_memory=torch.cuda.is_available(),
             )
             yield from map(unpack_small, loader)
         else:
-            yield from map(shards.__getitem__, slots())
+            yield from (with_entries(entries, shards[batch]) for batch in slots())
     finally:
         if ahead is not None:
             ahead.close()
 
 
-def pack_small(batch: Any) -> Any:
-    """Makes arrays of a batch's small tensors: a tensor goes from process to process by a file of its own."""
-    return batch | {name: batch[name].numpy() for name in SMALL}
+def with_entries(entries: Entries | None, batch: Batch) -> Batch:
+    """Add to a batch what `entries` makes for its samples."""
+    return batch if entries is None else batch | entries(batch["epoch"], batch["sample"])
 
 
-def unpack_small(batch: Any) -> Any:
-    """Makes tensors of them again."""
-    return batch | {name: torch.from_numpy(batch[name]) for name in SMALL}
+def collated(entries: Entries | None, batch: Batch) -> Batch:
+    """Make a batch ready to leave a loader's process."""
+    return pack_small(with_entries(entries, batch))
+
+
+def pack_small(batch: Batch) -> Batch:
+    """Makes arrays of a batch's small tensors, of two axes at most: a tensor goes to another process by a file of its own."""
+    return {name: x.numpy() if isinstance(x, torch.Tensor) and x.ndim <= 2 else x for name, x in batch.items()}
+
+
+def unpack_small(batch: Batch) -> Batch:
+    """Makes tensors of them again, pinned where there is a GPU: a copy of others would wait for it."""
+    arrays = {name: torch.from_numpy(x) for name, x in batch.items() if isinstance(x, np.ndarray)}
+    if torch.cuda.is_available():
+        arrays = {name: x.pin_memory() for name, x in arrays.items()}
+    return batch | arrays
 
 
 def whole_images(
