@@ -99,19 +99,15 @@ def _logits(z_ptr, inside, EVEN: tl.constexpr, WORDS: tl.constexpr):
     # the first, second, third and fourth logit of each word of labels
     if z_ptr.dtype.element_ty == tl.float32:
         four_ptr = z_ptr + tl.arange(0, 4 * WORDS)
-        if EVEN:
-            four = tl.load(four_ptr)
-        else:
-            four = tl.load(four_ptr, mask=tl.arange(0, 4 * WORDS) < 4 * inside, other=0.0)
+        there = tl.arange(0, 4 * WORDS) < 4 * inside
+        four = tl.load(four_ptr) if EVEN else tl.load(four_ptr, mask=there, other=0.0)
         even, odd = tl.split(tl.reshape(four, (WORDS, 2, 2)))
         z0, z2 = tl.split(even)
         z1, z3 = tl.split(odd)
     else:
         pair_ptr = z_ptr.to(tl.pointer_type(tl.uint32)) + tl.arange(0, 2 * WORDS)
-        if EVEN:
-            pairs = tl.load(pair_ptr)
-        else:
-            pairs = tl.load(pair_ptr, mask=tl.arange(0, 2 * WORDS) < 2 * inside, other=0)
+        there = tl.arange(0, 2 * WORDS) < 2 * inside
+        pairs = tl.load(pair_ptr) if EVEN else tl.load(pair_ptr, mask=there, other=0)
         first, second = tl.split(tl.reshape(pairs, (WORDS, 2)))
         z0, z1 = _halves(first, z_ptr.dtype.element_ty)
         z2, z3 = _halves(second, z_ptr.dtype.element_ty)
@@ -119,14 +115,14 @@ def _logits(z_ptr, inside, EVEN: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _halves(pair, TYPE: tl.constexpr):
-    if TYPE == tl.bfloat16:
+def _halves(pair, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
         # a bf16 is the upper half of an fp32
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        low = (pair & 0xFFFF).to(tl.uint16).to(TYPE, bitcast=True).to(tl.float32)
-        high = (pair >> 16).to(tl.uint16).to(TYPE, bitcast=True).to(tl.float32)
+        low = (pair & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        high = (pair >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
     return low, high
 
 
