@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepskip.kernels import backend
+from deepskip.kernels import backend, bce_dice_wide_triton
 
 
 def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +62,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
 
     for module, names in (
         (triton_form, ("_sigmoid_sums", "_sigmoid_gradient", "_softmax_sums", "_softmax_gradient", "_add_rows")),
+        (bce_dice_wide_triton, ("_sigmoid_sums_wide", "_sigmoid_gradient_wide")),
         (triton_loss, ("_loss_of_sums", "_loss_of_sums_gradient")),
         (triton_deep_skip, ("_branches",)),
     ):
@@ -74,6 +75,10 @@ def test_every_launch_is_on_the_device_of_its_tensors(
             logits, target = torch.empty(2, V, 8, 8, **there), torch.empty(2, 8, 8, dtype=torch.uint8, **there)
             triton_form._sums._init_fn(logits, target, None, 0.5, 255)
             triton_form._gradient._init_fn(torch.empty(2 + 3 * V, **there), logits, target, None, 0.5, 255)
+        logits, target = torch.empty(2, 1, 8, 8, **there), torch.empty(2, 8, 8, dtype=torch.uint8, **there)
+        at = triton_form._layout(logits, target)
+        bce_dice_wide_triton.sum_rows(at, logits, target, None, 0.5, 255)
+        bce_dice_wide_triton.gradient(at, torch.empty(5, **there), logits, target, None, logits, 0.5, 255)
         sums, grad = torch.empty(5, **there), torch.empty((), **there)
         triton_loss._loss._init_fn(sums, None, 1.0, 1.0)
         triton_loss._loss_gradient._init_fn(grad, None, None, sums, None, 1.0, 1.0)
@@ -82,7 +87,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         triton_deep_skip._gather._init_fn(torch.empty(2, 16, 8, 8, **there), [2], "bilinear")
     assert launched == [
         "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
-        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches",
+        "_sigmoid_sums_wide", "_sigmoid_gradient_wide", "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches",
     ]  # fmt: skip
 
 
