@@ -11,7 +11,8 @@ For another alpha each pixel's log(1 + e) is e times a polynomial of e. The grad
 A lane loads labels as 32-bit words and logits of 16 bits as pairs. Which of a word's four labels count is worked out for the
 word at once: bit 7 of byte k of `counted` says it for label k. What does not count gets label 0 and a logit of which
 e = o = max(z, 0) = 0, so that it adds nothing to any sum. A sample's weight is multiplied with its sums; one of weight 0 is
-not read. Sums of labels are integers. Rows of partial sums, and the order of every addition, are as in `bce_dice_triton`.
+not read. Sums of labels are integers. Rows of partial sums are as in `bce_dice_triton`, and as there every addition has its
+place: the same input gives the same sums.
 """
 
 from typing import TYPE_CHECKING
