@@ -3,9 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -13,7 +15,8 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Batch, Shards
 from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
-SMALL = ("mean", "std", "weight")
+# Given the epochs and numbers of the samples of a batch, return additional entries of the batch.
+Entries = Callable[[list[int], list[int]], dict[str, Any]]
 # Remote shards that are fetched at the same time.
 FETCHES = 8
 
@@ -78,6 +81,7 @@ def train_batches(
     world_size: int,
     loader_workers: int = 0,
     window: int = 16,
+    entries: Entries | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's share of the global batches first_step, first_step + 1, ... without end.
 
@@ -90,6 +94,7 @@ def train_batches(
         world_size: Number of ranks.
         loader_workers: Number of processes that decode samples; 0 decodes in this process.
         window: Number of shards that are shuffled together.
+        entries: Makes additional entries of each batch where the batch is made. It is pickled for loader processes.
 
     Yields:
         Batches as `Shards` documents them.
@@ -119,27 +124,40 @@ def train_batches(
             loader = DataLoader(
                 shards,
                 batch_sampler=slots(),
-                collate_fn=pack_small,
+                collate_fn=partial(collated, entries),
                 num_workers=loader_workers,
                 prefetch_factor=4,
                 pin_memory=torch.cuda.is_available(),
             )
             yield from map(unpack_small, loader)
         else:
-            yield from map(shards.__getitem__, slots())
+            yield from (with_entries(entries, shards[batch]) for batch in slots())
     finally:
         if ahead is not None:
             ahead.close()
 
 
-def pack_small(batch: Any) -> Any:
-    """Convert the small tensors of a batch to arrays: between processes, each tensor would need a shared file of its own."""
-    return batch | {name: batch[name].numpy() for name in SMALL}
+def with_entries(entries: Entries | None, batch: Batch) -> Batch:
+    """Add to a batch what `entries` makes for its samples."""
+    return batch if entries is None else batch | entries(batch["epoch"], batch["sample"])
 
 
-def unpack_small(batch: Any) -> Any:
-    """Convert the arrays of `pack_small` back to tensors."""
-    return batch | {name: torch.from_numpy(batch[name]) for name in SMALL}
+def collated(entries: Entries | None, batch: Batch) -> Batch:
+    """Make a batch ready to leave a loader process."""
+    return pack_small(with_entries(entries, batch))
+
+
+def pack_small(batch: Batch) -> Batch:
+    """Convert tensors of two axes or fewer to arrays: between processes, each tensor would need a shared file of its own."""
+    return {name: x.numpy() if isinstance(x, torch.Tensor) and x.ndim <= 2 else x for name, x in batch.items()}
+
+
+def unpack_small(batch: Batch) -> Batch:
+    """Convert the arrays of `pack_small` back to tensors, pinned if there is a GPU: copies of others would wait for it."""
+    arrays = {name: torch.from_numpy(x) for name, x in batch.items() if isinstance(x, np.ndarray)}
+    if torch.cuda.is_available():
+        arrays = {name: x.pin_memory() for name, x in arrays.items()}
+    return batch | arrays
 
 
 def whole_images(

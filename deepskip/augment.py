@@ -1,17 +1,25 @@
 """Augment batches on the device, for any number of bands.
 
-The changes of a sample are drawn from (seed, epoch, sample) alone, so they are the same on any number of workers.
-Geometry and resampling are done by kornia.
+The changes of a sample are drawn from (seed, epoch, sample) alone, so they are the same on any number of workers. The draws
+are numbers on the host, made where a batch is made (`loader_entries`). They come to the device as one tensor with the batch.
+
+Flips and quarter turns move pixels and change none: they are permutations of the pixels of a sample, taken from a table of the
+eight symmetries of a square. Other rotations and scaling are resampled; geometry and resampling are done by kornia.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepskip.config import AugmentConfig
+
+# tables of symmetries that are kept: a training has crops of one size
+TABLES = 4
 
 
 @dataclass(frozen=True)
@@ -22,12 +30,15 @@ class Draws:
         matrix: map about the centre, from input to output pixels (x, y), of shape (N, 2, 2).
         gain: factor of all bands, (N, 1).
         shift: shift of each band in standard deviations, (N, bands).
-        noise_seed: seed of each sample's noise, N integers.
+        symmetry: number of quarter turns, plus 4 if the sample is mirrored left-right before, (N,) int64. It is the matrix
+            without angle and scale.
+        noise_seed: seed of the noise of each sample, N integers.
     """
 
     matrix: Tensor
     gain: Tensor
     shift: Tensor
+    symmetry: Tensor
     noise_seed: list[int]
 
 
@@ -41,18 +52,21 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
         sample: number of each sample, N numbers.
         bands: number of bands of the images.
     """
-    matrices, gains, shifts, noise_seeds = [], [], [], []
+    matrices, gains, shifts, symmetries, noise_seeds = [], [], [], [], []
     for e, s in zip(epoch, sample, strict=True):
         rng = np.random.default_rng([seed, e, s, 1])
         # Draw every number whether it is used or not, so that enabling one change does not alter the others.
         mirror_x, mirror_y, quarter, angle, zoom, bright, gain = rng.random(7)
         noise_seed = int(rng.integers(2**62))
-        turn = math.radians(config.rotate * (2 * angle - 1)) + config.rotate90 * math.floor(4 * quarter) * math.pi / 2
+        quarters = config.rotate90 * math.floor(4 * quarter)
+        turn = math.radians(config.rotate * (2 * angle - 1)) + quarters * math.pi / 2
         size = (1 - config.scale) ** (2 * zoom - 1)
         cos, sin = math.cos(turn) * size, math.sin(turn) * size
         x = -1 if config.flip and mirror_x < 0.5 else 1
         y = -1 if config.flip and mirror_y < 0.5 else 1
         matrices.append([[cos * x, -sin * y], [sin * x, cos * y]])
+        # a mirror up-down is one left-right and half a turn
+        symmetries.append((quarters + 2 * (y < 0)) % 4 + 4 * (x != y))
         gains.append([1 + config.contrast * (2 * gain - 1)])
         per_band = rng.uniform(-1, 1, bands)
         shifts.append(config.brightness * (2 * bright - 1) + config.band_shift * per_band)
@@ -61,8 +75,79 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
         torch.tensor(matrices, dtype=torch.float32),
         torch.tensor(gains, dtype=torch.float32),
         torch.tensor(np.array(shifts), dtype=torch.float32),
+        torch.tensor(symmetries),
         noise_seeds,
     )
+
+
+def pack(draws: Draws) -> Tensor:
+    """Return the draws as one tensor (N, 6 + bands) fp32, apart from noise_seed: one copy to a device."""
+    return torch.cat([draws.matrix.flatten(1), draws.gain, draws.symmetry[:, None].float(), draws.shift], dim=1)
+
+
+def unpack(packed: Tensor, noise_seed: list[int]) -> Draws:
+    """Return the draws that `pack` packed, on the tensor's device."""
+    return Draws(packed[:, :4].unflatten(1, (2, 2)), packed[:, 4:5], packed[:, 6:], packed[:, 5].long(), noise_seed)
+
+
+def loader_entries(config: AugmentConfig, seed: int, bands: int, epoch: list[int], sample: list[int]) -> dict[str, Any]:
+    """Return the draws of N samples as a batch carries them: "draws" (N, 6 + bands) fp32, and "noise_seed", N integers."""
+    draws = draw(config, seed, epoch, sample, bands)
+    return {"draws": pack(draws), "noise_seed": draws.noise_seed}
+
+
+@lru_cache(TABLES)
+def _sources(H: int, W: int, device: torch.device) -> Tensor:
+    # (8, H W): for each symmetry, which pixel of a sample comes to each place; odd quarter turns of squares alone
+    places = torch.arange(H * W).view(H, W)
+    found = []
+    for symmetry in range(8):
+        seen = places.flip(1) if symmetry >= 4 else places
+        # with y down, a turn from x to y is one from the second axis to the first
+        turns = symmetry % 4 if H == W else symmetry % 4 // 2 * 2
+        found.append(torch.rot90(seen, -turns, (0, 1)).flatten())
+    return torch.stack(found).to(device)
+
+
+def permute(symmetry: Tensor, image_NCHW: Tensor, mask_NHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the pixels of each sample by one of the eight symmetries, exactly.
+
+    Args:
+        symmetry: (N,) int64, as in `Draws`, on the device.
+        image_NCHW: (N, bands, H, W), any dtype; read without a copy in channels-last memory.
+        mask_NHW: (N, H, W), any dtype.
+
+    Returns:
+        The image, in channels-last memory, and the mask.
+    """
+    N, C, H, W = image_NCHW.shape
+    first = torch.arange(0, N * H * W, H * W, device=image_NCHW.device)
+    rows = (_sources(H, W, image_NCHW.device)[symmetry] + first[:, None]).flatten()
+    image = image_NCHW.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, rows)
+    mask = mask_NHW.reshape(-1).index_select(0, rows)
+    return image.view(N, H, W, C).permute(0, 3, 1, 2), mask.view(N, H, W)
+
+
+def resample(matrix: Tensor, image_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Warp each sample by its map about the centre: the image bilinearly, the mask by nearest neighbour.
+
+    What comes from outside is the edge's value in the image, and ignore_index in the mask.
+    """
+    # not on every machine that trains: without turns and zooms it is not asked for
+    import kornia
+
+    H, W = image_NCHW.shape[2:]
+    # filled where it is: a copy of numbers of the host would wait for the device
+    centre = torch.cat([matrix.new_full((1,), (W - 1) / 2), matrix.new_full((1,), (H - 1) / 2)])
+    affine = torch.cat([matrix, (centre - matrix @ centre)[..., None]], dim=2)
+    warp = kornia.geometry.transform.warp_affine
+    image_NCHW = warp(image_NCHW, affine, (H, W), mode="bilinear", padding_mode="border", align_corners=True)
+    # labels shifted by one, in a type that holds 256, so that the zeros from outside can be told from label 0
+    labels = warp(
+        mask_NHW[:, None].float() + 1, affine, (H, W), mode="nearest", padding_mode="zeros", align_corners=True
+    )
+    labels = labels[:, 0].round()
+    return image_NCHW, torch.where(labels == 0, ignore_index, labels - 1).to(mask_NHW.dtype)
 
 
 def augment(
@@ -70,8 +155,8 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Apply the drawn changes to images and labels.
 
-    The image is resampled bilinearly, the mask by nearest neighbour. Pixels from outside get the edge's value in the
-    image, and ignore_index in the mask.
+    Flips and quarter turns are exact. With other rotations or scaling, the image is resampled bilinearly and the mask by
+    nearest neighbour. Pixels from outside then get the value at the edge in the image, and ignore_index in the mask.
 
     Args:
         config: settings of the augmentation.
@@ -88,24 +173,13 @@ def augment(
     """
     C, H, W = image_NCHW.shape[1:]
     device = image_NCHW.device
-    if config.flip or config.rotate90 or config.rotate or config.scale:
-        matrix = draws.matrix.to(device)
-        if H != W and config.rotate90:
-            raise ValueError(f"augment.rotate90 needs square crops; these are {H} x {W}")
-        centre = torch.tensor([(W - 1) / 2, (H - 1) / 2], device=device)
-        shift = centre - matrix @ centre
-        affine = torch.cat([matrix, shift[..., None]], dim=2)
-        # Import it only if it is needed: without rotation, flips and scaling a machine can train without kornia.
-        import kornia
-
-        warp = kornia.geometry.transform.warp_affine
-        image_NCHW = warp(image_NCHW, affine, (H, W), mode="bilinear", padding_mode="border", align_corners=True)
-        # Labels are shifted by one, so that zeros from outside differ from label 0.
-        labels = warp(
-            (mask_NHW[:, None] + 1).float(), affine, (H, W), mode="nearest", padding_mode="zeros", align_corners=True
-        )
-        labels = labels[:, 0].round().to(mask_NHW.dtype)
-        mask_NHW = torch.where(labels == 0, ignore_index, labels - 1)
+    if H != W and config.rotate90:
+        raise ValueError(f"augment.rotate90 needs square crops; these are {H} x {W}")
+    # The settings decide on the host: a look at the draws would wait for the device.
+    if config.rotate or config.scale:
+        image_NCHW, mask_NHW = resample(draws.matrix.to(device), image_NCHW, mask_NHW, ignore_index)
+    elif config.flip or config.rotate90:
+        image_NCHW, mask_NHW = permute(draws.symmetry.to(device), image_NCHW, mask_NHW)
     if config.contrast or config.brightness or config.band_shift:
         image_NCHW = image_NCHW * draws.gain.to(device)[..., None, None] + draws.shift.to(device)[..., None, None]
     if config.noise:

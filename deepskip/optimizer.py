@@ -128,11 +128,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
         directions = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
-        matrices = [direction.flatten(1) for direction in directions]
+        matrices = [as_matrix(direction) for direction in directions]
         lr = MUON_LEARNING_RATE * group["lr"]
         scales = [-lr * max(1, m.shape[0] / m.shape[1]) ** 0.5 for m in matrices]
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        updates = [x.reshape(p.shape) for x, p in zip(orthogonalized(matrices), parameters, strict=True)]
+        updates = [as_weight(x, d) for x, d in zip(orthogonalized(matrices), directions, strict=True)]
         torch._foreach_add_(parameters, torch._foreach_mul(updates, scales))
 
     def _step_adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -152,6 +152,25 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_sqrt_(scales)
         torch._foreach_add_(scales, group["eps"])
         torch._foreach_addcdiv_(parameters, means, scales, [-group["lr"] / (1 - first**step) for step in steps])
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """View a weight as a matrix, out-channels by the rest, in the order of its memory: which column is which is all one."""
+    if _is_channels_last(x):
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1)
+
+
+def as_weight(matrix: Tensor, like: Tensor) -> Tensor:
+    """View a matrix as the weight that `as_matrix` took it from, in its memory order, so that foreach operators stay whole."""
+    if _is_channels_last(like):
+        K, C, *window = like.shape
+        return matrix.reshape(K, *window, C).permute(0, 3, 1, 2)
+    return matrix.reshape(like.shape)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
@@ -176,12 +195,14 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
         gram = torch.stack([wide[i] @ wide[i].T for i in members])
         norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].sqrt() + 1e-7
         gram /= norm.square()
-        steps = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram) / norm
-        for _ in range(NEWTON_SCHULZ_STEPS):
+        steps = norm.reciprocal()
+        for i in range(NEWTON_SCHULZ_STEPS):
             step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             step.diagonal(dim1=1, dim2=2).add_(a)
-            steps = step @ steps
-            gram = step @ gram @ step
+            # the first is a multiple of the identity, and after the last nothing asks for the Gram matrix
+            steps = step @ steps if i else step * steps
+            if i + 1 < NEWTON_SCHULZ_STEPS:
+                gram = step @ gram @ step
         for i, product in zip(members, steps, strict=True):
             x = product @ wide[i]
             done[i] = x if wide[i] is matrices[i] else x.T

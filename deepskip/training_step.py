@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from deepskip import augment, networks
 from deepskip.config import Config
@@ -21,6 +21,7 @@ from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 
 # Raw image (N, bands, H, W), mask (N, H, W) uint8, mean and std (N, bands), weight (N,). Epoch, sample and key are lists of N.
+# draws and noise_seed are those of augment.loader_entries; they may be missing.
 Batch = dict[str, Any]
 
 
@@ -113,8 +114,10 @@ class TrainingStep:
         self.optimizer = build_optimizer(config.optim, self.network)
         self.ema: AveragedModel | None = None
         if config.optim.ema_decay:
-            # `average` sets the decay of each step.
             self.ema = AveragedModel(self.network, use_buffers=True)
+        # walked through once, not with every step
+        self._parameters = list(self.network.parameters())
+        self._averages = _pairs(self.averaged, self.network)
         loss = config.loss
         self.criterion = BCEDiceLoss(loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps)
         self.step = 0
@@ -144,7 +147,6 @@ class TrainingStep:
         self.step = state["step"]
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(self.step)
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
@@ -167,11 +169,17 @@ class TrainingStep:
             batch: batch with its tensors on the device.
 
         Returns:
-            Images (N, bands, H, W) in channels-last memory, and labels (N, H, W) int64.
+            Images (N, bands, H, W) in channels-last memory, and labels (N, H, W) of the batch's type.
         """
-        image, mask = normalize(batch["image"], batch["mean"], batch["std"]), batch["mask"].long()
+        image, mask = normalize(batch["image"], batch["mean"], batch["std"]), batch["mask"]
         settings = self.config.augment
-        draws = augment.draw(settings, self.config.run.seed, batch["epoch"], batch["sample"], self.data.in_channels)
+        drawn = batch
+        if "draws" not in batch:
+            # a loader draws them beforehand
+            drawn = augment.loader_entries(
+                settings, self.config.run.seed, self.data.in_channels, batch["epoch"], batch["sample"]
+            )
+        draws = augment.unpack(drawn["draws"].to(self.device, non_blocking=True), drawn["noise_seed"])
         image, mask = augment.augment(settings, draws, image, mask, self.data.ignore_index)
         return image.contiguous(memory_format=torch.channels_last), mask
 
@@ -197,7 +205,7 @@ class TrainingStep:
     def clip(self) -> None:
         """Clip the gradient's norm to config.optim.clip_norm."""
         if self.config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, self.config.optim.clip_norm)
 
     def update(self) -> None:
         """Update the weights with the learning rate of this step, and clear the gradient."""
@@ -205,11 +213,21 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
     def average(self) -> None:
-        """Update the weights' moving average, which begins as those of the first step, with the decay of this step."""
-        if self.ema is not None:
-            self.ema.multi_avg_fn = get_ema_multi_avg_fn(averaging_decay(self.config.optim, self.step))
-            self.ema.update_parameters(self.network)
+        """Update the moving average of the weights, which begins as those of the first step, with the decay of this step.
+
+        Counters are copied. The update of torch reads a counter on the device in every step, and waits for it.
+        """
+        if self.ema is None:
+            return
+        (averages, weights), (counters, counted) = self._averages
+        if self.step == 0:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - averaging_decay(self.config.optim, self.step))
+        if counters:
+            torch._foreach_copy_(counters, counted)
 
     def __call__(self, batch: Batch) -> StepResult:
         """Train on a batch; in a process group every rank calls with its share.
@@ -246,7 +264,8 @@ class TrainingStep:
             The mean loss over the ranks; all else is 0.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self._model(image, mask, weight)
+            # torch's own losses take labels of 64 bits
+            loss = self._model(image, mask.long(), weight)
         loss.backward()
         mean = loss.detach().float()
         if self.world_size > 1:
@@ -254,6 +273,17 @@ class TrainingStep:
             dist.all_reduce(mean)
         zero = torch.zeros_like(mean)
         return StepResult(mean, zero, zero, torch.zeros(3, dtype=torch.long, device=self.device))
+
+
+def _pairs(averaged: nn.Module, network: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], ...]:
+    # averages and weights, then counters, each beside its own
+    ours, theirs = ([*one.parameters(), *one.buffers()] for one in (averaged, network))
+    both = list(zip(ours, theirs, strict=True))
+    floats = [pair for pair in both if pair[1].is_floating_point()]
+    others = [pair for pair in both if not pair[1].is_floating_point()]
+    return tuple(
+        ([one.detach() for one, _ in some], [other.detach() for _, other in some]) for some in (floats, others)
+    )
 
 
 def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
@@ -268,7 +298,8 @@ def overlap_counts(logits: Tensor, mask: Tensor, weight: Tensor, ignore_index: i
     Returns:
         The three counts, (3,) int64.
     """
-    labels = to_labels(logits, 0).long()
+    # For one class this is bool, which compares with labels as 0 and 1 do.
+    labels = to_labels(logits, 0)
     counted = (mask != ignore_index) & (weight != 0)[:, None, None]
     right, guessed, true = labels == mask, labels != 0, mask != 0
     return torch.stack([(a & b & counted).sum() for a, b in ((right, true), (~right, guessed), (~right, true))])

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepskip.kernels import backend
+from deepskip.kernels import backend, bce_dice_wide_triton
 from deepskip.kernels.reference import check_target, ignored_label
 
 # pixels, or pixels times classes, that a program holds at a time; programs at most: rows of partial sums stay under 1 MB
@@ -300,6 +300,8 @@ def _sums(
                 HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, **sizes, num_warps=WARPS,
             )  # fmt: skip
         return _added_up(rows, at.V, 1)
+    if backend.uses_next() and bce_dice_wide_triton.fits(at, z, t):
+        return _added_up(bce_dice_wide_triton.sum_rows(at, z, t, w, alpha, ignore), at.V, at.V)
     block = SIGMOID_BLOCK
     programs = programs_of_a_sample(at, block)
     rows = torch.empty(at.N * programs, 5 * at.V, dtype=torch.float32, device=z.device)
@@ -337,6 +339,8 @@ def _gradient(
                 z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore or 0, *strides, at.t_p,
                 HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, **sizes, num_warps=WARPS,
             )  # fmt: skip
+    elif backend.uses_next() and bce_dice_wide_triton.fits(at, z, t):
+        bce_dice_wide_triton.gradient(at, g, z, t, w, dz, alpha, ignore)
     else:
         block = SIGMOID_BLOCK
         programs = triton.cdiv(at.pixels, block)

@@ -1,12 +1,13 @@
 """One rank's share of a training on shards, and the events that it sends; it does not depend on Ray."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepskip import checkpoint, trainer
+from deepskip import augment, checkpoint, trainer
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops
@@ -81,12 +82,15 @@ def train(
     def skipped(split: str, report: dict[str, Any]) -> None:
         tell(SampleSkipped({"split": split} | report))
 
+    # drawn in the loader's processes, where there are some
+    draws = partial(augment.loader_entries, config.augment, config.run.seed, train_shards.index.bands)
+
     def train_stream(step: int) -> Any:
         if rank == 0:
             tell(Started(step, world_size))
         stream = train_batches(
             train_shards, config.run.seed, config.optim.global_batch_size, step, rank, world_size, loader_workers,
-            data.shuffle_window,
+            data.shuffle_window, draws,
         )  # fmt: skip
         for batch in stream:
             for report in batch.pop("bad"):

@@ -40,13 +40,14 @@ def loss_calls() -> dict[str, Callable[[], Tensor]]:
     """Return calls of BCE + Dice for the types and shapes that make other kernels, by name."""
 
     def call(
-        dtype: torch.dtype, labels: torch.dtype, V: int, N: int = 2, ignore: int | None = 255, weighted: bool = False
-    ) -> Callable[[], Tensor]:
+        dtype: torch.dtype, labels: torch.dtype, V: int, N: int = 2, ignore: int | None = 255, weighted: bool = False,
+        alpha: float = 0.5,
+    ) -> Callable[[], Tensor]:  # fmt: skip
         def run() -> Tensor:
             logits = meta(N, V, 512, 512, dtype=dtype, last=False).requires_grad_()
             samples, classes = (meta(n, dtype=torch.float32) if weighted else None for n in (N, V))
             target = meta(N, 512, 512, dtype=labels)
-            sums = kernels.bce_dice_sums(logits, target, ignore_index=ignore, sample_weight=samples)
+            sums = kernels.bce_dice_sums(logits, target, alpha=alpha, ignore_index=ignore, sample_weight=samples)
             return kernels.loss_of_sums(sums, classes)[0]
 
         return run
@@ -59,6 +60,10 @@ def loss_calls() -> dict[str, Callable[[], Tensor]]:
             found[f"{name}, uint8"] = call(dtype, torch.uint8, V)
             found[f"{name}, int64, sample and class weights"] = call(dtype, torch.int64, V, weighted=True)
     found["bfloat16, 19 classes, uint8, all labels count"] = call(torch.bfloat16, torch.uint8, 19, ignore=None)
+    for dtype in LOGITS:
+        found[f"{str(dtype).removeprefix('torch.')}, 1 classes, uint8{counts.NEXT}"] = call(dtype, torch.uint8, 1)
+    weighted = call(torch.bfloat16, torch.uint8, 1, weighted=True, alpha=0.8)
+    found[f"bfloat16, 1 classes, uint8, sample weights, alpha 0.8{counts.NEXT}"] = weighted
     # the loss of a crop: one program a sample, which Triton makes a constant of
     found["bfloat16, 1 classes, bool, many samples"] = call(torch.bfloat16, torch.bool, 1, N=4096)
     return found
@@ -119,7 +124,8 @@ BACKENDS = {"batch_norm": "next"}
 def builds_of(suite: str, name: str, architecture: int) -> list[Build]:
     """Build what a call and its gradient launch."""
     seen = Launches(architecture)
-    with seen.watching(BACKENDS.get(suite, "triton")):
+    new = name.endswith(counts.NEXT) or suite in BACKENDS
+    with seen.watching("next" if new else "triton"):
         out = SUITES[suite]()[name]()
         out.backward(torch.empty_like(out))
     made: dict[str, Build] = {}

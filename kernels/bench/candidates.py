@@ -12,8 +12,17 @@ from unittest import mock
 import torch
 
 from deepskip import kernels
-from deepskip.kernels import batch_norm_triton, bce_dice_triton, deep_skip_triton, subpixel, subpixel_triton
+from deepskip.kernels import (
+    backend,
+    batch_norm_triton,
+    bce_dice_triton,
+    bce_dice_wide_triton,
+    deep_skip_triton,
+    subpixel,
+    subpixel_triton,
+)
 from deepskip.kernels.bench import cases, gpu_norms, gpu_part, machine_code, measure
+from deepskip.kernels.bench.counts import NEXT
 from deepskip.kernels.bench.launches import Launches, meta
 
 
@@ -48,6 +57,9 @@ BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 20
 # of batch norm: loads under way and warps; programs that are 4, 6 and 8 for each of an H100's processors. Two levels will do
 LOADS, NORM_WARPS, NORM_PROGRAMS, NORM_LEVELS = (2, 4, 8), (2, 4, 8), (528, 792, 1056), 2
 NORM_OPERATORS = ("batch_norm_statistics", "normalise_relu", "normalise_relu_gradient")
+
+# of the new launches: bytes that a lane loads, and warps and about how many programs there are
+WIDE_LOADS, WIDE_WARPS, WIDE_PROGRAMS = (8, 16, 32), (1, 2, 4), (2048, 4096, 8192)
 
 
 def _stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
@@ -104,6 +116,17 @@ def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]
                         settings = ((key, block), ("WARPS", warps), ("MAX_PROGRAMS", programs))
                         mine = all(getattr(bce_dice_triton, setting) == value for setting, value in settings)
                         yield Candidate(operator, name, 0, size, settings, mine)
+
+        if size[1] == 1:
+            yield from _wide_losses(name + NEXT, size)
+
+
+def _wide_losses(name: str, size: tuple[int, int, int, int]) -> Iterator[Candidate]:
+    for operator in ("bce_dice_sums", "bce_dice_gradient"):
+        for load, warps, programs in itertools.product(WIDE_LOADS, WIDE_WARPS, WIDE_PROGRAMS):
+            settings = (("LOAD", load), ("WARPS", warps), ("PROGRAMS", programs))
+            mine = all(getattr(bce_dice_wide_triton, setting) == value for setting, value in settings)
+            yield Candidate(operator, name, 0, size, settings, mine)
 
 
 def all_of(
@@ -166,9 +189,11 @@ def patched(candidate: Candidate) -> Iterator[None]:
             for table in (deep_skip_triton.HALF, deep_skip_triton.SINGLE):
                 stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, (shape, shape))))
         else:
-            module = subpixel_triton if candidate.level else bce_dice_triton
+            is_next = candidate.case.endswith(NEXT)
+            stack.enter_context(backend.chosen("next" if is_next else "triton"))
+            module = bce_dice_wide_triton if is_next else bce_dice_triton
             for key, value in settings.items():
-                stack.enter_context(mock.patch.object(module, key, value))
+                stack.enter_context(mock.patch.object(subpixel_triton if candidate.level else module, key, value))
         yield
 
 
@@ -236,8 +261,7 @@ def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
     seen = Launches(architecture)
     norm = candidate.operator in NORM_OPERATORS
     try:
-        form = "next" if norm or candidate.operator.startswith("subpixel") else "triton"
-        with patched(candidate), seen.watching(form):
+        with patched(candidate), seen.watching("next" if norm or candidate.case.endswith(NEXT) else "triton"):
             if norm:
                 N, H, W = candidate.shape
                 C = cases.BASE << (candidate.level - 1)

@@ -16,6 +16,7 @@ from deepskip.kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, 
 # errors of a norm that rounding explains; where the plain form in the same type is worse, three times its error
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PLAIN_FACTOR = 3.0
+NEXT = candidates.NEXT
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
@@ -102,6 +103,12 @@ def convolution_name(size: tuple[int, int, int, int, int]) -> str:
     return f"conv3 {size[1]} -> {size[2]}, next"
 
 
+def with_next(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do some work with the launches that no GPU has timed yet."""
+    with kernels.backend.chosen("next"):
+        return work(*arguments)
+
+
 def gate_of(run: Run, dtype: torch.dtype) -> Iterator[Job]:
     """Compare every operator in a type; ends with a row that says that nothing was left out."""
     about: Row = {"suite": "gate", "dtype": str(dtype)}
@@ -120,6 +127,9 @@ def gate_of(run: Run, dtype: torch.dtype) -> Iterator[Job]:
         for labels in (torch.uint8, torch.int64):
             row = about | {"operator": "loss", "labels": str(labels), "classes": shape[1]}
             yield row, partial(loss_gate, run, shape, dtype, labels)
+        if shape[1] == 1:
+            row = about | {"operator": f"loss{NEXT}", "labels": str(torch.uint8), "classes": 1}
+            yield row, partial(with_next, loss_gate, run, shape, dtype, torch.uint8)
     yield about | {"operator": "all"}, lambda: {"complete": True}
 
 
@@ -173,6 +183,12 @@ def losses(run: Run) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
     """Yield every size of the loss, where it is right: name, (N, V, H, W)."""
     if "loss" not in run.wrong:
         yield from (("x".join(map(str, shape)), shape) for shape in run.sizes.losses)
+
+
+def next_losses(run: Run) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """Yield the sizes that the new launches of the loss are for, where those are right."""
+    if f"loss{NEXT}" not in run.wrong:
+        yield from ((f"{name}{NEXT}", shape) for name, shape in losses(run) if shape[1] == 1)
 
 
 def operators(run: Run, whole: dict[str, Callable[[], Any]], seen: _OurCalls) -> list[Row]:
@@ -238,12 +254,15 @@ def launches(run: Run) -> Iterator[Job]:
             yield about | {"size": "x".join(map(str, size))}, partial(convolution_launches, run, size)
     for name, logits_shape in losses(run):
         yield about | {"size": f"loss, {name}"}, partial(loss_launches, run, logits_shape)
+    for name, logits_shape in next_losses(run):
+        yield about | {"size": f"loss, {name}"}, partial(with_next, loss_launches, run, logits_shape)
 
 
 def candidate_shapes(run: Run) -> Iterator[Job]:
     """Time every shape of a launch that compiles without spilling, beside the one that the product takes."""
-    names = {name for suffix in ("", ", next") for name, *_ in levels(run, suffix)}
-    names |= {f"loss, {name}" for name, _ in losses(run)} | {name for name, *_ in gpu_norms.sizes(run)}
+    loss_sizes = [*losses(run), *next_losses(run)]
+    names = {name for suffix in ("", NEXT) for name, *_ in levels(run, suffix)}
+    names |= {f"loss, {name}" for name, _ in loss_sizes} | {name for name, *_ in gpu_norms.sizes(run)}
     for candidate, spilled in candidates.built(run.sizes, run.device, run.left):
         if candidate.case not in names:
             continue

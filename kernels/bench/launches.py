@@ -163,10 +163,10 @@ class Launches(Traffic):
         """Collect while the block runs.
 
         Args:
-            kind: the kernels' backend, "triton" or "next".
+            kind: the backend of the kernels, "triton" or "next".
 
         Raises:
-            RuntimeError: where Triton's interpreter is on.
+            RuntimeError: the interpreter of Triton is on.
         """
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: there is nothing to build")

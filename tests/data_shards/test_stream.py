@@ -3,6 +3,7 @@ import itertools
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,11 +158,16 @@ def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
         Shards(tmp_path / "val", num_classes=2)[[Slot(0, 0, 1)]]
 
 
+def numbered(epoch: list[int], sample: list[int]) -> dict[str, Any]:
+    """Stand in for what is drawn for a batch's samples."""
+    return {"draws": torch.tensor([epoch, sample]).T.float(), "noise_seed": [7 * number for number in sample]}
+
+
 def collected(
     folder: Path, rank: int, world_size: int, first: int, steps: int, workers: int = 0, paste: float = 0.0
 ) -> list[dict]:
     shards = Shards(folder, "image", Crops(16, 0.5, 0, paste))
-    stream = train_batches(shards, 0, 4, first, rank, world_size, workers)
+    stream = train_batches(shards, 0, 4, first, rank, world_size, workers, entries=numbered)
     return list(itertools.islice(stream, steps))
 
 
@@ -174,7 +180,10 @@ def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path,
     later = collected(tmp_path / "train", 0, 1, 4, 3, paste=paste)
     halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank, paste=paste) for rank in range(2)]
     for t, batch in enumerate(alone):
-        for name in ("image", "mask", "mean", "std", "weight"):
+        # made with the batch, in whichever process that is
+        assert batch["draws"].tolist() == [list(pair) for pair in zip(batch["epoch"], batch["sample"], strict=True)]
+        assert batch["noise_seed"] == [7 * number for number in batch["sample"]]
+        for name in ("image", "mask", "mean", "std", "weight", "draws"):
             assert torch.equal(batch[name], torch.cat([half[t][name] for half in halves])), name
             if t >= 4:
                 assert torch.equal(batch[name], later[t - 4][name])

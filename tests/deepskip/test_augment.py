@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 import torch
 
-from deepskip.augment import augment, draw
+from deepskip.augment import augment, draw, loader_entries, pack, unpack
 from deepskip.config import AugmentConfig
 
 STILL = {"flip": False, "rotate90": False}
@@ -23,7 +24,7 @@ def test_flips_and_quarter_turns_are_the_eight_symmetries_exactly() -> None:
         for k in range(8):
             flipped = image[i].flip(2) if k >= 4 else image[i]
             flipped_mask = mask[i].flip(1) if k >= 4 else mask[i]
-            if torch.allclose(changed[i], torch.rot90(flipped, k % 4, (1, 2)), atol=1e-4):
+            if torch.equal(changed[i], torch.rot90(flipped, k % 4, (1, 2))):
                 # the mask went the same way
                 assert torch.equal(changed_mask[i], torch.rot90(flipped_mask, k % 4, (0, 1)))
                 seen.add(k)
@@ -64,3 +65,58 @@ def test_intensity_changes_by_hand() -> None:
             gain, shift = np.polyfit(image[i, c].flatten().numpy(), changed[i, c].flatten().numpy(), 1)
             assert 0.6 - 1e-4 <= gain <= 1.4 + 1e-4
             assert abs(shift) <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("size", [(9, 9), (8, 8), (6, 11)])
+@pytest.mark.parametrize("last", [True, False])
+def test_flips_and_quarter_turns_are_numpys_bit_for_bit(labels: torch.dtype, size: tuple[int, int], last: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(N, 3, *size, generator=generator)
+    image = image.contiguous(memory_format=torch.channels_last) if last else image
+    mask = torch.randint(0, 256, (N, *size), generator=generator).to(labels)
+    config = AugmentConfig(rotate90=size[0] == size[1])
+    draws = draw(config, 3, [1] * N, list(range(N)), 3)
+    changed, changed_mask = augment(config, draws, image, mask, 255)
+    assert (changed.dtype, changed_mask.dtype) == (torch.float32, labels)
+    assert changed.is_contiguous(memory_format=torch.channels_last)
+    maps = draws.matrix.round().int().numpy()
+    for i in range(N):
+        # from the map itself: what it does to the axes (x, y), with y down
+        for before, after in ((image[i].numpy(), changed[i].numpy()), (mask[i].numpy(), changed_mask[i].numpy())):
+            expected = before
+            if abs(maps[i, 0, 0]):
+                expected = np.flip(expected, -1) if maps[i, 0, 0] < 0 else expected
+                expected = np.flip(expected, -2) if maps[i, 1, 1] < 0 else expected
+            else:
+                # x becomes y and y becomes x: a quarter turn, then a mirror of either axis
+                expected = np.flip(np.rot90(expected, 1, (-2, -1)), -2)
+                expected = np.flip(expected, -1) if maps[i, 0, 1] < 0 else expected
+                expected = np.flip(expected, -2) if maps[i, 1, 0] < 0 else expected
+            assert after.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def test_a_symmetry_is_what_the_warp_makes_of_its_map() -> None:
+    # an angle too small to move a nearest neighbour: the same draws, resampled
+    image, mask = batch(2)
+    still, turned = AugmentConfig(), AugmentConfig(rotate=1e-6)
+    ids = list(range(N))
+    exact, exact_mask = augment(still, draw(still, 0, [0] * N, ids, 2), image, mask, 255)
+    warped, warped_mask = augment(turned, draw(turned, 0, [0] * N, ids, 2), image, mask, 255)
+    torch.testing.assert_close(exact, warped, rtol=0, atol=1e-4)
+    assert torch.equal(exact_mask, warped_mask)
+
+
+def test_draws_travel_in_a_batch_bit_for_bit() -> None:
+    config = AugmentConfig(rotate=20, scale=0.2, brightness=0.2, contrast=0.2, band_shift=0.1, noise=0.1)
+    epochs, ids = [3] * N, list(range(N))
+    drawn = draw(config, 7, epochs, ids, 5)
+    entries = loader_entries(config, 7, 5, epochs, ids)
+    assert entries["draws"].shape == (N, 6 + 5)
+    assert torch.equal(entries["draws"], pack(drawn))
+    come = unpack(entries["draws"], entries["noise_seed"])
+    for name in ("matrix", "gain", "shift", "symmetry"):
+        one, other = getattr(come, name), getattr(drawn, name)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert come.noise_seed == drawn.noise_seed

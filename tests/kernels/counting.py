@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from deepskip import kernels
-from deepskip.kernels import backend
 from deepskip.kernels.bench import candidates, counts
 from deepskip.kernels.bench.launches import Launches, TritonLaunch, meta
 
@@ -85,7 +84,7 @@ def next_stores() -> dict[str, Any]:
     maps = [meta(N, K * s, H // s, W // s).requires_grad_() for s in factors]
     weights = [meta(K, K * s, 3, 3).requires_grad_() for s in factors]
     seen = Launches(ARCHITECTURE)
-    with seen.watching(), backend.chosen("next"):
+    with seen.watching("next"):
         out = kernels.deep_skip(maps, weights)
         out.backward(torch.empty_like(out))
     found = {one.launch.build.name: one.launch for one in seen.started if one.launch is not None}
@@ -95,12 +94,12 @@ def next_stores() -> dict[str, Any]:
     }
 
 
-def loss_stores() -> dict[str, int]:
+def loss_stores(backend: str, size: tuple[int, int]) -> dict[str, int]:
     """Check the gradient of the loss."""
     seen = Launches(ARCHITECTURE)
-    with seen.watching():
-        logits = meta(3, 1, 37, 41, last=False).requires_grad_()
-        kernels.bce_dice_sums(logits, meta(3, 37, 41, dtype=torch.uint8)).backward(meta(5, dtype=torch.float32))
+    with seen.watching(backend):
+        logits = meta(3, 1, *size, last=False).requires_grad_()
+        kernels.bce_dice_sums(logits, meta(3, *size, dtype=torch.uint8)).backward(meta(5, dtype=torch.float32))
     (launch,) = [one.launch for one in seen.started if one.moved.operator == "bce_dice_gradient"]
     assert launch is not None
     return stores(launch, [launch.named["dz_ptr"]])
@@ -158,8 +157,9 @@ def main() -> None:
     """Write everything as JSON."""
     shapes = candidates.all_of((2, 32, 32), (3,), ((2, 1, 64, 64),))
     norms = [one for one in shapes if one.operator in candidates.NORM_OPERATORS]
+    next_loss = [part for part in counts.PARTS if isinstance(part, tuple) and part[-1] == counts.NEXT]
     parts = [
-        counts.PARTS[0], counts.Next(1), counts.Next(1, (8, 8)), ((16, 1, 1024, 1024), torch.uint8, ""),
+        counts.PARTS[0], counts.Next(1), counts.Next(1, (8, 8)), ((16, 1, 1024, 1024), torch.uint8, ""), *next_loss,
         counts.Norm(1, False), counts.Norm(1, True),
     ]  # fmt: skip
     found = {
@@ -167,7 +167,14 @@ def main() -> None:
         "trips": trips(),
         "spills": candidates.spilled(shapes[0], ARCHITECTURE) | candidates.spilled(shapes[-1], ARCHITECTURE),
         "norm spills": candidates.spilled(norms[0], ARCHITECTURE),
-        "stores": stage_stores() | next_stores() | {"gradient of the loss": loss_stores()} | norm_stores(),
+        "stores": stage_stores()
+        | next_stores()
+        | norm_stores()
+        | {
+            "gradient of the loss": loss_stores("triton", (37, 41)),
+            "gradient of the loss, next": loss_stores("next", (16, 40)),
+            "gradient of the loss, next, whole blocks": loss_stores("next", (16, 48)),
+        },
         "far": far_accesses(),
     }
     Path(sys.argv[1]).write_text(json.dumps(found))

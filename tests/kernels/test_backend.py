@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepskip.kernels import backend
+from deepskip.kernels import backend, bce_dice_wide_triton
 
 NORM_LAUNCHES = (
     "batch_norm_sums", "batch_norm_statistics", "batch_norm_relu", "batch_norm_gradient_sums", "batch_norm_coefficients",
@@ -69,6 +69,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
 
     for module, names in (
         (triton_form, ("_sigmoid_sums", "_sigmoid_gradient", "_softmax_sums", "_softmax_gradient", "_add_rows")),
+        (bce_dice_wide_triton, ("_sigmoid_sums_wide", "_sigmoid_gradient_wide")),
         (triton_loss, ("_loss_of_sums", "_loss_of_sums_gradient")),
         (triton_deep_skip, ("_branches",)),
         (triton_batch_norm.passes, NORM_LAUNCHES),
@@ -85,6 +86,10 @@ def test_every_launch_is_on_the_device_of_its_tensors(
             logits, target = torch.empty(2, V, 8, 8, **there), torch.empty(2, 8, 8, dtype=torch.uint8, **there)
             triton_form._sums._init_fn(logits, target, None, 0.5, 255)
             triton_form._gradient._init_fn(torch.empty(2 + 3 * V, **there), logits, target, None, 0.5, 255)
+        logits, target = torch.empty(2, 1, 8, 8, **there), torch.empty(2, 8, 8, dtype=torch.uint8, **there)
+        at = triton_form._layout(logits, target)
+        bce_dice_wide_triton.sum_rows(at, logits, target, None, 0.5, 255)
+        bce_dice_wide_triton.gradient(at, torch.empty(5, **there), logits, target, None, logits, 0.5, 255)
         sums, grad = torch.empty(5, **there), torch.empty((), **there)
         triton_loss._loss._init_fn(sums, None, 1.0, 1.0)
         triton_loss._loss_gradient._init_fn(grad, None, None, sums, None, 1.0, 1.0)
@@ -101,8 +106,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         subpixel._stage_gradients._init_fn(grad, maps, weights, [], [0, 1], "bilinear", [True] * 4)
     assert launched == [
         "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
-        "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches", *NORM_LAUNCHES, "_expand", "_stage", "_expand",
-        "_gather_stage", "_weight_sums", "_add_rows", "_contract",
+        "_sigmoid_sums_wide", "_sigmoid_gradient_wide", "_loss_of_sums", "_loss_of_sums_gradient", "_branches", "_branches",
+        *NORM_LAUNCHES, "_expand", "_stage", "_expand", "_gather_stage", "_weight_sums", "_add_rows", "_contract",
     ]  # fmt: skip
 
 
