@@ -59,8 +59,8 @@ class ConvNormReLU(nn.Sequential):
             return kernels.conv3(x, weight * scale[:, None, None, None], bias - mean * scale).relu_()
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        y = kernels.conv3(x, weight)
-        return kernels.batch_norm_relu(y, gain, bias, mean, var, norm.training, norm.momentum or 0.0, norm.eps)
+        y, rows = kernels.conv3_with_sums(x, weight) if norm.training else (kernels.conv3(x, weight), None)
+        return kernels.batch_norm_relu(y, gain, bias, mean, var, norm.training, norm.momentum or 0.0, norm.eps, rows)
 
 
 class BasicBlock(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from deepskip.kernels import backend, batch_norm_cpu, bce_dice_cpu, conv3_cpu, deep_skip_cpu, reference
 
-__all__ = ["backend", "batch_norm_relu", "bce_dice_sums", "conv3", "deep_skip", "loss_of_sums"]
+__all__ = ["backend", "batch_norm_relu", "bce_dice_sums", "conv3", "conv3_with_sums", "deep_skip", "loss_of_sums"]
 
 
 def bce_dice_sums(
@@ -64,6 +64,24 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return conv3_triton.conv3(x, weight, bias)
     form = conv3_cpu if found == "cpu" else reference
     return form.conv3(x, weight, bias)
+
+
+def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Convolve as `conv3`, and sum what batch norm needs if the form does so in passing.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (K, C, 3, 3).
+
+    Returns:
+        The map (N, K, H, W), and (programs, 2, K) fp32 for `batch_norm_relu`, or None.
+    """
+    if backend.implementation(x) == "triton" and backend.uses_next():
+        from deepskip.kernels import conv3_triton
+
+        if conv3_triton.takes(x, weight):
+            return conv3_triton.conv3_with_sums(x, weight)
+    return conv3(x, weight), None
 
 
 def batch_norm_relu(
