@@ -63,7 +63,7 @@ def strip(
     if HOIST:
         for a in tl.static_range(TILES):
             tile = w_ptr + (a // SLOTS * CHUNK + a % SLOTS * SLOT)
-            held += (
+            held += (  # type: ignore[assignment]
                 tl.load(tile + BELOW * KIND + at, mask=is_weight, other=0.0).to(OPERAND),
                 tl.load(tile + KIND + at, mask=is_weight, other=0.0).to(OPERAND),
                 tl.load(tile + ABOVE * KIND + at, mask=is_weight, other=0.0).to(OPERAND),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -100,9 +101,12 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         stats = triton_batch_norm._batch_statistics._init_fn(own, None, 128, *channels, 0.1, 1e-5)
         triton_batch_norm._normalise_relu._init_fn(own, *channels[:2], stats, True)
         triton_batch_norm._normalise_relu_gradient._init_fn(own, own, stats, True)
-        maps, weights = [own, torch.empty(2, 16, 4, 4, **there)], [torch.empty(8, C, 3, 3, **there) for C in (8, 16)]
+        # a copy to this layout would ask for CUDA
+        last: dict[str, Any] = there | {"memory_format": torch.channels_last}
+        maps = [torch.empty(2, 8, 8, 8, **last), torch.empty(2, 16, 4, 4, **last)]
+        weights = [torch.empty(8, C, 3, 3, **there) for C in (8, 16)]
         subpixel._stage._init_fn(maps, weights, [], [0, 1], "bilinear")
-        grad = torch.empty(2, 16, 8, 8, **there)
+        grad = torch.empty(2, 16, 8, 8, **last)
         subpixel._stage_gradients._init_fn(grad, maps, weights, [], [0, 1], "bilinear", [True] * 4)
     assert launched == [
         "_sigmoid_sums", "_add_rows", "_sigmoid_gradient", "_softmax_sums", "_add_rows", "_softmax_gradient",
