@@ -89,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     sheet.set_defaults(run="run_preview")
 
     which = commands.add_parser(
-        "plan", help="print which samples a rank takes in each step, from the index alone, as JSON lines"
+        "order",
+        aliases=["plan"],
+        help="print which samples a rank takes in each step, from the index alone, as JSON lines",
     )
     which.add_argument("path", metavar="INDEX", help="one split, or its index.json")
     for option, default, text in (

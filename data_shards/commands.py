@@ -44,8 +44,9 @@ def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = CO
 
 
 def run_pack_coins(arguments: argparse.Namespace) -> None:
-    """Pack the built-in data."""
+    """Pack the built-in data and report what is in it."""
     pack_coins(arguments.out, {split: getattr(arguments, split) for split in COINS_DEFAULT}, arguments.seed)
+    show(arguments.out)
 
 
 def run_pack_folder(arguments: argparse.Namespace) -> None:

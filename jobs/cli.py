@@ -33,8 +33,6 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: found for commands in TOPICS.values() for name, found in commands.items()}
-# commands that have another name in deepskip.data_shards
-DATA_NAMES = {"order": "plan"}
 HELP = ("-h", "--help")
 # packages by the extra that installs them
 EXTRAS = {
@@ -92,7 +90,7 @@ def run(command: str, rest: list[str]) -> None:
     where, _ = COMMANDS[command]
     if where in ("data", "cluster", "submit"):
         module = {"data": "data_shards.command_line", "cluster": "cluster.__main__", "submit": "jobs.submit"}[where]
-        words = [DATA_NAMES.get(command, command), *rest] if where == "data" else rest
+        words = [command, *rest] if where == "data" else rest
         importlib.import_module(f"deepskip.{module}").main(words)
     elif any(word in HELP for word in rest):
         show_help(command, where)
