@@ -85,7 +85,10 @@ def test_a_packing_that_fails_leaves_nothing(tmp_path: Path) -> None:
             Sample("a/b", np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)),
             "'a/b' is empty or has a dot or slash",
         ),
-        (Sample("b", np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), np.uint8)), "b has 2 bands, but those before it have 3"),
+        (
+            Sample("b", np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), np.uint8)),
+            "b has 2 bands, but those before it have 3",
+        ),
         (
             Sample("c", np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 2, np.uint8)),
             "c has label 2; .* the highest is 1",

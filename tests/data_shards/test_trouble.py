@@ -22,13 +22,19 @@ def behind(error: BaseException) -> BaseException:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "the disk is full at /runs/a. Free some space, and"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
+            "the disk is full at /runs/a. Free some space, and",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full. Free some space, and"),
         (
             OSError(errno.EROFS, "Read-only file system", "/x"),
             "nothing can be written at /x: the file system is read-only.",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "permission denied at /x. Give this user the permission"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            "permission denied at /x. Give this user the permission",
+        ),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "too many files are open at /x: this process may have"),
         (MemoryError(), "there is not enough memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "there is not enough memory"),
