@@ -234,7 +234,10 @@ def convolution_launches(run: Run, size: tuple[int, int, int, int, int]) -> list
 
     forms = {"": cases.next_conv3, "plain": reference.conv3}
     rows = []
-    for name, what, arguments in (("forward", forward, (x, weight)), ("forward + backward", both, (x, weight, grad))):
+    cases_of: tuple[tuple[str, Callable[..., Any], tuple[Tensor, ...]], ...] = (
+        ("forward", forward, (x, weight)), ("forward + backward", both, (x, weight, grad)),
+    )  # fmt: skip
+    for name, what, arguments in cases_of:
         calls = {
             side: measure.rotated(partial(what, form), *arguments, device=run.device) for side, form in forms.items()
         }

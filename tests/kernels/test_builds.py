@@ -11,8 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 # warp instructions a pixel
 NEXT = {
-    "level 1 stage forward, next": 0.0, "level 1 stage backward, next": 0.0,
-    "level 1 conv3 8 -> 8 forward, next": 0.0, "level 1 conv3 8 -> 8 backward, next": 0.0,
+    "level 1 stage forward, next": 13.2, "level 1 stage backward, next": 35.3, "level 1 conv3 8 -> 8 forward, next": 2.12,
 }  # fmt: skip
 
 
@@ -54,7 +53,8 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
         if row["counted"] == "machine code":
             sums[row["launch"]] = sums.get(row["launch"], 0.0) + row["warp_instructions_per_pixel"]
             assert row["arch"] == "sm_90"
-            assert row["spills"] == 0
+            # the new stage forward keeps two registers in memory
+            assert row["spills"] <= (8 if row["kernel"] == "_stage" else 0)
             assert 0 < row["registers"] <= 255
     assert sums["level 1 stage forward"] == pytest.approx(84.9, rel=0.03)
     assert sums["level 1 stage backward"] == pytest.approx(113.6, rel=0.03)

@@ -65,7 +65,7 @@ def test_the_matrices_are_those_of_upsampling_and_convolution(subpixel: ModuleTy
         (8, (2, 4, 8, 2), 8, 16, 1, torch.bfloat16, "bilinear", LAST),
         (5, (2, 2), 2, 2, 2, torch.float32, "nearest", FIRST),
         (4, (4, 2), 4, 12, 2, torch.float16, "bilinear", FIRST),
-        (16, (2,), 36, 4, 1, torch.float32, "bilinear", LAST),
+        pytest.param(16, (2,), 36, 4, 1, torch.float32, "bilinear", LAST, marks=pytest.mark.slow),
         pytest.param(4, (2, 4, 8, 16, 2), 32, 16, 1, torch.float16, "nearest", LAST, marks=pytest.mark.slow),
         pytest.param(11, (2, 4), 8, 144, 1, torch.bfloat16, "nearest", LAST, marks=pytest.mark.slow),
     ],
