@@ -170,7 +170,8 @@ class Survey:
         for name, value in vars(other).items():
             own = getattr(self, name)
             if isinstance(own, Counter):
-                own.update(value)
+                # A nan from another process is another object, and a key of its own.
+                own.update({NAN if isinstance(key, float) and math.isnan(key) else key: n for key, n in value.items()})
             elif isinstance(own, dict):
                 if name == "palette" and any(own.get(index, colour) != colour for index, colour in value.items()):
                     self.palettes_differ.append(next(iter(other.examples.values()), "one"))

@@ -121,7 +121,7 @@ def number(field: bytes, at: int) -> int:
     if field[0] == 128:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
-    if field[0] == 255 or digits.strip(b"01234567") or len(digits) > len(field):
+    if field[0] == 255 or digits.strip(b"01234567"):
         raise TarError(f"the header at byte {at} has a number that is negative or invalid: {field!r}")
     return int(digits or b"0", 8)
 

@@ -91,10 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     config = read_settings(sys.argv[1:] if argv is None else argv)
     found = find(config)
     model = Predictor(found.state, flips=config.flips)
+    device = config.device or default_device()
     try:
-        model.to(config.device or default_device())
+        model.to(device)
     except (RuntimeError, AssertionError) as error:
-        stop(f"device is {config.device!r}: {str(error).splitlines()[0]}")
+        stop(f"device is {str(device)!r}: {str(error).splitlines()[0]}")
     shards = open_data(config, model)
     # a report with flips does not replace one without
     split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")

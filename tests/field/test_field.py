@@ -1,3 +1,5 @@
+import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from PIL import Image
 
 from deepskip.data_shards.command_line import main
 from deepskip.data_shards.sources.split import PackError
+from deepskip.data_shards.survey import Survey
 from tests.field import page
 from tests.field.cases import CASES, gap
 from tests.field.folders import packed, scene, write
@@ -80,3 +83,15 @@ def test_the_command_that_converts_does(tmp_path: Path, ending: str) -> None:
     for key, (image, mask) in packed(tmp_path)[0].items():
         np.testing.assert_array_equal(image, scene(int(key))[0])
         np.testing.assert_array_equal(mask, scene(int(key))[1])
+
+
+def test_findings_of_several_processes_are_counted_together() -> None:
+    # nan does not equal itself, and unpickled it is another object
+    found = Survey()
+    for _ in range(3):
+        one = Survey()
+        one.tagged[math.nan] += 1
+        one.tagged[-9999.0] += 2
+        found.merge(pickle.loads(pickle.dumps(one)))
+    assert len(found.tagged) == 2
+    assert sorted(found.tagged.values()) == [3, 6]
