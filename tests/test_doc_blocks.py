@@ -77,7 +77,8 @@ def run(block: Block, folder: Path) -> None:
         assert done.returncode == 0, f"{block.place}\n{done.stderr}"
         return
     for command in commands(block):
-        words = shlex.split(command, comments=True)
+        # no shell is there to do it for a command that runs in a fork
+        words = shlex.split(command.replace("$PWD", str(folder)), comments=True)
         if words[0] == "deepskip" and not set(words) & {"|", ">", "&"}:
             try:
                 in_child(at_toy_size(words[1:]), folder)
