@@ -3,6 +3,9 @@
 Both run in turns, so that what else the machine does meets both. A step's time is the median over windows of log_every steps;
 the first windows, where memory is found, do not count. What the trainer does between steps (validation, checkpoints) is not
 in it.
+
+On 2 cores Ray's processes (controller, agents, log monitor, GCS, waiting actors) take 11 % of one core, with any number of
+workers. Without Ray's metrics and task events two workers lost 7.5 % in place of 6.7 %; they stay, the dashboard needs them.
 """
 
 import argparse
