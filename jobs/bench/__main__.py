@@ -3,6 +3,9 @@
 Run it as `python -m deepskip.jobs.bench`. Both run alternately, so that other load on the machine affects both. The time of a
 step is the median over windows of log_every steps. The first windows, in which memory is allocated, are skipped. What the
 trainer does between steps (validation, checkpoints) is not measured.
+
+On 2 cores the processes of Ray (controller, agents, log monitor, GCS, waiting actors) take 11 % of one core, with any number of
+workers. Without the metrics and task events of Ray two workers lost 7.5 % in place of 6.7 %; they stay on for the dashboard.
 """
 
 import argparse

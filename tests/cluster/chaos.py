@@ -1,4 +1,4 @@
-"""python -m tests.cluster.chaos: random faults for some minutes, and a report on whether everything held."""
+"""python -m tests.cluster.chaos: random faults for some minutes, and a report on whether every check passed."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -22,8 +23,19 @@ STEPS = 60
 RELATIVE = 1e-4
 
 
+class Recovery(NamedTuple):
+    """A fault and how long it took to the next step; at: of that step, seconds since the start; step, workers: when it came."""
+
+    at: float
+    training: str
+    fault: str
+    step: int
+    workers: int
+    seconds: float
+
+
 def main() -> None:
-    """Runs the faults, writes the report, and exits with 1 where something did not hold."""
+    """Run the faults, write the report, and exit with 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -31,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     started = time.time()
-    done: list[tuple[float, str, str, float]] = []
+    done: list[Recovery] = []
     broken: list[str] = []
     trainings: list[Training] = []
     with tempfile.TemporaryDirectory(prefix="deepskip-chaos-") as home:
@@ -65,16 +77,14 @@ def main() -> None:
     sys.exit(bool(broken))
 
 
-def one_training(
-    training: Training, rng: random.Random, started: float, done: list[tuple[float, str, str, float]]
-) -> None:
-    """Trains once; random faults come after 0 to 4 seconds of undisturbed steps until the training is done."""
+def one_training(training: Training, rng: random.Random, started: float, done: list[Recovery]) -> None:
+    """Train once; random faults come after 0 to 4 seconds of undisturbed steps until the training is done."""
     training.submit()
     training.wait_for(2)
     while max(training.losses()) < STEPS - 20:
         time.sleep(rng.uniform(0, 4))
         whole = len(training.nodes.nodes) == 3 and training.world_sizes()[-1] == 2
-        fault: Fault = rng.choice(FAULTS if whole else [Fault("a machine comes", add_machine, (1, 2)), *FAULTS[:3]])
+        fault: Fault = rng.choice(FAULTS if whole else [Fault("machine added", add_machine, (1, 2)), *FAULTS[:3]])
         if fault.do is add_machine and len(training.nodes.nodes) == 3:
             continue
         step, workers = max(training.losses()), training.world_sizes()[-1]
@@ -83,9 +93,9 @@ def one_training(
         try:
             seconds = recover(training, fault)
         except (ProcessLookupError, psutil.NoSuchProcess):
-            # a machine had come, and the training was just ending this worker to go on with more
+            # a machine had come, and the training was just ending this worker to resume with more
             continue
-        done.append((time.time() - started, training.name, f"{fault.name} (step {step}, {workers} workers)", seconds))
+        done.append(Recovery(time.time() - started, training.name, fault.name, step, workers, seconds))
         say(f"{training.name} step {step}: {fault.name}: {seconds:.1f} s")
     training.result(seconds=200)
 
@@ -94,43 +104,53 @@ def report(
     arguments: argparse.Namespace,
     minutes: float,
     trainings: list[Training],
-    done: list[tuple[float, str, str, float]],
+    done: list[Recovery],
     broken: list[str],
 ) -> str:
-    """Makes the page."""
+    """Return the page."""
     by_kind: dict[str, list[float]] = defaultdict(list)
-    for _, _, what, seconds in done:
-        by_kind[what.split(" (step")[0]].append(seconds)
+    for each in done:
+        by_kind[each.fault].append(each.seconds)
     lines = [
-        "# Chaos: the last report",
+        "# Chaos",
         "",
-        f"`make chaos ARGS='--minutes {arguments.minutes:g} --seed {arguments.seed}'`: {minutes:.1f} minutes, {len(trainings)} "
-        f"training{'s' * (len(trainings) > 1)} of {STEPS} steps, {len(done)} faults, "
-        f"on {os.cpu_count()} cores ({platform.machine()}), "
-        f"{time.strftime('%Y-%m-%d')}.",
+        "`make chaos` breaks trainings at random, and checks that each ends as an unbroken one does. This is its last report;",
+        "[Faults](faults.md) explains what happens to a training.",
         "",
-        "Each training ran on 1 to 2 workers (`cluster.workers: [1, 2]`) of three Ray nodes, each in a network, process and",
-        "mount namespace of its own. After each: exit status 0, every sample of every epoch taken once, every loss of every",
-        f"execution of every step within {RELATIVE:g} relative of an unbroken run's, one MLflow run, FINISHED, every metric",
-        "once.",
+        f"| command | date | cores | minutes | trainings of {STEPS} steps | faults |",
+        "|---|---|---:|---:|---:|---:|",
+        f"| `make chaos ARGS='--minutes {arguments.minutes:g} --seed {arguments.seed}'` | {time.strftime('%Y-%m-%d')} "
+        f"| {os.cpu_count()} ({platform.machine()}) | {minutes:.1f} | {len(trainings)} | {len(done)} |",
         "",
-        f"**{'Everything held.' if not broken else f'{len(broken)} trainings did not hold:'}**",
-        *(f"\n```\n{each[:2000]}\n```" for each in broken),
+        "Each training ran on one or two workers (`cluster.workers: [1, 2]`) of three Ray nodes. Each node had its own",
+        "network, processes and mounts. At the end of each training these were checked:",
         "",
-        "| fault | times | seconds to the next step: median | longest |",
-        "|---|---|---|---|",
+        "* The exit status is 0.",
+        "* Every sample of every epoch was used once.",
+        f"* Every loss of every step is within {RELATIVE:g} relative of an unbroken run's, also where a step was repeated.",
+        "* There is one MLflow run, FINISHED, with each metric once.",
+        "",
+        f"**{'Every check passed.' if not broken else f'{len(broken)} trainings failed a check:'}**",
+        *(f"\n```text\n{each[:2000]}\n```" for each in broken),
+        "",
+        "Seconds from the fault to the next step:",
+        "",
+        "| fault | times | median | longest |",
+        "|---|---:|---:|---:|",
         *(f"| {kind} | {len(v)} | {statistics.median(v):.1f} | {max(v):.1f} |" for kind, v in sorted(by_kind.items())),
         "",
-        "| after s | training | fault | next step after s |",
-        "|---|---|---|---|",
-        *(f"| {at:.0f} | {name} | {what} | {seconds:.1f} |" for at, name, what, seconds in done),
+        "All faults, by the time of the next step in seconds since the start:",
+        "",
+        "| at | training | step | workers | fault | seconds |",
+        "|---:|---|---:|---:|---|---:|",
+        *(f"| {x.at:.0f} | {x.training} | {x.step} | {x.workers} | {x.fault} | {x.seconds:.1f} |" for x in done),
         "",
     ]
     return "\n".join(lines)
 
 
 def say(line: str) -> None:
-    """Prints at once."""
+    """Print at once."""
     print(line, flush=True)  # noqa: T201
 
 

@@ -47,7 +47,7 @@ def hang(training: Training) -> float:
 
 
 def last_machine(training: Training) -> int:
-    """Gives the number of the machine of the last rank."""
+    """Return the number of the machine of the last rank."""
     node, _ = training.worker(training.world_sizes()[-1] - 1)
     return node.number
 
@@ -121,17 +121,17 @@ def kill_driver(training: Training) -> float:
 
 WORKER, MACHINE = 15.0, 20.0
 FAULTS = [
-    Fault("a worker is killed", kill_other_rank, promised=WORKER),
-    Fault("rank 0 is killed", kill_rank_0, promised=WORKER),
-    Fault("rank 0 is killed between writing a checkpoint and renaming it", kill_at_rename, promised=WORKER),
-    Fault("a worker hangs, collective_timeout being 20 s", hang),
-    Fault("a machine is lost, the others go on", lose_machine, (1, 2), MACHINE),
-    Fault("a machine is taken back, with a warning, the others go on", take_machine_back, (1, 2), repeats=False),
-    Fault("a machine is lost, another comes in its place", replace_machine),
-    Fault("the network of a machine is cut for 20 s, the others go on", cut_network, (1, 2), MACHINE),
-    Fault("the network of a machine is cut for 20 s, the others wait", cut_network),
-    Fault("the driver is killed, the job submitted again", kill_driver, (1, 2)),
-    Fault("the head is lost, the job submitted again to a new one", lose_head),
+    Fault("worker killed", kill_other_rank, promised=WORKER),
+    Fault("rank 0 killed", kill_rank_0, promised=WORKER),
+    Fault("rank 0 killed before renaming a checkpoint", kill_at_rename, promised=WORKER),
+    Fault("worker hangs, collective_timeout 20 s", hang),
+    Fault("machine lost, others continue", lose_machine, (1, 2), MACHINE),
+    Fault("machine taken back, others continue", take_machine_back, (1, 2), repeats=False),
+    Fault("machine lost and replaced", replace_machine),
+    Fault("network cut for 20 s, others continue", cut_network, (1, 2), MACHINE),
+    Fault("network cut for 20 s, others wait", cut_network),
+    Fault("driver killed, job resubmitted", kill_driver, (1, 2)),
+    Fault("head lost and replaced, job resubmitted", lose_head),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Files that people really have: each case packs a folder and asserts numbers; docs/files.md says what becomes of each."""
+"""Files that people really have: each case packs a folder and asserts numbers; docs/files.md lists how each is handled."""
 
 import struct
 import zlib
@@ -18,15 +18,15 @@ from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sources.split import PackError
 from tests.field.folders import Scene, iou, packed, write
 
-# (what the file is, what becomes of it, options) of each case, for the page
+# (what the file is, what happens, options) of each case, for the page
 CASES: dict[str, tuple[str, str, str, Callable[[Path], None]]] = {}
 
 
-def case(what: str, becomes: str, options: str = "") -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
-    """Puts a case onto the page."""
+def case(what: str, happens: str, options: str = "") -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    """Add a case to the page."""
 
     def noted(function: Callable[[Path], None]) -> Callable[[Path], None]:
-        CASES[function.__name__] = what, becomes, options, function
+        CASES[function.__name__] = what, happens, options, function
         return function
 
     return noted
@@ -39,7 +39,7 @@ def equal_masks(found: dict[str, Scene], made: dict[str, Scene]) -> None:
         np.testing.assert_array_equal(mask, made[key][1], err_msg=key)
 
 
-@case("a TIFF's fourth band that GDAL flags as transparency, and that holds data", "kept, and said", "`--alpha drop`")
+@case("a TIFF's transparency band that holds data", "kept, and reported", "`--alpha drop`")
 def near_infrared(root: Path) -> None:
     near = {}
 
@@ -59,8 +59,8 @@ def near_infrared(root: Path) -> None:
 
 
 @case(
-    "a band of a TIFF that is all or nothing, flagged as transparency",
-    "dropped, that band alone, and said",
+    "a TIFF's transparency band that is all or nothing",
+    "dropped, and reported",
     "`--alpha keep`",
 )
 def plain_transparency(root: Path) -> None:
@@ -85,7 +85,7 @@ def plain_transparency(root: Path) -> None:
     assert packed(root, reading=Reading("keep"))[0]["0"][0].shape == (64, 80, 6)
 
 
-@case("transparency of a PNG", "dropped, and said", "`--alpha keep`")
+@case("transparency of a PNG", "dropped, and reported", "`--alpha keep`")
 def png_transparency(root: Path) -> None:
     def image(path: Path, made: Scene) -> None:
         Image.fromarray(np.dstack([made[0], made[0][..., 0]])).save(path.with_suffix(".png"))
@@ -97,7 +97,7 @@ def png_transparency(root: Path) -> None:
     assert "transparency of 4 images is dropped, more than all or nothing in 4 of them" in said
 
 
-@case("a grey PNG of 16 bits with transparency", "16 bits, one band")
+@case("a 16-bit grey PNG with transparency", "one band of 16 bits")
 def grey_of_16_bits(root: Path) -> None:
     def image(path: Path, made: Scene) -> None:
         grey = made[0][..., 0].astype(np.uint16) * 100 + 37
@@ -109,8 +109,8 @@ def grey_of_16_bits(root: Path) -> None:
 
 
 @case(
-    "masks of 1 bit in which 0 is white (TIFF's WhiteIsZero, a palette of white and black)",
-    "foreground is what is white",
+    "1-bit masks in which 0 is white (by TIFF tag or palette)",
+    "white is foreground",
 )
 def white_is_zero(root: Path) -> None:
     def fax(path: Path, made: Scene) -> None:
@@ -126,7 +126,7 @@ def white_is_zero(root: Path) -> None:
     equal_masks(packed(root)[0], made)
 
 
-@case("masks of 8 bits in which 0 is white", "refused", "`--white_is_zero invert` or `keep`")
+@case("8-bit masks in which 0 is white", "refused", "`--white_is_zero invert` or `keep`")
 def white_is_zero_of_8_bits(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         tifffile.imwrite(path.with_suffix(".tif"), 255 - made[1] * 255, photometric="miniswhite")
@@ -140,7 +140,7 @@ def white_is_zero_of_8_bits(root: Path) -> None:
     assert "of all mask pixels are foreground" in said
 
 
-@case("masks saved as JPEG, or with soft edges", "refused, with the threshold", "`--threshold 128`")
+@case("JPEG masks, and masks with soft edges", "refused, with a threshold to use", "`--threshold 128`")
 def lossy_masks(root: Path) -> None:
     for quality in (75, 95):
         for side in (5, 10):
@@ -169,8 +169,8 @@ def probabilities(root: Path) -> None:
 
 
 @case(
-    "images turned by EXIF (JPEG, PNG) or by TIFF's orientation, and masks that are not",
-    "as the mask's size tells; where it does not, refused",
+    "images with an EXIF or TIFF orientation, masks without one",
+    "decided by the mask's size; refused if that fits both",
     "`--orientation apply` or `ignore`",
 )
 def turned_images(root: Path) -> None:
@@ -228,7 +228,7 @@ def contrast(pixels: np.ndarray, mask: np.ndarray, mean: np.ndarray, std: np.nda
     return z[mask == 1].mean(0) - z[mask == 0].mean(0)
 
 
-@case("pixels of GDAL's nodata value", "left out of statistics, labelled ignored, filled by the band's mean")
+@case("pixels of GDAL's nodata value", "ignored, and filled with the band's mean")
 def nodata(root: Path) -> None:
     made = write(root, lambda path, found: gap(path, found, True), width=100)
     found, said = packed(root)
@@ -246,7 +246,7 @@ def nodata(root: Path) -> None:
         np.testing.assert_allclose(pixels[0, 0], seen.mean((0, 1)), rtol=1e-5)
 
 
-@case("values like -9999 or -32768 without a tag", "taken as values, with a warning", "`--nodata -9999`")
+@case("values like -9999 or -32768 without a nodata tag", "kept as values, with a warning", "`--nodata -9999`")
 def nodata_without_a_tag(root: Path) -> None:
     write(root, lambda path, found: gap(path, found, False), width=100)
     found, said = packed(root)
@@ -258,7 +258,7 @@ def nodata_without_a_tag(root: Path) -> None:
     assert found["0"][0].min() >= 0
 
 
-@case("images of real numbers that hold nan", "refused", "`--nodata nan`")
+@case("floating-point images with NaN", "refused", "`--nodata nan`")
 def nodata_nan(root: Path) -> None:
     write(root, lambda path, found: gap(path, found, False, np.nan))
     with pytest.raises(PackError, match=r"nan or infinite.*--nodata nan"):
@@ -266,7 +266,7 @@ def nodata_nan(root: Path) -> None:
     assert (packed(root, reading=Reading(nodata=np.nan))[0]["0"][1][:, :24] == 255).all()
 
 
-@case("masks whose values number the objects", "refused", "`--labels binary` or `classes`")
+@case("masks that number the objects", "refused", "`--labels binary` or `classes`")
 def numbered_objects(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         tifffile.imwrite(path.with_suffix(".tif"), ndimage.label(made[1])[0].astype(np.uint16))
@@ -277,7 +277,7 @@ def numbered_objects(root: Path) -> None:
     equal_masks(packed(root, labels="binary")[0], made)
 
 
-@case("masks of colours", "refused, with the colours found", "`--colors FILE`")
+@case("coloured masks", "refused, with the colours found", "`--colors FILE`")
 def colours(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         table = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)
@@ -291,7 +291,7 @@ def colours(root: Path) -> None:
         packed(root, values=Values(colours=((0, 0, 0, 0),)))
 
 
-@case("masks with values below 0, or nan", "refused", "`--ignore_label -9999`, `--ignore_label nan`")
+@case("masks with negative values or NaN", "refused", "`--ignore_label -9999`, `--ignore_label nan`")
 def values_below_zero(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         labels = made[1].astype(np.int16)
@@ -305,7 +305,7 @@ def values_below_zero(root: Path) -> None:
     assert all((labels[:5] == 255).all() and labels[5:].max() == 1 for _, labels in found.values())
 
 
-@case("masks beside images, told apart by an ending", "paired", "`--mask_suffix _mask`")
+@case("masks next to images, with a suffix", "paired", "`--mask_suffix _mask`")
 def one_folder(root: Path) -> None:
     made = write(root, mask=lambda path, found: None)
     for key, (_, mask) in made.items():
@@ -314,8 +314,8 @@ def one_folder(root: Path) -> None:
 
 
 @case(
-    "an image's channels in files of their own",
-    "refused, with the option that puts them together",
+    "an image's channels in separate files",
+    "refused, with the option that joins them",
     "`--channel_suffix _0000`",
 )
 def channels(root: Path) -> None:
@@ -345,7 +345,7 @@ def bmp_and_gif(root: Path) -> None:
     np.testing.assert_array_equal(found["3"][0], made["3"][0])
 
 
-@case("files of other kinds, hidden files, folders", "left out, and counted")
+@case("other file types, hidden files, folders", "skipped, and counted")
 def other_files(root: Path) -> None:
     write(root)
     for name in ("._0.png", "notes.txt", "a.xml", "b.xml"):
@@ -358,7 +358,7 @@ def other_files(root: Path) -> None:
         assert words in said
 
 
-@case("NIfTI, HDF5, MATLAB, ENVI, WebP, ...", "refused, with the command that converts them")
+@case("NIfTI, HDF5, MATLAB, ENVI, WebP, ...", "refused, with a command that converts them")
 def other_formats(root: Path) -> None:
     (root / "i").mkdir(parents=True)
     (root / "m").mkdir()
@@ -382,7 +382,7 @@ def mostly_foreground(root: Path) -> None:
     assert "of all mask pixels are foreground" in packed(root)[1]
 
 
-@case("classes of values far apart", "refused", "`--labels classes` or `binary`")
+@case("class numbers with large gaps", "refused", "`--labels classes` or `binary`")
 def gaps_between_classes(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         labels = made[1] * 100
@@ -396,8 +396,8 @@ def gaps_between_classes(root: Path) -> None:
 
 
 @case(
-    "masks of colours by a palette",
-    "indices are labels; refused where the palettes differ, or black is not first",
+    "masks with a colour palette",
+    "indices are labels; refused if palettes differ or index 0 is not black",
     "`--colors FILE`",
 )
 def palettes(root: Path) -> None:
@@ -415,7 +415,7 @@ def palettes(root: Path) -> None:
         equal_masks(packed(root / name, values=Values(colours=((0, 0, 0, 0), (255, 0, 0, 1))))[0], made)
 
 
-@case("masks that are nothing but transparency", "the transparency is the mask")
+@case("masks drawn in transparency only", "transparency is the mask")
 def transparency_as_mask(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         Image.fromarray(np.dstack([np.full((*made[1].shape, 3), 255, np.uint8), made[1] * 255])).save(
@@ -426,7 +426,7 @@ def transparency_as_mask(root: Path) -> None:
     equal_masks(packed(root)[0], made)
 
 
-@case("grey PNG masks of 2 or 4 bits", "the values as they are stored")
+@case("grey PNG masks of 2 or 4 bits", "values as stored")
 def short_masks(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         labels = made[1].copy()
@@ -450,7 +450,7 @@ def short_masks(root: Path) -> None:
         assert (labels[:2] == 2).all()
 
 
-@case("ignored values in masks that take a threshold", "stay ignored")
+@case("ignored values in masks with a threshold", "stay ignored")
 def threshold_and_ignored(root: Path) -> None:
     for value, words in ((255, {"ignore_label": 255}), (-1, {"ignore_label": -1})):
 
@@ -465,7 +465,7 @@ def threshold_and_ignored(root: Path) -> None:
             np.testing.assert_array_equal(labels[2:], made[key][1][2:])
 
 
-@case("masks of which none has any foreground, or that have no 0", "packed, with a warning")
+@case("no mask has foreground, or none has a 0", "packed, with a warning")
 def nothing_to_find(root: Path) -> None:
     write(root / "none", mask=lambda path, found: Image.fromarray(found[1] * 0).save(path.with_suffix(".png")))
     assert "warning: no mask has any foreground" in packed(root / "none")[1]

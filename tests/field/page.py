@@ -10,13 +10,13 @@ BEGIN, END = "<!-- made by tests.field.page -->", "<!-- end -->"
 
 
 def table() -> str:
-    """Gives the table as Markdown."""
-    lines = ["| what you have | what becomes of it | otherwise |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {what} | {becomes} | {options} |" for what, becomes, options, _ in CASES.values())])
+    """Return the table as Markdown."""
+    lines = ["| what you have | what happens | option |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {what} | {happens} | {options} |" for what, happens, options, _ in CASES.values())])
 
 
 def main() -> None:
-    """Writes the table into the page."""
+    """Write the table into the page."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
