@@ -65,7 +65,7 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
         x = -1 if config.flip and mirror_x < 0.5 else 1
         y = -1 if config.flip and mirror_y < 0.5 else 1
         matrices.append([[cos * x, -sin * y], [sin * x, cos * y]])
-        # a mirror up-down is one left-right and half a turn
+        # Mirroring up-down is mirroring left-right and half a turn.
         symmetries.append((quarters + 2 * (y < 0)) % 4 + 4 * (x != y))
         gains.append([1 + config.contrast * (2 * gain - 1)])
         per_band = rng.uniform(-1, 1, bands)
@@ -86,7 +86,7 @@ def pack(draws: Draws) -> Tensor:
 
 
 def unpack(packed: Tensor, noise_seed: list[int]) -> Draws:
-    """Return the draws that `pack` packed, on the tensor's device."""
+    """Return the draws that `pack` packed into (N, 6 + bands), on the tensor's device."""
     return Draws(packed[:, :4].unflatten(1, (2, 2)), packed[:, 4:5], packed[:, 6:], packed[:, 5].long(), noise_seed)
 
 
@@ -98,12 +98,12 @@ def loader_entries(config: AugmentConfig, seed: int, bands: int, epoch: list[int
 
 @lru_cache(TABLES)
 def _sources(H: int, W: int, device: torch.device) -> Tensor:
-    # (8, H W): for each symmetry, which pixel of a sample comes to each place; odd quarter turns of squares alone
+    # (8, H W): for each symmetry, the source pixel of each place. Odd quarter turns need squares.
     places = torch.arange(H * W).view(H, W)
     found = []
     for symmetry in range(8):
         seen = places.flip(1) if symmetry >= 4 else places
-        # with y down, a turn from x to y is one from the second axis to the first
+        # The y axis points down, so a rotation from x to y goes from the second axis to the first.
         turns = symmetry % 4 if H == W else symmetry % 4 // 2 * 2
         found.append(torch.rot90(seen, -turns, (0, 1)).flatten())
     return torch.stack(found).to(device)
@@ -131,18 +131,25 @@ def permute(symmetry: Tensor, image_NCHW: Tensor, mask_NHW: Tensor) -> tuple[Ten
 def resample(matrix: Tensor, image_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Warp each sample by its map about the centre: the image bilinearly, the mask by nearest neighbour.
 
-    What comes from outside is the edge's value in the image, and ignore_index in the mask.
+    Args:
+        matrix: map about the centre, from input to output pixels (x, y), of shape (N, 2, 2).
+        image_NCHW: images (N, bands, H, W).
+        mask_NHW: labels (N, H, W), any integer type.
+        ignore_index: label of pixels from outside; images get the value at the edge there.
+
+    Returns:
+        The images and the labels, of the same shapes.
     """
-    # not on every machine that trains: without turns and zooms it is not asked for
+    # Imported only if it is needed: without rotation and scaling a machine can train without kornia.
     import kornia
 
     H, W = image_NCHW.shape[2:]
-    # filled where it is: a copy of numbers of the host would wait for the device
+    # Filled on the device: a copy of numbers from the host would wait for it.
     centre = torch.cat([matrix.new_full((1,), (W - 1) / 2), matrix.new_full((1,), (H - 1) / 2)])
     affine = torch.cat([matrix, (centre - matrix @ centre)[..., None]], dim=2)
     warp = kornia.geometry.transform.warp_affine
     image_NCHW = warp(image_NCHW, affine, (H, W), mode="bilinear", padding_mode="border", align_corners=True)
-    # labels shifted by one, in a type that holds 256, so that the zeros from outside can be told from label 0
+    # Labels are shifted by one, in a type that holds 256, so that zeros from outside differ from label 0.
     labels = warp(
         mask_NHW[:, None].float() + 1, affine, (H, W), mode="nearest", padding_mode="zeros", align_corners=True
     )

@@ -155,14 +155,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """View a weight as a matrix, out-channels by the rest, in the order of its memory: which column is which is all one."""
+    """View a weight (K, C, h, w) as a matrix (K, C h w) in the order of its memory; the order of columns does not matter."""
     if _is_channels_last(x):
         x = x.permute(0, 2, 3, 1)
     return x.flatten(1)
 
 
 def as_weight(matrix: Tensor, like: Tensor) -> Tensor:
-    """View a matrix as the weight that `as_matrix` took it from, in its memory order, so that foreach operators stay whole."""
+    """View a matrix (K, C h w) of `as_matrix` as a weight (K, C, h, w) with the memory order of `like`."""
     if _is_channels_last(like):
         K, C, *window = like.shape
         return matrix.reshape(K, *window, C).permute(0, 3, 1, 2)
