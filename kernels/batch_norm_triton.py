@@ -248,8 +248,8 @@ def batch_norm_relu_of_sums(
 
     Args:
         x: map (N, C, H, W), as in `batch_norm_relu`.
-        rows: sum and sum of squares of x over the pixels of each program, (programs, 2, C) fp32. No gradient flows through them:
-            x's gradient already includes their effect.
+        rows: sum and sum of squares of x over the pixels of each program, (programs, 2, C) fp32. No gradient flows through
+            them: x's gradient already includes their effect.
         weight: scale (C,), as in `batch_norm_relu`.
         bias: shift (C,), as in `batch_norm_relu`.
         running_mean: running mean (C,) fp32; updated in place.
@@ -264,8 +264,8 @@ def batch_norm_relu_of_sums(
         ValueError: if the rows have another shape, a channel has only one value, or the tensors are on a CPU.
         RuntimeError: if a second derivative is computed.
     """
-    # Plain fp32 sums of squares lose digits of the variance. With a mean of k deviations the error is 1 + k^2 times the sums' own
-    # rounding, which is 1e-7 for some thousand pixels. A convolution without bias has means of a few deviations; five cost 3e-6.
+    # Plain fp32 sums of squares lose digits of the variance. With a mean of k deviations the error is 1 + k^2 times the
+    # sums' own rounding, which is 1e-7 for some thousand pixels. Convolutions without bias have means of a few deviations; five cost 3e-6.
     if rows.ndim != 3 or rows.shape[1:] != (2, x.shape[1]):
         raise ValueError(f"rows are {tuple(rows.shape)}; for this map they must be (programs, 2, {x.shape[1]})")
     return _of(x, rows, weight, bias, running_mean, running_var, True, momentum, eps)

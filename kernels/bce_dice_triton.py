@@ -419,7 +419,7 @@ def must_run(x: Tensor) -> None:
         x: tensor of any shape (*,).
 
     Raises:
-        ValueError: if the tensor is on a device without Triton, and the interpreter is off.
+        ValueError: if the tensor is neither a CUDA nor a meta tensor, and the interpreter is off.
     """
     if not (x.is_cuda or x.is_meta or INTERPRETED):
         raise ValueError(

@@ -164,8 +164,8 @@ def bce_dice_sums(
 ) -> Tensor:
     """Compute the sums that weighted BCE and Dice are made of (eqs. 6 and 7).
 
-    Labels equal to `ignore_index`, and samples of weight 0, are not counted in any sum. Labels are not range-checked here, because
-    that would wait for the device; the stream checks them when it decodes.
+    Labels equal to `ignore_index`, and samples of weight 0, are not counted in any sum. Labels are not range-checked here,
+    because that would wait for the device; the stream checks them when it decodes.
 
     Args:
         logits: logits (N, V, H, W).
