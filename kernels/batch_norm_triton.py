@@ -265,7 +265,8 @@ def batch_norm_relu_of_sums(
         RuntimeError: if a second derivative is computed.
     """
     # Plain fp32 sums of squares lose digits of the variance. With a mean of k deviations the error is 1 + k^2 times the
-    # sums' own rounding, which is 1e-7 for some thousand pixels. Convolutions without bias have means of a few deviations; five cost 3e-6.
+    # sums' own rounding, which is 1e-7 for some thousand pixels. Convolutions without bias have means of a few deviations;
+    # five of them cost 3e-6.
     if rows.ndim != 3 or rows.shape[1:] != (2, x.shape[1]):
         raise ValueError(f"rows are {tuple(rows.shape)}; for this map they must be (programs, 2, {x.shape[1]})")
     return _of(x, rows, weight, bias, running_mean, running_var, True, momentum, eps)

@@ -144,8 +144,8 @@ _stage_gradients.register_autograd(no_second_backward, setup_context=lambda ctx,
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Compute the deep-skip stage (eq. 1) in sub-pixel form, as `reference.deep_skip`.
 
-    More than 16 outputs, or more than 80 channels of a map of factor 1, 2 or 4, use the launches of `deep_skip_triton`. If a deeper
-    map is not smaller by 2, 4, 8 or 16 in both directions, the plain implementation is used.
+    More than 16 outputs, or more than 80 channels of a map of factor 1, 2 or 4, use the launches of `deep_skip_triton`. If a
+    deeper map is not smaller by 2, 4, 8 or 16 in both directions, the plain implementation is used.
 
     Args:
         inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i); fp32, fp16 or bf16,

@@ -40,7 +40,7 @@ def neighbour(o, u, S: tl.constexpr, BILINEAR: tl.constexpr):
 
 @triton.jit
 def row_weight(kind, u, S: tl.constexpr, BILINEAR: tl.constexpr):
-    """Return R: the weight in row u of the neighbor `kind` - 1, or of a first (3) or last (4) cell itself."""
+    """Return R: the weight in row u of neighbor `kind` - 1, or the additional own weight of a first (3) or last (4) cell."""
     same = neighbour(0, u, S, BILINEAR)
     first = tl.where(u < 0, -same, neighbour(-1, u, S, BILINEAR))
     last = tl.where(u >= S, -same, neighbour(1, u, S, BILINEAR))

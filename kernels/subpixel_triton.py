@@ -106,7 +106,7 @@ def spread(
     KIND: tl.constexpr = S * 6 * COLUMN
     x_ptr += n * h * w * C
     out_ptr += (n * H + y0 * S) * W * STEP
-    # outputs of a cell: phases of rows and columns, and channels
+    # Outputs of a cell: phases of rows and columns, and channels.
     m = part // (strips + 2) * COLUMNS + tl.arange(0, COLUMNS)
     is_m = m < S * S * K
     p, q, k = m // (S * K), m // K % S, m % K
@@ -271,8 +271,8 @@ def launch_stage(
         slices: slice of out for each of maps, then taps.
         mode: "bilinear" or "nearest".
         bias: bias (K,) for every output, with a single map only, or None.
-        sums: sum and sum of squares of each program's outputs before rounding, (`programs_of`, 2, K) fp32; written. With a single
-            map and K up to MOST_COLUMNS only, or None.
+        sums: sum and sum of squares of each program's outputs before rounding, (`programs_of`, 2, K) fp32; written. With a
+            single map and K up to MOST_COLUMNS only, or None.
     """
     N, wide, H, W = out.shape
     if not out.numel():
