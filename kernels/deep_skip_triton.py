@@ -1,8 +1,8 @@
 """The deep-skip stage in Triton (eq. 1): deeper maps are multiplied at their own resolution, and nothing upsampled is stored.
 
 conv3(up(x)) is linear twice over: out = A(x W). W mixes channels: (C, 9 K), all nine taps of the convolution side by side. It
-is a matrix product at the low resolution, with 1 / s^2 of the plain implementation's multiply-adds. A has no weights: each output
-is a mean of low-resolution taps, by upsampling, the shift of the tap, and zeros beyond the border:
+is a matrix product at the low resolution, with 1 / s^2 of the plain implementation's multiply-adds. A has no weights: each
+output is a mean of low-resolution taps, by upsampling, the shift of the tap, and zeros beyond the border:
     out[Y, X, k] = sum_{d, e, y, x} a(Y + d, y) a(X + e, x) (x W)[y, x, d, e, k],   d and e in -1, 0, 1
 with a(U, y) the weight of row y of a map in row U of the upsampled one, 0 where U is outside. Backward computes G = A^T g at
 the low resolution, and the gradients are the matrix products G W^T and x^T G.

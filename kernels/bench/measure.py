@@ -199,8 +199,8 @@ def bandwidth_seconds(kind: str, size: int, device: torch.device, rounds: int = 
     """Time moving bytes.
 
     Args:
-        kind: "copy" (read and written bytes together are `size`), "read" or "write". "read" sums 32-bit integers in one pass, with
-            nothing to write.
+        kind: "copy" (read and written bytes together are `size`), "read" or "write". "read" sums 32-bit integers in one pass,
+            with nothing to write.
         size: bytes to move.
         device: device to move them on.
         rounds: number of timings.
@@ -217,7 +217,7 @@ def bandwidth_seconds(kind: str, size: int, device: torch.device, rounds: int = 
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Measure the bytes/s of a large copy, read and written, over the median time; 2 GiB on a GPU, beyond its cache."""
+    """Measure the bytes/s of a large copy, read and written, by the median time; 2 GiB on a GPU, beyond its cache."""
     size = 2**31 if device.type == "cuda" else 2**27
     return size / statistics.median(bandwidth_seconds("copy", size, device))
 
@@ -244,8 +244,8 @@ class _OperatorTimes(TorchDispatchMode):
 def operator_seconds(call: Callable[[], Any], device: torch.device, most: int = 12) -> list[tuple[str, float, float]]:
     """Measure the time of a call's operators, the longest first and the rest as one.
 
-    On a GPU the profiler measures each kernel. On a CPU every operator is timed when it is dispatched: the profiler's own memory
-    grows among the tensors, and causes page faults for tensors of some megabytes.
+    On a GPU the profiler measures each kernel. On a CPU every operator is timed when it is dispatched: the profiler's own
+    memory grows among the tensors, and causes page faults for tensors of some megabytes.
 
     Args:
         call: call to measure.

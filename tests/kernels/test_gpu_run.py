@@ -84,8 +84,8 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "Bandwidth",
         "Correctness",
         "Our operators",
-        "BCE + Dice, beside",
-        "Batch norm and ReLU, beside",
+        "BCE + Dice, compared",
+        "Batch norm and ReLU, compared",
         "The whole network",
         "Shapes of the",
     ):
