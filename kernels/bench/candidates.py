@@ -162,8 +162,8 @@ def built(
 ) -> Iterator[tuple[Candidate, int | None]]:
     """Yield candidates as their builds end, with the bytes that each spills a thread.
 
-    The builds run first, in their own processes on all cores, and are then in Triton's cache on the disk for the timings. Candidates
-    that differ only in their operator share a build.
+    The builds run first, in their own processes on all cores, and are then in Triton's cache on the disk for the timings.
+    Candidates that differ only in their operator share a build.
 
     Args:
         sizes: what is measured.

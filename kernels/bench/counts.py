@@ -127,7 +127,7 @@ def sampled(launch: TritonLaunch) -> tuple[list[int], bool]:
     """Choose the programs of a launch to execute.
 
     Returns:
-        Programs, and whether they represent the launch only all together: one period of its kinds, or all programs. Otherwise
+        Programs, and whether all of them must be executed: they are one period of the launch's kinds, or all its programs. Else
         they are far apart, and a few of them are enough.
     """
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
@@ -205,8 +205,8 @@ def count(launch: TritonLaunch, architecture: int) -> Count:
 def library_instructions(started: Started) -> float:
     """Estimate the warp instructions of a library's launch.
 
-    It counts products by mma.sync, which cuDNN uses for this network on an H100, and accesses of 16 bytes a lane. Instructions for
-    addresses are not included.
+    It counts products by mma.sync, which cuDNN uses for this network on an H100, and accesses of 16 bytes a lane. Instructions
+    for addresses are not included.
     """
     products = 0
     arguments = [x for x in started.arguments if isinstance(x, Tensor)]

@@ -114,7 +114,7 @@ def norm_forward(form: Norm, tensors: list[Tensor]) -> Tensor:
 
 
 def norm_values(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format) -> list[list[Tensor]]:
-    """Compute values, gradients and running statistics of ours, of PyTorch's in the same dtype, and in float64.
+    """Compute values, gradients and running statistics with our form, PyTorch's in the same dtype, and PyTorch's in float64.
 
     Args:
         run: the run.

@@ -42,9 +42,9 @@ def judged(dtype: torch.dtype, ours: list[Tensor], plain: list[Tensor], exact: l
     """Compare values and gradients with exact ones; an error of nan is wrong.
 
     Args:
-        dtype: dtype of ours and plain.
-        ours: our tensors, of any shape (*,).
-        plain: the plain implementation's tensors, of the same shapes.
+        dtype: dtype of the first two lists.
+        ours: tensors of our implementation, of any shape (*,).
+        plain: tensors of the plain implementation, of the same shapes.
         exact: the tensors in float64, of the same shapes.
     """
     errors, plains = (
@@ -352,7 +352,7 @@ def loss_pair(run: Run, shape: tuple[int, int, int, int], name: str) -> Row:
 
 
 def contenders(run: Run) -> Iterator[Job]:
-    """Time eager PyTorch and other projects' losses, then the plain implementations under torch.compile, which takes longest."""
+    """Time eager PyTorch and other projects' losses, then the plain ones under torch.compile, which takes longest."""
     dtype = str(run.sizes.dtype)
 
     def stages(name: str) -> Iterator[Job]:

@@ -1,7 +1,7 @@
 """Find what a call starts on a GPU, without one: Triton's launches, built as on a GPU, and all other operators.
 
-The call runs on tensors of torch's meta device. Triton's own launchers build its kernels, with the types and the specialisations
-(a constant for 1, divisible by 16) of a real launch, but do not start them.
+The call runs on tensors of torch's meta device. Triton's own launchers build its kernels, with the types and specialisations (a
+constant for 1, divisible by 16) of a real launch, but do not start them.
 """
 
 from collections.abc import Iterator

@@ -37,8 +37,8 @@ SUITES = {
     ),
     "deep_skip": Suite(
         "The deep-skip stage, level by level",
-        "All implementations alternately. Size: samples x height x width of the output, b = 8. Extra: the most that was allocated "
-        "at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every upsampled "
+        "All implementations alternately. Size: samples x height x width of the output, b = 8. Extra: the most that was "
+        "allocated at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every upsampled "
         "map for the plain form, nothing for ours.",
         (
             ("forward ms", "forward", 1e3, "{:.2f}"), ("DeepSkip is", "forward_ratio", 1, _RATIO),
@@ -60,8 +60,8 @@ SUITES = {
     ),
     "network": Suite(
         "The whole network",
-        "All implementations alternately. A training step is forward, BCE + Dice and backward, without the optimizer; inference "
-        "is forward without a gradient. Freed memory is kept by the process, for all of them.",
+        "All implementations alternately. A training step is forward, BCE + Dice and backward, without the optimizer; "
+        "inference is forward without a gradient. Freed memory is kept by the process, for all of them.",
         (
             ("parameters", "parameters", 1, "{:,}"), ("training images/s", "train", 1, "{:.1f}"),
             ("DeepSkip is", "train_ratio", 1, _RATIO), ("inference images/s", "inference", 1, "{:.1f}"),

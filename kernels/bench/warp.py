@@ -1,7 +1,7 @@
 """Execute one warp of a kernel without a GPU, as far as integers go, to count what it issues and moves.
 
-Control flow and addresses of our kernels depend only on integers: program and thread numbers, sizes, strides, pointers. Those are
-computed lane by lane as on the machine. Everything else (loaded values, floats) is unknown, and so is every result of it. A
+Control flow and addresses of our kernels depend only on integers: program and thread numbers, sizes, strides, pointers. Those
+are computed lane by lane as on the machine. Everything else (loaded values, floats) is unknown, and so is every result of it. A
 branch on an unknown, or on lanes that diverge, is an error instead of a guess. Semantics: NVIDIA's list of SASS opcodes, and
 Triton's output. The tests verify them by checking that every output byte is stored exactly once.
 """

@@ -124,7 +124,9 @@ def test_an_old_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch)
 
 def test_triton_on_a_cpu_says_what_to_do(triton_form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_form, "INTERPRETED", False)
-    with pytest.raises(ValueError, match=r"cannot run on a tensor on cpu; set DEEPSKIP_KERNELS and run\.kernels to auto"):
+    with pytest.raises(
+        ValueError, match=r"cannot run on a tensor on cpu; set DEEPSKIP_KERNELS and run\.kernels to auto"
+    ):
         triton_form.bce_dice_sums(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
 
 

@@ -178,4 +178,4 @@ def test_the_page_compares_within_one_run_and_marks_what_is_lost() -> None:
     # medians: 3 ms beside 1 ms, and 0.5 beside 1
     assert "| level 1: eager, forward | 3.000 (2.000 to 4.000) | 1.000 | 3.00 x |" in page
     assert "| level 1: other, forward | 0.500 (0.500 to 0.500) | 1.000 | **0.50 x** |" in page
-    assert "1 rows were cut off" in page
+    assert "1 rows are incomplete" in page
