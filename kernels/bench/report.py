@@ -38,8 +38,8 @@ SUITES = {
     "deep_skip": Suite(
         "The deep-skip stage, level by level",
         "All implementations alternately. Size: samples x height x width of the output, b = 8. Extra: the most that was "
-        "allocated at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every upsampled "
-        "map for the plain form, nothing for ours.",
+        "allocated at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every "
+        "upsampled map for the plain form, nothing for ours.",
         (
             ("forward ms", "forward", 1e3, "{:.2f}"), ("DeepSkip is", "forward_ratio", 1, _RATIO),
             ("forward + backward ms", "seconds", 1e3, "{:.2f}"), ("DeepSkip is", "ratio", 1, _RATIO),
@@ -73,8 +73,8 @@ SUITES = {
         "Where a training step goes",
         "The trainer's step in parts, one after the other; the share is of their sum. By operator: on a GPU the profiler's "
         "kernels, on a CPU each operator as it is dispatched (which costs time of its own). Operations are those of the plain "
-        "form, counted by torch; of the peak: relative to a large matrix product in the same run. The trace next to this page is "
-        "the profiler's; on a CPU its own memory makes operators that write some megabytes several times as slow.",
+        "form, counted by torch; of the peak: relative to a large matrix product in the same run. The trace next to this page "
+        "is the profiler's; on a CPU its own memory makes operators that write some megabytes several times as slow.",
         (
             ("ms", "seconds", 1e3, "{:.2f}"), ("share", "share", 100, "{:.1f} %"), ("calls", "calls", 1, "{:.0f}"),
             ("GFLOP", "operations", 1e-9, "{:.1f}"), ("GFLOP/s", "rate", 1e-9, "{:.0f}"),
@@ -84,8 +84,8 @@ SUITES = {
     ),
     "checkpoint": Suite(
         "A checkpoint",
-        "Blocks of three training steps, all kinds alternately, with a checkpoint (model, moving average, optimizer; local disk, "
-        "synced) after the first. Wait: what the step that saves waits, median and 90 %. Added: what the block takes longer "
+        "Blocks of three training steps, all kinds alternately, with a checkpoint (model, moving average, optimizer; local "
+        "disk, synced) after the first. Wait: what the step that saves waits, median and 90 %. Added: what the block takes longer "
         "than one without in the same round, the thread's share of the machine too (median of the differences).",
         (
             ("MB", "bytes", 1e-6, "{:.1f}"), ("wait ms", "wait", 1e3, "{:.2f}"), ("90 %", "wait_90", 1e3, "{:.2f}"),
