@@ -85,8 +85,8 @@ SUITES = {
     "checkpoint": Suite(
         "A checkpoint",
         "Blocks of three training steps, all kinds alternately, with a checkpoint (model, moving average, optimizer; local "
-        "disk, synced) after the first. Wait: what the step that saves waits, median and 90 %. Added: what the block takes longer "
-        "than one without in the same round, the thread's share of the machine too (median of the differences).",
+        "disk, synced) after the first. Wait: what the step that saves waits, median and 90 %. Added: what the block takes "
+        "longer than one without in the same round, the thread's share of the machine too (median of the differences).",
         (
             ("MB", "bytes", 1e-6, "{:.1f}"), ("wait ms", "wait", 1e3, "{:.2f}"), ("90 %", "wait_90", 1e3, "{:.2f}"),
             ("of a step", "of_a_step", 1e2, "{:.1f} %"), ("added ms", "added", 1e3, "{:.1f}"),
