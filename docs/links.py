@@ -1,4 +1,4 @@
-"""For mkdocs: rewrite links of the docs that lead to code, or to a folder's README, in the repository."""
+"""Rewrite links of the docs to code, or to a folder's README in the repository, as an mkdocs hook."""
 
 import logging
 import posixpath
@@ -6,14 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-# a warning ends a strict build
+# A warning fails a strict build.
 logger = logging.getLogger("mkdocs.hooks.links")
 ROOMS = ("cluster", "data_shards", "jobs", "kernels")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def lay_out(root: Path) -> None:
-    """Link the top-level folders into one package, as they are installed, for tools that read files."""
+    """Link the top-level folders into one package, as they are installed, for tools that read files.
+
+    Args:
+        root: root of the repository.
+    """
     package = root / "build" / "types" / "deepskip"
     package.mkdir(parents=True, exist_ok=True)
     for room in (*(root / name for name in ROOMS), *(root / "deepskip").iterdir()):
@@ -22,12 +26,22 @@ def lay_out(root: Path) -> None:
             link.symlink_to(room)
 
 
-# when this is loaded: mkdocstrings looks for its paths before any hook is called
+# Call it on import: mkdocstrings looks for its paths before any hook is called.
 lay_out(Path(__file__).parents[1])
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Replace links that leave docs/ by a path, and links to a README by its page; warn of missing files."""
+    """Replace links that leave docs/ by a path, and links to a README by its page; warn of missing files.
+
+    Args:
+        markdown: text of the page.
+        page: mkdocs' page.
+        config: mkdocs' configuration.
+        files: mkdocs' files; unused.
+
+    Returns:
+        Text with the links replaced.
+    """
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     root = Path(config.config_file_path).parent
 

@@ -1,4 +1,4 @@
-"""Operators that DeepSkip spends its time in; `backend` says which implementation a tensor gets."""
+"""Dispatch DeepSkip's operators to the implementation that `backend` chooses for a tensor."""
 
 from collections.abc import Sequence
 
@@ -17,10 +17,24 @@ def bce_dice_sums(
     ignore_index: int | None = 255,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7); see `reference.bce_dice_sums`."""
+    """Compute the sums that weighted BCE and Dice are made of (eqs. 6 and 7); see `reference.bce_dice_sums`.
+
+    Args:
+        logits: logits (N, V, H, W).
+        target: labels (N, H, W), or (N, V, H, W) for independent labels.
+        alpha: weight of foreground pixels in BCE; background gets 1 - alpha.
+        ignore_index: label of pixels that are not counted; None counts all.
+        sample_weight: weights of the samples, (N,), or None for all one.
+
+    Returns:
+        Sums (2 + 3 V,).
+
+    Raises:
+        ValueError: if the target does not fit the logits, or the backend cannot run on their device.
+    """
     found = backend.implementation(logits)
     if found == "triton":
-        # triton is not there on every system
+        # Triton is not installed on every system.
         from deepskip.kernels import bce_dice_triton
 
         sums = bce_dice_triton.bce_dice_sums
@@ -32,7 +46,17 @@ def bce_dice_sums(
 def loss_of_sums(
     sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss, BCE and Dice (eqs. 5 to 7), scalars, of those sums; see `reference.loss_of_sums`."""
+    """Compute loss, BCE and Dice (eqs. 5 to 7) from their sums; see `reference.loss_of_sums`.
+
+    Args:
+        sums: sums (2 + 3 V,), as `bce_dice_sums` returns them.
+        class_weights: Q_v of eq. 7, (V,), with sum 1; None weights all classes equally.
+        beta: weight of BCE.
+        eps: smoothing of Dice, in pixels.
+
+    Returns:
+        Loss, BCE and Dice, scalars.
+    """
     found = backend.implementation(sums)
     if found == "triton":
         from deepskip.kernels import bce_dice_loss_triton
@@ -43,7 +67,19 @@ def loss_of_sums(
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
-    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1); see `reference.deep_skip`."""
+    """Concatenate the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1); see `reference.deep_skip`.
+
+    Args:
+        inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i).
+        weights: a weight (K, C_i, 3, 3) for each map.
+        mode: upsampling, "bilinear" (align_corners=False) or "nearest".
+
+    Returns:
+        Map (N, K * len(inputs), H, W).
+
+    Raises:
+        ValueError: if maps, weights and mode do not fit (`reference.check_maps`), or the backend cannot run on their device.
+    """
     reference.check_maps(inputs, weights, mode)
     found = backend.implementation(inputs[0])
     if found == "triton":
@@ -56,7 +92,16 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolves (N, C, H, W) with (K, C, 3, 3), zero padding 1."""
+    """Convolve a map with 3x3 weights and zero padding 1.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+        bias: bias (K,), or None.
+
+    Returns:
+        Map (N, K, H, W).
+    """
     found = backend.implementation(x)
     if found == "triton" and backend.uses_next():
         from deepskip.kernels import conv3_triton
@@ -67,14 +112,14 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convolve as `conv3`, and sum what batch norm needs if the form does so in passing.
+    """Convolve as `conv3`, and return the sums that batch norm needs if the implementation computes them in the same pass.
 
     Args:
-        x: (N, C, H, W).
-        weight: (K, C, 3, 3).
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
 
     Returns:
-        The map (N, K, H, W), and (programs, 2, K) fp32 for `batch_norm_relu`, or None.
+        Map (N, K, H, W), and sums (programs, 2, K) fp32 for `batch_norm_relu`, or None.
     """
     if backend.implementation(x) == "triton" and backend.uses_next():
         from deepskip.kernels import conv3_triton
@@ -95,15 +140,24 @@ def batch_norm_relu(
     eps: float,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Normalise (N, C, H, W) over all but C, then ReLU.
+    """Normalize a map over all axes but its channels, then apply ReLU.
+
+    All but `rows` are arguments of `torch.nn.functional.batch_norm`.
 
     Args:
-        x, weight, bias, running_mean, running_var, training, momentum, eps: as in `torch.nn.functional.batch_norm`.
-        rows: (programs, 2, C) fp32, sums and sums of squares of x that its producer has written, or None. In training the new
-            Triton launches then read x once; other forms do not need them.
+        x: map (N, C, H, W).
+        weight: scale (C,).
+        bias: shift (C,).
+        running_mean: running mean (C,); updated in place in training.
+        running_var: running variance (C,); updated in place in training.
+        training: whether to use the batch's statistics; else the running ones.
+        momentum: weight of the batch's statistics in the running ones.
+        eps: added to the variance.
+        rows: sums and sums of squares of x, (programs, 2, C) fp32, from the operator that made x, or None. In training the
+            new Triton launches then read x only once. Other implementations ignore them.
 
     Returns:
-        The map, of x's type.
+        Map (N, C, H, W) of x's dtype.
     """
     found = backend.implementation(x)
     settings = (weight, bias, running_mean, running_var)

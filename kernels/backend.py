@@ -1,7 +1,7 @@
-"""Which implementation an operator takes for a tensor: Triton's for CUDA tensors, one for CPUs, else plain PyTorch's.
+"""Choose an operator's implementation: Triton on CUDA tensors, a blocked one on CPUs, else plain PyTorch.
 
 DEEPSKIP_KERNELS=reference, =triton or =next overrides the choice, and `choose` (the config's run.kernels) overrides both.
-"next" is Triton's with the launches that no GPU has timed yet in the place of those that one has.
+"next" is Triton with new launches, not yet timed on a GPU, instead of the established ones.
 """
 
 import os
@@ -17,23 +17,37 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "next", "reference")
-# bf16 and the instructions that the kernels are tuned for
+# Oldest compute capability with bf16 and the instructions that the kernels are tuned for.
 OLDEST = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _chosen = "auto"
 
 
 def choose(name: str) -> None:
-    """Sets the implementation for all that follows in this process; raises ValueError for an unknown name."""
+    """Set the backend for the rest of this process.
+
+    Args:
+        name: one of BACKENDS.
+
+    Raises:
+        ValueError: if the name is not one of BACKENDS.
+    """
     global _chosen
     if name not in BACKENDS:
-        raise ValueError(f"the kernels' backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+        raise ValueError(f"the kernel backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     _chosen = name
 
 
 @contextmanager
 def chosen(name: str) -> Iterator[None]:
-    """Sets the implementation while the block runs."""
+    """Set the backend while the block runs.
+
+    Args:
+        name: one of BACKENDS.
+
+    Raises:
+        ValueError: if the name is not one of BACKENDS.
+    """
     before = _chosen
     choose(name)
     try:
@@ -43,18 +57,29 @@ def chosen(name: str) -> Iterator[None]:
 
 
 def implementation(x: Tensor) -> str:
-    """Return "triton", "cpu" or "reference" for a tensor; raises ValueError for an unknown name in DEEPSKIP_KERNELS."""
+    """Return which implementation a tensor gets: "triton", "cpu" or "reference".
+
+    Args:
+        x: tensor of any shape (*,).
+
+    Raises:
+        ValueError: if DEEPSKIP_KERNELS is not one of BACKENDS.
+    """
     asked = _requested()
     if asked == "reference" or x.dtype not in DTYPES:
         return "reference"
     if asked in ("triton", "next") or (x.is_cuda and _usable(x.device.index or 0)):
         return "triton"
-    # a compiler does better with the plain form than with one in blocks
+    # torch.compile optimizes the plain implementation better than the blocked one.
     return "cpu" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
 
 
 def uses_next() -> bool:
-    """Return whether Triton's launches are the new ones, that no GPU has timed yet; raises ValueError as `implementation`."""
+    """Return whether Triton uses the new launches, which no GPU has timed yet.
+
+    Raises:
+        ValueError: if DEEPSKIP_KERNELS is not one of BACKENDS.
+    """
     return _requested() == "next"
 
 
@@ -66,18 +91,30 @@ def _requested() -> str:
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make a tensor's GPU the current one while the block runs: Triton launches on the current device, whatever it is given."""
+    """Make a tensor's GPU the current device while the block runs.
+
+    Triton launches on the current device, whatever device its arguments are on.
+
+    Args:
+        x: tensor of any shape (*,).
+    """
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def folds_norms(x: Tensor) -> bool:
-    """Says whether a norm of fixed statistics goes into the convolution before it: on CPUs, where no gradient is wanted."""
+    """Return whether to fold batch norm with fixed statistics into the preceding convolution.
+
+    This pays on CPUs, and only if no gradient is needed.
+
+    Args:
+        x: the convolution's input, of any shape (*,).
+    """
     return not torch.is_grad_enabled() and implementation(x) == "cpu"
 
 
 @cache
 def _usable(device: int) -> bool:
-    # the cache is what makes it one warning
+    # The cache limits this to one warning for each device.
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         warnings.warn(
@@ -91,18 +128,18 @@ def _usable(device: int) -> bool:
     except ImportError as error:
         warnings.warn(f"Triton cannot be imported ({error}): the plain PyTorch operators are used", stacklevel=3)
         return False
-    # what Triton itself looks for when it compiles a kernel's launcher
+    # Triton looks for these when it compiles a kernel's launcher.
     missing = (
         [] if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))) else ["gcc or clang (CC names another)"]
     )
     scheme = sysconfig.get_default_scheme()
-    # Debian's own scheme names a folder that has none
+    # Debian's own scheme names a folder without headers.
     scheme = "posix_prefix" if scheme == "posix_local" else scheme
     if not Path(sysconfig.get_path("include", scheme), "Python.h").is_file():
         missing.append("Python.h")
     if missing:
         warnings.warn(
-            f"Triton needs a C compiler and Python's headers, and there is no {', no '.join(missing)}: the plain PyTorch "
+            f"Triton needs a C compiler and Python's headers, and cannot find {', '.join(missing)}: the plain PyTorch "
             "operators are used",
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
-"""Batch norm and ReLU of few channels on CPUs: rows of 64 numbers hold several pixels, so that vector units are full.
+"""Batch norm and ReLU with few channels on CPUs: rows of 64 numbers hold several pixels, so that vector units are full.
 
-torch's own takes a scalar path below 16 channels (eight times as long for 8 channels as for 16, measured). Here its passes run
-over 64 channels, of which several are one: each pass gives sums that are put together afterwards.
+torch's own batch norm takes a scalar path below 16 channels: measured, 8 channels take eight times as long as 16. Here its
+passes run over 64 channels, several of which are the same channel. The sums of each pass are combined afterwards.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ ROW = 64
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Views channels-last (N, C, H, W) as (1, 64, rows, 1), channels last."""
+    """View a channels-last map (N, C, H, W) as (1, 64, rows, 1), channels last."""
     return x.permute(0, 2, 3, 1).reshape(1, -1, 1, ROW).permute(0, 3, 1, 2)
 
 
@@ -71,7 +71,23 @@ def batch_norm_relu(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalises (N, C, H, W) over all but C, then ReLU: as `reference.batch_norm_relu`, which others than narrow maps get."""
+    """Normalize a map over all axes but its channels, then apply ReLU; arguments as in `torch.nn.functional.batch_norm`.
+
+    Channels-last fp32 maps with few channels in training take the fast path; others use `reference.batch_norm_relu`.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: scale (C,).
+        bias: shift (C,).
+        running_mean: running mean (C,); updated in place in training.
+        running_var: running variance (C,); updated in place in training.
+        training: whether to use the batch's statistics; else the running ones.
+        momentum: weight of the batch's statistics in the running ones.
+        eps: added to the variance.
+
+    Returns:
+        Map (N, C, H, W).
+    """
     narrow = len(weight) < 16 and ROW % len(weight) == 0 and x.numel() % ROW == 0
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if not (training and narrow and channels_last and x.dtype == torch.float32):

@@ -1,4 +1,4 @@
-"""Batch norm and ReLU in Triton: the launches. One pass for the sums of a batch, one that normalises; backward the same.
+"""Triton kernels of batch norm and ReLU: one pass for the sums of a batch, one that normalizes; backward likewise.
 
 With x of one channel, n pixels in the batch, weight w and bias b,
     m = sum x / n,   v = sum x^2 / n - m^2,   i = 1 / sqrt(v + eps),   s = w i
@@ -7,26 +7,26 @@ and, with g = dy where s (x - m) + b > 0, else 0,
     db = sum g,   dw = i sum g (x - m),   dx = s (g - db / n - i (x - m) dw / n)
 In evaluation m and v are the running statistics, constants, so dx = s g. The running variance takes v n / (n - 1).
 
-Each program adds up its pixels in fp32 and writes a row of its own. The rows are added up in fp64, in a fixed order. There are
-no atomics: the same input gives the same bits. A program takes the mean of its first tile off all of its pixels before it
-squares them, so that a mean far from zero leaves the digits of the variance. The batch's mean is kept as two fp32 numbers,
-m = high + low, for the same reason: x - high rounds little, and low goes into the shift, b - s low.
+Each program adds up its pixels in fp32 and writes its own row. The rows are added up in fp64, in a fixed order. There are
+no atomics: the same input gives the same bits. A program subtracts the mean of its first tile from all of its pixels before it
+squares them, so that a mean far from zero does not cost digits of the variance. For the same reason the batch's mean is kept as
+two fp32 numbers, m = high + low: x - high rounds little, and low goes into the shift, b - s low.
 
-Backward keeps x and five numbers a channel; the mask of ReLU is computed anew. The passes over what another one has just read
-start at its end, which the L2 cache may still have. Addresses are 64 bits wide from tile to tile.
+Backward keeps x and five numbers for each channel; the mask of ReLU is recomputed. A pass over what another pass has just read
+starts at its end, which the L2 cache may still hold. Addresses are 64 bits wide from tile to tile.
 """
 
 import triton
 import triton.language as tl
 
-# numbers of a channel that the launches share: mean (high and low), scale, shift, 1 / deviation
+# Numbers of a channel that the launches share: mean (high and low), scale, shift, 1 / deviation.
 HIGH, LOW, SCALE, SHIFT, INVERSE = (tl.constexpr(i) for i in range(5))
 STATISTICS = 5
 
 
 @triton.jit
 def _places(pixels, C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    # of a tile's elements, from the pixel that it starts at
+    # Offsets of a tile's elements from the pixel that it starts at.
     r, c = tl.arange(0, TILE), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     places = r[:, None] * C + c[None, :] if LAST else r[:, None] + (c.to(tl.int64) * pixels)[None, :]
     return r, c, places
@@ -34,7 +34,7 @@ def _places(pixels, C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 
 @triton.jit
 def _last_first(programs, pixels, C: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr):
-    # a program's first element, and its pixels: the last pixels come first
+    # Returns a program's first element, and its pixels: the first program takes the last pixels.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start = (program % programs).to(tl.int64) * TILE
     at = (program // programs).to(tl.int64) * pixels * C + start * (C if LAST else 1)
@@ -52,13 +52,13 @@ def _channel(stats_ptr, c, C: tl.constexpr):
 def _masked_gradient(dy_ptr, x_ptr, mask, high, scale, shift):
     dy = tl.load(dy_ptr, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32) - high[None, :]
-    # as forward, so that the sign is the same one; what is no number lets the gradient through, as in torch
+    # Computed as in forward, so that the sign is the same. A nan lets the gradient through, as in torch.
     return tl.where(d * scale[None, :] + shift[None, :] <= 0.0, 0.0, dy), d
 
 
 @triton.jit
 def _there(c, C: tl.constexpr, CHANNELS: tl.constexpr):
-    # where blocks of channels are whole, nothing is to be compared
+    # If all blocks of channels are whole, no comparison is needed.
     return ((c < C) | (C % CHANNELS == 0))[None, :]
 
 
@@ -67,6 +67,7 @@ def batch_norm_sums(
     x_ptr, rows_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """Write each program's sum and sum of squares of its pixels as a row (2, C) fp64."""
     r, c, places = _places(pixels, C, TILE, CHANNELS, LAST)
     there = _there(c, C, CHANNELS)
     start = (tl.program_id(0) % programs).to(tl.int64) * TILE
@@ -77,7 +78,7 @@ def batch_norm_sums(
     centre = tl.sum(first.to(tl.float32), axis=0) / left
     total = tl.zeros((TILE, CHANNELS), tl.float32)
     squares = tl.zeros((TILE, CHANNELS), tl.float32)
-    # tiles of all programs lie side by side; whole ones first, several under way
+    # Tiles of all programs are interleaved. Whole tiles come first, several loads in flight.
     stride = programs * TILE
     count = 0
     while start + (LOADS - 1) * stride + TILE <= pixels:
@@ -98,7 +99,7 @@ def batch_norm_sums(
         x_ptr += stride * step
         count += left
         start += stride
-    # the centre comes back in fp64, where n centre^2 leaves digits enough
+    # The center is added back in fp64, where n centre^2 leaves enough digits.
     d, centre = tl.sum(total, axis=0).to(tl.float64), centre.to(tl.float64)
     shifted = count * centre
     rows_ptr += tl.program_id(0).to(tl.int64) * 2 * C
@@ -120,7 +121,7 @@ def _add_rows(rows_ptr, rows, c, C, ROWS: tl.constexpr):
 
 @triton.jit
 def _reciprocal(n):
-    # of a whole number, in fp64: Newton's steps on that of fp32 double its digits, without a division's branches
+    # The reciprocal of a whole number in fp64: Newton steps double the digits of fp32's, without a division's branches.
     r = (1.0 / n.to(tl.float32)).to(tl.float64)
     r = r * (2.0 - n * r)
     return r * (2.0 - n * r)
@@ -137,6 +138,7 @@ def batch_norm_statistics(
     rows_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, out_ptr, rows, C, count, momentum, eps,
     TRAINING: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Write a channel's shared numbers, from the batch's rows in training, else from the running statistics."""
     c = tl.program_id(0)
     running_mean, running_var = tl.load(mean_ptr + c), tl.load(var_ptr + c)
     if TRAINING:
@@ -144,7 +146,7 @@ def batch_norm_statistics(
         share = _reciprocal(count)
         mean = total * share
         var = squares * share - mean * mean
-        # rounding can leave a variance of zero below it; nan stays nan
+        # Rounding can make a variance of zero negative. A nan stays nan.
         var = tl.where(var < 0.0, 0.0, var)
         tl.store(mean_ptr + c, (1.0 - momentum) * running_mean + momentum * mean.to(tl.float32))
         unbiased = var.to(tl.float32) * (count / (count - 1))
@@ -167,12 +169,13 @@ def batch_norm_relu(
     x_ptr, stats_ptr, y_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """Write max(0, scale (x - high) + shift)."""
     r, c, places = _places(pixels, C, TILE, CHANNELS, LAST)
     at, left = _last_first(programs, pixels, C, TILE, LAST)
     mask = (r < left)[:, None] & _there(c, C, CHANNELS)
     high, scale, shift = _channel(stats_ptr, c, C)
     d = tl.load(x_ptr + at + places, mask=mask, other=0.0).to(tl.float32) - high[None, :]
-    # what is no number stays none, as in torch
+    # A nan stays nan, as in torch.
     y = tl.maximum(d * scale[None, :] + shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + at + places, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -182,6 +185,7 @@ def batch_norm_gradient_sums(
     dy_ptr, x_ptr, stats_ptr, rows_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """Write each program's sums of g and of g (x - high) as a row (2, C) fp32."""
     r, c, places = _places(pixels, C, TILE, CHANNELS, LAST)
     there = _there(c, C, CHANNELS)
     high, scale, shift = _channel(stats_ptr, c, C)
@@ -203,7 +207,7 @@ def batch_norm_gradient_sums(
         start += LOADS * stride
     while start < pixels:
         left = tl.minimum(pixels - start, TILE).to(tl.int32)
-        # dy is zero where nothing is
+        # dy is zero beyond the pixels.
         g, d = _masked_gradient(dy_ptr + places, x_ptr + places, (r < left)[:, None] & there, high, scale, shift)
         total += g
         products += g * d
@@ -219,11 +223,12 @@ def batch_norm_gradient_sums(
 def batch_norm_coefficients(
     rows_ptr, stats_ptr, dw_ptr, db_ptr, out_ptr, rows, C, count, TRAINING: tl.constexpr, ROWS: tl.constexpr
 ):
+    """Write a channel's weight and bias gradients, and the slope and offset of its input gradient."""
     c = tl.program_id(0)
     db, products = _add_rows(rows_ptr, rows, c, C, ROWS)
     low = tl.load(stats_ptr + LOW * C + c).to(tl.float64)
     inverse = tl.load(stats_ptr + INVERSE * C + c).to(tl.float64)
-    # the sums were made with x - high
+    # The sums were computed with x - high.
     dw = inverse * (products - low * db)
     tl.store(dw_ptr + c, dw.to(tl.float32))
     tl.store(db_ptr + c, db.to(tl.float32))
@@ -243,6 +248,7 @@ def batch_norm_input_gradient(
     dy_ptr, x_ptr, stats_ptr, coefficients_ptr, dx_ptr, programs, pixels,
     C: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """Write dx = scale g + slope (x - high) + offset."""
     r, c, places = _places(pixels, C, TILE, CHANNELS, LAST)
     at, left = _last_first(programs, pixels, C, TILE, LAST)
     mask = (r < left)[:, None] & _there(c, C, CHANNELS)

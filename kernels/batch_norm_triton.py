@@ -1,6 +1,6 @@
-"""Batch norm and ReLU in Triton: operators with their gradients; `batch_norm_passes_triton` has the maths and the launches.
+"""Batch norm and ReLU in Triton: operators with their gradients; `batch_norm_passes_triton` has the maths and the kernels.
 
-Forward reads x twice, or once where its producer has made the sums, and writes y. Backward reads x and dy twice and writes dx.
+Forward reads x twice, or once if its producer has computed the sums, and writes y. Backward reads x and dy twice and writes dx.
 """
 
 from typing import Any, NamedTuple
@@ -13,22 +13,27 @@ from deepskip.kernels import backend, reference
 from deepskip.kernels import batch_norm_passes_triton as passes
 from deepskip.kernels.bce_dice_triton import must_run, no_second_backward
 
-# bytes that a thread loads at once, and loads of each tensor that it has under way
+# Bytes that a thread loads at once, and loads of each tensor that it has in flight.
 WIDTH, LOADS = 16, 4
 WARPS = 4
-# channels that a program takes of channels-last maps, at most: 128 bytes of a pixel in half precision
+# The most channels of a channels-last map that a program takes: 128 bytes of a pixel in half precision.
 CHANNELS = 64
-# programs of the sums, about: six for each of an H100's 132 processors, whose registers hold as many at once
+# About how many programs compute the sums: six for each of an H100's 132 SMs, whose registers hold six at once.
 MAX_PROGRAMS = 792
-# rows of partial sums that are added up at a time, and by how many warps
+# Rows of partial sums that are added up at a time, and the warps that do it.
 ROWS, ROW_WARPS = 256, 4
 
 
 class Plan(NamedTuple):
-    """How a map is cut into programs.
+    """How a map is divided among programs.
 
-    samples: runs of pixels: one of all images' where channels are last, else one an image. pixels: of such a run.
-    rows, channels: of a tile. blocks: of channels.
+    Attributes:
+        samples: contiguous runs of pixels: one for all images if channels are last, else one for each image.
+        pixels: pixels of such a run.
+        rows: pixels of a tile.
+        channels: channels of a tile.
+        blocks: blocks of channels.
+        last: whether channels are last.
     """
 
     samples: int
@@ -42,15 +47,19 @@ class Plan(NamedTuple):
         """Return how many programs share a run of pixels.
 
         Args:
-            tiles: of each program.
-            most: programs of the whole launch, about; a program then has more tiles.
+            tiles: tiles of each program.
+            most: about how many programs the whole launch may have; programs then take more tiles.
         """
         wanted = triton.cdiv(self.pixels, self.rows * tiles)
         return wanted if most is None else max(1, min(wanted, most // (self.samples * self.blocks)))
 
 
 def plan(x: Tensor) -> Plan:
-    """Cut a map, channels last or contiguous, into tiles of which each thread loads 16 bytes."""
+    """Divide a map into tiles of which each thread loads 16 bytes.
+
+    Args:
+        x: map (N, C, H, W), channels last or contiguous.
+    """
     N, C, H, W = x.shape
     elements = 32 * WARPS * WIDTH // x.element_size()
     if not _is_last(x):
@@ -73,7 +82,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _sums_of(x: Tensor) -> Tensor:
-    """Add up every program's pixels: (programs, 2, C) fp64, sums and sums of squares."""
+    """Return every program's sums and sums of squares of its pixels, (programs, 2, C) fp64."""
     cut = plan(x)
     C = x.shape[1]
     programs = cut.programs(2 * LOADS, MAX_PROGRAMS)
@@ -94,7 +103,7 @@ def _statistics_of(
     out = torch.empty(passes.STATISTICS, C, dtype=torch.float32, device=affine[0].device)
     with backend.device_of(out):
         passes.batch_norm_statistics[(C,)](
-            # where there are no rows, a pointer that is not read
+            # Without rows the kernel needs some pointer, which it does not read.
             out if rows is None else rows, *affine, *running, out, 0 if rows is None else len(rows), C, count, momentum, eps,
             TRAINING=rows is not None, ROWS=ROWS, num_warps=ROW_WARPS,
         )  # fmt: skip
@@ -203,22 +212,24 @@ def batch_norm_relu(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalise a map over all but its channels, then ReLU: as `reference.batch_norm_relu`.
+    """Normalize a map over all axes but its channels, then apply ReLU, as `reference.batch_norm_relu`.
 
     Args:
-        x: (N, C, H, W) fp32, fp16 or bf16; channels last is fast, contiguous is right.
-        weight, bias: (C,) fp32, whatever x is; other types get the plain form.
-        running_mean, running_var: (C,) fp32; in training they are updated in place, the variance with n / (n - 1).
-        training: whether the statistics are the batch's, else the running ones.
-        momentum: what the batch's statistics weigh in the running ones.
+        x: map (N, C, H, W), fp32, fp16 or bf16; channels last is fast, contiguous also works.
+        weight: scale (C,), fp32 whatever x is; other dtypes use the plain implementation.
+        bias: shift (C,), as `weight`.
+        running_mean: running mean (C,) fp32; updated in place in training.
+        running_var: running variance (C,) fp32; updated in place in training, with n / (n - 1).
+        training: whether to use the batch's statistics; else the running ones.
+        momentum: weight of the batch's statistics in the running ones.
         eps: added to the variance.
 
     Returns:
-        The map, of x's type and layout.
+        Map (N, C, H, W) of x's dtype and layout.
 
     Raises:
-        ValueError: one value a channel in training, or tensors of a CPU.
-        RuntimeError: where a second derivative is asked for.
+        ValueError: if a channel has only one value in training, or the tensors are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
     return _of(x, None, weight, bias, running_mean, running_var, training, momentum, eps)
 
@@ -233,24 +244,31 @@ def batch_norm_relu_of_sums(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalise in training as `batch_norm_relu`, with sums that what made x has written: x is read once.
+    """Normalize in training as `batch_norm_relu`, with sums from the operator that made x, so that x is read only once.
 
     Args:
-        x: as there.
-        rows: (programs, 2, C) fp32: sum and sum of squares of x over the pixels that each program made. No gradient goes
-            through them: x's is that of the whole.
-        weight, bias, running_mean, running_var, momentum, eps: as there.
+        x: map (N, C, H, W), as in `batch_norm_relu`.
+        rows: sum and sum of squares of x over the pixels of each program, (programs, 2, C) fp32. No gradient flows through
+            them: x's gradient already includes their effect.
+        weight: scale (C,), as in `batch_norm_relu`.
+        bias: shift (C,), as in `batch_norm_relu`.
+        running_mean: running mean (C,) fp32; updated in place.
+        running_var: running variance (C,) fp32; updated in place, with n / (n - 1).
+        momentum: weight of the batch's statistics in the running ones.
+        eps: added to the variance.
 
     Returns:
-        As there.
+        Map (N, C, H, W) of x's dtype and layout.
 
     Raises:
-        ValueError: as there, or rows of another shape.
+        ValueError: if the rows have another shape, a channel has only one value, or the tensors are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
-    # plain fp32 sums of squares lose digits of the variance: with a mean of k deviations 1 + k^2 times their own rounding, 1e-7
-    # for some thousand pixels. A convolution without bias has means of a few deviations, and five of them cost 3e-6
+    # Plain fp32 sums of squares lose digits of the variance. With a mean of k deviations the error is 1 + k^2 times the
+    # sums' own rounding, which is 1e-7 for some thousand pixels. Convolutions without bias have means of a few deviations;
+    # five of them cost 3e-6.
     if rows.ndim != 3 or rows.shape[1:] != (2, x.shape[1]):
-        raise ValueError(f"rows are {tuple(rows.shape)}; of this map they must be (programs, 2, {x.shape[1]})")
+        raise ValueError(f"rows are {tuple(rows.shape)}; for this map they must be (programs, 2, {x.shape[1]})")
     return _of(x, rows, weight, bias, running_mean, running_var, True, momentum, eps)
 
 
@@ -265,7 +283,7 @@ def _of(
     count = x.numel() // x.shape[1]
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    # what the statistics do to the gradient is in that of normalise_relu
+    # The gradient of normalise_relu includes the effect of the statistics.
     with torch.no_grad():
         if training:
             stats = _batch_statistics(x if rows is None else None, rows, count, *channels, momentum, eps)

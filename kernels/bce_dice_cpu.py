@@ -1,7 +1,7 @@
-"""Weighted BCE + Dice for CPUs: plain PyTorch, a block of pixels at a time, with the gradient written out (eqs. 5 to 8).
+"""Weighted BCE + Dice for CPUs: plain PyTorch, a block of pixels at a time, with an explicit gradient (eqs. 5 to 8).
 
-A block stays in the cache through all its operators, nothing but the inputs is kept for backward, and there is no one-hot. The
-formulas are those of `bce_dice_triton`. Blocks are added up in fp64, in their order: the same input gives the same sums.
+A block stays in the cache through all its operators. Only the inputs are kept for backward, and there is no one-hot tensor. The
+formulas are those of `bce_dice_triton`. Blocks are added up in fp64 in a fixed order: the same input gives the same sums.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from deepskip.kernels.reference import check_target, ignored_label
 
-# elements of logits in a block: measured; smaller ones spend their time in calls, larger ones leave the cache
+# Elements of logits in a block, measured: smaller blocks spend their time in calls, larger ones do not fit the cache.
 BLOCK = 2**18
-# a batch without a single counted pixel has loss 0 from BCE, not nan
+# The BCE of a batch without a counted pixel is 0, not nan.
 TINY = torch.finfo(torch.float32).tiny
 
 
 def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[tuple[slice, slice, float]]:
-    """Yields samples, rows and the samples' weight; samples of weight 0 are left out.
+    """Yield samples, rows and the samples' weight; samples of weight 0 are skipped.
 
-    A block is a sample's rows, or as many whole samples of one weight: what calls cost counts where samples are small.
+    A block is some rows of one sample, or several whole samples of the same weight: for small samples the calls themselves
+    cost time.
     """
     N, V, H, W = logits.shape
     rows = min(H, max(1, BLOCK // max(1, V * W)))
@@ -39,17 +40,20 @@ def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[t
 
 
 def _counted(labels: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Gives which labels count, as bool; None where all do, for sure, which saves work."""
+    """Return which labels count, as bool, or None if all of them certainly do, which saves work."""
     if ignore_index is None:
         return None
-    # the extremes of bytes are found thirty times as fast as whether any of them is the one
+    # Finding the extremes of bytes is thirty times as fast as comparing each with the ignored label.
     if int(labels.amax()) < ignore_index or int(labels.amin()) > ignore_index:
         return None
     return labels != ignore_index
 
 
 def _sigmoid_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gives z, t, o in fp32 and what counts, for (n, V, rows, W); z and t are 0 where nothing counts."""
+    """Return z, t, o in fp32, and which pixels count, for a block (n, V, rows, W).
+
+    z and t are 0 where nothing counts.
+    """
     counts = _counted(labels, ignore_index)
     z, t = z.float(), labels.float()
     if counts is not None:
@@ -59,7 +63,10 @@ def _sigmoid_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple
 
 
 def _softmax_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gives log o in fp32 (n, V, rows, W), labels int64 (n, 1, rows, W) and what counts; labels are 0 where nothing does."""
+    """Return log o in fp32 (n, V, rows, W), labels in int64 (n, 1, rows, W), and which pixels count.
+
+    Labels are 0 where nothing counts.
+    """
     counts = _counted(labels, ignore_index)
     z, labels = z.float(), labels.long()
     if counts is not None:
@@ -68,10 +75,10 @@ def _softmax_block(z: Tensor, labels: Tensor, ignore_index: int | None) -> tuple
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """Sums x * y of (n, V, rows, W) over all but V."""
+    """Sum x * y of blocks (n, V, rows, W) over all axes but V."""
     if x.shape[1] == 1:
         return x.flatten().dot(y.flatten())[None]
-    # a class of one sample is in one run
+    # A class of one sample is contiguous.
     return sum(
         (
             torch.stack([a.dot(b) for a, b in zip(p.flatten(1), q.flatten(1), strict=True)])
@@ -82,7 +89,7 @@ def _dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _balance(t: Tensor, alpha: float, scale: float = 1.0) -> Tensor:
-    """Gives alpha where t is 1 and 1 - alpha where it is 0, times scale; a single number where they are the same."""
+    """Return alpha where t is 1 and 1 - alpha where it is 0, times scale; one number if the two are equal."""
     if alpha == 0.5:
         return torch.tensor(0.5 * scale)
     return torch.add(torch.tensor((1 - alpha) * scale), t, alpha=(2 * alpha - 1) * scale)
@@ -118,7 +125,7 @@ class _Sums(torch.autograd.Function):
                 sums[2 + 2 * V :] += w * each
                 continue
             z, t, o, counts = _sigmoid_block(z, labels, ignore_index)
-            # -log o where t is 1, -log (1 - o) where it is 0, without a difference of large numbers
+            # This is -log o where t is 1 and -log(1 - o) where it is 0, without a difference of large numbers.
             bce = F.softplus(torch.addcmul(z, t, z, value=-2))
             pixels = t.numel() if counts is None else counts.sum()
             if counts is not None:
@@ -144,7 +151,7 @@ class _Sums(torch.autograd.Function):
             if exclusive:
                 log_o, labels, counts = _softmax_block(z, labels, ignore_index)
                 o = log_o.exp_()
-                # h o, with t where it is not 0
+                # h o; the term with t is added only where t is not 0.
                 ho = (2 * g_oo * o).mul_(o)
                 picked = o.gather(1, labels)
                 ho.scatter_add_(1, labels, picked * g_to[labels])
@@ -172,16 +179,29 @@ def bce_dice_sums(
     ignore_index: int | None = 255,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7), in fp32: as `reference.bce_dice_sums`.
+    """Compute the sums that weighted BCE and Dice are made of (eqs. 6 and 7), as `reference.bce_dice_sums`.
 
-    Shapes as there; logits fp32, fp16 or bf16. Has no second derivative. Raises ValueError for shapes that do not fit.
+    It has no second derivative.
+
+    Args:
+        logits: logits (N, V, H, W), fp32, fp16 or bf16.
+        target: labels (N, H, W), or (N, V, H, W) for independent labels.
+        alpha: weight of foreground pixels in BCE; background gets 1 - alpha.
+        ignore_index: label of pixels that are not counted; None counts all.
+        sample_weight: weights of the samples, (N,), or None for all one.
+
+    Returns:
+        Sums (2 + 3 V,) in fp32.
+
+    Raises:
+        ValueError: if the target does not fit the logits.
     """
     check_target(logits, target)
     return _Sums.apply(logits, target, sample_weight, alpha, ignored_label(target.dtype, ignore_index))
 
 
 class _Loss(torch.autograd.Function):
-    # a few numbers: Python takes a tenth of the time that as many tensor operators do, and their gradients
+    # For a few numbers, Python takes a tenth of the time of tensor operators and their gradients.
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor, class_weights: Tensor | None, beta: float, eps: float) -> tuple[Tensor, ...]:
@@ -219,5 +239,15 @@ class _Loss(torch.autograd.Function):
 def loss_of_sums(
     sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss, BCE and Dice of the sums (eqs. 5 to 7), scalars: as `reference.loss_of_sums`, once differentiable."""
+    """Compute loss, BCE and Dice (eqs. 5 to 7) from the sums, as `reference.loss_of_sums`; once differentiable.
+
+    Args:
+        sums: sums (2 + 3 V,).
+        class_weights: Q_v of eq. 7, (V,), with sum 1; None weights all classes equally.
+        beta: weight of BCE.
+        eps: smoothing of Dice, in pixels.
+
+    Returns:
+        Loss, BCE and Dice, scalars.
+    """
     return _Loss.apply(sums, class_weights, beta, eps)

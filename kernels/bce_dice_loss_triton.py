@@ -1,6 +1,6 @@
-"""The loss, BCE and Dice of the sums (eqs. 5 to 7) in Triton: a launch, and one for the gradient.
+"""Loss, BCE and Dice of the sums (eqs. 5 to 7) in Triton: one launch, and one for the gradient.
 
-In tensor operators they are some forty launches on a few numbers, more time than the pixels take where images are small.
+As tensor operators they are some forty launches on a few numbers, more time than the pixels take for small images.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from deepskip.kernels import backend
 from deepskip.kernels.bce_dice_triton import must_run, no_second_backward
 
-# the least fp32 that is not subnormal: a batch without a counted pixel has loss 0, not nan
+# The smallest normal fp32: the BCE of a batch without a counted pixel is 0, not nan.
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -107,7 +107,7 @@ def _(
 def _keep_sums(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     sums, class_weights, ctx.beta, ctx.eps = inputs  # type: ignore[attr-defined]
     ctx.save_for_backward(sums, class_weights)
-    # a gradient of zeros would be a launch for nothing
+    # Materializing a gradient of zeros would cost a launch.
     ctx.set_materialize_grads(False)
 
 
@@ -124,9 +124,20 @@ _loss_gradient.register_autograd(no_second_backward, setup_context=lambda ctx, i
 def loss_of_sums(
     sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss, BCE and Dice of the sums (eqs. 5 to 7), fp32 scalars: as `reference.loss_of_sums`.
+    """Compute loss, BCE and Dice (eqs. 5 to 7) from the sums, as `reference.loss_of_sums`.
 
-    sums: (2 + 3 V,) fp32. class_weights: (V,) fp32 on the same device, sum 1. Raises as `bce_dice_sums`.
+    Args:
+        sums: sums (2 + 3 V,) in fp32.
+        class_weights: Q_v of eq. 7, (V,) fp32 on the same device, with sum 1; None weights all classes equally.
+        beta: weight of BCE.
+        eps: smoothing of Dice, in pixels.
+
+    Returns:
+        Loss, BCE and Dice, fp32 scalars.
+
+    Raises:
+        ValueError: if the sums are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
     must_run(sums)
     return _loss(sums, class_weights, beta, eps)

@@ -6,8 +6,8 @@ and, with g the gradient of those sums and h_v = g_to_v t_v + 2 g_oo_v o_v,
     sigmoid:  dz_v = w (g_bce ((1 - alpha)(1 - t_v) o_v - alpha t_v (1 - o_v)) + h_v o_v (1 - o_v))
     softmax:  dz_v = w (g_bce a (o_v - t_v) + o_v (h_v - sum_u h_u o_u))
 
-Every program adds up its share in fp32 and writes it to a row of its own; the rows are added up in fp64. No atomics: the
-same input gives the same sums. Addresses are 64 bits wide. Nothing here waits for the device. A loss and its gradient are
+Every program adds up its share in fp32 and writes it to its own row; the rows are added up in fp64. There are no atomics:
+the same input gives the same sums. Addresses are 64 bits wide. Nothing here waits for the device. A loss and its gradient take
 five launches: the rows, their sums, the loss of the sums, the gradient of the sums, the gradient of the logits.
 """
 
@@ -21,19 +21,31 @@ from torch import Tensor
 from deepskip.kernels import backend, bce_dice_wide_triton
 from deepskip.kernels.reference import check_target, ignored_label
 
-# pixels, or pixels times classes, that a program holds at a time; programs at most: rows of partial sums stay under 1 MB
+# Pixels, or pixels times classes, that a program holds at a time. MAX_PROGRAMS keeps the rows of partial sums under 1 MB.
 SIGMOID_BLOCK = 1024
 SOFTMAX_TILE = 2048
 MAX_PROGRAMS = 2048
 WARPS = 4
-# rows that are added up at a time, and by how many warps
+# Rows that are added up at a time, and the warps that do it.
 ROWS, ROW_WARPS = 256, 4
-# the kernels below are Python then, and run anywhere
+# In the interpreter the kernels below are Python, and run on any device.
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Layout(NamedTuple):
-    """How a kernel finds (n, v, pixel): counts, and the elements from one to the next in logits and target."""
+    """Where a kernel finds the logit and label of (n, v, pixel): sizes, and strides in elements.
+
+    Attributes:
+        N: samples.
+        V: classes.
+        pixels: pixels of a sample, H * W.
+        z_n: stride of the logits from a sample to the next.
+        z_v: stride of the logits from a class to the next.
+        z_p: stride of the logits from a pixel to the next.
+        t_n: stride of the target from a sample to the next.
+        t_v: stride of the target from a class to the next; 0 if it has no classes.
+        t_p: stride of the target from a pixel to the next.
+    """
 
     N: int
     V: int
@@ -48,14 +60,14 @@ class Layout(NamedTuple):
 
 @triton.jit
 def _log1p(x):
-    # log(1 + x) loses what 1 + x rounds away; this puts it back
+    # log(1 + x) loses what 1 + x rounds away; the second term restores it.
     u = 1.0 + x
     return tl.log(u) + (x - (u - 1.0)) / u
 
 
 @triton.jit
 def _weight(label, inside, weight, ignore, HAS_IGNORE: tl.constexpr):
-    # labels are compared in their own type: cut to 32 bits, some of 64 would be taken for the ignored one
+    # Labels are compared in their own type: truncated to 32 bits, some 64-bit labels would equal the ignored one.
     counts = inside
     if HAS_IGNORE:
         counts = counts & (label != ignore)
@@ -68,7 +80,7 @@ def _sigmoid_sums(
     z_n, z_v, z_p, t_n, t_v, t_p, out_row,
     HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # every sample has as many programs; each takes every programs-th block of its pixels, for class v
+    # Each sample has `programs` programs; each takes every programs-th block of its pixels, for class v.
     n = (tl.program_id(0) // programs).to(tl.int64)
     v = tl.program_id(1).to(tl.int64)
     z_ptr += n * z_n + v * z_v
@@ -88,7 +100,7 @@ def _sigmoid_sums(
         label = tl.load(t_ptr + p * t_p, mask=inside, other=0)
         w = _weight(label, inside, weight, ignore, HAS_IGNORE)
         z = tl.load(z_ptr + p * z_p, mask=inside, other=0.0).to(tl.float32)
-        # what does not count may hold anything: 0 * inf would be nan
+        # Pixels that do not count may hold anything, and 0 * inf would be nan.
         z = tl.where(w != 0.0, z, 0.0)
         t = tl.where(w != 0.0, label, 0).to(tl.float32)
         small = tl.exp(-tl.abs(z))
@@ -102,7 +114,7 @@ def _sigmoid_sums(
         target_sq += w * t * t
         start += programs * BLOCK
     row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
-    # a class has bce and count of its own here; they are added up with the rows
+    # bce and count are separate for each class here; they are added up with the rows.
     tl.store(row + v, tl.sum(bce))
     tl.store(row + V + v, tl.sum(count))
     tl.store(row + 2 * V + v, tl.sum(intersection))
@@ -112,7 +124,7 @@ def _sigmoid_sums(
 
 @triton.jit
 def _add_rows(rows_ptr, out_ptr, rows, row_step, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    # a program a sum; bce and count stand WIDTH times in a row, once a class, and a pixel was counted by each
+    # One program for each sum. A row holds WIDTH values of bce and of count, one for each class, and each counts all pixels.
     c = tl.program_id(0)
     first = tl.where(c < 2, c * WIDTH, 2 * WIDTH + c - 2)
     width = tl.where(c < 2, WIDTH, 1)
@@ -234,7 +246,7 @@ def _softmax_gradient(
 
 def _layout(logits: Tensor, target: Tensor) -> Layout:
     N, V, H, W = logits.shape
-    # with H and W in one run a pixel has one number; strides are worked out, for where a size is 1 torch's may be any
+    # H and W are contiguous, so one number addresses a pixel. Strides are computed: torch's are arbitrary where a size is 1.
     z_v, z_p = (H * W, 1) if logits.is_contiguous() else (1, V)
     if target.ndim == 3:
         return Layout(N, V, H * W, V * H * W, z_v, z_p, H * W, 0, 1)
@@ -243,7 +255,7 @@ def _layout(logits: Tensor, target: Tensor) -> Layout:
 
 
 def _dense(x: Tensor) -> Tensor:
-    # contiguous and channels-last are read as they are
+    # Contiguous and channels-last tensors are read without a copy.
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
@@ -261,13 +273,22 @@ def _is_softmax(logits: Tensor, target: Tensor) -> bool:
 
 
 def softmax_sizes(V: int) -> dict[str, int]:
-    """Gives the constants of the softmax kernels for V classes."""
+    """Return the constants of the softmax kernels.
+
+    Args:
+        V: classes.
+    """
     classes = triton.next_power_of_2(V)
     return {"CLASSES": classes, "BLOCK": max(16, SOFTMAX_TILE // classes)}
 
 
 def programs_of_a_sample(at: Layout, block: int) -> int:
-    """Gives how many programs share the pixels of a sample, so that there are about MAX_PROGRAMS in all."""
+    """Return how many programs share the pixels of a sample, for about MAX_PROGRAMS in all.
+
+    Args:
+        at: layout of logits and target.
+        block: pixels that a program holds at a time.
+    """
     return max(1, min(triton.cdiv(at.pixels, block), MAX_PROGRAMS // (at.N * at.V)))
 
 
@@ -287,7 +308,7 @@ def _sums(
         return torch.zeros(2 + 3 * z.shape[1], device=z.device)
     at = _layout(z, t)
     ignore = ignored_label(target.dtype, ignore_index)
-    # where there are no weights, a pointer that is not read
+    # Without weights the kernel needs some pointer, which it does not read.
     weight = z if w is None else w
     strides = (at.z_n, at.z_v, at.z_p, at.t_n)
     if _is_softmax(logits, target):
@@ -371,8 +392,17 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
 
 
 def no_second_backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple:
+    """Raise the error for a second derivative; every Triton operator's gradient registers this as its backward.
+
+    Args:
+        ctx: autograd's context.
+        grads: gradients of any shape (*,).
+
+    Raises:
+        RuntimeError: always.
+    """
     raise RuntimeError(
-        "Triton's kernels have no second derivative; DEEPSKIP_KERNELS=reference differentiates any number of times"
+        "Triton kernels have no second derivative; DEEPSKIP_KERNELS=reference differentiates any number of times"
     )
 
 
@@ -381,11 +411,20 @@ _gradient.register_autograd(no_second_backward, setup_context=lambda ctx, inputs
 
 
 def must_run(x: Tensor) -> None:
-    # meta tensors run nothing: the benchmarks count by them
+    """Check that Triton kernels can run on a tensor's device.
+
+    Meta tensors pass: nothing runs on them, and the benchmarks count with them.
+
+    Args:
+        x: tensor of any shape (*,).
+
+    Raises:
+        ValueError: if the tensor is neither a CUDA nor a meta tensor, and the interpreter is off.
+    """
     if not (x.is_cuda or x.is_meta or INTERPRETED):
         raise ValueError(
-            f"Triton's kernels were asked for a tensor on {x.device}; leave DEEPSKIP_KERNELS and run.kernels at auto, "
-            "or set TRITON_INTERPRET=1 to interpret them, slowly"
+            f"Triton kernels cannot run on a tensor on {x.device}; set DEEPSKIP_KERNELS and run.kernels to auto, "
+            "or TRITON_INTERPRET=1 for the slow interpreter"
         )
 
 
@@ -397,11 +436,21 @@ def bce_dice_sums(
     ignore_index: int | None = 255,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7), in fp32: as `reference.bce_dice_sums`.
+    """Compute the sums that weighted BCE and Dice are made of (eqs. 6 and 7), as `reference.bce_dice_sums`.
 
-    logits: (N, V, H, W) fp32, fp16 or bf16, contiguous or channels-last (else copied). target: uint8, int16, int32, int64
-    or bool, (N, H, W) or (N, V, H, W). sample_weight: (N,). Returns (2 + 3 V,). Raises ValueError for shapes that do not fit
-    and for tensors of a CPU, RuntimeError where a second derivative is asked for.
+    Args:
+        logits: logits (N, V, H, W), fp32, fp16 or bf16; contiguous or channels last, other layouts are copied.
+        target: labels (N, H, W) or (N, V, H, W), uint8, int16, int32, int64 or bool.
+        alpha: weight of foreground pixels in BCE; background gets 1 - alpha.
+        ignore_index: label of pixels that are not counted; None counts all.
+        sample_weight: weights of the samples, (N,), or None for all one.
+
+    Returns:
+        Sums (2 + 3 V,) in fp32.
+
+    Raises:
+        ValueError: if the target does not fit the logits, or the tensors are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
     must_run(logits)
     return _sums(logits, target, sample_weight, alpha, ignore_index)

@@ -1,18 +1,18 @@
-"""Sigmoid BCE + Dice in Triton for labels of a byte: the sums and the gradient of `bce_dice_triton`, four pixels a word.
+"""Sigmoid BCE + Dice in Triton for 8-bit labels: the sums and the gradient of `bce_dice_triton`, four pixels a word.
 
 With z a logit, t its label, o its probability, e = exp(-|z|) and w the sample's weight:
     -log o = max(-z, 0) + log(1 + e), -log(1 - o) = max(z, 0) + log(1 + e), o = (1 if z >= 0 else e) / (1 + e)
-For alpha = 1/2 every pixel's logarithm has the same weight, so that it is taken of a product of many pixels:
+For alpha = 1/2 every pixel's logarithm has the same weight, so one logarithm of a product serves many pixels:
     2 bce = sum (max(z, 0) - t z) + log(1 + q), 1 + q = prod (1 + e), by q <- q (1 + e) + e, which keeps small e exact
 For another alpha each pixel's log(1 + e) is e times a polynomial of e. The gradient needs neither. With E = exp(-z):
     o = 1 / (1 + E), 1 - o = E o, dz = o (b0 (1 - t) + (c1 t + c2 o) (1 - o)) - b1 t (1 - o)
     b0 = w g_bce (1 - alpha), b1 = w g_bce alpha, c1 = w g_to, c2 = 2 w g_oo
 
-A lane loads labels as 32-bit words and logits of 16 bits as pairs. Which of a word's four labels count is worked out for the
-word at once: bit 7 of byte k of `counted` says it for label k. What does not count gets label 0 and a logit of which
-e = o = max(z, 0) = 0, so that it adds nothing to any sum. A sample's weight is multiplied with its sums; one of weight 0 is
-not read. Sums of labels are integers. Rows of partial sums are as in `bce_dice_triton`, and as there every addition has its
-place: the same input gives the same sums.
+A lane loads labels as 32-bit words, and 16-bit logits as pairs. Which of a word's four labels count is computed for the whole
+word: bit 7 of byte k of `counted` is set if label k counts. A label that does not count becomes 0, and its logit a number for
+which e = o = max(z, 0) = 0, so that it adds nothing to any sum. A sample's weight multiplies its sums; a sample of weight 0 is
+not read. Sums of labels are integers. Rows of partial sums are as in `bce_dice_triton`, and the order of additions is fixed
+too: the same input gives the same sums.
 """
 
 from typing import TYPE_CHECKING
@@ -27,23 +27,23 @@ from deepskip.kernels import backend
 if TYPE_CHECKING:
     from deepskip.kernels.bce_dice_triton import Layout
 
-# one warp a program: sums need no barrier, and 32 programs fill an SM
+# With one warp for each program, sums need no barrier, and 32 programs fill an SM.
 WARPS = 1
-# bytes of logits that a lane loads at a time
+# Bytes of logits that a lane loads at a time.
 LOAD = 16
-# a program takes blocks until there are about PROGRAMS; at most MOST_TRIPS, for each can double 1 + q four times, and 2^128
-# is no fp32
+# Programs take more blocks each until there are about PROGRAMS of them, and at most MOST_TRIPS blocks: each block can double
+# 1 + q four times, and 2^128 overflows fp32.
 PROGRAMS, MOST_TRIPS = 4096, 30
 LABELS = (torch.uint8, torch.bool)
 LOG2E = tl.constexpr(1.4426950408889634)
-# a logit that adds nothing, in every type of logits
+# A logit that adds nothing, representable in every dtype of logits.
 NEVER = tl.constexpr(-60000.0)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def _reciprocal(x):
-    # to one unit in the last place; a division is ten instructions
+    # Accurate to one unit in the last place; a division takes ten instructions.
     if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
@@ -51,7 +51,7 @@ def _reciprocal(x):
 
 @triton.jit
 def _add_products(a, b, total):
-    # the four bytes of a times those of b, and the total
+    # The dot product of the four bytes of a and of b, plus the total.
     if INTERPRETED:
         for k in tl.static_range(4):
             total += ((a >> (8 * k)) & 0xFF) * ((b >> (8 * k)) & 0xFF)
@@ -61,14 +61,14 @@ def _add_products(a, b, total):
 
 @triton.jit
 def _log1p(x):
-    # log(1 + x) loses what 1 + x rounds away; this puts it back
+    # log(1 + x) loses what 1 + x rounds away; the second term restores it.
     u = 1.0 + x
     return tl.log(u) + (x - (u - 1.0)) * _reciprocal(u)
 
 
 @triton.jit
 def _log1p_of_fraction(e):
-    # e in 0 to 1, relative error 2e-7: log(1 + e) / e interpolated at Chebyshev's points
+    # For e in 0 to 1, relative error 2e-7: log(1 + e) / e interpolated at Chebyshev points.
     p = 0.00512610214 * e - 0.0290740647
     p = p * e + 0.0775160867
     p = p * e - 0.136022476
@@ -82,7 +82,7 @@ def _log1p_of_fraction(e):
 
 @triton.jit
 def _counted(labels, ignored):
-    # a byte's bit 7: whether the byte differs from the ignored label; no sum carries into the next byte
+    # Bit 7 of a byte is set if the byte differs from the ignored label. No sum carries into the next byte.
     difference = labels ^ ignored.to(tl.uint32)
     return (((difference & 0x7F7F7F7F) + 0x7F7F7F7F) | difference) & 0x80808080
 
@@ -97,7 +97,7 @@ def _words(t_ptr, inside, EVEN: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def _logits(z_ptr, inside, EVEN: tl.constexpr, WORDS: tl.constexpr):
-    # the first, second, third and fourth logit of each word of labels
+    # Returns the first, second, third and fourth logit of each word of labels.
     if z_ptr.dtype.element_ty == tl.float32:
         four_ptr = z_ptr + tl.arange(0, 4 * WORDS)
         there = tl.arange(0, 4 * WORDS) < 4 * inside
@@ -118,7 +118,7 @@ def _logits(z_ptr, inside, EVEN: tl.constexpr, WORDS: tl.constexpr):
 @triton.jit
 def _halves(pair, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
-        # a bf16 is the upper half of an fp32
+        # A bf16 is the upper half of an fp32.
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
@@ -148,7 +148,7 @@ def _sigmoid_sums_wide(
     z_ptr, t_ptr, w_ptr, out_ptr, programs, blocks, pixels, V, alpha, ignored, z_n, z_v, t_n, t_v, out_row,
     HAS_WEIGHT: tl.constexpr, HAS_IGNORE: tl.constexpr, BALANCED: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    # every sample has as many programs; each takes `blocks` blocks of its pixels that follow each other, for class v
+    # Each sample has `programs` programs; each takes `blocks` consecutive blocks of its pixels, for class v.
     BLOCK: tl.constexpr = 4 * WORDS
     n = (tl.program_id(0) // programs).to(tl.int64)
     v = tl.program_id(1).to(tl.int64)
@@ -157,7 +157,7 @@ def _sigmoid_sums_wide(
     weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(w_ptr + n).to(tl.float32)
-        # such a sample may hold anything, infinities too: 0 * inf would be nan
+        # A sample of weight 0 may hold anything, infinities too, and 0 * inf would be nan.
         trips = tl.where(weight != 0.0, trips, 0)
     z_ptr += n * z_n + v * z_v + first
     t_ptr += n * t_n + v * t_v + first
@@ -167,7 +167,7 @@ def _sigmoid_sums_wide(
     intersection = tl.zeros((WORDS,), tl.float32)
     prediction_sq = tl.zeros((WORDS,), tl.float32)
     target_sq = tl.zeros((WORDS,), tl.uint32)
-    # a byte a label of the word; MOST_TRIPS fit
+    # One byte counts each label of the word; MOST_TRIPS fit.
     count = tl.zeros((WORDS,), tl.uint32)
     for _ in tl.range(0, trips, loop_unroll_factor=2):
         labels = _words(t_ptr, inside, EVEN, WORDS)
@@ -180,7 +180,7 @@ def _sigmoid_sums_wide(
         ones = counted >> 7
         count += ones
         if HAS_IGNORE:
-            # bit 7 of a byte to all eight
+            # Copy bit 7 of a byte to all eight bits.
             labels = labels & ((counted - ones) | counted)
         target_sq = _add_products(labels, labels, target_sq)
         for k in tl.static_range(4):
@@ -201,7 +201,7 @@ def _sigmoid_sums_wide(
         weighed = tl.sum(logs + linear)
     counts = _add_products(count, tl.full((WORDS,), 0x01010101, tl.uint32), tl.zeros((WORDS,), tl.uint32))
     row = out_ptr + tl.program_id(0).to(tl.int64) * out_row
-    # a class has bce and count of its own here; they are added up with the rows
+    # bce and count are separate for each class here; they are added up with the rows.
     tl.store(row + v, weight * weighed)
     tl.store(row + V + v, weight * tl.sum(counts).to(tl.float32))
     tl.store(row + 2 * V + v, weight * tl.sum(intersection))
@@ -211,7 +211,7 @@ def _sigmoid_sums_wide(
 
 @triton.jit
 def _pixel_gradient(z, t, b0, b1, c1, c2):
-    # beyond 2^126 the product would be inf * 0; a logit of nan stays nan
+    # Beyond 2^126 the product would be inf * 0. A logit of nan stays nan.
     power = tl.minimum(z * -LOG2E, 126.0, propagate_nan=tl.PropagateNan.ALL)
     E = tl.exp2(power)
     o = _reciprocal(1.0 + E)
@@ -277,7 +277,7 @@ def _words_of_a_block(z: Tensor) -> int:
 
 
 def _shares(at: "Layout", words: int) -> tuple[int, int]:
-    # programs of a sample, and blocks of a program
+    # Returns the programs of a sample, and the blocks of a program.
     blocks = triton.cdiv(at.pixels, 4 * words)
     trips = min(MOST_TRIPS, max(1, blocks * at.N * at.V // PROGRAMS))
     return triton.cdiv(blocks, trips), trips
@@ -288,12 +288,20 @@ def _even(at: "Layout", words: int) -> bool:
 
 
 def _ignored_word(ignore: int | None) -> int:
-    # the label in each byte of a word
+    # The label repeated in each byte of a word.
     return (ignore or 0) * 0x01010101
 
 
 def fits(at: "Layout", z: Tensor, t: Tensor) -> bool:
-    """Return whether the kernels here take dense logits and labels: pixels in a row, labels of a byte, whole aligned words."""
+    """Return whether the kernels here can take dense logits and labels.
+
+    They need consecutive pixels, 8-bit labels, and whole aligned words.
+
+    Args:
+        at: layout of z and t.
+        z: dense logits (N, V, H, W).
+        t: dense labels, (N, H, W) or (N, V, H, W).
+    """
     in_rows = at.z_p == 1 and (at.t_p == 1 or at.pixels == 1)
     return in_rows and t.dtype in LABELS and at.pixels % 8 == 0 and z.data_ptr() % 16 == 0 and t.data_ptr() % 16 == 0
 
@@ -304,14 +312,14 @@ def sum_rows(at: "Layout", z: Tensor, t: Tensor, weight: Tensor | None, alpha: f
     Args:
         at: layout of z and t, for which `fits` holds.
         z: dense logits (N, V, H, W), fp32, fp16 or bf16.
-        t: dense labels, uint8.
-        weight: (N,), or None for all one.
-        alpha: weight of the foreground in BCE.
+        t: dense labels (N, H, W) or (N, V, H, W), uint8.
+        weight: weights of the samples, (N,), or None for all one.
+        alpha: weight of foreground pixels in BCE.
         ignore: label that does not count, or None.
 
     Returns:
-        (rows, 5 V) fp32: bce, count, intersection, prediction_sq and target_sq, each of V classes, as `_sigmoid_sums` leaves
-        them.
+        Rows (rows, 5 V) fp32: bce, count, intersection, prediction_sq and target_sq, each of V classes, as in
+        `bce_dice_triton._sigmoid_sums`.
     """
     words = _words_of_a_block(z)
     programs, trips = _shares(at, words)
@@ -332,9 +340,14 @@ def gradient(
     """Launch the gradient of the logits.
 
     Args:
-        at, z, t, weight, alpha, ignore: as for `sum_rows`.
+        at: layout of z and t, for which `fits` holds.
         g: gradient of the sums (2 + 3 V,), fp32.
-        dz: the logits' gradient, of their shape, type and strides; written.
+        z: dense logits (N, V, H, W), fp32, fp16 or bf16.
+        t: dense labels (N, H, W) or (N, V, H, W), uint8.
+        weight: weights of the samples, (N,), or None for all one.
+        dz: gradient of the logits, of their shape, dtype and strides; written.
+        alpha: weight of foreground pixels in BCE.
+        ignore: label that does not count, or None.
     """
     words = _words_of_a_block(z)
     programs, trips = _shares(at, words)

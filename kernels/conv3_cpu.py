@@ -1,7 +1,7 @@
-"""3x3 convolutions of few channels on CPUs: two pixels of a row at a time, so that 8 outputs fill a vector of 16 lanes.
+"""3x3 convolutions with few channels on CPUs: two pixels of a row at a time, so that 8 outputs fill a vector of 16 lanes.
 
-A pair of neighbouring outputs is one output pixel of a 3x4 convolution with a stride of two columns and twice as many channels;
-channels last, its memory is that of the wide map. A third more multiply-adds, in half as many instructions.
+A pair of neighboring outputs is one output pixel of a 3x4 convolution with a stride of two columns and twice the channels.
+With channels last, its memory is that of the wide map. It takes a third more multiply-adds, in half the instructions.
 """
 
 from typing import Any
@@ -10,29 +10,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# vector lanes of fp32
+# Vector lanes of fp32.
 LANES = 16
 
 
 def _paired(x: Tensor, outputs: int) -> bool:
-    # measured: with half of the lanes or less in use it pays (docs/kernels.md)
+    # Measured: pairs pay if at most half of the lanes are in use (docs/kernels.md).
     return 2 * outputs <= LANES and x.shape[-1] % 2 == 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _pair_weight(weight: Tensor) -> Tensor:
-    """Makes (2 K, C, 3, 4) of (K, C, 3, 3): the same columns for the left pixel of a pair, and one further for the right."""
+    """Return the pair weights (2 K, C, 3, 4) of weights (K, C, 3, 3).
+
+    The left pixel of a pair uses columns 0 to 2 of the four, the right pixel columns 1 to 3.
+    """
     pair = torch.stack([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))]).flatten(0, 1)
     return pair.contiguous(memory_format=torch.channels_last)
 
 
 def _as_pairs(x: Tensor) -> Tensor:
-    """Views channels-last (N, K, H, W) as (N, 2 K, H, W / 2)."""
+    """View a channels-last map (N, K, H, W) as (N, 2 K, H, W / 2)."""
     N, K, H, W = x.shape
     return x.permute(0, 2, 3, 1).reshape(N, H, W // 2, 2 * K).permute(0, 3, 1, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gives the convolution without a gradient, by pairs where that is faster; shapes as in `conv3`."""
+    """Compute the forward convolution alone, in pairs of pixels where that is faster.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+        bias: bias (K,), or None.
+
+    Returns:
+        Map (N, K, H, W).
+    """
     if not _paired(x, len(weight)):
         return F.conv2d(x, weight, bias, padding=1)
     N, _, H, W = x.shape
@@ -41,13 +53,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Gives the gradients of x and weight, those that are needed, for the gradient (N, K, H, W) of the convolution."""
+    """Compute the gradients of a convolution's map and weights.
+
+    Args:
+        grad: gradient (N, K, H, W) of the convolution's output.
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+        needs: whether the gradients of x and of weight are needed.
+
+    Returns:
+        Gradients of x and weight, in their shapes; None for one that is not needed.
+    """
     grad = grad.contiguous(memory_format=torch.channels_last)
     K, C = weight.shape[:2]
     d_x = d_weight = None
     turned = needs[0] and _paired(grad, C)
     if turned:
-        # the convolution's own transpose is a convolution with the kernel turned around
+        # The transposed convolution is a convolution with the flipped kernel.
         d_x = convolve(grad, weight.flip(2, 3).transpose(0, 1))
     if needs[1] and _paired(x, K):
         pairs, wide = _as_pairs(grad), _pair_weight(weight)
@@ -79,9 +101,17 @@ class _Conv3(torch.autograd.Function):
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolves (N, C, H, W) with (K, C, 3, 3), zero padding 1: as `torch.nn.functional.conv2d`, once differentiable.
+    """Convolve a map with 3x3 weights and zero padding 1, as `torch.nn.functional.conv2d`; once differentiable.
 
-    What is not fp32, autocast, a bias that is learned, and what is faster as it is, goes there.
+    Other dtypes than fp32, autocast, a learned bias, and shapes that it is faster for use `conv2d` itself.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+        bias: bias (K,), or None.
+
+    Returns:
+        Map (N, K, H, W).
     """
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.conv2d(x, weight, bias, padding=1)

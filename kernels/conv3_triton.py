@@ -1,11 +1,11 @@
-"""3x3 convolutions of few channels in Triton, with the sums that batch norm needs.
+"""3x3 convolutions with few channels in Triton, with the sums that batch norm needs.
 
     y[Y, X, k] = sum_{d, e, c} x[Y + d, X + e, c] W[k, c, d, e] + bias[k],   zeros beyond the border
-A convolution of 8 channels is bound by memory, and a library's tiles of 64 and more channels are mostly empty. Here a window of
-neighbouring pixels, whose channels lie in a row, is the depth of a matrix product, and each row of x is loaded once for three
+A convolution with 8 channels is memory-bound, and a library's tiles of 64 and more channels are mostly empty. Here a window of
+neighboring pixels, whose channels are contiguous, is the depth of a matrix product, and each row of x is loaded once for three
 rows of y. It is the case s = 1 of the sub-pixel stage and runs in its kernels (`subpixel_triton`).
 
-Where sums are asked for, each program writes the sum and the sum of squares of its outputs, fp32, to a row of its own.
+If sums are requested, each program writes the sum and the sum of squares of its outputs, in fp32, to its own row.
 """
 
 from collections.abc import Sequence
@@ -112,24 +112,29 @@ _gradients.register_autograd(no_second_backward, setup_context=lambda ctx, input
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a convolution has channels few enough for these launches."""
+    """Return whether a convolution has few enough channels for these launches, and is not in fp64.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+    """
     return weight.shape[0] <= MOST_OUTPUTS and weight.shape[1] <= MOST_INPUTS and x.dtype != torch.float64
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve a map with 3x3 weights, zero padding 1.
+    """Convolve a map with 3x3 weights and zero padding 1.
 
     Args:
-        x: (N, C, H, W), fp32, fp16 or bf16, channels last (fast) or contiguous (copied).
-        weight: (K, C, 3, 3), any float type; K up to 16 and C up to 80, or else the plain form is taken.
-        bias: (K,).
+        x: map (N, C, H, W), fp32, fp16 or bf16; channels last is fast, contiguous is copied.
+        weight: weights (K, C, 3, 3), any float dtype; K over 16, C over 80 or fp64 maps use the plain implementation.
+        bias: bias (K,), or None.
 
     Returns:
-        (N, K, H, W) in the layout of x, and in its type or autocast's.
+        Map (N, K, H, W) in the layout of x, and in its dtype or autocast's.
 
     Raises:
-        ValueError: a tensor of a CPU.
-        RuntimeError: a second derivative is asked for.
+        ValueError: if the tensors are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
     must_run(x)
     if not takes(x, weight):
@@ -138,22 +143,24 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Convolve as `conv3`, and sum what batch norm needs.
+    """Convolve as `conv3`, and return the sums that batch norm needs.
 
     Args:
-        x: (N, C, H, W), as in `conv3`. weight: (K, C, 3, 3), K up to 16 and C up to 80.
+        x: map (N, C, H, W), as in `conv3`.
+        weight: weights (K, C, 3, 3), K up to 16 and C up to 80.
 
     Returns:
-        y: (N, K, H, W).
-        rows: (programs, 2, K) fp32: the sum and the sum of squares of each program's outputs, before they are rounded. To be
-            added up over programs in fp64. They have no gradient.
+        Map (N, K, H, W), and rows (programs, 2, K) fp32: the sum and the sum of squares of each program's outputs, before they
+        are rounded. Add the rows up over programs in fp64. They have no gradient.
 
     Raises:
-        ValueError: a tensor of a CPU, or too many channels.
-        RuntimeError: a second derivative is asked for.
+        ValueError: if the tensors are on a CPU, or there are too many channels.
+        RuntimeError: if a second derivative is computed.
     """
     must_run(x)
     if not takes(x, weight):
         K, C = weight.shape[:2]
-        raise ValueError(f"the weight is of {K} and {C} channels; there may be {MOST_OUTPUTS} and {MOST_INPUTS}")
+        raise ValueError(
+            f"the weight has {K} output and {C} input channels; the limits are {MOST_OUTPUTS} and {MOST_INPUTS}"
+        )
     return _conv3_with_sums(x.to(low_precision(x)), weight)

@@ -1,9 +1,9 @@
 """The deep-skip stage for CPUs (eq. 1): deeper maps are convolved at their own width, and nothing upsampled is kept.
 
-conv3(up(x)) = V(conv(x)): the convolution is 1 x 3 at the low resolution, with s times as many outputs (a phase of the columns
-each) for every tap of the rows; V adds up rows and taps as a small matrix product. Multiply-adds fall by the factor s, and the
-convolution has 3 s K outputs where the plain one has K, which vector units of 16 lanes do not fill at K = 8. The borders,
-where the plain form's convolution meets zeros and its upsampling repeats, are exact.
+conv3(up(x)) = V(conv(x)). The convolution is 1 x 3 at the low resolution. For every row tap it has s times the outputs, one set
+for each column phase. V adds up rows and taps as a small matrix product. Multiply-adds fall by the factor s. The convolution
+has 3 s K outputs instead of K, which at K = 8 would not fill vector units of 16 lanes. The borders are exact: there the plain
+convolution meets zeros and its upsampling repeats.
 """
 
 from collections.abc import Sequence
@@ -15,28 +15,36 @@ from torch import Tensor
 
 from deepskip.kernels import conv3_cpu, interpolation, reference
 
-# the weight for the low resolution, and what the first and the last column add to it
+# The low-resolution weight, and what the first and the last column add to it.
 Made = tuple[Tensor, list[tuple[int, Tensor]]]
-# elements of output that are made at a time; measured
+# Elements of output that are computed at a time; measured.
 BLOCK = 2**20
 
 
 def low_pays(factor: int, channels: int) -> bool:
-    """Says whether forward is faster at the low resolution; backward is at every factor. Measured (docs/kernels.md)."""
+    """Return whether forward is faster at the low resolution; backward is at every factor. Measured (docs/kernels.md).
+
+    Args:
+        factor: upsampling factor of the map.
+        channels: outputs K of the branch.
+    """
     return factor > 2 or (factor == 2 and channels < conv3_cpu.LANES)
 
 
 def _wide_weight(weight: Tensor, s: int, mode: str) -> Tensor:
-    """Makes (3 s K, C, 1, 3), outputs by row tap, column phase and channel, of (K, C, 3, 3)."""
+    """Return the low-resolution weight (3 s K, C, 1, 3) of a weight (K, C, 3, 3).
+
+    Its outputs are ordered by row tap, column phase and channel.
+    """
     K, C = weight.shape[:2]
     columns = interpolation.column_taps(s, mode)
     wide = columns.reshape(s * 3, 3) @ weight.permute(3, 2, 0, 1).reshape(3, 3 * K * C)
-    # channels last, as oneDNN takes it
+    # Channels last is the layout that oneDNN uses.
     return wide.view(s, 3, 3, K, C).permute(2, 0, 3, 1, 4).reshape(3 * s * K, 1, 3, C).permute(0, 3, 1, 2)
 
 
 def _narrow_gradient(wide: Tensor, shape: torch.Size, s: int, mode: str) -> Tensor:
-    """The transpose of `_wide_weight`."""
+    """Return the gradient (K, C, 3, 3) of a weight from that of its wide weight: the transpose of `_wide_weight`."""
     K, C = shape[:2]
     columns = interpolation.column_taps(s, mode)
     by_column = wide.view(3, s, K, C, 3).permute(1, 4, 0, 2, 3).reshape(s * 3, 3 * K * C)
@@ -48,9 +56,9 @@ def _side_taps(s: int, w: int, column: int, mode: str) -> Tensor:
 
 
 def _side_weights(weight: Tensor, s: int, w: int, mode: str) -> list[tuple[int, Tensor]]:
-    """Gives (column, (C, 3 s K)) for the first and the last column of x: what they add to those of the wide weight.
+    """Return (column, (C, 3 s K)) for the first and the last column of x: what they add to the wide weight's outputs.
 
-    There the plain form's upsampling repeats the column, and its convolution meets a zero beyond it.
+    There the plain upsampling repeats the column, and the plain convolution meets a zero beyond it.
     """
     K, C = weight.shape[:2]
     sides = []
@@ -61,7 +69,7 @@ def _side_weights(weight: Tensor, s: int, w: int, mode: str) -> list[tuple[int, 
 
 
 class _Low:
-    """A deeper map on its way up: convolved at its own resolution, then a block of samples at a time at the output's."""
+    """A deeper map convolved at its own resolution, then upsampled a block of samples at a time."""
 
     def __init__(self, x: Tensor, weight: Tensor, s: int, mode: str, block: int) -> None:
         N, C, h, w = x.shape
@@ -73,7 +81,7 @@ class _Low:
         for column, wide in self.made[1]:
             more = x[..., column].permute(0, 2, 1).reshape(N * h, C) @ wide
             self.y[:, :, column] += more.view(N, h, 3, s * K)
-        # rows of all samples of the block side by side, with one more above and below: the matrices have zeros there
+        # Rows of all samples of the block are contiguous, with one more above and below, where the matrices have zeros.
         rows = y.new_zeros(h + 2, 3, block, w, s * K)
         row = block * w * s * K
         self.inner, self.windows = rows[1:-1], rows.as_strided((h, 9, row), (3 * row, row, 1))
@@ -81,33 +89,41 @@ class _Low:
         self.out = y.new_empty(h, s, row)
 
     def branch(self, samples: slice) -> Tensor:
-        """Gives conv3(up(x)) of a block as (samples, H, W, K); the next call overwrites it."""
+        """Return conv3(up(x)) of a block as (samples, H, W, K); the next call overwrites it.
+
+        Args:
+            samples: samples of the block.
+        """
         self.inner.copy_(self.y[samples].permute(1, 3, 0, 2, 4))
         torch.bmm(self.taps, self.windows, out=self.out)
         return self.out.view(self.size).transpose(0, 1)
 
 
 class _Plain:
-    """A map of the output's own size, or one that the plain form is faster for."""
+    """A map of the output's own size, or one that the plain implementation is faster for."""
 
     def __init__(self, x: Tensor, weight: Tensor, size: torch.Size, mode: str) -> None:
         x = x if x.shape[-2:] == size else reference.upsample(x, size, mode)
         self.out = conv3_cpu.convolve(x, weight).permute(0, 2, 3, 1)
 
     def branch(self, samples: slice) -> Tensor:
-        """Gives the branch of a block as (samples, H, W, K)."""
+        """Return the branch of a block as (samples, H, W, K).
+
+        Args:
+            samples: samples of the block.
+        """
         return self.out[samples]
 
 
 class _LowGradient:
-    """The way back down: a block of samples at a time to the low resolution, then through the convolution."""
+    """The gradients of a deeper map: a block of samples at a time to the low resolution, then through the convolution."""
 
     def __init__(self, x: Tensor, weight: Tensor, s: int, mode: str, block: int, made: Made | None) -> None:
         N, _, h, w = x.shape
         K = len(weight)
         self.x, self.weight, self.s, self.mode = x, weight, s, mode
         self.made = made or (_wide_weight(weight, s, mode), _side_weights(weight, s, w, mode))
-        # s rows more above and below, which the matrices weigh with 0
+        # There are s more rows above and below, which the matrices multiply by 0.
         rows = x.new_zeros((h + 2) * s, block, w * s, K)
         row = block * w * s * K
         self.inner, self.windows = rows[s:-s], rows.as_strided((h, 3 * s, row), (s * row, row, 1))
@@ -116,14 +132,26 @@ class _LowGradient:
         self.d_y = x.new_empty(N, h, w, 3, s * K)
 
     def take(self, samples: slice, grad: Tensor) -> None:
-        """Brings a block's gradient (samples, H, W, K) to where the convolution ended."""
+        """Convert a block's gradient to the gradient of the low-resolution convolution's output.
+
+        Args:
+            samples: samples of the block.
+            grad: gradient (samples, H, W, K).
+        """
         _, h, w, _, wide = self.d_y.shape
         self.inner.copy_(grad.transpose(0, 1))
         torch.bmm(self.taps, self.windows, out=self.out)
         self.d_y[samples] = self.out.view(h, 3, -1, w, wide).permute(2, 0, 3, 1, 4)
 
     def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Gives the gradients of x and weight."""
+        """Compute the gradients of x and weight.
+
+        Args:
+            needs: whether each of the two is needed.
+
+        Returns:
+            Gradients (N, C, h, w) and (K, C, 3, 3); None for one that is not needed.
+        """
         x, weight, s, mode = self.x, self.weight, self.s, self.mode
         N, C, h, w = x.shape
         K = len(weight)
@@ -144,7 +172,7 @@ class _LowGradient:
 
 
 class _PlainGradient:
-    """Of a map of the output's own size."""
+    """The gradients of a map of the output's own size."""
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         N, _, H, W = x.shape
@@ -152,16 +180,28 @@ class _PlainGradient:
         self.grad = x.new_empty(N, H, W, len(weight))
 
     def take(self, samples: slice, grad: Tensor) -> None:
-        """Keeps a block's gradient (samples, H, W, K)."""
+        """Keep a block's gradient.
+
+        Args:
+            samples: samples of the block.
+            grad: gradient (samples, H, W, K).
+        """
         self.grad[samples] = grad
 
     def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Gives the gradients of x and weight."""
+        """Compute the gradients of x and weight.
+
+        Args:
+            needs: whether each of the two is needed.
+
+        Returns:
+            Gradients (N, C, H, W) and (K, C, 3, 3); None for one that is not needed.
+        """
         return conv3_cpu.gradients(self.grad.permute(0, 3, 1, 2), self.x, self.weight, needs)
 
 
 def _block(N: int, elements: int) -> int:
-    """Gives a divisor of N: how many samples of so many elements are made at a time."""
+    """Return how many samples of that many elements to compute at a time: a divisor of N."""
     return next(n for n in range(min(N, max(1, BLOCK // elements)), 0, -1) if N % n == 0)
 
 
@@ -173,14 +213,14 @@ class _DeepSkip(torch.autograd.Function):
         K = len(weights[0])
         ctx.mode = mode
         ctx.save_for_backward(*tensors)
-        # branches of a few samples stay in the cache until they are side by side
+        # Branches of a few samples stay in the cache until they are concatenated.
         block = _block(N, H * W * K * len(inputs))
         branches: list[_Low | _Plain] = []
         for x, weight in zip(inputs, weights, strict=True):
             s = H // x.shape[2]
             low = low_pays(s, K)
             branches.append(_Low(x, weight, s, mode, block) if low else _Plain(x, weight, inputs[0].shape[-2:], mode))
-        # made of the weights, and small: backward takes them as they are
+        # These are small and depend on the weights only, so backward reuses them.
         ctx.made = [one.made if isinstance(one, _Low) else None for one in branches]
         out = torch.empty(N, H, W, len(inputs), K)
         for n in range(0, N, block):
@@ -210,10 +250,18 @@ class _DeepSkip(torch.autograd.Function):
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
-    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1): as `reference.deep_skip`.
+    """Concatenate the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1), as `reference.deep_skip`.
 
-    Shapes as there; fp32. Other types, factors that are not whole, autocast and levels that the plain form is faster for get
-    that. Once differentiable.
+    It is once differentiable. Other dtypes than fp32, factors that are not whole, autocast, and levels that the plain
+    implementation is faster for use the latter.
+
+    Args:
+        inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i).
+        weights: a weight (K, C_i, 3, 3) for each map.
+        mode: upsampling, "bilinear" (align_corners=False) or "nearest".
+
+    Returns:
+        Map (N, K * len(inputs), H, W).
     """
     H, W = inputs[0].shape[-2:]
     whole = all(x.shape[-1] * (H // x.shape[-2]) == W and H % x.shape[-2] == 0 for x in inputs)

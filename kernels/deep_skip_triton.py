@@ -1,16 +1,16 @@
 """The deep-skip stage in Triton (eq. 1): deeper maps are multiplied at their own resolution, and nothing upsampled is stored.
 
-conv3(up(x)) is linear twice over: out = A(x W). W mixes channels: (C, 9 K), all nine taps of the convolution side by side, a
-matrix product at the low resolution, with 1 / s^2 of the plain form's multiply-adds. A is what is left, and holds no weights:
-each output is a mean of low-resolution taps, by upsampling, the shift of the tap, and zeros beyond the border:
+conv3(up(x)) is linear twice over: out = A(x W). W mixes channels: (C, 9 K), all nine taps of the convolution side by side. It
+is a matrix product at the low resolution, with 1 / s^2 of the plain implementation's multiply-adds. A has no weights: each
+output is a mean of low-resolution taps, by upsampling, the shift of the tap, and zeros beyond the border:
     out[Y, X, k] = sum_{d, e, y, x} a(Y + d, y) a(X + e, x) (x W)[y, x, d, e, k],   d and e in -1, 0, 1
-with a(U, y) the weight of row y of a map in row U of the upsampled one, 0 where U is outside. Backwards G = A^T g is made at
+with a(U, y) the weight of row y of a map in row U of the upsampled one, 0 where U is outside. Backward computes G = A^T g at
 the low resolution, and the gradients are the matrix products G W^T and x^T G.
 
 The kernels are A and A^T for all branches of a level in one launch, ordered so that programs that write, or read, the same
-pixels' channels run side by side. Rows are summed with scalar weights, columns by the matrix units: a(X + e, x) is worked out
-where it is needed, and its values for factors up to 64 are exact in bf16. Each program sums in fp32, in a fixed order, what no
-other program writes. The level's own map is convolved by cuDNN and put beside the others.
+pixels' channels run at the same time. Rows are summed with scalar weights, columns by the matrix units: a(X + e, x) is computed
+where it is needed, and its values for factors up to 64 are exact in bf16. Each program sums in fp32, in a fixed order, outputs
+that no other program writes. The level's own map is convolved by cuDNN and concatenated with the others.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,28 @@ from torch import Tensor
 from deepskip.kernels import backend, reference
 from deepskip.kernels.bce_dice_triton import INTERPRETED, must_run, no_second_backward
 
-# columns of the output that a program copies of the level's own map
+# Columns of the level's own map that a program copies to the output.
 OWN_COLUMNS = 128
-# 6 levels, the most there are, need no larger one
+# Networks have at most 6 levels, which need no larger factor.
 FACTORS = (2, 4, 8, 16)
 
 
 class Shape(NamedTuple):
-    """What a program makes: the columns of a map that it looks at, two more than it owns, and channels, by so many warps."""
+    """The tile of a program.
+
+    Attributes:
+        window: columns of a map that the program reads, two more than it owns.
+        channels: channels of the program.
+        warps: warps of the program.
+    """
 
     window: int
     channels: int
     warps: int
 
 
-# by the deepest map's factor, forward and backward: the fastest, timed on an H100, of those whose registers hold all of it
-# (kernels.bench.builds); those of 16 are not timed
+# Shapes by the deepest map's factor, forward and backward: the fastest on an H100 of those that do not spill registers
+# (kernels.bench.builds). Those for factor 16 are not timed.
 HALF = {
     2: (Shape(8, 32, 2), Shape(8, 32, 1)),
     4: (Shape(8, 16, 2), Shape(8, 16, 1)),
@@ -57,9 +63,14 @@ SINGLE = {
 
 
 class Plan(NamedTuple):
-    """How a launch is cut up: a stripe is as many rows of output as the deepest map has in one of its own.
+    """How a launch is divided into stripes: as many rows of output as one row of the deepest map covers.
 
-    blocks: programs of a stripe by branch, the level's own map first. window, channels, warps: as in Shape.
+    Attributes:
+        stripe: rows of output of a stripe.
+        blocks: programs of a stripe by branch, the level's own map first.
+        window: as in `Shape`.
+        channels: as in `Shape`.
+        warps: as in `Shape`.
     """
 
     stripe: int
@@ -70,20 +81,28 @@ class Plan(NamedTuple):
 
 
 def plan(W: int, factors: Sequence[int], K: int, dtype: torch.dtype, backward: bool) -> Plan:
-    """Cuts rows of W outputs, K channels a branch, into programs."""
+    """Divide rows of outputs among programs.
+
+    Args:
+        W: columns of the output.
+        factors: factor of each deeper map.
+        K: channels of a branch.
+        dtype: dtype of the output.
+        backward: whether the launch is the gradient.
+    """
     stripe = max(factors)
     window, channels, warps = (SINGLE if dtype == torch.float32 else HALF)[stripe][backward]
-    # forward, a program makes all rows of a stripe; backward, one row of the map
+    # A forward program computes all rows of a stripe, a backward one a row of the map.
     rows = [stripe // s if backward else 1 for s in factors]
     blocks = [r * triton.cdiv(W // s, window - 2) for s, r in zip(factors, rows, strict=True)]
-    # a matrix product takes 8 columns or more
+    # A matrix product needs 8 columns or more.
     channels = min(max(triton.next_power_of_2(K), 8), channels)
     return Plan(stripe, (triton.cdiv(W, OWN_COLUMNS), *blocks), window, channels, warps)
 
 
 @triton.jit
 def _weight(u, cell, size, FACTOR: tl.constexpr, BILINEAR: tl.constexpr):
-    # of a map's row `cell` in row u of the upsampled map; align_corners=False
+    # The weight of a map's row `cell` in row u of the upsampled map; align_corners=False.
     if BILINEAR:
         source = tl.minimum(tl.maximum((u + 0.5) / FACTOR - 0.5, 0.0), size - 1.0)
         weight = tl.maximum(1.0 - tl.abs(source - cell), 0.0)
@@ -94,14 +113,14 @@ def _weight(u, cell, size, FACTOR: tl.constexpr, BILINEAR: tl.constexpr):
 
 @triton.jit
 def _row_of_taps(tiles, y, h, U: tl.constexpr, d: tl.constexpr, FACTOR: tl.constexpr, BILINEAR: tl.constexpr):
-    # tap d of row U - 1, counted from row y of the map, of the upsampled map; beyond its border is nothing
+    # Tap d of the upsampled map's row U - 1, counted from row y of the map; zero beyond the border.
     on = 1.0
     if U == 0:
         on = tl.where(y > 0, 1.0, 0.0)
     if U == FACTOR + 1:
         on = tl.where(y < h - 1, 1.0, 0.0)
     if BILINEAR:
-        # it lies so many parts of 2 FACTOR beyond the row above y
+        # The row lies PLACE / (2 FACTOR) rows below the row above y.
         PLACE: tl.constexpr = 2 * U - 1 + FACTOR
         LOW: tl.constexpr = PLACE // (2 * FACTOR)
         PART: tl.constexpr = PLACE / (2 * FACTOR) - PLACE // (2 * FACTOR)
@@ -119,9 +138,10 @@ def spread_map(
     turns, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Compute a branch's outputs in a stripe from a map's taps: A of the module's head."""
     h, w = H // FACTOR, W // FACTOR
     cell = block * (WINDOW - 2)
-    # taps of the columns side by side, three and a spare; a window has a column more on either side
+    # Taps of the columns side by side, three and a spare. A window has one column more on either side.
     r = tl.arange(0, 4 * WINDOW)
     column, e = cell - 1 + r % WINDOW, r // WINDOW
     inside = (e < 3) & (column >= 0) & (column < w)
@@ -136,7 +156,7 @@ def spread_map(
     out_ptr += Y0.to(tl.int64) * W * x_step
     for i in range(turns):
         y = Y0 // FACTOR + i
-        # FACTOR rows of output are made of the same nine taps: of a row and of those beside it, repeated beyond the border
+        # FACTOR rows of output use the same nine taps: those of a row and its two neighbors, repeated beyond the border.
         here = t_ptr + y.to(tl.int64) * w * (9 * K) + taps
         above = here - tl.where(y > 0, w * (9 * K), 0)
         below = here + tl.where(y < h - 1, w * (9 * K), 0)
@@ -166,14 +186,15 @@ def gather_map(
     turns, FACTOR: tl.constexpr, WINDOW: tl.constexpr, BILINEAR: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradient of a row of a map's taps from that of the outputs: A^T of the module's head."""
     h, w = H // FACTOR, W // FACTOR
-    # one row of the map: the programs of a stripe go through its rows
+    # A program takes one row of the map; the programs of a stripe cover all of its rows.
     y = Y0 // FACTOR + block % turns
     cell = block // turns * (WINDOW - 2)
     r = tl.arange(0, 4 * WINDOW)
     column, e = cell + r % WINDOW, r // WINDOW
     mine = (e < 3) & (r % WINDOW < WINDOW - 2) & (column < w)
-    # all outputs that the program's columns are in: a cell more on either side
+    # All outputs that the program's columns contribute to: one cell more on either side.
     X = (cell - 1) * FACTOR + tl.arange(0, FACTOR * WINDOW)
     inside = (X >= 0) & (X < W)
     columns = _weight(X[None, :] + e[:, None] - 1, column[:, None], w, FACTOR, BILINEAR)
@@ -183,7 +204,7 @@ def gather_map(
     above = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
     same = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
     below = tl.zeros((4 * WINDOW, k.shape[0]), tl.float32)
-    # the rows of output that a row of the map is in
+    # The rows of output that a row of the map contributes to.
     start = tl.maximum(y * FACTOR - FACTOR // 2 - 1, 0)
     end = tl.minimum(y * FACTOR + FACTOR + FACTOR // 2 + 1, H)
     for i in range(end - start):
@@ -222,12 +243,12 @@ def _branches(
     LAST: tl.constexpr, BILINEAR: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % per_stripe
-    # rows of all images in a run; the deepest map's factor divides H, so a stripe holds rows of one image
+    # Rows of all images are numbered through. The deepest map's factor divides H, so a stripe holds rows of one image.
     row = (tl.program_id(0) // per_stripe).to(tl.int64) * STRIPE
     n, Y0 = row // H, (row % H).to(tl.int32)
     k = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     pixels = H.to(tl.int64) * W
-    # elements from a column to the next, and from a channel to the next: channels last, or contiguous
+    # Strides of columns and of channels: channels last, or contiguous.
     x_step = (len(FACTORS) + 1) * K if LAST else 1
     own_step = K if LAST else 1
     c_step = 1 if LAST else pixels
@@ -257,13 +278,16 @@ def _branches(
 
 
 def _launch(wide: Tensor, own: Tensor, maps: Sequence[Tensor], last: bool, mode: str, backward: bool) -> None:
-    """Runs A (own, maps -> wide) or its transpose; wide and own channels last or contiguous, maps (N, h, w, 9 K)."""
+    """Launch A (own, maps -> wide), or its transpose if backward.
+
+    wide and own are channels last or contiguous; maps are (N, h, w, 9 K).
+    """
     N, K, H, W = own.shape
     if not own.numel():
         return
     factors = tuple(H // x.shape[1] for x in maps)
     cut = plan(W, factors, K, own.dtype, backward)
-    # bf16 is wrong in the interpreter's arithmetic; three products of tf32 are as good as one of fp32
+    # The interpreter computes bf16 wrongly. Three products of tf32 are as exact as one of fp32.
     operand = getattr(tl, "float32" if INTERPRETED else str(own.dtype).removeprefix("torch."))
     with backend.device_of(own):
         _branches[(N * H // cut.stripe * sum(cut.blocks), triton.cdiv(K, cut.channels))](
@@ -299,7 +323,7 @@ def _(own: Tensor, taps: Sequence[Tensor], mode: str) -> Tensor:
 
 
 def _taps_type(dtype: torch.dtype) -> torch.dtype:
-    # a tap's gradient is the sum of s^2 gradients: 256 of them pass fp16's 65,504 where each is 256
+    # A tap's gradient is the sum of s^2 gradients: 256 of them exceed fp16's 65,504 if each is 256.
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -338,7 +362,14 @@ _gather.register_autograd(no_second_backward, setup_context=lambda ctx, inputs, 
 
 
 def factors_of(inputs: Sequence[Tensor]) -> list[int] | None:
-    """Return by how much each map is smaller than the first, 1 first; None where one is not so by 2, 4, 8 or 16 both ways."""
+    """Return by how much each map is smaller than the first, or None if a factor is not supported.
+
+    Args:
+        inputs: maps (N, C_i, H_i, W_i), the level's own first.
+
+    Returns:
+        Factors, 1 first; None if a deeper map is not smaller by 2, 4, 8 or 16 in both directions.
+    """
     H, W = inputs[0].shape[-2:]
     found = [1]
     for x in inputs[1:]:
@@ -350,19 +381,39 @@ def factors_of(inputs: Sequence[Tensor]) -> list[int] | None:
 
 
 def taps_of(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute all nine taps of a map's convolution, (N, h, w, 9 K); fp32 where fp16's gradients could overflow."""
+    """Compute all nine taps of a map's convolution.
+
+    Args:
+        x: map (N, C, h, w).
+        weight: weights (K, C, 3, 3).
+        dtype: dtype of the stage's output.
+
+    Returns:
+        Taps (N, h, w, 9 K); fp32 for a dtype of fp16, whose gradients could overflow.
+    """
     half = dtype == torch.float16
-    # autocast, which the meta device does not have, would make fp16 of the taps again
+    # Autocast would convert the taps to fp16 again. The meta device has no autocast.
     with torch.autocast(x.device.type, enabled=False) if half and not x.is_meta else nullcontext():
         x_NHWC, mixed = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
         return F.linear(x_NHWC.float(), mixed.float()) if half else F.linear(x_NHWC, mixed)
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
-    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1): as `reference.deep_skip`.
+    """Concatenate the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1), as `reference.deep_skip`.
 
-    Shapes as there; fp32, fp16 or bf16, channels last or contiguous. Deeper maps that are not smaller by 2, 4, 8 or 16 both
-    ways get the plain form. Raises ValueError for tensors of a CPU, RuntimeError where a second derivative is asked for.
+    Args:
+        inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i); fp32, fp16 or bf16,
+            channels last or contiguous. If one is not smaller by 2, 4, 8 or 16 in both directions, the plain implementation
+            is used.
+        weights: a weight (K, C_i, 3, 3) for each map.
+        mode: upsampling, "bilinear" (align_corners=False) or "nearest".
+
+    Returns:
+        Map (N, K * len(inputs), H, W).
+
+    Raises:
+        ValueError: if the tensors are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
     must_run(inputs[0])
     if factors_of(inputs) is None:

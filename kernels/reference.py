@@ -1,4 +1,4 @@
-"""Plain PyTorch forms of DeepSkip's operators: the oracle of the tests, the CPU path, the opponent in benchmarks.
+"""Plain PyTorch implementations of DeepSkip's operators: test oracle, fallback, and baseline of the benchmarks.
 
 deep skip (eq. 1)
     x_0 is the level's own encoder map at (H, W); x_1 .. x_m are deeper maps at (H, W) / s_i, s_i a power of two.
@@ -9,7 +9,7 @@ BCE + Dice (eqs. 5 to 8)
     bce   = sum w * a * -log-likelihood        a = alpha on foreground, 1 - alpha on background
     count = sum w
     to_v  = sum w * t_v * o_v,  oo_v = sum w * o_v^2,  tt_v = sum w * t_v^2
-    Every loss of the family is made of these few sums, so they can be added up over workers first.
+    Losses of this family depend on these few sums only, so the sums can be added up over workers first.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,24 @@ from torch import Tensor
 
 
 def check_maps(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -> None:
-    """Check the arguments of `deep_skip`.
+    """Validate the arguments of `deep_skip`.
+
+    Args:
+        inputs: maps (N, C_i, H_i, W_i).
+        weights: a weight (K, C_i, 3, 3) for each map.
+        mode: "bilinear" or "nearest".
 
     Raises:
-        ValueError: no map, another number of weights than maps, maps of unequal batches, weights that are not
-            (K, C_i, 3, 3) of one K, or an unknown mode.
+        ValueError: if there is no map, the numbers of maps and weights differ, batch sizes differ, a weight is not
+            (K, C_i, 3, 3) with one K for all, or the mode is unknown.
     """
     if not inputs or len(inputs) != len(weights):
-        raise ValueError(f"deep_skip takes one weight a map, and one map or more; got {len(inputs)} and {len(weights)}")
+        raise ValueError(
+            f"deep_skip needs at least one map and a weight for each; got {len(inputs)} maps and {len(weights)} weights"
+        )
     if mode not in ("bilinear", "nearest"):
         raise ValueError(f'mode is {mode!r}; it must be "bilinear" or "nearest"')
-    # not len(), which makes a number of a size that an exported program leaves open
+    # len() would fix a size that an exported program keeps dynamic.
     N, K = inputs[0].shape[0], weights[0].shape[0]
     for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
         if x.ndim != 4 or x.shape[0] != N or tuple(weight.shape) != (K, x.shape[1], 3, 3):
@@ -41,11 +48,15 @@ def check_maps(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str) -
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
-    """Concatenates the linear 3x3 convolutions of a decoder level's upsampled inputs (the paper's eq. 1).
+    """Concatenate the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1).
 
-    inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i).
-    weights: one (K, C_i, 3, 3) for each input. mode: "bilinear" (align_corners=False) or "nearest".
-    Returns (N, K * len(inputs), H, W).
+    Args:
+        inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i).
+        weights: a weight (K, C_i, 3, 3) for each map.
+        mode: upsampling, "bilinear" (align_corners=False) or "nearest".
+
+    Returns:
+        Map (N, K * len(inputs), H, W).
     """
     size = inputs[0].shape[-2:]
     branches = []
@@ -55,7 +66,16 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolves (N, C, H, W) with (K, C, 3, 3), zero padding 1."""
+    """Convolve a map with 3x3 weights and zero padding 1.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+        bias: bias (K,), or None.
+
+    Returns:
+        Map (N, K, H, W).
+    """
     return F.conv2d(x, weight, bias, padding=1)
 
 
@@ -69,20 +89,47 @@ def batch_norm_relu(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalises (N, C, H, W) over all but C, then ReLU; arguments as in `torch.nn.functional.batch_norm`."""
+    """Normalize a map over all axes but its channels, then apply ReLU; arguments as in `torch.nn.functional.batch_norm`.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: scale (C,).
+        bias: shift (C,).
+        running_mean: running mean (C,); updated in place in training.
+        running_var: running variance (C,); updated in place in training.
+        training: whether to use the batch's statistics; else the running ones.
+        momentum: weight of the batch's statistics in the running ones.
+        eps: added to the variance.
+
+    Returns:
+        Map (N, C, H, W).
+    """
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps).relu_()
 
 
 def upsample(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """Enlarges (N, C, h, w) to a size (H, W); mode: "bilinear" (align_corners=False) or "nearest"."""
+    """Upsample a map (N, C, h, w) to a size.
+
+    Args:
+        x: map (N, C, h, w).
+        size: height and width of the result (H, W).
+        mode: "bilinear" (align_corners=False) or "nearest".
+
+    Returns:
+        Map (N, C, H, W).
+    """
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False if mode == "bilinear" else None)
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:
-    """Check a target of integers, (N, H, W) or (N, V, H, W), against logits (N, V, H, W).
+    """Validate a target against logits.
+
+    Args:
+        logits: logits (N, V, H, W).
+        target: labels, integers or bool, (N, H, W) or (N, V, H, W).
 
     Raises:
-        ValueError: another shape, or labels that are not integers or bool.
+        ValueError: if the shapes do not fit, or the labels are not integers or bool.
     """
     N, V, H, W = logits.shape
     if target.is_floating_point() or target.is_complex():
@@ -92,10 +139,14 @@ def check_target(logits: Tensor, target: Tensor) -> None:
 
 
 def ignored_label(dtype: torch.dtype, ignore_index: int | None) -> int | None:
-    """Return the ignored label, or None where labels of this type cannot be it.
+    """Return the ignored label, or None if labels of this dtype cannot have that value.
 
-    torch wraps a number that a tensor's type cannot hold: `uint8_labels != 256` is false where the label is 0.
-    A bool mask has foreground and background only.
+    torch wraps a number that a tensor's dtype cannot hold: `uint8_labels != 256` is false where the label is 0.
+    A bool mask has only foreground and background.
+
+    Args:
+        dtype: dtype of the labels.
+        ignore_index: label of pixels that are not counted, or None.
     """
     if ignore_index is None or dtype == torch.bool:
         return None
@@ -111,13 +162,25 @@ def bce_dice_sums(
     ignore_index: int | None = 255,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the sums that weighted BCE and Dice are made of (eqs. 6 and 7), in fp32, or fp64 for fp64 logits.
+    """Compute the sums that weighted BCE and Dice are made of (eqs. 6 and 7).
 
-    logits: (N, V, H, W). target: integer labels (N, H, W), exclusive classes (softmax) for V > 1 and binary for V = 1;
-    or independent labels (N, V, H, W) of 0 and 1 (sigmoid). Entries equal to ignore_index, and samples of weight 0,
-    add to no sum. sample_weight: (N,).
-    Returns (2 + 3 V,): bce, count (pixels), then V times sum t*o, V times sum o^2, V times sum t^2.
-    Labels are not range-checked here (it would wait for the device); the stream checks them as it decodes.
+    Labels equal to `ignore_index`, and samples of weight 0, are not counted in any sum. Labels are not range-checked here,
+    because that would wait for the device; the stream checks them when it decodes.
+
+    Args:
+        logits: logits (N, V, H, W).
+        target: integer labels (N, H, W), exclusive classes (softmax) for V > 1 and binary for V = 1; or independent labels
+            (N, V, H, W) of 0 and 1 (sigmoid).
+        alpha: weight of foreground pixels in BCE; background gets 1 - alpha.
+        ignore_index: label of pixels that are not counted; None counts all.
+        sample_weight: weights of the samples, (N,), or None for all one.
+
+    Returns:
+        Sums (2 + 3 V,) in fp32, or fp64 for fp64 logits: bce, count (pixels), then sum t*o, sum o^2 and sum t^2, each of V
+        classes.
+
+    Raises:
+        ValueError: if the target does not fit the logits (`check_target`).
     """
     z_NVHW = logits if logits.dtype == torch.float64 else logits.float()
     V = logits.shape[1]
@@ -130,7 +193,7 @@ def bce_dice_sums(
     weight = counts.to(z_NVHW.dtype)
     if sample_weight is not None:
         weight = weight * sample_weight.to(z_NVHW.dtype).view(-1, *[1] * (labels.ndim - 1))
-    # a sample of weight 0 may hold anything, infinities too: 0 * inf would be nan
+    # A sample of weight 0 may hold anything, infinities too, and 0 * inf would be nan.
     counts = weight != 0
     labels = torch.where(counts, labels, 0)
 
@@ -167,12 +230,19 @@ def bce_dice_sums(
 def loss_of_sums(
     sums: Tensor, class_weights: Tensor | None = None, beta: float = 1.0, eps: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss = beta * BCE + Dice, BCE and Dice (eqs. 5 to 7), scalars, of the sums that `bce_dice_sums` gives.
+    """Compute loss = beta * BCE + Dice, BCE and Dice (eqs. 5 to 7) from the sums of `bce_dice_sums`.
 
-    sums: (2 + 3 V,). class_weights: (V,), Q_v of eq. 7, sum 1; equal where None. eps: smoothing of Dice, in pixels.
+    Args:
+        sums: sums (2 + 3 V,).
+        class_weights: Q_v of eq. 7, (V,), with sum 1; None weights all classes equally.
+        beta: weight of BCE.
+        eps: smoothing of Dice, in pixels.
+
+    Returns:
+        Loss, BCE and Dice, scalars.
     """
     intersection, prediction_sq, target_sq = sums[2:].view(3, -1)
-    # a batch without a single counted pixel has loss 0 from BCE, not nan
+    # The BCE of a batch without a counted pixel is 0, not nan.
     bce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
     weights = 1 / len(intersection) if class_weights is None else class_weights
     dice = 1 - (weights * (2 * intersection + eps) / (target_sq + prediction_sq + eps)).sum()

@@ -1,6 +1,6 @@
-"""Operators of the sub-pixel stage and of 3x3 convolutions of few channels, with their gradients.
+"""Operators of the sub-pixel stage and of 3x3 convolutions with few channels, with their gradients.
 
-Launches are in `subpixel_triton` and `subpixel_gradients_triton`. What is kept for backward are the inputs and the weights.
+The launches are in `subpixel_triton` and `subpixel_gradients_triton`. Only inputs and weights are kept for backward.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,17 @@ from deepskip.kernels.bce_dice_triton import must_run, no_second_backward
 from deepskip.kernels.subpixel_tables import is_last
 from deepskip.kernels.subpixel_triton import NEAR
 
-# outputs of a branch and inputs of a convolution, the most that its programs hold in registers
+# The most outputs of a branch, and inputs of a convolution, that its programs hold in registers.
 MOST_OUTPUTS, MOST_INPUTS = 16, 80
 
 
 def low_precision(x: Tensor) -> torch.dtype:
-    """Return the type that autocast makes of a convolution's input; the input's own where it is off."""
-    # the meta device, which the counts run on, has no autocast
+    """Return the dtype that autocast converts a convolution's input to, or the input's own if autocast is off.
+
+    Args:
+        x: input (N, C, H, W).
+    """
+    # The meta device, which the counts run on, has no autocast.
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
@@ -138,21 +142,23 @@ _stage_gradients.register_autograd(no_second_backward, setup_context=lambda ctx,
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
-    """Compute the deep-skip stage (eq. 1) in sub-pixel form: as `reference.deep_skip`.
+    """Compute the deep-skip stage (eq. 1) in sub-pixel form, as `reference.deep_skip`.
+
+    More than 16 outputs, or more than 80 channels of a map of factor 1, 2 or 4, use the launches of `deep_skip_triton`. If a
+    deeper map is not smaller by 2, 4, 8 or 16 in both directions, the plain implementation is used.
 
     Args:
         inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i); fp32, fp16 or bf16,
             channels last or contiguous.
-        weights: (K, C_i, 3, 3) of each map. More than 16 outputs, or more than 80 channels of a map that is not much smaller,
-            get the launches of `deep_skip_triton`; deeper maps not smaller by 2, 4, 8 or 16 both ways get the plain form.
-        mode: "bilinear" (align_corners=False) or "nearest".
+        weights: a weight (K, C_i, 3, 3) for each map.
+        mode: upsampling, "bilinear" (align_corners=False) or "nearest".
 
     Returns:
-        (N, K maps, H, W), in the layout of the level's own map.
+        Map (N, K * len(inputs), H, W) in the layout of the level's own map.
 
     Raises:
-        ValueError: tensors of a CPU.
-        RuntimeError: a second derivative is asked for.
+        ValueError: if the tensors are on a CPU.
+        RuntimeError: if a second derivative is computed.
     """
     must_run(inputs[0])
     factors = deep_skip_triton.factors_of(inputs)

@@ -1,10 +1,10 @@
 """Gradients of the stage in sub-pixel form (`subpixel_triton`): the transposes, in fp32 sums of a fixed order.
 
-Of the maps: dx[y, X] = sum over neighbours of g'[y', X'] W'^T, where g' is the gradient of the branch's slice, its S x S pixels
-side by side as the channels of a cell. The same rows go by as forward; a tile of input is one row of a cell's pixels.
+Of the maps: dx[y, X] = sum over neighbors of g'[y', X'] W'^T, where g' is the gradient of the branch's slice, its S x S pixels
+side by side as the channels of a cell. Rows are processed as in forward; a tile of input is one row of a cell's pixels.
 Of the weights: dW'[a, b] = sum over cells of x[y + a, X + b]^T g'[y, X]. Programs keep these sums while the rows of a strip go
-by, and write them to rows of their own; `subpixel_tables.weight_gradients` adds the rows up and takes the table's transpose.
-Beyond the border x is 0; what the first and last rows and columns of cells take of themselves are sums of their own kinds.
+by, and write them to their own rows; `subpixel_tables.weight_gradients` adds the rows up and applies the table's transpose.
+Beyond the border x is 0. The own weights of the first and last rows and columns of cells have separate kinds of sums.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from deepskip.kernels.deep_skip_triton import gather_map
 from deepskip.kernels.subpixel_rows_triton import edge, strip
 from deepskip.kernels.subpixel_triton import branch, grouped, operand, stripe_of
 
-# rows of output that a program of the weights' sums goes through, its warps, and elements of x in a product
+# Rows of output that a program of the weights' sums takes, its warps, and elements of x in a product.
 SUM_STRIPES, SUM_WARPS, SUM_ELEMENTS = (128, 64, 32, 16), 4, 8192
-# accumulators of a program: (3 C, columns) is not to be larger
+# Accumulators of a program: the most elements of (3 C, columns).
 SUM_TILE = 4096
-# programs that a GPU wants
+# Programs that fill a GPU.
 SUM_PROGRAMS = 512
 
 
@@ -33,7 +33,7 @@ def gather(
     S: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr,
     STRIPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Make the input's gradient where STRIPE rows of output lie, from row Y0 on; g_ptr is at the branch's slice."""
+    """Compute the input's gradient where STRIPE rows of output lie, from row Y0 on; g_ptr is at the branch's slice."""
     h, w = H // S, W // S
     y0 = Y0 // S
     y1 = tl.minimum(y0 + STRIPE // S, h)
@@ -44,7 +44,7 @@ def gather(
     dx_ptr += (n * h + y0) * w * C
     c = part // (strips + 2) * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < C
-    # a row of a cell's pixels: its columns and channels
+    # A row of a cell's pixels: its columns and channels.
     DEPTH: tl.constexpr = S * K
     if place < 2:
         r = tl.arange(0, max(STRIPE // S, 16))
@@ -61,7 +61,7 @@ def gather(
     else:
         WIDTH: tl.constexpr = 3 * DEPTH if SLOTS == 1 else DEPTH
         j = tl.arange(0, max(triton.next_power_of_2(WIDTH), 16))
-        # the cell before is this one's neighbour after
+        # Transposed: this cell is the preceding cell's neighbor after.
         at = (2 - j // DEPTH) * COLUMN + j % DEPTH // K * (C * K) + j % K
         start = 1 + (place - 2) * span
         end = tl.minimum(start + span, w - 1)
@@ -82,7 +82,7 @@ def _gradients_of_a_shape(
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr, STRIPE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # map AT and those after it are of one shape, and one piece of code
+    # Map AT and the maps after it have one shape, so they share this code.
     w_ptr, dx_ptr = matrices[AT], maps[AT]
     slice_at = number * 0 + NEAR_SLICES[AT]
     for other in tl.static_range(1, COUNT):
@@ -95,7 +95,7 @@ def _gradients_of_a_shape(
     )  # fmt: skip
 
 
-# a size of 1 would be a constant, which has no 64 bits
+# Triton would make a size of 1 a constant, which cannot be converted to 64 bits.
 @triton.jit(do_not_specialize=["H", "W"])
 def _gather_stage(
     g_ptr, maps, matrices, taps, near_blocks, strips, spans, far_blocks, per_stripe, stripes, H, W,
@@ -121,7 +121,7 @@ def _gather_stage(
     for i in tl.static_range(len(FAR)):
         if (part >= start) & (part < start + far_blocks[i]):
             pixels = H.to(tl.int64) * W
-            # the programs of a stripe go through its rows
+            # The programs of a stripe cover its rows.
             turns: tl.constexpr = STRIPE // FAR[i]
             if Y0 + (part - start) % turns * FAR[i] < H:
                 gather_map(
@@ -139,7 +139,16 @@ def launch_map_gradients(
     slices: Sequence[int],
     mode: str,
 ) -> None:
-    """Launch the gradients of maps and taps; arguments as `subpixel_triton.launch_stage`, with maps and taps written."""
+    """Launch the gradients of maps and taps.
+
+    Args:
+        grad: gradient (N, K maps, H, W) of the stage's output, channels last.
+        maps: gradient (N, C, H / s, W / s) of each map with s in NEAR, channels last; written.
+        matrices: W' (5, s, 6, s, C, K) of each map, from `subpixel_tables.expanded`.
+        taps: gradient (N, H / s, W / s, 9 K) of each of the other maps' taps; written.
+        slices: slice of grad for each of maps, then taps.
+        mode: "bilinear" or "nearest".
+    """
     N, wide, H, W = grad.shape
     if not grad.numel() or not slices:
         return
@@ -175,7 +184,7 @@ def _column_sums(
     x_ptr, g_ptr, to_ptr, y0, y1, h, x_row, g_row, is_g, c, m_off, M, C: tl.constexpr, ROWS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # down a column of cells: what they take of their own column, by kinds of rows; pointers are at row y0
+    # Sums of a border column of cells with itself, by kinds of rows; pointers are at row y0.
     r = tl.arange(0, ROWS)
     y = y0 + r
     g = tl.load(g_ptr + r[:, None] * g_row + m_off[None, :], mask=(y < y1)[:, None] & is_g[None, :], other=0.0).to(
@@ -185,7 +194,7 @@ def _column_sums(
     is_out = (c < C)[:, None] & is_g[None, :]
     m = tl.arange(0, m_off.shape[0])
     for kind in range(5):
-        # the row above, the row itself, the row below; the first row and the last one of themselves
+        # Kinds: the row above, the same row, the row below; the first and the last row with themselves.
         d = tl.where(kind < 3, kind - 1, 0)
         is_x = (y < y1) & (y + d >= 0) & (y + d < h) & ((kind < 3) | (y == tl.where(kind == 3, 0, h - 1)))
         x = tl.load(x_ptr + (r + d)[:, None] * x_row + c[None, :], mask=is_x[:, None] & (c < C)[None, :], other=0.0)
@@ -199,7 +208,7 @@ def sums_of(
     STEP: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STRIPE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum x^T g over STRIPE rows of a strip by kinds of rows and columns, into rows of this program's own."""
+    """Sum x^T g over STRIPE rows of a strip by kinds of rows and columns, into this program's own rows."""
     h, w = H // S, W // S
     y0 = Y0 // S
     y1 = tl.minimum(y0 + STRIPE // S, h)
@@ -227,7 +236,7 @@ def sums_of(
     below = tl.zeros((DEPTH, COLUMNS), tl.float32)
     g_before = tl.zeros((BLOCK, COLUMNS), OPERAND)
     g_here = tl.zeros((BLOCK, COLUMNS), OPERAND)
-    # rows of x from the one above to the one below, each with the three rows of cells that it is in
+    # Rows of x from the one above to the one below, each with the three rows of cells that it contributes to.
     here = x_ptr + (y0.to(tl.int64) - 1) * x_row
     after = g_ptr + y0.to(tl.int64) * g_row
     for y in range(y0 - 1, y1 + 1):
@@ -249,7 +258,7 @@ def sums_of(
     tl.store(inner + to, above, mask=is_out)
     tl.store(inner + SIZE + to, same, mask=is_out)
     tl.store(inner + 2 * SIZE + to, below, mask=is_out)
-    # after all of those, rows of the first and last row of cells, and of the first and last column
+    # After all inner sums come those of the first and last row of cells, then of the first and last column.
     ends = rows_ptr + (N * stripes * strips).to(tl.int64) * (3 * SIZE)
     for side in range(2):
         y_end = side * (h - 1)
@@ -316,10 +325,10 @@ def launch_weight_gradients(
     """Launch the gradients of the weights of maps in sub-pixel form.
 
     Args:
-        grad: (N, K maps, H, W), of the stage's output, channels last.
-        maps: (N, C, H / s, W / s), channels last.
-        grads: (K, C, 3, 3) of each map, contiguous or channels last; written.
-        slices: which slice of grad belongs to each map.
+        grad: gradient (N, K maps, H, W) of the stage's output, channels last.
+        maps: map (N, C, H / s, W / s) for each weight, channels last.
+        grads: gradient (K, C, 3, 3) of each weight, contiguous or channels last; written.
+        slices: slice of grad for each map.
         mode: "bilinear" or "nearest".
     """
     N, wide, H, W = grad.shape
@@ -339,7 +348,7 @@ def launch_weight_gradients(
     columns = tuple(
         max(8, min(triton.next_power_of_2(M), 32, most // depth)) for M, depth in zip(outputs, depths, strict=True)
     )
-    # as many cells as make a product large enough, beside what the program does once a row
+    # Enough cells that the product outweighs the program's work once for each row.
     cells = tuple(
         min(max(SUM_ELEMENTS // depth, 32), 256, triton.next_power_of_2(max(W // s, 32)))
         for s, depth in zip(factors, depths, strict=True)

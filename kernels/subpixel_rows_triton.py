@@ -1,14 +1,14 @@
-"""Rows of a 3x3 convolution at low resolution, as Triton functions: what the sub-pixel stage and conv3 are made of.
+"""Rows of a 3x3 convolution at low resolution, as Triton functions that the sub-pixel stage and conv3 share.
 
-A program goes down a strip of cells. Each row of the input is loaded once and multiplied by three matrices, one for each row
-of the output that it is part of; the sums of two rows of output are held and move on by one row at a time:
+A program goes down a strip of cells. It loads each row of the input once and multiplies it by three matrices, one for each row
+of the output that it contributes to. It holds the sums of two rows of output, and shifts them at each row:
     out[y] = in[y - 1] M_above + in[y] M_same + in[y + 1] M_below
 A cell is one pixel, or the S x S pixels of the output that lie where one pixel of a deeper map does. The same rows serve the
 stage (cells are written), its input gradient (cells are read) and the plain convolution (S = 1).
 
-Matrices lie in memory as (5 kinds of rows, S, 6 kinds of columns, S, C, K), see `subpixel_tables`: the first and the last row
-and column have their own, so that the border is exact. A strip takes another matrix for what lies above the first row or below
-the last one. The first and the last column of cells are not in strips: programs of their own go down them (`edge`).
+Matrices lie in memory as (5 kinds of rows, S, 6 kinds of columns, S, C, K), see `subpixel_tables`. The first and the last row
+and column have their own matrices, so that the border is exact. A strip uses another matrix for the row above the first row and
+below the last one. The first and the last column of cells are not in strips: separate programs go down them (`edge`).
 
 A row of input is multiplied in tiles: (phase row or nothing) x (column above, same, after; or all three side by side, SLOTS 1).
 """
@@ -16,10 +16,10 @@ A row of input is multiplied in tiles: (phase row or nothing) x (column above, s
 import triton
 import triton.language as tl
 
-# kinds of rows: 0 to 2 are the input's row above, same and below
+# Kinds of rows: 0 to 2 are the input's row above, same and below.
 FIRST = tl.constexpr(3)
 LAST = tl.constexpr(4)
-# kinds of columns: 0 to 2 are the input's column before, same and after; what a first, a last and an only column take of itself
+# Kinds of columns: 0 to 2 are the input's column before, same and after; then a first, last or only column's own weight.
 ONLY_FIRST = tl.constexpr(3)
 ONLY_LAST = tl.constexpr(4)
 ONLY = tl.constexpr(5)
@@ -31,7 +31,7 @@ def _write(out_ptr, to, out, is_out, bias, first_sums, second_sums, SUMS: tl.con
         out += bias
     tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=is_out)
     if SUMS:
-        # what lies beyond the strip holds a neighbour's products
+        # Values beyond the strip belong to a neighboring strip.
         out = tl.where(is_out, out, 0.0)
         first_sums += out
         second_sums += out * out
@@ -44,10 +44,10 @@ def strip(
     KIND, CHUNK, SLOT, TILES: tl.constexpr, SLOTS: tl.constexpr, ABOVE: tl.constexpr, HOIST: tl.constexpr,
     SUMS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Make rows y0 to y1 of a strip; in_ptr is at the image's row 0, out_ptr at row y0.
+    """Compute rows y0 to y1 of a strip; in_ptr is at the image's row 0, out_ptr at row y0.
 
-    ABOVE is the kind of matrix that an input's row is multiplied by for the output's row below it: 0, or 2 where the rows are
-    gathered and not spread. HOIST keeps all matrices in registers.
+    ABOVE is the kind of matrix that multiplies an input row for the output row below it: 0, or 2 if rows are gathered instead
+    of spread. HOIST keeps all matrices in registers.
     """
     BELOW: tl.constexpr = 2 - ABOVE
     first_sums = tl.zeros(to.shape, tl.float32)
@@ -91,7 +91,7 @@ def strip(
                 above = tl.dot(x, held[3 * t + 1], above, input_precision=PRECISION)
                 same = tl.dot(x, held[3 * t + 2], same, input_precision=PRECISION)
         else:
-            # a loop, not copies of its body: with so many tiles the compiler takes minutes
+            # A loop, not unrolled: with this many tiles the compiler would take minutes.
             for u in range(TILES):
                 x = tl.load(row_ptr + (u // SLOTS * in_chunk + u % SLOTS * in_cell) + off, mask=is_in, other=0.0).to(
                     OPERAND
@@ -120,8 +120,8 @@ def edge(
     KIND, CHUNK, COLUMN, CHUNKS: tl.constexpr, ABOVE: tl.constexpr, SUMS: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Make rows y0 to y1 of the first (side 0) or the last column of cells; pointers are at row y0, off and to hold rows."""
-    # its own column, and the neighbour: the column after the first one, or before the last one
+    """Compute rows y0 to y1 of the first (side 0) or last column of cells; pointers are at row y0, off and to hold rows."""
+    # Its own column, and its neighbor: the column after the first one, or before the last one.
     inner = 1 - 2 * side
     own_kind = tl.where(w == 1, ONLY, ONLY_FIRST + side)
     acc = tl.zeros(to.shape, tl.float32)
@@ -135,7 +135,7 @@ def edge(
         for d in tl.static_range(3):
             y = rows + (d - 1)
             x = tl.load(x_ptr + (d - 1) * in_row, mask=is_there & ((y >= 0) & (y < h))[:, None], other=0.0)
-            # the row above is row 0 of three
+            # The row above is row 0 of three.
             m = tl.load(m_ptr + (ABOVE + (1 - ABOVE) * d) * KIND, mask=is_weight, other=0.0)
             acc = tl.dot(x.to(OPERAND), m.to(OPERAND), acc, input_precision=PRECISION)
         if y0 == 0:

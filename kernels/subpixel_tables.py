@@ -5,11 +5,11 @@ row u = p + d - 1 of the upsampled cell, and neighbour o in -1, 0, 1 of the cell
     t(o; u) = max(0, 1 - |(u + 1/2) / S - 1/2 - o|)   (bilinear, align_corners=False),   [floor(u / S) = o]   (nearest).
 In a first cell, neighbour -1 is the cell itself repeated, and where u < 0 the convolution meets zeros; in a last cell likewise:
     first(u) = -t(0; u) where u < 0, else t(-1; u)        last(u) = -t(0; u) where u >= S, else t(1; u)
-are what the cell's own value takes beyond t(0; u). With S = 1 they are 0: a plain convolution.
+are the cell's own additional weights beyond t(0; u). With S = 1 they are 0: a plain convolution.
 
 W'[a, p, b, q, c, k] = sum_{d, e} R[a, p, d] Q[b, q, e] W[k, c, d, e], a product of a (5 S 6 S, 9) table and W as (9, C K).
 Rows R: a = -1, 0, 1, first, last. Columns Q: b = -1, 0, 1, and whole cells 0 + first, 0 + last, 0 + first + last.
-dW is the transposed table times the sums of x^T g by kind, in which columns are of five kinds, as rows are.
+dW is the transposed table times the sums of x^T g by kind; there columns have five kinds, like rows.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,15 @@ from torch import Tensor
 from deepskip.kernels import backend
 
 ROW_KINDS, COLUMN_KINDS = 5, 6
-# of a table's rows and a weight's entries, that a program multiplies
+# Rows of a table, and entries of a weight, that a program multiplies.
 BLOCK_T, BLOCK_M = 64, 64
-# rows, and sums of each, that a program adds up at a time
+# Rows, and sums of each, that a program adds up at a time.
 ADD_ROWS, ADD_BLOCK = 16, 128
 
 
 @triton.jit
 def neighbour(o, u, S: tl.constexpr, BILINEAR: tl.constexpr):
+    """Return t(o; u), the weight of neighbor o in row u of an upsampled cell."""
     if BILINEAR:
         weight = tl.maximum(1.0 - tl.abs((u + 0.5) / S - 0.5 - o), 0.0)
     else:
@@ -39,6 +40,7 @@ def neighbour(o, u, S: tl.constexpr, BILINEAR: tl.constexpr):
 
 @triton.jit
 def row_weight(kind, u, S: tl.constexpr, BILINEAR: tl.constexpr):
+    """Return R: the weight in row u of neighbor `kind` - 1, or the additional own weight of a first (3) or last (4) cell."""
     same = neighbour(0, u, S, BILINEAR)
     first = tl.where(u < 0, -same, neighbour(-1, u, S, BILINEAR))
     last = tl.where(u >= S, -same, neighbour(1, u, S, BILINEAR))
@@ -48,7 +50,8 @@ def row_weight(kind, u, S: tl.constexpr, BILINEAR: tl.constexpr):
 
 @triton.jit
 def column_weight(kind, u, S: tl.constexpr, BILINEAR: tl.constexpr):
-    # kinds of 3 and more are of a first cell, a last one, and one that is both: all that the cell's own value takes
+    """Return Q: the weight in column u of the neighbor `kind` - 1, or of a whole border cell (3 to 5)."""
+    # Kinds 3 to 5 are a first cell, a last one, and one that is both: the full weight of the cell's own value.
     inner = neighbour(kind - 1, u, S, BILINEAR)
     own = row_weight(1, u, S, BILINEAR)
     own += tl.where(kind != 4, row_weight(3, u, S, BILINEAR), 0.0) + tl.where(
@@ -71,7 +74,7 @@ def _expand_one(
     for m0 in range(0, C * K, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         c, k = m // K, m % K
-        # (K, C, 3, 3), contiguous or channels last
+        # The weight is (K, C, 3, 3), contiguous or channels last.
         at = k * (9 * C) + (c if LAST else 9 * c)
         w = tl.load(
             w_ptr + tap[:, None] * (C if LAST else 1) + at[None, :],
@@ -99,7 +102,11 @@ def _expand(
 
 
 def is_last(x: Tensor) -> bool:
-    """Return whether (N, C, H, W) lies in memory as (N, H, W, C)."""
+    """Return whether a map is channels last, (N, H, W, C) in memory.
+
+    Args:
+        x: map (N, C, H, W).
+    """
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -107,13 +114,13 @@ def expanded(weights: Sequence[Tensor], factors: Sequence[int], mode: str, dtype
     """Compute the sub-pixel form's matrices of several convolutions, in one launch.
 
     Args:
-        weights: (K, C, 3, 3) each, of one K, any float type.
-        factors: of upsampling, one for each weight; 1 for a plain convolution.
+        weights: a weight (K, C, 3, 3) for each convolution, with one K for all, any float dtype.
+        factors: upsampling factor for each weight; 1 for a plain convolution.
         mode: "bilinear" (align_corners=False) or "nearest".
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
-        (5, s, 6, s, C, K) for each weight: W' of this module's head.
+        W' of this module's head, (5, s, 6, s, C, K), for each weight.
     """
     weights = [w if is_last(w) else w.contiguous() for w in weights]
     K = weights[0].shape[0]
@@ -135,7 +142,7 @@ def _add_rows_one(
     rows_ptr, sums_ptr, block, N, strips, stripes, SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # of kind a of rows and b of columns; SIZE is C S S K
+    # The sums are of kind a of rows and kind b of columns; SIZE is C S S K.
     a, b = block // BLOCKS // 5, block // BLOCKS % 5
     inner, ends = (N * stripes * strips).to(tl.int64), (N * strips).to(tl.int64)
     if b >= 3:
@@ -159,7 +166,7 @@ def _add_rows_one(
     tl.store(sums_ptr + block // BLOCKS * SIZE + at, tl.sum(total, 0), mask=at < SIZE)
 
 
-# a batch of 1 would be a constant, which has no 64 bits
+# Triton would make a batch of 1 a constant, which cannot be converted to 64 bits.
 @triton.jit(do_not_specialize=["N"])
 def _add_rows(
     rows, sums, blocks, strips, stripes, N, SIZES: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
@@ -213,7 +220,15 @@ def _contract(
 
 
 def row_floats(N: int, C: int, M: int, strips: int, stripes: int) -> int:
-    """Count the fp32 numbers that the programs of a branch write: inner kinds, first and last rows, first and last columns."""
+    """Return how many fp32 numbers the programs of a branch write: inner kinds, first and last rows, first and last columns.
+
+    Args:
+        N: images.
+        C: channels of the map.
+        M: outputs of a cell, s * s * K.
+        strips: strips of the map's columns.
+        stripes: stripes of each image.
+    """
     return C * M * N * (9 * strips * stripes + 6 * strips + 10 * stripes)
 
 
@@ -221,12 +236,15 @@ def weight_gradients(
     rows: Sequence[Tensor], grads: Sequence[Tensor], factors: Sequence[int], N: int, strips: Sequence[int], stripes: int,
     mode: str,
 ) -> None:  # fmt: skip
-    """Compute weights' gradients of the programs' rows, in two launches, each sum in a fixed order.
+    """Compute the weights' gradients from the programs' rows, in two launches, each sum in a fixed order.
 
     Args:
-        rows: fp32 of `row_floats`, one for each weight.
-        grads: (K, C, 3, 3), contiguous or channels last; written.
-        factors, strips: of each weight. N, stripes: images, and stripes of each.
+        rows: the programs' sums, (`row_floats`,) fp32, for each weight.
+        grads: gradient (K, C, 3, 3) of each weight, contiguous or channels last; written.
+        factors: upsampling factor for each weight.
+        N: images.
+        strips: strips of the map's columns, for each weight.
+        stripes: stripes of each image.
         mode: "bilinear" or "nearest".
     """
     K = grads[0].shape[0]

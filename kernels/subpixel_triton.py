@@ -1,11 +1,11 @@
 """The deep-skip stage in sub-pixel form (eq. 1): each deeper map is convolved at its own resolution, straight into its slice.
 
-conv3(up_s(x)) = shuffle_s(conv3'(x; W')) with W': C -> s^2 K a fixed linear function of W (`subpixel_tables`), exact at the
-border, where the first and last rows and columns have matrices of their own. Nothing is interpolated and nothing of full size
-is read: an output costs the multiply-adds of the plain form, and each matrix is held in registers while a strip's rows go by
-(`subpixel_rows_triton`). The level's own map is the case s = 1. All branches are one launch, in which programs that write the
-same pixels' channels run side by side. Maps of s = 8 and more, for which the plain form has too many multiply-adds, are
-products of taps at low resolution, interpolated in the same launch (`deep_skip_triton`).
+conv3(up_s(x)) = shuffle_s(conv3'(x; W')) with W': C -> s^2 K a fixed linear function of W (`subpixel_tables`). It is exact at
+the border, where the first and last rows and columns have their own matrices. Nothing is interpolated, and nothing of full size
+is read: an output costs the multiply-adds of the plain implementation, and each matrix stays in registers while a strip's rows
+go by (`subpixel_rows_triton`). The level's own map is the case s = 1. All branches are one launch, in which programs that write
+the same pixels' channels run at the same time. Maps of s = 8 and more, for which the plain implementation has too many
+multiply-adds, are products of taps at low resolution, interpolated in the same launch (`deep_skip_triton`).
 """
 
 from collections.abc import Sequence
@@ -21,22 +21,27 @@ from deepskip.kernels.bce_dice_triton import INTERPRETED
 from deepskip.kernels.deep_skip_triton import spread_map
 from deepskip.kernels.subpixel_rows_triton import edge, strip
 
-# maps that are convolved in sub-pixel form; the others are products of taps
+# Factors of the maps that are convolved in sub-pixel form; the others are products of taps.
 NEAR = (1, 2, 4)
-# rows of output that a program makes, the most and the fewest, and how many programs a GPU wants
+# Rows of output that a program computes, most first, and the programs that fill a GPU.
 STRIPES, MANY = (64, 32, 16), 1024
 WARPS = 2
-# 32-bit registers of a thread that the matrices may fill, and the most columns of a product
+# 32-bit registers of a thread that the matrices may fill, and the most columns of a product.
 MATRIX_REGISTERS, MOST_COLUMNS = 150, 32
 BLOCK, WINDOW_BLOCK = 64, 128
 
 
 class Branch(NamedTuple):
-    """How a map is cut up: strips of so many cells, and a product's tiles.
+    """How a map is divided into strips of cells, and the tiles of a product.
 
-    strips, span: how many, and cells of each. columns: outputs of a cell that a program makes, of `groups` of such. block:
-    cells of a product. slots: products for each row and kind; 1 where a cell and its neighbours are one. hoist: whether the
-    matrices stay in registers.
+    Attributes:
+        strips: strips of the map's columns.
+        span: cells of each strip.
+        groups: groups of a cell's outputs, for separate programs.
+        columns: outputs of a cell that a program computes.
+        block: cells of a product.
+        slots: products for each row and kind; 1 if a cell and its neighbors are one product.
+        hoist: whether the matrices stay in registers.
     """
 
     strips: int
@@ -49,13 +54,28 @@ class Branch(NamedTuple):
 
 
 def registers(depth: int, columns: int, slots: int, dtype: torch.dtype) -> int:
-    """Count the registers of a thread that three kinds of matrices of (depth, columns) for each slot fill."""
-    # three products of tf32 take both halves of each number
+    """Return how many registers of a thread the matrices of three kinds fill.
+
+    Args:
+        depth: rows of a matrix.
+        columns: columns of a matrix.
+        slots: matrices of each kind.
+        dtype: dtype of the matrices.
+    """
+    # Three products of tf32 need both halves of each number.
     return 3 * slots * depth * columns * (4 if dtype == torch.float32 else 1) // 64
 
 
 def branch(w: int, depth: int, outputs: int, dtype: torch.dtype, chunks: int = 1) -> Branch:
-    """Cut a map of w columns: cells of `outputs` values, made of `chunks` tiles of cells of `depth` values."""
+    """Divide a map into strips and choose the tiles of its products.
+
+    Args:
+        w: columns of the map.
+        depth: values of an input cell's tile.
+        outputs: values of an output cell.
+        dtype: dtype of the products.
+        chunks: tiles of each input cell.
+    """
     whole = depth >= 16 and triton.next_power_of_2(depth) == depth
     slots, tile = (3, depth) if whole else (1, max(triton.next_power_of_2(3 * depth), 16))
     columns = min(max(triton.next_power_of_2(outputs), 8), MOST_COLUMNS)
@@ -64,7 +84,7 @@ def branch(w: int, depth: int, outputs: int, dtype: torch.dtype, chunks: int = 1
     hoist = registers(tile, columns, slots * chunks, dtype) <= MATRIX_REGISTERS
     block = WINDOW_BLOCK if slots == 1 and columns <= 16 and tile <= 32 else BLOCK
     block = block // 2 if dtype == torch.float32 else block
-    # the first and the last column of cells are made by programs of their own
+    # Separate programs compute the first and the last column of cells.
     strips = triton.cdiv(max(w - 2, 0), block)
     return Branch(
         strips, triton.cdiv(max(w - 2, 0), max(strips, 1)), triton.cdiv(outputs, columns), columns, block, slots, hoist
@@ -86,7 +106,7 @@ def spread(
     KIND: tl.constexpr = S * 6 * COLUMN
     x_ptr += n * h * w * C
     out_ptr += (n * H + y0 * S) * W * STEP
-    # outputs of a cell: phases of rows and columns, and channels
+    # Outputs of a cell: phases of rows and columns, and channels.
     m = part // (strips + 2) * COLUMNS + tl.arange(0, COLUMNS)
     is_m = m < S * S * K
     p, q, k = m // (S * K), m // K % S, m % K
@@ -114,7 +134,7 @@ def spread(
         start = 1 + (place - 2) * span
         end = tl.minimum(start + span, w - 1)
         X = start + tl.arange(0, BLOCK)
-        # cells beyond the strip are computed of what lies there, and not stored
+        # Cells beyond the strip are computed from whatever lies there, and not stored.
         reads = tl.minimum(X, w - 2)[:, None] * C - C + j[None, :]
         first_sums, second_sums = strip(
             x_ptr, w_ptr, out_ptr, bias, y0, y1, h, w * C, S * W * STEP, 0, C, reads, (j < DEPTH)[None, :],
@@ -133,7 +153,7 @@ def _maps_of_a_shape(
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HOIST: tl.constexpr,
     STRIPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # map AT and those after it are of one shape, and one piece of code
+    # Map AT and the maps after it have one shape, so they share this code.
     x_ptr, w_ptr = maps[AT], matrices[AT]
     slice_at = number * 0 + NEAR_SLICES[AT]
     for other in tl.static_range(1, COUNT):
@@ -151,7 +171,7 @@ def _maps_of_a_shape(
         tl.store(row_ptr + K, second, mask=k < K)
 
 
-# a size of 1 would be a constant, which has no 64 bits
+# Triton would make a size of 1 a constant, which cannot be converted to 64 bits.
 @triton.jit(do_not_specialize=["H", "W"])
 def _stage(
     out_ptr, bias_ptr, sums_ptr, maps, matrices, taps, near_blocks, strips, spans, far_blocks, per_stripe, stripes, H, W,
@@ -187,17 +207,34 @@ def _stage(
 
 
 def operand(dtype: torch.dtype) -> tl.dtype:
-    """Return the type that products are made in: bf16 is wrong in the interpreter's arithmetic."""
+    """Return the dtype of the products' operands; fp32 in the interpreter, which computes bf16 wrongly.
+
+    Args:
+        dtype: dtype of the maps.
+    """
     return getattr(tl, "float32" if INTERPRETED else str(dtype).removeprefix("torch."))
 
 
 def stripe_of(N: int, H: int, per_stripe: int) -> int:
-    """Choose the rows of output that a program makes: as many as leave enough programs."""
+    """Choose the rows of output that a program computes: the most that leave enough programs.
+
+    Args:
+        N: images.
+        H: rows of the output.
+        per_stripe: programs of a stripe.
+    """
     return next((s for s in STRIPES if N * triton.cdiv(H, s) * per_stripe >= MANY), STRIPES[-1])
 
 
 def grouped(keys: Sequence[tuple[int, int]]) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
-    """Order maps by shape: the order, and of each run of one shape the first place and the length."""
+    """Order maps by shape.
+
+    Args:
+        keys: a map's rows and channels, for each map.
+
+    Returns:
+        The order, and for each run of maps of one shape its first place and its length.
+    """
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     firsts = tuple(j for j, i in enumerate(order) if j == 0 or keys[i] != keys[order[j - 1]])
     ends = (*firsts[1:], len(order))
@@ -205,7 +242,16 @@ def grouped(keys: Sequence[tuple[int, int]]) -> tuple[list[int], tuple[int, ...]
 
 
 def programs_of(N: int, C: int, K: int, H: int, W: int, dtype: torch.dtype) -> int:
-    """Count the programs of a plain convolution, the rows of its sums."""
+    """Return how many programs a plain convolution has, which is the number of rows of its sums.
+
+    Args:
+        N: images.
+        C: channels of the map.
+        K: channels of the output.
+        H: rows of the map.
+        W: columns of the map.
+        dtype: dtype of the map.
+    """
     cut = branch(W, C, K, dtype)
     per_stripe = cut.groups * (cut.strips + 2)
     return N * triton.cdiv(H, stripe_of(N, H, per_stripe)) * per_stripe
@@ -218,15 +264,15 @@ def launch_stage(
     """Launch the stage.
 
     Args:
-        out: (N, K maps, H, W), channels last; written.
-        maps: (N, C, H / s, W / s) of s in NEAR, channels last.
-        matrices: W' of each map, of `subpixel_tables.expanded`.
-        taps: (N, H / s, W / s, 9 K) of the other maps.
-        slices: which slice of out belongs to each of maps and taps.
+        out: output (N, K maps, H, W), channels last; written.
+        maps: map (N, C, H / s, W / s) for each s in NEAR, channels last.
+        matrices: W' (5, s, 6, s, C, K) of each map, from `subpixel_tables.expanded`.
+        taps: taps (N, H / s, W / s, 9 K) of each of the other maps.
+        slices: slice of out for each of maps, then taps.
         mode: "bilinear" or "nearest".
-        bias: (K,), added to every output, of one map alone.
-        sums: (`programs_of`, 2, K) fp32, of one map with K up to MOST_COLUMNS; written: the sum and the sum of squares of what
-            each program writes, before rounding.
+        bias: bias (K,) for every output, with a single map only, or None.
+        sums: sum and sum of squares of each program's outputs before rounding, (`programs_of`, 2, K) fp32; written. With a
+            single map and K up to MOST_COLUMNS only, or None.
     """
     N, wide, H, W = out.shape
     if not out.numel():

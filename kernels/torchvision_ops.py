@@ -1,8 +1,8 @@
-"""The operators that torchvision's wheel lacks beside a torch of another build, in plain PyTorch.
+"""The operators that torchvision lacks if it was built for another build of torch, in plain PyTorch.
 
-A torchvision wheel built for CUDA cannot load its compiled operators beside a CPU build of torch, and then
-`import torchvision` ends in "operator torchvision::nms does not exist"; whatever imports it, torchmetrics among them,
-ends with it. `declare` makes that import work, `load_torchvision` also makes nms and roi_align compute.
+A torchvision wheel built for CUDA cannot load its compiled operators with a CPU build of torch. Then `import torchvision` fails
+with "operator torchvision::nms does not exist", and so does every package that imports it, such as torchmetrics. `declare`
+makes that import work; `load_torchvision` also makes nms and roi_align compute.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what `import torchvision` and Mask R-CNN need; qnms is for quantized boxes and only declared
+# Operators that `import torchvision` and Mask R-CNN need; qnms is for quantized boxes and only declared.
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -23,12 +23,15 @@ SCHEMAS = (
     "int sampling_ratio, bool aligned) -> Tensor",
 )
 NMS_BLOCK = 256
-# operators live as long as the library that registered them
+# Operators live as long as the library that registered them.
 _LIBRARIES: list[Any] = []
 
 
 def declare() -> None:
-    """Registers the missing operators before torchvision is imported; does nothing where they load or it is not installed."""
+    """Register the missing operators before torchvision is imported.
+
+    It does nothing if torchvision's own operators load, or torchvision is not installed.
+    """
     if hasattr(torch.ops.torchvision, "nms"):
         return
     found = importlib.util.find_spec("torchvision")
@@ -45,36 +48,46 @@ def declare() -> None:
     for schema in SCHEMAS:
         library.define(schema)
     library.impl("nms", nms, "CompositeExplicitAutograd")
-    # made of differentiable operators
+    # It is composed of differentiable operators.
     library.impl("roi_align", roi_align, "CompositeImplicitAutograd")
     _LIBRARIES.append(library)
 
 
 def load_torchvision() -> ModuleType:
-    """Imports torchvision such that its detectors run; raises ImportError where it is not installed."""
+    """Import torchvision such that its detectors run.
+
+    Raises:
+        ImportError: if torchvision is not installed.
+    """
     declare()
     torchvision = importlib.import_module("torchvision")
     if _LIBRARIES:
-        # torchvision asks these, not the registry, before it calls an operator
+        # torchvision calls these, not the registry, before it calls an operator.
         for name in ("torchvision.extension", "torchvision.ops.roi_align"):
             sys.modules[name]._has_ops = lambda: True  # type: ignore[attr-defined]
     return torchvision
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Keeps every box that no better kept box overlaps by an IoU over the threshold.
+    """Keep every box that no kept box of a higher score overlaps by an IoU over the threshold.
 
-    boxes: (N, 4) as x1, y1, x2, y2. scores: (N,). Gives the indices of those kept, best first.
+    Args:
+        boxes: boxes (N, 4) as x1, y1, x2, y2.
+        scores: scores (N,).
+        iou_threshold: IoU, 0 to 1.
+
+    Returns:
+        Indices (kept,) of the kept boxes, best first.
     """
     left = scores.sort(descending=True, stable=True).indices
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
     found = [left[:0]]
-    # block by block: what an earlier block beats is never compared again, and a block's table stays in the cache
+    # Block by block: boxes that an earlier block suppresses are not compared again, and a block's table stays in the cache.
     while len(left):
         block, left = left[:NMS_BLOCK], left[NMS_BLOCK:]
         beats = (iou(boxes[block], boxes[block]) > iou_threshold).triu(1)
         kept = torch.ones_like(block, dtype=torch.bool)
-        # the greedy choice is the only one that this leaves as it is; box i is right after i + 1 rounds, mostly after a few
+        # The greedy choice is the only fixed point. Box i is right after i + 1 rounds, mostly after a few.
         while not torch.equal(still := ~(beats & kept[:, None]).any(0), kept):
             kept = still
         found.append(block[kept])
@@ -83,7 +96,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Gives the IoU of each of boxes (N, 4) with each of others (M, 4) -> (N, M), nan of two without an area."""
+    """Compute the IoU of each of some boxes with each of others.
+
+    Args:
+        boxes: boxes (N, 4) as x1, y1, x2, y2.
+        others: boxes (M, 4).
+
+    Returns:
+        IoU (N, M); nan for two boxes without an area.
+    """
     (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes[:, None].unbind(2), others[None].unbind(2)
     width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
     common = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0).mul_(width)
@@ -99,14 +120,25 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """Averages bilinear samples of features (N, C, H, W) in the bins of rois (K, 5) -> (K, C, pooled_height, pooled_width).
+    """Average bilinear samples of feature maps in the bins of regions of interest.
 
-    A roi is image number, x1, y1, x2, y2; sampling_ratio samples a bin and axis, 0 or less for one a feature pixel.
-    As bilinear weights are products of one a row and one a column, so is the average over a bin: two matrix products
+    A bilinear weight is the product of a row's and a column's, and so is the average over a bin: two matrix products
     (He et al. 2017, "Mask R-CNN").
+
+    Args:
+        features: feature maps (N, C, H, W).
+        rois: regions (K, 5): image number, x1, y1, x2, y2.
+        spatial_scale: feature pixels for each unit of the regions' coordinates.
+        pooled_height: bins of a region's rows.
+        pooled_width: bins of a region's columns.
+        sampling_ratio: samples of a bin along each axis; 0 or less takes one for each feature pixel.
+        aligned: whether to shift the regions by half a feature pixel; else they are at least one pixel large.
+
+    Returns:
+        Averages (K, C, pooled_height, pooled_width).
     """
     dtype, (H, W) = features.dtype, features.shape[-2:]
-    # corners in half precision would be pixels off
+    # Corners in half precision would be off by pixels.
     rois = rois if rois.dtype == torch.float64 else rois.float()
     features = features.to(rois.dtype)
     with torch.no_grad():
@@ -116,25 +148,36 @@ def roi_align(
         columns = bin_weights(x1, (x2 - x1).clamp(min=smallest), pooled_width, W, sampling_ratio)
         image = rois[:, 0].long()
         owns = [torch.where(image == n)[0] for n in range(len(features))]
-    # Mask R-CNN cuts the masks of an image without objects too
+    # Mask R-CNN also crops the masks of an image without objects.
     pooled = [features.new_zeros(0, pooled_height, features.shape[1], pooled_width)]
     with torch.autocast(features.device.type, enabled=False):
         for map_CHW, own in zip(features, owns, strict=True):
-            # in this order of axes neither product has to copy the large one between them
+            # With this order of axes, neither product copies the large intermediate.
             bands = torch.einsum("kph,chw->kpcw", rows[own], map_CHW)
             pooled.append(torch.einsum("kpcw,kqw->kpcq", bands, columns[own]))
     return torch.cat(pooled)[torch.cat([image[:0], *owns]).argsort()].transpose(1, 2).to(dtype)
 
 
 def bin_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
-    """Gives the weight of each of `length` pixels in each bin along one axis: start and size (K,) -> (K, bins, length)."""
+    """Compute the weight of each pixel in each bin along one axis.
+
+    Args:
+        start: starts of the regions, (K,), in pixels.
+        size: sizes of the regions, (K,), in pixels.
+        bins: bins of each region.
+        length: pixels along the axis.
+        sampling_ratio: samples of a bin; 0 or less takes one for each pixel.
+
+    Returns:
+        Weights (K, bins, length).
+    """
     count = torch.full_like(size, sampling_ratio) if sampling_ratio > 0 else (size / bins).ceil().clamp(min=0)
     sample = torch.arange(int(count.max()) if len(count) else 0, device=size.device)
     each = count.clamp(min=1)[:, None, None]
     bin_size = (size / bins)[:, None, None]
     at = torch.arange(bins, device=size.device)[:, None] + (sample + 0.5) / each
     position = start[:, None, None] + at * bin_size
-    # samples over a pixel outside count as 0
+    # Samples more than a pixel outside count as 0.
     counts = (position >= -1) & (position <= length) & (sample < each)
     position = position.clamp(0, length - 1)
     low = position.floor()

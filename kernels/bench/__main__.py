@@ -1,4 +1,4 @@
-"""Runs microbenchmarks and writes their results, a page and plots: python -m deepskip.kernels.bench, or `make bench`."""
+"""Run microbenchmarks and write their results, a page and plots: python -m deepskip.kernels.bench, or `make bench`."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Runs the suites; the exit status is pytest's."""
+    """Run the suites and exit with pytest's status."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.kernels.bench", description=__doc__)
     parser.add_argument("suites", nargs="*", type=Path, default=[HERE], help="files, or folders of bench_*.py")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")

@@ -1,4 +1,4 @@
-"""BCE + Dice, forward and backward, beside other implementations; `make bench` runs it and writes the page."""
+"""BCE + Dice, forward and backward, compared with other implementations; `make bench` runs it and writes the page."""
 
 import statistics
 from functools import partial
@@ -24,19 +24,21 @@ NAMES = ("deepskip", "eager", "torch.compile", "MONAI DiceCELoss", "smp Dice + B
 
 @pytest.fixture(scope="module")
 def bandwidth() -> float:
+    """Return the copy bandwidth of the device, in bytes/s."""
     return measure.copy_bandwidth(DEVICE)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("name", NAMES)
 def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, ...]) -> None:
+    """Measure an implementation of the loss at a size, alternately with DeepSkip's."""
     losses = opponents.all_of(size[1])
     if name not in losses:
         pytest.skip(f"{name} is not installed (kernels/bench/requirements.txt)")
     loss = losses[name]
     inputs = cases.loss_inputs(size, DTYPE, DEVICE)
     if name in ("deepskip", "eager", "torch.compile"):
-        # nothing is timed that is not right
+        # Only correct implementations are timed.
         logits, target = inputs
         exact = reference.loss_of_sums(reference.bce_dice_sums(logits.detach().double(), target))[0]
         torch.testing.assert_close(loss(logits, target).detach().double(), exact, rtol=1e-5, atol=1e-6)
@@ -47,7 +49,7 @@ def test_bce_dice(benchmark: Any, bandwidth: float, name: str, size: tuple[int, 
 
     forms = {"": loss, "ours": opponents.fused}
     calls = {name: measure.rotated(partial(step, form), *inputs, device=DEVICE) for name, form in forms.items()}
-    # in turns, so that a slow spell of the machine hits both
+    # Rounds alternate, so that a slow spell of the machine affects both.
     times = measure.turns(calls, ROUNDS, DEVICE)
     theirs, ours = (statistics.median(values) for values in times.values())
     quantiles = statistics.quantiles(times[""], n=10)

@@ -1,4 +1,4 @@
-"""The deep-skip stage of every decoder level, beside the plain form; `make bench` runs it and writes the page."""
+"""The deep-skip stage of every decoder level, compared with the plain one; `make bench` runs it and writes the page."""
 
 from functools import partial
 from typing import Any
@@ -14,12 +14,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SIZES = ((16, 512, 512), (8, 1024, 1024)) if DEVICE.type == "cuda" else ((8, 128, 128),)
 ROUNDS = 50 if DEVICE.type == "cuda" else 15
-# the forms that keep what they upsample
+# The implementations that keep upsampled maps for backward.
 PLAIN = ("plain, channels last", "plain, contiguous", "torch.compile, channels last")
 
 
 def ours_is_low(tensors: tuple[list[Tensor], list[Tensor]]) -> bool:
-    """Says whether the dispatcher takes a form that upsamples nothing."""
+    """Return whether the dispatcher chooses an implementation that upsamples nothing.
+
+    Args:
+        tensors: maps (N, C_i, H_i, W_i) and weights (K, C_i, 3, 3) of a level.
+    """
     if DEVICE.type == "cuda":
         return True
     height, channels = tensors[0][0].shape[2], len(tensors[1][0])
@@ -29,6 +33,7 @@ def ours_is_low(tensors: tuple[list[Tensor], list[Tensor]]) -> bool:
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("u", range(1, cases.LEVELS))
 def test_deep_skip(benchmark: Any, u: int, size: tuple[int, int, int]) -> None:
+    """Measure all implementations of a level's stage at a size."""
     N, H, W = size[0], size[1] // 2 ** (u - 1), size[2] // 2 ** (u - 1)
     torch.backends.cudnn.benchmark = True
     made = {
@@ -38,7 +43,7 @@ def test_deep_skip(benchmark: Any, u: int, size: tuple[int, int, int]) -> None:
     last = made[torch.channels_last]
     forms = {name: cases.stage(name) for name in cases.STAGES}
     stages = {name: (stage, made[layout]) for name, (stage, layout) in forms.items()}
-    # nothing is timed that is not right
+    # Only correct implementations are timed.
     exact = reference.deep_skip([x.detach().double() for x in last[0]], [w.detach().double() for w in last[1]])
     grad = torch.randn_like(exact).to(DTYPE)
 
@@ -58,7 +63,7 @@ def test_deep_skip(benchmark: Any, u: int, size: tuple[int, int, int]) -> None:
         assert error <= (1e-6 if torch.float32 == DTYPE else 1e-2), f"{name} is off by {error:.2e}"
     forwards = measure.in_turns({name: partial(forward, name) for name in stages}, ROUNDS, DEVICE)
     steps = measure.in_turns({name: partial(step, name) for name in stages}, ROUNDS, DEVICE)
-    # eq. 1: every deeper map at the level's size
+    # Eq. 1: every deeper map at the level's size.
     upsampled = sum(x.shape[1] * N * H * W * x.element_size() for x in last[0][1:])
     rows = []
     for name, (stage, tensors) in stages.items():

@@ -1,7 +1,8 @@
-"""Builds every kernel for GPUs that need not be here, and tells what each takes: python -m deepskip.kernels.bench.builds.
+"""Build every kernel for GPUs that need not be present, and print its resources: python -m deepskip.kernels.bench.builds.
 
-Without arguments a line for each variant and architecture: architecture, variant, registers a thread, bytes spilled a thread,
-bytes of shared memory a program. With --json FILE the rows of `counts`: instructions, bytes and floors of the benchmark.
+Without arguments it prints a line for each variant and architecture: architecture, variant, registers a thread, bytes spilled a
+thread, bytes of shared memory a program. With --json FILE it writes the rows of `counts`: instructions, bytes and floors of the
+benchmark.
 """
 
 import argparse
@@ -20,14 +21,22 @@ from deepskip.kernels.bench import counts, machine_code
 from deepskip.kernels.bench.launches import Launches, meta
 
 LOGITS = (torch.float32, torch.float16, torch.bfloat16)
-# maps of networks of 5 levels, and b of 4 and 64 at the ends
+# Maps of networks of 5 levels, and the extremes of b, 4 and 64.
 STAGES = (((2, 4, 8, 2), 8), ((2, 4, 2), 16), ((2, 2), 32), ((2,), 64), ((2, 4, 8, 16, 2), 4), ((2, 4, 8, 2), 64))
-# of levels of b = 8, and what no block of channels fits
+# Channels of levels with b = 8, and a number that no block of channels divides.
 NORM_CHANNELS = (8, 128, 3)
 
 
 class Build(NamedTuple):
-    """What a built variant takes: registers a thread, bytes spilled a thread, bytes of shared memory a program."""
+    """The resources of a built variant.
+
+    Attributes:
+        architecture: 80 or 90.
+        name: name of the kernel and of the call.
+        registers: registers a thread.
+        spilled: bytes spilled a thread.
+        shared: bytes of shared memory a program.
+    """
 
     architecture: int
     name: str
@@ -37,7 +46,7 @@ class Build(NamedTuple):
 
 
 def loss_calls() -> dict[str, Callable[[], Tensor]]:
-    """Return calls of BCE + Dice for the types and shapes that make other kernels, by name."""
+    """Return calls of BCE + Dice, by name, for the dtypes and shapes that need different kernels."""
 
     def call(
         dtype: torch.dtype, labels: torch.dtype, V: int, N: int = 2, ignore: int | None = 255, weighted: bool = False,
@@ -54,7 +63,7 @@ def loss_calls() -> dict[str, Callable[[], Tensor]]:
 
     found = {}
     for dtype in LOGITS:
-        # many classes are the same kernels with larger constants: once
+        # Many classes are the same kernels with larger constants, so one dtype is enough.
         for V in (1, 4, 32) if dtype == torch.bfloat16 else (1, 4):
             name = f"{str(dtype).removeprefix('torch.')}, {V} classes"
             found[f"{name}, uint8"] = call(dtype, torch.uint8, V)
@@ -64,7 +73,7 @@ def loss_calls() -> dict[str, Callable[[], Tensor]]:
         found[f"{str(dtype).removeprefix('torch.')}, 1 classes, uint8{counts.NEXT}"] = call(dtype, torch.uint8, 1)
     weighted = call(torch.bfloat16, torch.uint8, 1, weighted=True, alpha=0.8)
     found[f"bfloat16, 1 classes, uint8, sample weights, alpha 0.8{counts.NEXT}"] = weighted
-    # the loss of a crop: one program a sample, which Triton makes a constant of
+    # The loss of a crop has one program a sample, which Triton makes a constant.
     found["bfloat16, 1 classes, bool, many samples"] = call(torch.bfloat16, torch.bool, 1, N=4096)
     return found
 
@@ -87,7 +96,7 @@ def stage_calls() -> dict[str, Callable[[], Tensor]]:
         for dtype in LOGITS
         for factors, K in STAGES
         for last in (True, False)
-        # the layout changes addresses alone, and fp16 is built as bf16 is
+        # The layout changes only addresses, and fp16 is built like bf16.
         if (last or (factors, K) == STAGES[0]) and (dtype != torch.float16 or (factors, K) == STAGES[0])
     }
 
@@ -107,7 +116,7 @@ def norm_calls() -> dict[str, Callable[[], Tensor]]:
 
     half = torch.bfloat16
     found = {f"bfloat16, C = {C}, last": call(C, half, True, True) for C in NORM_CHANNELS}
-    # the types differ in the width of a load alone
+    # The dtypes differ only in the width of a load.
     found |= {f"{str(dtype).removeprefix('torch.')}, C = 8, last": call(8, dtype, True, True) for dtype in LOGITS}
     return found | {
         "bfloat16, C = 8, first": call(8, half, False, True),
@@ -117,12 +126,12 @@ def norm_calls() -> dict[str, Callable[[], Tensor]]:
 
 
 SUITES = {"bce_dice": loss_calls, "deep_skip": stage_calls, "batch_norm": norm_calls}
-# suites of launches that another backend than "triton" takes
+# Backends of the suites that do not use "triton".
 BACKENDS = {"batch_norm": "next"}
 
 
 def builds_of(suite: str, name: str, architecture: int) -> list[Build]:
-    """Build what a call and its gradient launch."""
+    """Build the launches of a call and its gradient for an architecture."""
     seen = Launches(architecture)
     new = name.endswith(counts.NEXT) or suite in BACKENDS
     with seen.watching("next" if new else "triton"):
@@ -139,7 +148,7 @@ def builds_of(suite: str, name: str, architecture: int) -> list[Build]:
 
 
 def count_rows(part: tuple[int, int]) -> list[dict[str, Any]]:
-    """Make the rows of one part of the benchmark for one architecture."""
+    """Return the rows of one part of the benchmark for one architecture."""
     architecture, place = part
     return list(counts.rows(architecture, counts.PARTS[place]))
 
@@ -160,13 +169,13 @@ def lines(suites: list[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print the variants' lines, or write the counts' rows."""
+    """Print the variants' lines, or write the rows of the counts."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.kernels.bench.builds", description=__doc__)
     parser.add_argument("suites", nargs="*", default=list(SUITES), help=f"of {', '.join(SUITES)}; all by default")
     parser.add_argument("--json", type=Path, help="write the counts of the benchmark's launches there instead")
     arguments = parser.parse_args()
     if unknown := set(arguments.suites) - set(SUITES):
-        parser.error(f"there is no suite {', '.join(unknown)}; suites are {', '.join(SUITES)}")
+        parser.error(f"unknown suite {', '.join(unknown)}; suites are {', '.join(SUITES)}")
     if arguments.json is None:
         for line in lines(arguments.suites):
             print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Shapes that a launch could have: how they are named, put in the place of the product's, built beforehand and called."""
+"""Candidate shapes of the launches: their names, their builds, and calls that use them instead of the shapes in use."""
 
 import itertools
 import multiprocessing
@@ -29,9 +29,13 @@ from deepskip.kernels.bench.launches import Launches, meta
 class Candidate(NamedTuple):
     """A shape of one launch.
 
-    operator: the launch, as the product's operator is called. case: the size. level: of the network, 0 for the loss.
-    shape: (N, H, W) of the level, or (N, V, H, W) of the logits. settings: what takes the place of the product's.
-    taken: whether it is the product's own.
+    Attributes:
+        operator: name of the operator.
+        case: name of the size.
+        level: level of the network, 0 for the loss.
+        shape: (N, H, W) of the level, or (N, V, H, W) of the logits.
+        settings: settings that replace the ones in use.
+        taken: whether these are the settings in use.
     """
 
     operator: str
@@ -43,22 +47,22 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The settings in words."""
+        """The settings as text."""
         return ", ".join(f"{key} {value}" for key, value in self.settings)
 
 
-# backward, the matrix product sums over factor x window columns, and takes 16 or more of bf16
+# In backward the matrix product sums over factor x window columns, and needs 16 or more in bf16.
 WINDOWS, CHANNELS, WARPS = (8, 16), (8, 16, 32), (1, 2, 4, 8)
-# processes that build, each with a torch of its own in memory
+# Processes that build, each with its own torch in memory.
 MOST_BUILDERS = 16
-# cells of a product in the sub-pixel stage
+# Cells of a product in the sub-pixel stage.
 CELLS = (32, 64, 128)
 BLOCKS, PROGRAMS, TILES = (512, 1024, 2048, 4096), (1024, 2048, 4096), (1024, 2048, 4096)
-# of batch norm: loads under way and warps; programs that are 4, 6 and 8 for each of an H100's processors. Two levels will do
+# Of batch norm: loads in flight, warps, and 4, 6 and 8 programs for each of an H100's SMs. Two levels are enough.
 LOADS, NORM_WARPS, NORM_PROGRAMS, NORM_LEVELS = (2, 4, 8), (2, 4, 8), (528, 792, 1056), 2
 NORM_OPERATORS = ("batch_norm_statistics", "normalise_relu", "normalise_relu_gradient")
 
-# of the new launches: bytes that a lane loads, and warps and about how many programs there are
+# Of the new launches: bytes that a lane loads, warps, and about how many programs there are.
 WIDE_LOADS, WIDE_WARPS, WIDE_PROGRAMS = (8, 16, 32), (1, 2, 4), (2048, 4096, 8192)
 
 
@@ -85,7 +89,7 @@ def _norms(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Cand
         shape = N, H >> (u - 1), W >> (u - 1)
         name = f"{gpu_norms.norm_name(u)}, {'x'.join(map(str, shape))}"
         for operator, loads, warps in itertools.product(NORM_OPERATORS, LOADS, NORM_WARPS):
-            # normalising alone has no rows
+            # Normalizing alone has no rows.
             for programs in (batch_norm_triton.MAX_PROGRAMS,) if operator == "normalise_relu" else NORM_PROGRAMS:
                 settings = (("LOADS", loads), ("WARPS", warps), ("MAX_PROGRAMS", programs))
                 mine = all(getattr(batch_norm_triton, setting) == value for setting, value in settings)
@@ -94,7 +98,7 @@ def _norms(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Cand
 
 def _next_stages(size: tuple[int, int, int], levels: tuple[int, ...]) -> Iterator[Candidate]:
     N, H, W = size
-    # more channels get today's launches
+    # More channels use today's launches.
     for u in (u for u in levels if cases.BASE << (u - 1) <= subpixel.MOST_OUTPUTS):
         shape = N, H >> (u - 1), W >> (u - 1)
         for operator in ("subpixel_stage", "subpixel_stage_gradients"):
@@ -111,7 +115,7 @@ def _losses(sizes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Candidate]
         for operator in ("bce_dice_sums", "bce_dice_gradient"):
             for block in BLOCKS if size[1] == 1 else TILES:
                 for warps in WARPS:
-                    # how many programs there are is the sums' own question
+                    # The number of programs matters only for the sums.
                     for programs in PROGRAMS if operator == "bce_dice_sums" else (bce_dice_triton.MAX_PROGRAMS,):
                         settings = ((key, block), ("WARPS", warps), ("MAX_PROGRAMS", programs))
                         mine = all(getattr(bce_dice_triton, setting) == value for setting, value in settings)
@@ -133,7 +137,14 @@ def all_of(
     stage: tuple[int, int, int], levels: tuple[int, ...], losses: tuple[tuple[int, int, int, int], ...],
     next_levels: tuple[int, ...] = (),
 ) -> list[Candidate]:  # fmt: skip
-    """Return every candidate: the product's own of each launch first, then the others, a launch after the other in turns."""
+    """Return every candidate, one of each launch at a time, with the shapes in use first.
+
+    Args:
+        stage: (N, H, W) of level 1.
+        levels: decoder levels.
+        losses: (N, V, H, W) of logits.
+        next_levels: decoder levels with the launches that no GPU has timed yet.
+    """
     found: dict[tuple[str, str], list[Candidate]] = {}
     for candidate in (
         *_stages(stage, levels),
@@ -149,10 +160,18 @@ def all_of(
 def built(
     sizes: gpu_part.Sizes, device: torch.device, left: Callable[[], float]
 ) -> Iterator[tuple[Candidate, int | None]]:
-    """Yield candidates, on a GPU as their builds end, and the bytes that each spills a thread; None where that is not known.
+    """Yield candidates as their builds end, with the bytes that each spills a thread.
 
-    The builds run beforehand, in processes of their own on all cores, and Triton's cache on the disk has them when they are
-    timed. Candidates that differ in their operator alone are one build.
+    The builds run first, in their own processes on all cores, and are then in Triton's cache on the disk for the timings.
+    Candidates that differ only in their operator share a build.
+
+    Args:
+        sizes: what is measured.
+        device: device of the timings; only a CUDA device builds.
+        left: function that returns the seconds that are left.
+
+    Yields:
+        Candidate, and bytes spilled a thread or None if unknown.
     """
     found = all_of(sizes.stages[0], sizes.levels, sizes.losses[:2], sizes.next_levels)
     if device.type != "cuda":
@@ -178,7 +197,7 @@ def built(
 
 @contextmanager
 def patched(candidate: Candidate) -> Iterator[None]:
-    """Have the product launch the candidate's shape while the block runs."""
+    """Make the operators launch the candidate's shape while the block runs."""
     settings = dict(candidate.settings)
     with ExitStack() as stack:
         if candidate.operator in NORM_OPERATORS:
@@ -222,7 +241,7 @@ def _subpixel_arguments(
 
 
 def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
-    """Return what runs the candidate's operator by itself, with inputs of its size."""
+    """Return a call of the candidate's operator alone, with inputs of its size."""
     if candidate.operator in NORM_OPERATORS:
         inputs = gpu_norms.operator_inputs(candidate.level, candidate.shape, dtype, device)
         return _operator_call(candidate, lambda: inputs[candidate.operator], device)
@@ -253,10 +272,14 @@ def call(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> Call
 
 
 def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
-    """Build what a candidate's call launches, in bf16 and without a GPU.
+    """Build the launches of a candidate's call, in bf16 and without a GPU.
+
+    Args:
+        candidate: candidate to build.
+        architecture: 80 or 90.
 
     Returns:
-        The bytes spilled a thread by operator; nothing where the build fails.
+        Bytes spilled a thread, by operator; empty if the build fails.
     """
     seen = Launches(architecture)
     norm = candidate.operator in NORM_OPERATORS
@@ -279,9 +302,9 @@ def spilled(candidate: Candidate, architecture: int) -> dict[str, int]:
                 target = meta(N, H, W, dtype=torch.uint8)
                 out = kernels.bce_dice_sums(meta(N, V, H, W, last=False).requires_grad_(), target)
             out.backward(torch.empty_like(out))
-    # whatever it is, timing the shape on the card tells it again
+    # Whatever the error is, timing the shape on the card reports it again.
     except Exception as error:
-        print(f"{candidate.case}, {candidate.name} is not built: {' '.join(str(error).split())[:300]}", flush=True)
+        print(f"{candidate.case}, {candidate.name} failed to build: {' '.join(str(error).split())[:300]}", flush=True)
         return {}
     found: dict[str, int] = {}
     for one in seen.started:

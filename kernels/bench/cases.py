@@ -1,4 +1,4 @@
-"""What the benchmarks run: inputs of the decoder levels and of the loss, and the forms that are compared."""
+"""Inputs of the decoder levels and of the loss, and the implementations that the benchmarks compare."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,20 @@ Stage = Callable[[list[Tensor], list[Tensor]], Tensor]
 def level_inputs(
     u: int, N: int, H: int, W: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make the maps and weights of decoder level u, 1 first: E_u .. E_{B-1} and D_{u+1}; H and W are the level's own."""
+    """Make the maps and weights of a decoder level: E_u .. E_{B-1} and D_{u+1}.
+
+    Args:
+        u: level, 1 first.
+        N: images.
+        H: height of the level.
+        W: width of the level.
+        dtype: dtype of maps and weights.
+        layout: memory format of maps and weights.
+        device: device of maps and weights.
+
+    Returns:
+        Maps (N, C_i, H / s_i, W / s_i) and weights (K, C_i, 3, 3), which need gradients.
+    """
     generator = torch.Generator(device).manual_seed(u)
     channels = BASE * 2 ** (u - 1)
     inputs, weights = [], []
@@ -31,22 +44,32 @@ def level_inputs(
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a function for the shapes it will be called with, forgetting what was compiled before.
+    """Compile a function for the shapes of its next calls, and discard what was compiled before.
 
-    torch.compile gives up after eight recompilations of one function, and levels, sizes and gradient modes are more than that.
+    torch.compile gives up after eight recompilations of a function. Levels, sizes and gradient modes are more than that.
     """
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False, **options)
 
 
 def next_stage(inputs: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Compute the stage in the launches that no GPU has timed yet."""
+    """Compute the stage with the launches that no GPU has timed yet.
+
+    Args:
+        inputs: maps (N, C_i, H / s_i, W / s_i).
+        weights: weights (K, C_i, 3, 3).
+    """
     with backend.chosen("next"):
         return kernels.deep_skip(inputs, weights)
 
 
 def next_conv3(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve in the launches that no GPU has timed yet."""
+    """Convolve with the launches that no GPU has timed yet.
+
+    Args:
+        x: map (N, C, H, W).
+        weight: weights (K, C, 3, 3).
+    """
     with backend.chosen("next"):
         return kernels.conv3(x, weight)
 
@@ -54,7 +77,16 @@ def next_conv3(x: Tensor, weight: Tensor) -> Tensor:
 def convolution_inputs(
     size: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Make a map, channels last, and weights of (N, C, K, H, W); an image of few bands needs no gradient."""
+    """Make a map and weights, channels last; a map of at most 3 channels is an image and needs no gradient.
+
+    Args:
+        size: (N, C, K, H, W).
+        dtype: dtype of both.
+        device: device of both.
+
+    Returns:
+        Map (N, C, H, W) and weights (K, C, 3, 3).
+    """
     N, C, K, H, W = size
     x = torch.randn(N, C, H, W, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = (torch.randn(K, C, 3, 3, device=device) / (9 * C) ** 0.5).to(dtype)
@@ -65,7 +97,12 @@ STAGES = ("deepskip", "plain, channels last", "plain, contiguous", "torch.compil
 
 
 def stage(name: str, **options: Any) -> tuple[Stage, torch.memory_format]:
-    """Return a form of the deep-skip stage, of STAGES, and the layout that it runs in; options go to torch.compile."""
+    """Return an implementation of the deep-skip stage, and the memory format of its inputs.
+
+    Args:
+        name: one of STAGES.
+        options: options of torch.compile.
+    """
     if name == "deepskip":
         return kernels.deep_skip, torch.channels_last
     form = compiled(reference.deep_skip, **options) if name.startswith("torch.compile") else reference.deep_skip
@@ -73,7 +110,10 @@ def stage(name: str, **options: Any) -> tuple[Stage, torch.memory_format]:
 
 
 def loss_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Make logits (N, V, H, W) that need a gradient, and a uint8 target: a tenth foreground, or classes alike."""
+    """Make logits (N, V, H, W) that need a gradient, and a uint8 target (N, H, W).
+
+    For V = 1 a tenth of the pixels is foreground, else all classes are equally frequent.
+    """
     N, V, H, W = size
     logits = torch.randn(size, device=device).to(dtype).requires_grad_()
     drawn = torch.rand(N, H, W, device=device)
@@ -81,6 +121,6 @@ def loss_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def loss_bytes(size: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Count the bytes that no form of the loss can do without: logits read twice, gradient written, target read twice."""
+    """Return the fewest bytes that a loss moves: logits read twice, gradient written, target read twice."""
     N, V, H, W = size
     return N * H * W * (3 * V * dtype.itemsize + 2)

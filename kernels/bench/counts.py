@@ -1,9 +1,9 @@
-"""Instructions and bytes of every launch at the benchmark's shapes, counted without a GPU, beside the floors of known cards.
+"""Count instructions and bytes of every launch at the benchmark's shapes without a GPU, with the floors of known cards.
 
-Each launch is built as a GPU would get it (`launches`), disassembled (`machine_code`), and some of its programs are executed
-warp by warp as far as integers go (`warp`): loops run as often as they do there. An instruction costs one issue slot of one
-of an SM's four schedulers, so the issue floor is the count over SMs x 4 x clock. The memory floor is the bytes that the call
-cannot do without over the bandwidth of a copy. No launch can be faster than the larger of the two.
+Each launch is built as for a GPU (`launches`) and disassembled (`machine_code`). Some of its programs are executed warp by warp
+as far as integers go (`warp`), so loops run as often as on a GPU. An instruction costs one issue slot of one of an SM's four
+schedulers, so the issue floor is the count over SMs x 4 x clock. The memory floor is the bytes that the call must move over the
+bandwidth of a copy. No launch can be faster than the larger of the two.
 """
 
 from collections import Counter
@@ -20,15 +20,21 @@ from deepskip.kernels.bench.warp import Warp
 
 
 class Card(NamedTuple):
-    """A GPU's SMs, their clock in Hz under load, and bytes/s of a copy (read and written)."""
+    """A GPU.
+
+    Attributes:
+        sms: streaming multiprocessors.
+        clock: their clock under load, in Hz.
+        bandwidth: bytes/s of a copy, read and written.
+    """
 
     sms: int
     clock: float
     bandwidth: float
 
 
-# bandwidths: H100, what the fastest kernel of the stored step's trace reaches; H200, a copy timed once; A100 (80 GB), its data
-# sheet. clocks: an H100's under load, taken for the H200 too; the A100's boost. kernels.bench.gpu measures them anew
+# Bandwidths: H100, the fastest kernel of the stored step's trace; H200, a copy timed once; A100 (80 GB), its data sheet.
+# Clocks: an H100's under load, assumed for the H200 too; the A100's boost. kernels.bench.gpu measures both.
 CARDS = {
     "A100": Card(108, 1.41e9, 2.04e12),
     "H100": Card(132, 1.755e9, 3.0e12),
@@ -36,37 +42,47 @@ CARDS = {
 }
 SCHEDULERS = 4
 ARCHITECTURES = {80: ("A100",), 90: ("H100", "H200")}
-# argument that says after how many programs a launch's kinds of programs come again
+# Kernel argument with the number of programs after which a launch's kinds of programs repeat.
 PERIODS = dict.fromkeys(("_branches", "_stage", "_gather_stage", "_weight_sums"), "per_stripe")
-# programs that are executed of a launch whose programs are all alike, far apart, until so many instructions are
+# If all programs of a launch are alike, at most SAMPLED are executed, far apart, until ENOUGH instructions are.
 SAMPLED, ENOUGH = 32, 100_000
-# what one instruction of a warp can do: a matrix product of 16 x 8 x 16, an access of 16 bytes a lane
+# Work of one warp instruction: a matrix product of 16 x 8 x 16, or an access of 16 bytes a lane.
 PRODUCT = 16 * 8 * 16
 WIDEST = 16 * 32
 
 STAGE = (16, 512, 512)
 BASE, LEVELS = 8, 5
-# what names of launches that no GPU has timed yet end with
+# Suffix of the names of launches that no GPU has timed yet.
 NEXT = ", next"
 
 
 class Norm(NamedTuple):
-    """Batch norm and ReLU at an encoder level, 1 first; of_sums: whether what made its input has added it up."""
+    """Batch norm and ReLU of an encoder level.
+
+    Attributes:
+        level: level, 1 first.
+        of_sums: whether the operator that made its input has summed it.
+    """
 
     level: int
     of_sums: bool
 
 
 class Next(NamedTuple):
-    """A part in the launches that no GPU has timed yet: a decoder level, or a 3x3 convolution of level 1, C to K channels."""
+    """A part with the launches that no GPU has timed yet.
+
+    Attributes:
+        level: decoder level, 1 first.
+        channels: C and K of a 3x3 convolution of level 1, or None for the decoder level's stage.
+    """
 
     level: int
     channels: tuple[int, int] | None = None
 
 
-# decoder levels that have other launches, and the convolutions of level 1: the first, those of equal width, and the merge
+# Decoder levels with new launches, and the convolutions of level 1: the first, those of equal width, and the merge.
 NEXT_LEVELS, CONVOLUTIONS = (1, 2), ((3, BASE), (BASE, BASE), (LEVELS * BASE, BASE))
-# the benchmark: decoder levels, new launches, the loss by size of logits, labels, and what the launches end with, and norms
+# The benchmark: decoder levels, new launches, the loss (size of logits, labels, suffix of the name), and norms.
 PARTS: tuple[int | Next | tuple[tuple[int, int, int, int], torch.dtype, str] | Norm, ...] = (
     *range(1, LEVELS),
     *(Next(u) for u in NEXT_LEVELS),
@@ -77,7 +93,7 @@ PARTS: tuple[int | Next | tuple[tuple[int, int, int, int], torch.dtype, str] | N
     ((16, 1, 1024, 1024), torch.uint8, NEXT),
     Norm(1, False), Norm(1, True), Norm(3, False),
 )  # fmt: skip
-# names of the launches of the norm
+# Names of the launches of the norm.
 NORMS = {
     "batch_norm_sums": "sums", "batch_norm_statistics": "statistics", "batch_norm_relu": "normalise",
     "batch_norm_gradient_sums": "gradient sums", "batch_norm_coefficients": "gradient coefficients",
@@ -86,7 +102,17 @@ NORMS = {
 
 
 class Count(NamedTuple):
-    """What a whole launch issues and moves; bytes and sectors of global memory, by opcode widths."""
+    """What a whole launch issues and moves.
+
+    Attributes:
+        instructions: warp instructions.
+        by_kind: warp instructions by kind.
+        load_widths: loads of global memory by bytes a lane.
+        store_widths: stores to global memory by bytes a lane.
+        loaded: bytes loaded.
+        stored: bytes stored.
+        touched: bytes of the sectors touched, or None if addresses are unknown.
+    """
 
     instructions: float
     by_kind: dict[str, float]
@@ -98,10 +124,15 @@ class Count(NamedTuple):
 
 
 def sampled(launch: TritonLaunch) -> tuple[list[int], bool]:
-    """Choose programs of a launch: one period of its kinds, all to be executed, or some far apart, of which a few will do."""
+    """Choose the programs of a launch to execute.
+
+    Returns:
+        Programs, and whether all of them must be executed: they are one period of the launch's kinds, or all its programs. Else
+        they are far apart, and a few of them are enough.
+    """
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     if period := launch.named.get(PERIODS.get(launch.build.name, ""), 0):
-        # not at the border of an image: those are few
+        # Choose programs away from the border of an image, which are most of them.
         start = int(0.382 * total) // period * period
         return list(range(start, min(start + period, total))), True
     few = min(total, SAMPLED)
@@ -112,13 +143,13 @@ def executed(launch: TritonLaunch, architecture: int, programs: list[int], most:
     """Execute programs of a launch, all of their warps.
 
     Args:
-        launch: as `Launches` collects it.
+        launch: launch as `Launches` collects it.
         architecture: 80 or 90.
-        programs: their numbers.
-        most: instructions after which no other program is begun; None for no bound.
+        programs: numbers of the programs.
+        most: number of instructions after which no further program starts, or None for no limit.
 
     Raises:
-        Unresolved: control flow or addresses that depend on more than integers.
+        Unresolved: if control flow or addresses depend on more than integers.
     """
     code = machine_code.disassemble(launch.build.asm["cubin"])
     bank = launch.constants(architecture)
@@ -137,7 +168,15 @@ def executed(launch: TritonLaunch, architecture: int, programs: list[int], most:
 
 
 def count(launch: TritonLaunch, architecture: int) -> Count:
-    """Count what a whole launch does by some of its programs; raises Unresolved as `executed` does."""
+    """Count what a whole launch does, from some of its programs.
+
+    Args:
+        launch: launch as `Launches` collects it.
+        architecture: 80 or 90.
+
+    Raises:
+        Unresolved: if control flow or addresses depend on more than integers.
+    """
     programs, whole = sampled(launch)
     warps = executed(launch, architecture, programs, None if whole else ENOUGH)
     across, down, deep = launch.grid
@@ -164,8 +203,11 @@ def count(launch: TritonLaunch, architecture: int) -> Count:
 
 
 def library_instructions(started: Started) -> float:
-    """Estimate the warp instructions of a library's launch: products by mma.sync, as cuDNN's of this network are on an H100,
-    and accesses of 16 bytes a lane; what it spends on addresses is not in it."""
+    """Estimate the warp instructions of a library's launch.
+
+    It counts products by mma.sync, which cuDNN uses for this network on an H100, and accesses of 16 bytes a lane. Instructions
+    for addresses are not included.
+    """
     products = 0
     arguments = [x for x in started.arguments if isinstance(x, Tensor)]
     if started.moved.operator == "mm":
@@ -180,7 +222,7 @@ def library_instructions(started: Started) -> float:
 
 
 def stage(u: int) -> tuple[Callable[[], Tensor], int]:
-    """Make the forward call of decoder level u, 1 first, on meta tensors at the benchmark's size, and its pixels."""
+    """Return the forward call of decoder level u, 1 first, on meta tensors at the benchmark's size, and its pixels."""
     N, H, W = STAGE[0], STAGE[1] >> (u - 1), STAGE[2] >> (u - 1)
     K = BASE << (u - 1)
     factors = [1 << j for j in range(LEVELS - u)] + [2]
@@ -190,14 +232,14 @@ def stage(u: int) -> tuple[Callable[[], Tensor], int]:
 
 
 def convolution(C: int, K: int) -> tuple[Callable[[], Tensor], int]:
-    """Make the forward call of a 3x3 convolution of level 1 on meta tensors, and its pixels; an image needs no gradient."""
+    """Return the forward call of a 3x3 convolution of level 1 on meta tensors, and its pixels; an image needs no gradient."""
     N, H, W = STAGE
     x, weight = meta(N, C, H, W).requires_grad_(C >= BASE), meta(K, C, 3, 3).requires_grad_()
     return lambda: kernels.conv3(x, weight), N * H * W
 
 
 def loss(size: tuple[int, int, int, int], labels: torch.dtype) -> Callable[[], Tensor]:
-    """Make a call of the loss on meta tensors of a size."""
+    """Return a call of the loss on meta tensors of a size."""
     N, _, H, W = size
     logits = meta(*size, last=False).requires_grad_()
     target = meta(N, H, W, dtype=labels)
@@ -205,19 +247,19 @@ def loss(size: tuple[int, int, int, int], labels: torch.dtype) -> Callable[[], T
 
 
 def norm(part: Norm) -> tuple[Callable[[], Tensor], tuple[int, int, int, int]]:
-    """Make the forward call of a level's batch norm and ReLU on meta tensors, and the size of its map."""
+    """Return the forward call of a level's batch norm and ReLU on meta tensors, and the size of its map."""
     N, H, W = STAGE[0], STAGE[1] >> (part.level - 1), STAGE[2] >> (part.level - 1)
     C = BASE << (part.level - 1)
     x = meta(N, C, H, W).requires_grad_()
     weight, bias, mean, var = (meta(C, dtype=torch.float32) for _ in range(4))
-    # a producer whose programs make two thousand pixels each
+    # Assume an operator whose programs make two thousand pixels each.
     rows = meta(N * H * W // 2048, 2, C, dtype=torch.float32) if part.of_sums else None
     settings = (weight.requires_grad_(), bias.requires_grad_(), mean, var, True, 0.1, 1e-5)
     return lambda: kernels.batch_norm_relu(x, *settings, rows), (N, C, H, W)
 
 
 def collected_norm(architecture: int, part: Norm) -> Iterator[tuple[str, str, int, list[Started]]]:
-    """Yield what batch norm and ReLU launch, as `collected` does."""
+    """Yield the launches of batch norm and ReLU, as `collected` does."""
     call, size = norm(part)
     seen = Launches(architecture)
     with seen.watching("next"):
@@ -227,13 +269,17 @@ def collected_norm(architecture: int, part: Norm) -> Iterator[tuple[str, str, in
         if one.launch is not None:
             name = f"level {part.level} norm + ReLU, {NORMS[one.launch.build.name]}"
             name += " of given rows" if part.of_sums and one.moved.operator == "batch_norm_statistics" else ""
-            # the other launches are the same ones
+            # The other launches are the same.
             if not part.of_sums or name.endswith("rows"):
                 yield f"{name}, next", " x ".join(map(str, size)), size[0] * size[2] * size[3], [one]
 
 
 def collected(architecture: int, part: Any) -> Iterator[tuple[str, str, int, list[Started]]]:
-    """Yield what a part of the benchmark launches: name, shape, pixels of output, and the launches between in- and output."""
+    """Yield the launches of a part of the benchmark.
+
+    Yields:
+        Name, shape, pixels of output, and the launches of that name in order.
+    """
     if isinstance(part, Norm):
         yield from collected_norm(architecture, part)
         return
@@ -264,7 +310,7 @@ def collected(architecture: int, part: Any) -> Iterator[tuple[str, str, int, lis
 
 
 def row(name: str, shape: str, pixels: int, started: Started, architecture: int) -> dict[str, Any]:
-    """Make the row of one launch; `counted` says whether it is of machine code, or a library's estimate."""
+    """Return the row of one launch; `counted` says whether it is counted from machine code or a library's estimate."""
     moved = started.moved
     found: dict[str, Any] = {
         "launch": name, "kernel": f"{moved.operator} {moved.part}".strip(), "arch": f"sm_{architecture}", "shape": shape,
@@ -304,7 +350,7 @@ def rows(architecture: int, part: Any) -> Iterator[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Make a Markdown table of the rows, the launches of one name added up."""
+    """Return a Markdown table of the rows, with the launches of one name added up."""
     lines = [
         "| launch | code | warp instructions a pixel | ours alone | bytes a pixel | card | issue, ms | memory, ms |",
         "|---|---|---:|---:|---:|---|---:|---:|",

@@ -1,4 +1,4 @@
-"""The page and the figures of a GPU run, made from its rows: python -m deepskip.kernels.bench.gpu_page DIR [--counts FILE]."""
+"""Make the page and the figures of a GPU run from its rows: python -m deepskip.kernels.bench.gpu_page DIR [--counts FILE]."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def median(row: Row, key: str = "seconds") -> float:
 
 
 def milliseconds(row: Row) -> str:
-    """Write a row's median and its tenth and ninetieth percentiles, in ms."""
+    """Format a row's median and its tenth and ninetieth percentiles, in ms."""
     times = sorted(row["seconds"])
     low, high = times[len(times) // 10], times[(9 * len(times)) // 10 if len(times) > 1 else 0]
     return f"{1e3 * median(row):.3f} ({1e3 * low:.3f} to {1e3 * high:.3f})"
@@ -33,28 +33,28 @@ def table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator
 
 
 def ratio_of(row: Row) -> float:
-    """Return how many times as long the contender takes as DeepSkip did in turns with it."""
+    """Return the contender's time over DeepSkip's, timed alternately."""
     return median(row) / median(row, "deepskip_seconds")
 
 
 def compared(row: Row) -> str:
-    """Write the ratio; where DeepSkip loses, in bold."""
+    """Format the ratio, in bold where DeepSkip loses."""
     found = ratio_of(row)
     return f"{found:.2f} x" if found >= 1 else f"**{found:.2f} x**"
 
 
 def megabytes(row: Row, key: str) -> str:
-    """Write bytes in MB; nothing where the row has none."""
+    """Format bytes in MB; empty if the row has none."""
     return f"{row[key] / 1e6:.1f}" if row.get(key) is not None else ""
 
 
 def of(rows: list[Row], suite: str) -> list[Row]:
-    """Return a suite's rows that were measured."""
+    """Return the measured rows of a suite."""
     return [row for row in rows if row.get("suite") == suite and "seconds" in row]
 
 
 def environment_lines(rows: list[Row]) -> Iterator[str]:
-    """Yield what the run was taken on, and how far it came."""
+    """Yield the run's environment, and what failed or was skipped."""
     for row in rows:
         if row.get("suite") == "environment":
             yield ", ".join(
@@ -110,14 +110,14 @@ def launch_lines(rows: list[Row]) -> Iterator[str]:
 
 
 def contender_lines(rows: list[Row]) -> Iterator[str]:
-    """Yield the stage and the loss beside other forms; ratios below one are lost."""
+    """Yield the stage, batch norm and the loss compared with other implementations; DeepSkip loses at ratios below one."""
     headings = {
         "stage contenders": "The deep-skip stage", "norm contenders": "Batch norm and ReLU", "loss contenders": "BCE + Dice"
     }  # fmt: skip
     for suite, heading in headings.items():
         if not (found := of(rows, suite)):
             continue
-        yield f"## {heading}, beside others\n\nDeepSkip in turns with each; bold where it loses.\n"
+        yield f"## {heading}, compared with others\n\nDeepSkip alternately with each; bold where it loses.\n"
         cells = [
             (
                 f"{row['size']}: {row['implementation']}" + (f", {row['operator']}" if "operator" in row else ""),
@@ -132,7 +132,7 @@ def contender_lines(rows: list[Row]) -> Iterator[str]:
 
 
 def network_lines(rows: list[Row]) -> Iterator[str]:
-    """Yield the whole network, launched and graphed, beside DeepSkip in the same run."""
+    """Yield the whole network, launched and graphed, compared with DeepSkip in the same run."""
     if not (found := of(rows, "network")):
         return
     yield "## The whole network\n\nForward, loss and backward, or inference; bold where DeepSkip loses.\n"
@@ -153,7 +153,7 @@ def network_lines(rows: list[Row]) -> Iterator[str]:
 
 
 def candidate_lines(rows: list[Row]) -> Iterator[str]:
-    """Yield, of each launch, the shape that the product takes and the fastest."""
+    """Yield, for each launch, the time of the shape in use and the fastest shape."""
     found = [row for row in rows if row.get("suite") == "candidates"]
     if not found:
         return
@@ -176,15 +176,15 @@ def candidate_lines(rows: list[Row]) -> Iterator[str]:
 
 
 def page(rows: list[Row], broken: int, counts: list[Row]) -> str:
-    """Make the page of a run, as far as it came."""
+    """Write the page of a run, as far as it got."""
     lines = ["# A GPU run", ""]
     lines += list(environment_lines(rows))
     if broken:
-        lines += [f"{broken} rows were cut off while they were written, and are not here.", ""]
+        lines += [f"{broken} rows are incomplete, because their writer was stopped; they are not shown.", ""]
     for part in (bandwidth_lines, gate_lines, launch_lines, contender_lines, network_lines, candidate_lines):
         lines += list(part(rows))
     if counts:
-        # torch is needed for these alone
+        # Only the counts need torch.
         from deepskip.kernels.bench.counts import table as counts_table
 
         lines += ["## Instructions and bytes, counted", "", counts_table(counts), ""]
@@ -192,11 +192,11 @@ def page(rows: list[Row], broken: int, counts: list[Row]) -> str:
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw the contenders of the stage and of the network; nothing where matplotlib is not installed."""
+    """Draw the contenders of the stage and of the network; nothing if matplotlib is not installed."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("matplotlib is not installed: nothing is drawn")
+        print("matplotlib is not installed: skipped the figures")
         return []
     bars: dict[str, list[tuple[str, float, bool]]] = {}
     for row in of(rows, "stage contenders"):

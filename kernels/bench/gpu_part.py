@@ -1,4 +1,4 @@
-"""What a process of a GPU run does: jobs one after the other, each by itself, every row written when it is there."""
+"""A process of a GPU run: jobs one after the other, each on its own, every row written as soon as it is measured."""
 
 import argparse
 import ctypes
@@ -17,16 +17,24 @@ from deepskip import kernels
 from deepskip.kernels.bench import journal, measure
 
 Row = dict[str, Any]
-# what a row says beforehand, and what measures the rest of it: one row or more
+# The known values of a row, and a function that measures the rest: one row or more.
 Job = tuple[Row, Callable[[], Row | list[Row]]]
 
 
 class Sizes(NamedTuple):
     """What is measured.
 
-    stages: (N, H, W) of level 1. levels: decoder levels. losses: (N, V, H, W) of logits. bandwidths: bytes moved.
-    warm, rounds: calls before timing, and timed. dtype: of what is timed. checked: types that the gate compares besides.
-    next_levels: decoder levels in the launches that no GPU has timed yet. convolutions: (N, C, K, H, W) in such launches.
+    Attributes:
+        stages: (N, H, W) of level 1.
+        levels: decoder levels.
+        losses: (N, V, H, W) of logits.
+        bandwidths: bytes to move.
+        warm: calls before timing.
+        rounds: timed calls.
+        dtype: dtype of everything that is timed.
+        checked: other dtypes that the gate compares.
+        next_levels: decoder levels with the launches that no GPU has timed yet.
+        convolutions: (N, C, K, H, W) with such launches.
     """
 
     stages: tuple[tuple[int, int, int], ...]
@@ -54,7 +62,15 @@ TOY = Sizes(
 
 
 class Run(NamedTuple):
-    """Where jobs run: the device, what they measure, options for torch.compile, and operators that the gate found wrong."""
+    """Where jobs run.
+
+    Attributes:
+        device: device of the jobs.
+        sizes: what they measure.
+        until: Unix time at which the run ends.
+        compile_options: options of torch.compile.
+        wrong: operators that the gate found wrong.
+    """
 
     device: torch.device
     sizes: Sizes
@@ -71,21 +87,25 @@ Phase = Callable[[Run], Iterator[Job]]
 
 
 def timed(run: Run, calls: Mapping[str, Callable[[], Any]]) -> Row:
-    """Time calls in turns; the row gets all seconds, the first call's under "seconds", others' under NAME_seconds."""
+    """Time calls alternately.
+
+    Returns:
+        Row with all seconds: the first call's under "seconds", the others' under NAME_seconds.
+    """
     times = measure.turns(calls, run.sizes.rounds, run.device, run.sizes.warm)
     first, *others = calls
     return {"seconds": times[first]} | {f"{name}_seconds": times[name] for name in others}
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends: nothing of a run that was killed goes on beside the next."""
+    """Have Linux kill this process when its parent ends, so that a killed run leaves no process behind."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def wrong_operators(rows: list[Row], dtype: torch.dtype) -> frozenset[str] | None:
-    """Name the operators that the gate found wrong in a type; None where it did not come to its end."""
+    """Return the operators that the gate found wrong in a dtype, or None if the gate did not finish."""
     mine = [row for row in rows if row.get("suite") == "gate" and row.get("dtype") == str(dtype)]
     if not any(row.get("complete") for row in mine):
         return None
@@ -93,10 +113,15 @@ def wrong_operators(rows: list[Row], dtype: torch.dtype) -> frozenset[str] | Non
 
 
 def run_job(job: Job, about: Row, rows: Path) -> None:
-    """Run a job and append its rows, or one that says how it failed.
+    """Run a job and append its rows, or a row with its error.
+
+    Args:
+        job: job to run.
+        about: values for each of its rows.
+        rows: file of the rows.
 
     Raises:
-        RuntimeError: an error of CUDA itself, after which this process can use the card no more.
+        RuntimeError: if CUDA itself failed, so that this process can no longer use the card.
     """
     row, measured = job
     try:
@@ -111,13 +136,20 @@ def run_job(job: Job, about: Row, rows: Path) -> None:
 
 
 def run_phases(phases: Mapping[str, Phase], names: list[str], out: Path, until: float) -> None:
-    """Run phases, job by job, until the time is over; what is not run leaves a row that says so."""
+    """Run phases, job by job, until the time is over; skipped work leaves a row that says so.
+
+    Args:
+        phases: phases by name.
+        names: phases to run.
+        out: folder of rows.jsonl.
+        until: Unix time at which the run ends.
+    """
     die_with_parent()
     cuda = torch.cuda.is_available()
-    # not "auto": that falls back to plain operators where Triton cannot compile, which would be measured as ours
+    # "auto" would fall back to plain operators if Triton cannot compile, and they would be measured as ours.
     kernels.backend.choose("triton")
     torch.backends.cudnn.benchmark = True
-    # fp32 is compared, and tf32 is no fp32
+    # The comparison is in fp32, which tf32 would falsify.
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     sizes = REAL if cuda else TOY
@@ -141,7 +173,7 @@ def run_phases(phases: Mapping[str, Phase], names: list[str], out: Path, until: 
 
 
 def finite(x: float) -> float | None:
-    """Return a number that JSON can hold, or None."""
+    """Return a finite number unchanged, else None, which JSON can represent."""
     return x if math.isfinite(x) else None
 
 
@@ -153,6 +185,6 @@ def arguments_of(program: str, phases: list[str], about: str | None) -> argparse
     parser.add_argument("--until", type=float, default=time.time() + 540, help="Unix time at which it must have ended")
     arguments = parser.parse_args()
     if unknown := set(arguments.phases) - set(phases):
-        parser.error(f"there is no phase {', '.join(sorted(unknown))}; phases are {', '.join(phases)}")
+        parser.error(f"unknown phase {', '.join(sorted(unknown))}; phases are {', '.join(phases)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     return arguments

@@ -1,4 +1,4 @@
-"""The phases of a GPU run that need the kernels alone; `gpu` starts deepskip.kernels.bench.gpu_phases PHASE ... --out DIR."""
+"""The phases of a GPU run that need only the kernels; `gpu` runs deepskip.kernels.bench.gpu_phases PHASE ... --out DIR."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +13,7 @@ from deepskip.kernels import reference
 from deepskip.kernels.bench import candidates, cases, gpu_norms, measure, opponents
 from deepskip.kernels.bench.gpu_part import Job, Phase, Row, Run, arguments_of, finite, run_phases, timed
 
-# errors of a norm that rounding explains; where the plain form in the same type is worse, three times its error
+# Errors of a norm that rounding explains. If the plain implementation in the same dtype is worse, three times its error.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PLAIN_FACTOR = 3.0
 NEXT = candidates.NEXT
@@ -21,7 +21,7 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
 def machine(run: Run) -> Iterator[Job]:
-    """Tell what the numbers are taken on."""
+    """Report the environment of the measurements."""
     yield {"suite": "environment"}, lambda: measure.environment(run.device)
 
 
@@ -39,13 +39,20 @@ def bandwidth(run: Run) -> Iterator[Job]:
 
 
 def judged(dtype: torch.dtype, ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> Row:
-    """Compare values and gradients with exact ones; an error that is no number is wrong."""
+    """Compare values and gradients with exact ones; an error of nan is wrong.
+
+    Args:
+        dtype: dtype of the first two lists.
+        ours: tensors of our implementation, of any shape (*,).
+        plain: tensors of the plain implementation, of the same shapes.
+        exact: the tensors in float64, of the same shapes.
+    """
     errors, plains = (
         [float((one.double() - other).norm() / other.norm()) for one, other in zip(some, exact, strict=True)]
         for some in (ours, plain)
     )
     right = all(one <= max(TOLERANCES[dtype], PLAIN_FACTOR * other) for one, other in zip(errors, plains, strict=True))
-    # max() lets nan through or not, by its place
+    # max() returns or drops nan by its position.
     worst = max(errors) if all(error == error for error in errors) else float("nan")
     return {"error": finite(worst), "plain_error": finite(max(plains)), "tolerance": TOLERANCES[dtype], "right": right}
 
@@ -72,7 +79,7 @@ def norm_gate(run: Run, u: int, dtype: torch.dtype, layout: torch.memory_format)
 
 
 def convolution_gate(run: Run, size: tuple[int, int, int, int, int], dtype: torch.dtype) -> Row:
-    """Compare a convolution of few channels, values and gradients, with float64, at a quarter of the batch."""
+    """Compare a convolution with few channels, values and gradients, with float64, at a quarter of the batch."""
     x, weight = cases.convolution_inputs((max(1, size[0] // 4), *size[1:]), dtype, run.device)
     grad = torch.randn_like(reference.conv3(x, weight).detach())
     found = []
@@ -99,18 +106,18 @@ def loss_gate(run: Run, shape: tuple[int, ...], dtype: torch.dtype, labels: torc
 
 
 def convolution_name(size: tuple[int, int, int, int, int]) -> str:
-    """Name a convolution in the new launches, as the gate does."""
+    """Return the name of a convolution with the new launches, as in the gate."""
     return f"conv3 {size[1]} -> {size[2]}, next"
 
 
 def with_next(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Do some work with the launches that no GPU has timed yet."""
+    """Call a function with the launches that no GPU has timed yet."""
     with kernels.backend.chosen("next"):
         return work(*arguments)
 
 
 def gate_of(run: Run, dtype: torch.dtype) -> Iterator[Job]:
-    """Compare every operator in a type; ends with a row that says that nothing was left out."""
+    """Compare every operator in a dtype; the last row marks the comparison as complete."""
     about: Row = {"suite": "gate", "dtype": str(dtype)}
     for u in run.sizes.levels:
         for layout in (LAST, FIRST):
@@ -134,12 +141,12 @@ def gate_of(run: Run, dtype: torch.dtype) -> Iterator[Job]:
 
 
 def gate(run: Run) -> Iterator[Job]:
-    """Compare in the type that is timed; what is wrong is not timed."""
+    """Compare in the dtype that is timed; wrong operators are not timed."""
     yield from gate_of(run, run.sizes.dtype)
 
 
 def other_types(run: Run) -> Iterator[Job]:
-    """Compare in the other types."""
+    """Compare in the other dtypes."""
     for dtype in run.sizes.checked:
         yield from gate_of(run, dtype)
 
@@ -156,23 +163,45 @@ class _OurCalls(TorchDispatchMode):
 
 
 def stage_step(stage: cases.Stage, tensors: tuple[list[Tensor], list[Tensor]], grad: Tensor) -> tuple[Tensor, ...]:
-    """Run a stage forward and backward."""
+    """Run a stage forward and backward.
+
+    Args:
+        stage: implementation.
+        tensors: maps (N, C_i, H_i, W_i) and weights (K, C_i, 3, 3).
+        grad: gradient (N, K maps, H, W) of the output.
+    """
     return torch.autograd.grad(stage(*tensors), [*tensors[0], *tensors[1]], grad)
 
 
 def stage_forward(stage: cases.Stage, tensors: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-    """Run a stage forward alone."""
+    """Run a stage forward only.
+
+    Args:
+        stage: implementation.
+        tensors: maps (N, C_i, H_i, W_i) and weights (K, C_i, 3, 3).
+    """
     with torch.no_grad():
         return stage(*tensors)
 
 
 def loss_step(loss: opponents.Loss, logits: Tensor, target: Tensor) -> Tensor:
-    """Run a loss forward and backward."""
+    """Run a loss forward and backward.
+
+    Args:
+        loss: implementation.
+        logits: logits (N, V, H, W).
+        target: labels (N, H, W).
+    """
     return torch.autograd.grad(loss(logits, target), logits)[0]
 
 
 def levels(run: Run, suffix: str = "") -> Iterator[tuple[str, int, tuple[int, int, int]]]:
-    """Yield every size's levels that are right, in today's launches or those of a suffix: name, level, (N, H, W)."""
+    """Yield the levels of every size that the gate found right: name, level, (N, H, W).
+
+    Args:
+        run: the run.
+        suffix: "" for today's launches, NEXT for the new ones.
+    """
     for N, H, W in run.sizes.stages:
         for u in run.sizes.next_levels if suffix else run.sizes.levels:
             if f"level {u} stage{suffix}" not in run.wrong:
@@ -180,19 +209,19 @@ def levels(run: Run, suffix: str = "") -> Iterator[tuple[str, int, tuple[int, in
 
 
 def losses(run: Run) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """Yield every size of the loss, where it is right: name, (N, V, H, W)."""
+    """Yield every size of the loss, if the gate found it right: name, (N, V, H, W)."""
     if "loss" not in run.wrong:
         yield from (("x".join(map(str, shape)), shape) for shape in run.sizes.losses)
 
 
 def next_losses(run: Run) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """Yield the sizes that the new launches of the loss are for, where those are right."""
+    """Yield the sizes that the new launches of the loss support, if the gate found them right."""
     if f"loss{NEXT}" not in run.wrong:
         yield from ((f"{name}{NEXT}", shape) for name, shape in losses(run) if shape[1] == 1)
 
 
 def operators(run: Run, whole: dict[str, Callable[[], Any]], seen: _OurCalls) -> list[Row]:
-    """Time the operators that were seen, each by itself, and what they were seen in."""
+    """Time each of the observed operators alone, then the calls in which they were observed."""
     calls = {
         operator._opname: measure.rotated(operator, *arguments, device=run.device) for operator, arguments in seen.calls
     }
@@ -220,7 +249,7 @@ def loss_launches(run: Run, shape: tuple[int, ...]) -> list[Row]:
 
 
 def convolution_launches(run: Run, size: tuple[int, int, int, int, int]) -> list[Row]:
-    """Time a convolution of few channels in turns with the library's, forward, and forward and backward."""
+    """Time a convolution with few channels alternately with the library's: forward, and forward and backward."""
     x, weight = cases.convolution_inputs(size, run.sizes.dtype, run.device)
     leaves = [y for y in (x, weight) if y.requires_grad]
     grad = torch.randn_like(reference.conv3(x, weight).detach())
@@ -246,7 +275,7 @@ def convolution_launches(run: Run, size: tuple[int, int, int, int, int]) -> list
 
 
 def launches(run: Run) -> Iterator[Job]:
-    """Time each of our operators by itself, and the stage and the loss whole."""
+    """Time each of our operators alone, then the whole stage and the whole loss."""
     about: Row = {"suite": "launches", "dtype": str(run.sizes.dtype)}
     for suffix, stage in (("", kernels.deep_skip), (", next", cases.next_stage)):
         for name, u, shape in levels(run, suffix):
@@ -262,7 +291,7 @@ def launches(run: Run) -> Iterator[Job]:
 
 
 def candidate_shapes(run: Run) -> Iterator[Job]:
-    """Time every shape of a launch that compiles without spilling, beside the one that the product takes."""
+    """Time every shape of a launch that compiles without spilling, the one in use included."""
     loss_sizes = [*losses(run), *next_losses(run)]
     names = {name for suffix in ("", NEXT) for name, *_ in levels(run, suffix)}
     names |= {f"loss, {name}" for name, _ in loss_sizes} | {name for name, *_ in gpu_norms.sizes(run)}
@@ -280,14 +309,14 @@ def candidate_shapes(run: Run) -> Iterator[Job]:
 
 
 def candidate_times(run: Run, candidate: candidates.Candidate) -> Row:
-    """Time a launch in a candidate's shape."""
+    """Time a launch with a candidate's shape."""
     call = candidates.call(candidate, run.sizes.dtype, run.device)
     with candidates.patched(candidate):
         return timed(run, {"": call})
 
 
 def stage_pair(run: Run, u: int, shape: tuple[int, int, int], name: str) -> list[Row]:
-    """Time a form of a level's stage in turns with ours, forward, and forward and backward."""
+    """Time an implementation of a level's stage alternately with ours: forward, and forward and backward."""
     stage, layout = cases.stage(name, **run.compile_options)
     sides = {
         "": (stage, cases.level_inputs(u, *shape, run.sizes.dtype, layout, run.device)),
@@ -301,7 +330,7 @@ def stage_pair(run: Run, u: int, shape: tuple[int, int, int], name: str) -> list
             if what == "forward":
                 calls[side] = measure.rotated(partial(stage_forward, form), tensors, device=run.device)
             else:
-                # each gets the gradient in the layout of its own output
+                # Each gets the gradient in the layout of its own output.
                 grad = torch.randn_like(stage_forward(form, tensors))
                 calls[side] = measure.rotated(partial(stage_step, form), tensors, grad, device=run.device)
             prefix = f"{side}_" if side else ""
@@ -312,7 +341,7 @@ def stage_pair(run: Run, u: int, shape: tuple[int, int, int], name: str) -> list
 
 
 def loss_pair(run: Run, shape: tuple[int, int, int, int], name: str) -> Row:
-    """Time a loss in turns with ours."""
+    """Time a loss alternately with ours."""
     inputs = cases.loss_inputs(shape, run.sizes.dtype, run.device)
     forms = {"": opponents.all_of(shape[1], **run.compile_options)[name], "deepskip": opponents.fused}
     calls = {
@@ -326,7 +355,7 @@ def loss_pair(run: Run, shape: tuple[int, int, int, int], name: str) -> Row:
 
 
 def contenders(run: Run) -> Iterator[Job]:
-    """Time eager PyTorch and other people's losses, then what torch.compile makes of the plain forms, which takes longest."""
+    """Time eager PyTorch and other projects' losses, then the plain ones under torch.compile, which takes longest."""
     dtype = str(run.sizes.dtype)
 
     def stages(name: str) -> Iterator[Job]:
@@ -349,7 +378,7 @@ def contenders(run: Run) -> Iterator[Job]:
 
 
 def autotune(run: Run) -> Iterator[Job]:
-    """Time level 1 of torch.compile's widest search, which may not end in time."""
+    """Time level 1 with torch.compile's widest search, which may not finish in time."""
     widest = run._replace(compile_options=run.compile_options or {"mode": "max-autotune-no-cudagraphs"})
     for size, u, shape in list(levels(run))[:1]:
         row = {"suite": "stage contenders", "size": size, "implementation": "torch.compile, max-autotune"}
@@ -364,7 +393,7 @@ PHASES: dict[str, Phase] = {
 
 
 def main() -> None:
-    """Run the phases that are named."""
+    """Run the phases of the command line."""
     arguments = arguments_of("python -m deepskip.kernels.bench.gpu_phases", list(PHASES), __doc__)
     run_phases(PHASES, arguments.phases, arguments.out, arguments.until)
 

@@ -1,4 +1,4 @@
-"""Rows of measurements in a file that is whole whenever its writer dies: a JSON object a line, each written at once."""
+"""Rows of measurements in a file that stays readable if its writer dies: one JSON object a line, each in one write."""
 
 import json
 import os
@@ -10,16 +10,20 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row in one write, and have it on the disk before returning.
+    """Append a row in one write, and sync it to the disk.
+
+    Args:
+        path: file of the rows.
+        row: values of the row; the time is added.
 
     Raises:
-        OSError: the file cannot be written, a full disk among the reasons.
-        ValueError: a value that JSON has no form for, NaN and infinities among them.
+        OSError: if the row cannot be written, for example on a full disk.
+        ValueError: if JSON cannot represent a value, such as NaN or an infinity.
     """
     line = json.dumps({**row, "at": round(time.time(), 3)}, allow_nan=False) + "\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        # a line that a killed writer left without its end must not take this one with it
+        # A line that a killed writer left incomplete must not corrupt this one.
         if _cut_off(path):
             os.write(file, b"\n")
         data = line.encode()
@@ -39,7 +43,7 @@ def _cut_off(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[list[Row], int]:
-    """Read the rows, and count lines that are not whole."""
+    """Read the rows, and count incomplete lines."""
     rows, broken = [], 0
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:

@@ -1,7 +1,7 @@
-"""What a call starts on a GPU, found without one: Triton's launches, built as they would be there, and all other operators.
+"""Find what a call starts on a GPU, without one: Triton's launches, built as on a GPU, and all other operators.
 
-The call runs on tensors of torch's meta device. Its Triton kernels are built by their own launchers, with the types and the
-specialisations (a constant for 1, divisible by 16) that a real launch gets, and not started.
+The call runs on tensors of torch's meta device. Triton's own launchers build its kernels, with the types and specialisations (a
+constant for 1, divisible by 16) of a real launch, but do not start them.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,20 @@ from triton.runtime import JITFunction
 from deepskip.kernels import backend
 from deepskip.kernels.bench.traffic import Moved, Traffic, as_on_gpu
 
-# kernel parameters stand there in the constant bank
+# Offset of the kernel's parameters in the constant bank.
 _PARAMETERS = {80: 0x160, 90: 0x210}
 _BANK_WORDS = 4096
 
 
 class TritonLaunch(NamedTuple):
-    """A kernel as it would be launched: the build, its grid, and its arguments (type, value) without constants."""
+    """A kernel as it would be launched.
+
+    Attributes:
+        build: the build.
+        grid: programs along each axis.
+        arguments: type and value of each argument, without constants.
+        named: arguments by name.
+    """
 
     build: Any
     grid: tuple[int, int, int]
@@ -34,13 +41,17 @@ class TritonLaunch(NamedTuple):
     named: dict[str, Any]
 
     def address(self, x: Tensor) -> int:
-        """Return where a tensor argument lies: each storage far from the others, and none at 0."""
+        """Return the address of a tensor argument: each storage is far from the others, and none is at 0.
+
+        Args:
+            x: argument of any shape (*,).
+        """
         storages = list(dict.fromkeys(y.untyped_storage()._cdata for kind, y in self.arguments if kind.startswith("*")))
         place = storages.index(x.untyped_storage()._cdata)
         return (place + 1 << 40) + int(x.storage_offset()) * x.element_size()
 
     def constants(self, architecture: int) -> np.ndarray:
-        """Return its constant bank as 32-bit words."""
+        """Return the launch's constant bank as 32-bit words."""
         bank = np.zeros(4 * _BANK_WORDS, np.uint8)
         header = [32 * self.build.metadata.num_warps, 1, 1, *self.grid]
         bank[:24] = np.array(header, np.uint32).view(np.uint8)
@@ -57,7 +68,13 @@ class TritonLaunch(NamedTuple):
 
 
 class Started(NamedTuple):
-    """One launch of a call: what it moves, and the Triton launch where it is one of ours."""
+    """One launch of a call.
+
+    Attributes:
+        moved: bytes that it moves.
+        launch: the Triton launch, or None for a library's.
+        arguments: arguments of the operator.
+    """
 
     moved: Moved
     launch: TritonLaunch | None
@@ -65,7 +82,7 @@ class Started(NamedTuple):
 
 
 class _Driver:
-    """Stands in for CUDA's driver in front of Triton's launchers."""
+    """A stand-in for CUDA's driver in Triton's launchers."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -89,7 +106,10 @@ def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _between(launch: TritonLaunch, known: set[int], made: set[int]) -> tuple[int, int]:
-    """Count the bytes that a launch reads and writes of what is its operator's alone; `made` gets what it writes first."""
+    """Count the bytes that a launch reads and writes of tensors that only its operator sees.
+
+    `made` collects those that it writes first.
+    """
     read = written = 0
     for x in {
         value.untyped_storage()._cdata: value for kind, value in launch.arguments if kind.startswith("*")
@@ -104,7 +124,7 @@ def _between(launch: TritonLaunch, known: set[int], made: set[int]) -> tuple[int
 
 
 class Launches(Traffic):
-    """Collects a call's launches while it is on; use `started`, and meta tensors.
+    """Collect a call's launches while the mode is active; for meta tensors.
 
     Attributes:
         started: a row for each launch, in order.
@@ -126,13 +146,13 @@ class Launches(Traffic):
             self.started += [Started(row, None, args) for row in self.moved[before:]]
             return result
         self._building = []
-        # with the operators inside: a copy that makes an input contiguous is a launch of its own
+        # Include the operators inside: a copy that makes an input contiguous is a separate launch.
         with self:
             result = mine._init_fn(*args, **kwargs)
         before = len(self.moved)
         self.note(func, args, kwargs, result)
         told = self.moved[before:]
-        # of most operators the moves are told at once, without what one launch hands to the next
+        # Most operators have one row for all launches, without tensors that one launch passes to the next.
         whole = len(told) == 1
         told += [told[0]._replace(read=0, written=0)] * (len(self._building) - 1 if whole else 0)
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
@@ -145,7 +165,7 @@ class Launches(Traffic):
         return result
 
     def build(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        """Build a kernel in the place of launching it."""
+        """Build a kernel instead of launching it."""
         made = _run(kernel, *args, grid=grid, warmup=True, **kwargs)
         names = kernel.arg_names
         values = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
@@ -154,7 +174,7 @@ class Launches(Traffic):
         return made
 
     def build_launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> TritonLaunch:
-        """Build one kernel as a launch of it would be."""
+        """Build one kernel as its launch would."""
         self.build(kernel, *args, grid=grid, warmup=True, **kwargs)
         return self._building.pop()
 
@@ -163,10 +183,10 @@ class Launches(Traffic):
         """Collect while the block runs.
 
         Args:
-            kind: the backend of the kernels, "triton" or "next".
+            kind: backend of the kernels, "triton" or "next".
 
         Raises:
-            RuntimeError: the interpreter of Triton is on.
+            RuntimeError: if Triton's interpreter is on.
         """
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: there is nothing to build")
@@ -185,6 +205,6 @@ _run = JITFunction.run
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = True) -> Tensor:
-    """Make a tensor without memory, channels last where it has four dimensions."""
+    """Return a tensor without memory, channels last if it has four dimensions."""
     layout = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)

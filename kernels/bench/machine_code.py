@@ -1,4 +1,4 @@
-"""Machine code of a Triton kernel as a list of instructions, disassembled by the tools that come with Triton."""
+"""Disassemble a Triton kernel into a list of instructions, with the tools that come with Triton."""
 
 import re
 import subprocess
@@ -29,12 +29,18 @@ _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 
 class Instruction(NamedTuple):
-    """One instruction: its predicate ("!P0", or "" where it always runs), opcode, and operands as they are printed."""
+    """One instruction.
+
+    Attributes:
+        predicate: predicate such as "!P0", or "" if it always runs.
+        opcode: opcode with its modifiers.
+        operands: operands as the disassembler prints them.
+        target: place in the list of the instruction that a branch or call jumps to, or None.
+    """
 
     predicate: str
     opcode: str
     operands: tuple[str, ...]
-    # place in the list of the instruction that a branch or a call goes to
     target: int | None
 
     @property
@@ -49,9 +55,9 @@ class Instruction(NamedTuple):
 
 @cache
 def kind_of(opcode: str) -> str:
-    """Return what an opcode's work is: one of KINDS, "float" or "integer"."""
+    """Return the kind of an opcode's work: one of KINDS, "float" or "integer"."""
     name = opcode.split(".")[0]
-    # a multiplication by one or zero that the compiler uses as a move, on whichever unit is free
+    # The compiler uses multiplications by one or zero as moves, on whichever unit is free.
     if opcode.startswith(("IMAD.MOV", "HFMA2.MMA")):
         return "move"
     if name in _KIND_OF:
@@ -63,7 +69,7 @@ def disassemble(cubin: bytes) -> list[Instruction]:
     """Disassemble a cubin of one kernel.
 
     Args:
-        cubin: what Triton keeps as `asm["cubin"]`.
+        cubin: machine code, which Triton keeps as `asm["cubin"]`.
 
     Returns:
         Every instruction in order, subroutines after the kernel. An instruction's address is 16 times its place.
@@ -76,7 +82,14 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 
 def parse(text: str) -> list[Instruction]:
-    """Parse what nvdisasm prints."""
+    """Parse the output of nvdisasm.
+
+    Args:
+        text: output of nvdisasm.
+
+    Raises:
+        ValueError: if an address does not follow the last one.
+    """
     labels: dict[str, int] = {}
     found: list[tuple[str, str, tuple[str, ...], str]] = []
     for line in text.splitlines():
@@ -84,7 +97,7 @@ def parse(text: str) -> list[Instruction]:
             address, predicate, opcode, rest = match.groups()
             if int(address, 16) != 16 * len(found):
                 raise ValueError(
-                    f"instruction {len(found)} stands at 0x{address}: more than one kernel, or a line unread"
+                    f"instruction {len(found)} is at 0x{address}: more than one kernel, or a line was not parsed"
                 )
             target = _TARGET.search(rest)
             operands = tuple(part.replace(".reuse", "") for part in re.split(r",\s*(?![^\[]*\])", rest) if part)
@@ -98,7 +111,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Return registers a thread, bytes spilled a thread, and bytes of static shared memory, as cuobjdump tells them."""
+    """Return registers a thread, bytes spilled a thread, and bytes of static shared memory, as cuobjdump reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

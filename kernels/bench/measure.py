@@ -1,4 +1,4 @@
-"""How the benchmarks measure: bytes that a call allocates and keeps, the machine's copy bandwidth, what the machine is."""
+"""Measurements of the benchmarks: time, bytes that a call allocates and keeps, copy bandwidth, and the machine."""
 
 import itertools
 import json
@@ -19,16 +19,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# more than any last-level cache, so that rotated buffers come from memory
+# More than any last-level cache, so that rotated buffers come from memory.
 ROTATED = 2**29
-# what a GPU waits for the host beyond the host's own time, in seconds and as a share of it
+# How much longer than the host's own time a GPU waits for the host, in seconds and as a share of it.
 AHEAD, AHEAD_SHARE = 2e-4, 0.5
 
 
 def rotated(function: Callable[..., Any], *arguments: Any, device: torch.device) -> Callable[[], Any]:
-    """Return what calls a function with its arguments or copies of them, in turns, as many as pass a GPU's caches.
+    """Return a call of a function that alternates between its arguments and copies of them, enough to exceed a GPU's caches.
 
-    A call that finds its inputs where the last one left them times the cache. On a CPU two sets do.
+    A call whose inputs are still in the cache from the last one would measure the cache. On a CPU two sets are enough.
+
+    Args:
+        function: function to call.
+        arguments: its arguments; tensors of any shape (*,) are copied.
+        device: device of the tensors.
     """
     size = sum(x.numel() * x.element_size() for x in tree_leaves(arguments) if isinstance(x, Tensor))
     count = max(1, min(4096, -(-ROTATED // max(size, 1)))) if device.type == "cuda" else 2
@@ -41,14 +46,14 @@ def rotated(function: Callable[..., Any], *arguments: Any, device: torch.device)
 
 
 def wait(device: torch.device) -> None:
-    """Waits for all that was asked of a GPU."""
+    """Wait for all queued work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @cache
 def cycles_per_second(device: torch.device) -> float:
-    """Measure how many of its clock cycles a GPU sleeps in a second."""
+    """Measure the clock of a GPU, in the cycles that it sleeps in a second."""
     cycles = 20_000_000
     times = []
     for _ in range(3):
@@ -62,7 +67,7 @@ def cycles_per_second(device: torch.device) -> float:
 
 
 def host_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Time what the host needs for a call, with nothing queued on the device before it."""
+    """Time the host's part of a call, with nothing queued on the device before it."""
     wait(device)
     started = time.perf_counter()
     call()
@@ -72,8 +77,12 @@ def host_seconds(call: Callable[[], Any], device: torch.device) -> float:
 def seconds(call: Callable[[], Any], device: torch.device, host: float) -> float:
     """Time a call; on a GPU by events, the card's own time, as in a training whose host runs ahead.
 
-    host: what the host needs for it, in seconds. The card sleeps for longer than that first, so that all of the call's work
-    lies ready when its clock starts. On a CPU it is of no interest.
+    The card first sleeps for longer than the host needs, so that all of the call's work is queued when its clock starts.
+
+    Args:
+        call: call to time.
+        device: device that it runs on.
+        host: the host's time for the call, in seconds; unused on a CPU.
     """
     if device.type != "cuda":
         return host_seconds(call, device)
@@ -89,9 +98,16 @@ def seconds(call: Callable[[], Any], device: torch.device, host: float) -> float
 def turns(
     calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 3
 ) -> dict[str, list[float]]:
-    """Return every call's seconds, `rounds` of each, in turns, so that a slow spell of the machine hits all.
+    """Time calls alternately, so that a slow spell of the machine affects all of them.
 
-    `warm` rounds come before, for what is built and cached at first, and to time the host; on a GPU one at least.
+    Args:
+        calls: calls by name.
+        rounds: timings of each call.
+        device: device that they run on.
+        warm: rounds before, to build and cache, and to time the host; at least one on a GPU.
+
+    Returns:
+        Seconds of every timing, by name.
     """
     host = dict.fromkeys(calls, 0.0)
     for _ in range(max(1, warm) if device.type == "cuda" else warm):
@@ -104,12 +120,12 @@ def turns(
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Return every call's median seconds, measured in turns."""
+    """Return every call's median seconds, timed alternately."""
     return {name: statistics.median(times) for name, times in turns(calls, rounds, device).items()}
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], None]:
-    """Capture a call on a GPU as a CUDA graph and return what replays it."""
+    """Capture a call on a GPU as a CUDA graph, and return its replay."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -123,7 +139,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Gives the most bytes that were allocated at once during a call, beyond those before it."""
+    """Return the most bytes that were allocated at once during a call, beyond those before it."""
     call()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -146,7 +162,12 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def saved_bytes(call: Callable[[], Any], inputs: tuple[Tensor, ...]) -> int:
-    """Gives the bytes that a forward call keeps for backward, without its inputs."""
+    """Return the bytes that a forward call keeps for backward, without its inputs.
+
+    Args:
+        call: forward call.
+        inputs: tensors of any shape (*,), which are not counted.
+    """
     own = {x.untyped_storage().data_ptr() for x in inputs}
     kept: dict[int, int] = {}
 
@@ -163,7 +184,7 @@ def saved_bytes(call: Callable[[], Any], inputs: tuple[Tensor, ...]) -> int:
 
 
 def launches(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Counts the kernels, copies and fills that a call starts on a GPU; None on a CPU."""
+    """Count the kernels, copies and fills that a call starts on a GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     call()
@@ -175,9 +196,17 @@ def launches(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def bandwidth_seconds(kind: str, size: int, device: torch.device, rounds: int = 20) -> list[float]:
-    """Time moving `size` bytes: "copy" (read and written bytes together are `size`), "read" or "write".
+    """Time moving bytes.
 
-    Reading adds up 32-bit integers, in one pass and with nothing to write.
+    Args:
+        kind: "copy" (read and written bytes together are `size`), "read" or "write". "read" sums 32-bit integers in one pass,
+            with nothing to write.
+        size: bytes to move.
+        device: device to move them on.
+        rounds: number of timings.
+
+    Returns:
+        Seconds of every timing.
     """
     x = torch.zeros(size // (8 if kind == "copy" else 4), dtype=torch.int32, device=device)
     y = torch.empty_like(x) if kind == "copy" else x
@@ -188,13 +217,13 @@ def bandwidth_seconds(kind: str, size: int, device: torch.device, rounds: int = 
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Measure bytes/s of a large copy, read and written bytes over the median time; 2 GiB on a GPU, past its cache."""
+    """Measure the bytes/s of a large copy, read and written, by the median time; 2 GiB on a GPU, beyond its cache."""
     size = 2**31 if device.type == "cuda" else 2**27
     return size / statistics.median(bandwidth_seconds("copy", size, device))
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure operations/s of a large matrix product, the median of 10 times."""
+    """Measure the operations/s of a large matrix product, by the median of 10 times."""
     n = 8192 if device.type == "cuda" else 2048
     x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / in_turns({"": lambda: torch.mm(x, y)}, 10, device)[""]
@@ -213,10 +242,18 @@ class _OperatorTimes(TorchDispatchMode):
 
 
 def operator_seconds(call: Callable[[], Any], device: torch.device, most: int = 12) -> list[tuple[str, float, float]]:
-    """Gives (operator, seconds a call of `call`, times it runs in one), the longest first and the rest as one.
+    """Measure the time of a call's operators, the longest first and the rest as one.
 
-    On a GPU from the profiler, by kernel. On a CPU every operator is timed as it is dispatched: the profiler's own memory
-    grows among the tensors', and costs those of some megabytes page faults that they do not have without it.
+    On a GPU the profiler measures each kernel. On a CPU every operator is timed when it is dispatched: the profiler's own
+    memory grows among the tensors, and causes page faults for tensors of some megabytes.
+
+    Args:
+        call: call to measure.
+        device: device that it runs on.
+        most: operators to list separately.
+
+    Returns:
+        For each operator its name, its seconds and its number of runs in one call.
     """
     repeats = 10
     found: dict[str, tuple[float, float]] = {}
@@ -228,7 +265,7 @@ def operator_seconds(call: Callable[[], Any], device: torch.device, most: int = 
                 call()
             wait(device)
         for entry in profile.key_averages():
-            # without what a template was made for, which takes a page
+            # Without the template's arguments, which would fill a page.
             name = re.sub(r"^void |[<(].*", "", entry.key)[:60]
             spent, times = found.get(name, (0.0, 0.0))
             found[name] = spent + entry.self_device_time_total / 1e6 / repeats, times + entry.count / repeats
@@ -243,7 +280,7 @@ def operator_seconds(call: Callable[[], Any], device: torch.device, most: int = 
 
 
 def trace(call: Callable[[], Any], device: torch.device, path: Path) -> None:
-    """Writes the profiler's trace of one call, to be looked at in Perfetto or Chrome."""
+    """Write the profiler's trace of one call, for Perfetto or Chrome."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     call()
@@ -254,7 +291,7 @@ def trace(call: Callable[[], Any], device: torch.device, path: Path) -> None:
 
 
 def card_state() -> dict[str, str]:
-    """Return what nvidia-smi tells of the card now: driver, clocks and power; nothing where it is not there."""
+    """Return nvidia-smi's driver version, clocks and power of the card; nothing if nvidia-smi is missing."""
     keys = (
         "driver_version",
         "clocks.sm",
@@ -274,7 +311,7 @@ def card_state() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Says what the numbers were taken on."""
+    """Return the device, versions, commit and date of the measurements."""
     try:
         git = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -303,7 +340,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Names this machine's processor as Linux does, elsewhere by its architecture."""
+    """Return the processor's name as Linux reports it, or its architecture on other systems."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Losses that the fused one is compared with; each takes logits and target and gives a scalar."""
+"""Losses to compare with the fused one; each takes logits and target and returns a scalar."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +14,27 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fused(logits: Tensor, target: Tensor) -> Tensor:
-    """This project's: Triton on a GPU, blocks on a CPU."""
+    """Compute this project's loss: Triton on a GPU, blocks on a CPU.
+
+    Args:
+        logits: logits (N, V, H, W).
+        target: labels (N, H, W).
+    """
     return kernels.loss_of_sums(kernels.bce_dice_sums(logits, target))[0]
 
 
 def eager(logits: Tensor, target: Tensor) -> Tensor:
-    """The plain PyTorch form."""
+    """Compute the plain PyTorch loss.
+
+    Args:
+        logits: logits (N, V, H, W).
+        target: labels (N, H, W).
+    """
     return reference.loss_of_sums(reference.bce_dice_sums(logits, target))[0]
 
 
 def monai_dice_ce(classes: int) -> Loss:
-    """MONAI's DiceCELoss."""
+    """Return MONAI's DiceCELoss for that many classes."""
     from monai.losses import DiceCELoss
 
     binary = classes == 1
@@ -33,8 +43,8 @@ def monai_dice_ce(classes: int) -> Loss:
 
 
 def smp_dice_bce(classes: int) -> Loss:
-    """segmentation_models_pytorch's Dice and its BCE, or torch's cross-entropy, added up."""
-    # segmentation_models_pytorch imports torchvision
+    """Return the sum of segmentation_models_pytorch's Dice and its BCE, or torch's cross-entropy."""
+    # segmentation_models_pytorch imports torchvision.
     torchvision_ops.declare()
     from segmentation_models_pytorch.losses import DiceLoss, SoftBCEWithLogitsLoss
 
@@ -46,13 +56,18 @@ def smp_dice_bce(classes: int) -> Loss:
 
 
 def all_of(classes: int, **options: Any) -> dict[str, Loss]:
-    """Return every loss by its name, options for torch.compile; those whose package is not installed are left out."""
+    """Return every loss by its name, except those whose package is not installed.
+
+    Args:
+        classes: number of classes.
+        options: options of torch.compile.
+    """
     compiled = cases.compiled(eager, **(options or {"mode": "max-autotune-no-cudagraphs"}))
     found: dict[str, Loss] = {"deepskip": fused, "eager": eager, "torch.compile": compiled}
     for name, make in (("MONAI DiceCELoss", monai_dice_ce), ("smp Dice + BCE", smp_dice_bce)):
         try:
             found[name] = make(classes)
         except (ImportError, RuntimeError):
-            # a torchvision of another build than torch's raises the latter
+            # A torchvision built for another torch raises RuntimeError.
             continue
     return found

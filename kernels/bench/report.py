@@ -5,12 +5,18 @@ from typing import Any, NamedTuple
 
 
 class Suite(NamedTuple):
-    """A suite's heading, what its columns mean, and the columns: heading, key, factor, format."""
+    """How a suite is shown on the page.
+
+    Attributes:
+        heading: heading of the suite.
+        note: what the columns mean.
+        columns: heading, key, factor and format of each column.
+        drawn: key of the column that is plotted.
+    """
 
     heading: str
     note: str
     columns: tuple[tuple[str, str, float, str], ...]
-    # the column that is drawn
     drawn: str
 
 
@@ -18,8 +24,8 @@ _RATIO = "{:.2f} x"
 SUITES = {
     "bce_dice": Suite(
         "BCE + Dice, forward and backward",
-        "Each implementation in turns with DeepSkip's, uint8 target. Bandwidth: counted bytes (logits read twice, gradient "
-        "written, target read twice) over the time, beside that of a copy in the same run. Extra: the most that was "
+        "Each implementation alternately with DeepSkip's, uint8 target. Bandwidth: counted bytes (logits read twice, gradient "
+        "written, target read twice) over the time, next to that of a copy in the same run. Extra: the most that was "
         "allocated at once, the gradient too. Saved: kept for backward beyond the inputs.",
         (
             ("ms", "seconds", 1e3, "{:.3f}"), ("10 %", "seconds_10", 1e3, "{:.3f}"), ("90 %", "seconds_90", 1e3, "{:.3f}"),
@@ -31,9 +37,9 @@ SUITES = {
     ),
     "deep_skip": Suite(
         "The deep-skip stage, level by level",
-        "All implementations in turns. Size: samples x height x width of the output, b = 8. Extra: the most that was allocated "
-        "at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every upsampled "
-        "map for the plain form, nothing for ours.",
+        "All implementations alternately. Size: samples x height x width of the output, b = 8. Extra: the most that was "
+        "allocated at once, outputs and gradients too. Saved: kept for backward beyond inputs and weights; predicted: every "
+        "upsampled map for the plain form, nothing for ours.",
         (
             ("forward ms", "forward", 1e3, "{:.2f}"), ("DeepSkip is", "forward_ratio", 1, _RATIO),
             ("forward + backward ms", "seconds", 1e3, "{:.2f}"), ("DeepSkip is", "ratio", 1, _RATIO),
@@ -44,7 +50,7 @@ SUITES = {
     ),
     "ladder": Suite(
         "What each step brought on this CPU",
-        "The network with one more form at a time, all in turns. Freed memory: the process keeps it for the next step; "
+        "The network with one more form at a time, all alternately. Freed memory: the process keeps it for the next step; "
         "it is kept from its row on, and cannot be undone, so the first and the last form are measured again with it.",
         (
             ("training images/s", "train", 1, "{:.1f}"), ("of the first", "train_ratio", 1, _RATIO),
@@ -54,8 +60,8 @@ SUITES = {
     ),
     "network": Suite(
         "The whole network",
-        "All implementations in turns. A training step is forward, BCE + Dice and backward, without the optimizer; inference "
-        "is forward without a gradient. Freed memory is kept by the process, for all of them.",
+        "All implementations alternately. A training step is forward, BCE + Dice and backward, without the optimizer; "
+        "inference is forward without a gradient. Freed memory is kept by the process, for all of them.",
         (
             ("parameters", "parameters", 1, "{:,}"), ("training images/s", "train", 1, "{:.1f}"),
             ("DeepSkip is", "train_ratio", 1, _RATIO), ("inference images/s", "inference", 1, "{:.1f}"),
@@ -67,8 +73,8 @@ SUITES = {
         "Where a training step goes",
         "The trainer's step in parts, one after the other; the share is of their sum. By operator: on a GPU the profiler's "
         "kernels, on a CPU each operator as it is dispatched (which costs time of its own). Operations are those of the plain "
-        "form, counted by torch; of the peak: beside a large matrix product in the same run. The trace beside this page is the "
-        "profiler's; on a CPU its own memory makes operators that write some megabytes several times as slow.",
+        "form, counted by torch; of the peak: relative to a large matrix product in the same run. The trace next to this page "
+        "is the profiler's; on a CPU its own memory makes operators that write some megabytes several times as slow.",
         (
             ("ms", "seconds", 1e3, "{:.2f}"), ("share", "share", 100, "{:.1f} %"), ("calls", "calls", 1, "{:.0f}"),
             ("GFLOP", "operations", 1e-9, "{:.1f}"), ("GFLOP/s", "rate", 1e-9, "{:.0f}"),
@@ -78,9 +84,9 @@ SUITES = {
     ),
     "checkpoint": Suite(
         "A checkpoint",
-        "Blocks of three training steps, all kinds in turns, with a checkpoint (model, moving average, optimizer; local disk, "
-        "synced) after the first. Wait: what the step that saves waits, median and 90 %. Added: what the block takes longer "
-        "than one without in the same round, the thread's share of the machine too (median of the differences).",
+        "Blocks of three training steps, all kinds alternately, with a checkpoint (model, moving average, optimizer; local "
+        "disk, synced) after the first. Wait: what the step that saves waits, median and 90 %. Added: what the block takes "
+        "longer than one without in the same round, the thread's share of the machine too (median of the differences).",
         (
             ("MB", "bytes", 1e-6, "{:.1f}"), ("wait ms", "wait", 1e3, "{:.2f}"), ("90 %", "wait_90", 1e3, "{:.2f}"),
             ("of a step", "of_a_step", 1e2, "{:.1f} %"), ("added ms", "added", 1e3, "{:.1f}"),
@@ -92,7 +98,7 @@ SUITES = {
 
 
 def page(results: dict[str, Any]) -> str:
-    """Makes the page: what it was taken on, and a table a size."""
+    """Write the page: the environment, and a table for each size."""
     lines = ["# Benchmarks", ""]
     about = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     lines.append(about + ". Made by `make bench`.")
@@ -114,11 +120,11 @@ def page(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Draws a suite a picture, bars for every size, and gives the files; none where matplotlib is not installed."""
+    """Draw a picture of each suite, bars for every size, and return the files; none if matplotlib is not installed."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("matplotlib is not installed: nothing is drawn")
+        print("matplotlib is not installed: skipped the plots")
         return []
     paths = []
     for key, rows in results["suites"].items():

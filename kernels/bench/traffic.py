@@ -1,8 +1,8 @@
-"""Bytes that every launch of a call reads and writes, counted without running it: on tensors of torch's meta device.
+"""Count the bytes that every launch of a call reads and writes without running it: on tensors of torch's meta device.
 
-A dispatch mode sees each operator under autograd. What it moves is the size of the tensors that it takes and makes, each once:
-what a launch cannot do without if nothing of it is in a cache. Operators that PyTorch does in several passes count as such
-(batch norm reads its input twice). Views move nothing.
+A dispatch mode sees each operator under autograd. An operator moves the size of the tensors that it takes and makes, each once:
+the least that a launch moves if none of it is in a cache. Operators that PyTorch does in several passes count as such (batch
+norm reads its input twice). Views move nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# make or name memory, and move none
+# These allocate or alias memory, and move none.
 _NOTHING = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view", "lift_fresh",
     "_local_scalar_dense",
@@ -23,7 +23,15 @@ _NOTHING = {
 
 
 class Moved(NamedTuple):
-    """One launch: the operator, which of its passes, the bytes it reads and writes, and where in the network it is."""
+    """The bytes that one launch moves.
+
+    Attributes:
+        operator: name of the operator.
+        part: which of its passes.
+        read: bytes read.
+        written: bytes written.
+        place: part of the network.
+    """
 
     operator: str
     part: str
@@ -33,7 +41,7 @@ class Moved(NamedTuple):
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    # what is expanded or taken twice is there once
+    # Expanded tensors, and those that appear twice, count once.
     sizes: dict[int, int] = {}
     for x in tensors:
         held = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
@@ -47,7 +55,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def passes(name: str, arguments: tuple[Any, ...], result: Any) -> list[tuple[str, list[Tensor], list[Tensor]]] | None:
-    """Return an operator's passes: name, tensors read, tensors written; None for those of one pass."""
+    """Return an operator's passes (name, tensors read, tensors written), or None if it has one pass."""
     if name == "convolution_backward":
         grad, x, weight = arguments[:3]
         made = zip(("input gradient", "weight gradient", "bias gradient"), result, strict=True)
@@ -69,7 +77,7 @@ def passes(name: str, arguments: tuple[Any, ...], result: Any) -> list[tuple[str
 
 
 def as_on_gpu(func: Any, args: tuple[Any, ...], result: Any) -> Any:
-    """Lay a convolution's output out as cuDNN does: channels last where its input or weight is. The meta device does not."""
+    """Convert a convolution's output to cuDNN's layout, channels last if its input or weight is; the meta device does not."""
     if func is not torch.ops.aten.convolution.default:
         return result
     last = any(x.is_contiguous(memory_format=torch.channels_last) for x in args[:2])
@@ -77,16 +85,17 @@ def as_on_gpu(func: Any, args: tuple[Any, ...], result: Any) -> Any:
 
 
 class Traffic(TorchDispatchMode):
-    """Collects what each launch moves while it is on.
+    """Collect what each launch moves while the mode is active.
 
     Attributes:
         moved: a row for each launch, in order.
+        place: part of the network that is running.
+        places: start and end of autograd's sequence numbers of each part, with its name.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.moved: list[Moved] = []
-        # the part of the network at hand, and by autograd's numbers that of each backward node
         self.place = ""
         self.places: list[tuple[int, int, str]] = []
 
@@ -104,7 +113,7 @@ class Traffic(TorchDispatchMode):
         if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
             return
         values = [*args, *kwargs.values()]
-        # in place: the tensor that is written is also among those read
+        # In place, the tensor that is written is also among those read.
         changed = [v for v, a in zip(args, taken, strict=False) if a.alias_info is not None and a.alias_info.is_write]
         made = [] if any(r.alias_info is not None for r in returns) else _tensors(result)
         fresh = name in ("zeros_like", "ones_like", "zero_", "fill_", "full_like", "new_zeros", "copy_")
@@ -121,7 +130,7 @@ class Traffic(TorchDispatchMode):
 
     @contextmanager
     def following(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Name what these modules launch, forward and backward, while the block runs."""
+        """Attribute launches to these modules, forward and backward, while the block runs."""
         starts: dict[str, int] = {}
 
         def enter(name: str) -> Callable[..., None]:
@@ -147,7 +156,7 @@ class Traffic(TorchDispatchMode):
 
 
 class Autocast(TorchFunctionMode):
-    """What torch.autocast does for a GPU to the operators of our networks, which it does not do on the meta device."""
+    """Emulate torch.autocast on a GPU for the operators of our networks; the meta device has no autocast."""
 
     LOW = (torch.conv2d, nn.functional.linear, torch.matmul, torch.mm, torch.bmm)
 

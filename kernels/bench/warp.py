@@ -1,9 +1,9 @@
-"""One warp of a kernel, executed without a GPU as far as integers go, to count what it issues and what it moves.
+"""Execute one warp of a kernel without a GPU, as far as integers go, to count what it issues and moves.
 
-Control flow and addresses of our kernels hang on integers alone: program and thread numbers, sizes, strides, pointers. Those
-are computed lane by lane as the machine does; anything else (what was loaded, floats) is unknown, and spreads. A branch on an
-unknown or on lanes that part ways is an error, not a guess. Semantics: NVIDIA's list of SASS opcodes, and what Triton's
-output shows; that every output byte is stored exactly once is what the tests check it by.
+Control flow and addresses of our kernels depend only on integers: program and thread numbers, sizes, strides, pointers. Those
+are computed lane by lane as on the machine. Everything else (loaded values, floats) is unknown, and so is every result of it. A
+branch on an unknown, or on lanes that diverge, is an error instead of a guess. Semantics: NVIDIA's list of SASS opcodes, and
+Triton's output. The tests verify them by checking that every output byte is stored exactly once.
 """
 
 from collections import Counter
@@ -15,37 +15,39 @@ from deepskip.kernels.bench.machine_code import Instruction
 from deepskip.kernels.bench.warp_integers import HANDLERS
 from deepskip.kernels.bench.warp_state import LANES, Lanes, Unresolved, WarpState, is_predicate, next_register
 
-# a loop that never ends is one that was misread
+# A loop that does not end was misread.
 LONGEST = 2_000_000
 
 
 class Warp(WarpState):
-    """A warp on its way through a kernel.
+    """A warp that executes a kernel.
 
     Args:
         code: the kernel's instructions.
-        constants, block, warp: as in WarpState.
+        constants: constant bank 0, as in `WarpState`.
+        block: (x, y, z) of its program.
+        warp: its number in the program.
 
     Attributes:
-        issued: how often each instruction was issued, by its place; an instruction whose predicate is false counts.
-        accesses: what it loaded from global memory and stored there.
+        issued: how often each instruction was issued, by its place; an instruction with a false predicate counts.
+        accesses: its loads and stores of global memory.
     """
 
     def __init__(self, code: list[Instruction], constants: np.ndarray, block: tuple[int, int, int], warp: int) -> None:
         super().__init__(constants, block, warp)
         self.code = code
         self.issued: Counter[int] = Counter()
-        # groups of lanes that have parted from the running one, and where each goes on
+        # Groups of lanes that diverged from the running one, and where each resumes.
         self.apart: list[tuple[int, np.ndarray]] = []
-        # by barrier, the lanes that meet there; where they go on, and which have come
+        # For each barrier, the lanes that meet there; then where they resume, and which have arrived.
         self.meeting: dict[str, np.ndarray] = {}
         self.come: dict[str, tuple[int, np.ndarray]] = {}
 
     def run(self) -> None:
-        """Run from the first instruction until all lanes have left.
+        """Run from the first instruction until all lanes have exited.
 
         Raises:
-            Unresolved: control flow that depends on more than integers.
+            Unresolved: if control flow depends on more than integers.
         """
         at, steps = 0, 0
         while True:
@@ -62,7 +64,7 @@ class Warp(WarpState):
                 if mask is None:
                     raise Unresolved(f"{instruction}: its predicate is not an integer's")
                 goes = _FLOW[instruction.name](self, at, instruction, mask)
-                # lanes that left, or wait for others, make room for those
+                # If the lanes exited or wait for others, another group runs.
                 group = self._next_group() if goes is None else (goes, self.active)
                 if group is None:
                     return
@@ -81,11 +83,11 @@ class Warp(WarpState):
                 self.come[name] = place, np.zeros(LANES, bool)
                 return place, come
         if any(come.any() for _, come in self.come.values()):
-            raise Unresolved("lanes wait for others that do not come")
+            raise Unresolved("lanes wait at a barrier that others never reach")
         return None
 
     def _forget(self, instruction: Instruction, mask: Lanes) -> None:
-        """Mark what an instruction writes as unknown."""
+        """Mark an instruction's results as unknown."""
         if instruction.name in _WRITES_NOTHING or not instruction.operands:
             return
         first, *others = instruction.operands
@@ -104,7 +106,7 @@ class Warp(WarpState):
 
 
 def _written(instruction: Instruction) -> int:
-    """Count the registers that an opcode of unknown result writes."""
+    """Return how many registers an opcode of unknown result writes."""
     opcode = instruction.opcode
     if instruction.name == "HGMMA":
         return int(opcode.split(".")[1].split("x")[1]) // (2 if ".F32" in opcode else 4)
@@ -122,7 +124,7 @@ _WRITES_NOTHING = {
 }  # fmt: skip
 
 
-# control flow: each returns the place to go on at, or None where the running lanes stop
+# Control flow: each returns the place of the next instruction, or None if the running lanes stop.
 
 
 def _leave(warp: Warp, at: int, i: Instruction, mask: np.ndarray) -> int | None:

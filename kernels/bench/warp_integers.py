@@ -1,4 +1,4 @@
-"""What each opcode does to integers, addresses and predicates; all others give what is unknown."""
+"""The effect of each opcode on integers, addresses and predicates; the results of all others are unknown."""
 
 import itertools
 import re
@@ -30,11 +30,11 @@ def _lookup(table: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarr
     return result
 
 
-# how a boolean joins a comparison
+# How a boolean combines with a comparison.
 _JOIN = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
 
 
-# operations: each returns whether it knew its result
+# Operations: each returns whether it knows its result.
 
 
 def _move(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
@@ -67,7 +67,7 @@ def _half_constant(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 
 
 def _first_lane(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
-    # R2UR may write a predicate before the register
+    # R2UR may write a predicate before the register.
     name, source = [x for x in i.operands if not is_predicate(x)][:2]
     x = warp.value(source)
     warp.put(name, None if x is None else np.full(LANES, x[0]), mask)
@@ -88,7 +88,7 @@ def _add(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
             total = None
             break
         x = x.astype(np.uint64)
-        # -x is ~x + 1, which carries where x is 0
+        # -x is ~x + 1, which carries if x is 0.
         total = total + (np.uint64(2**32) - x if term[0] == "-" and term[:3] != "-0x" else x)
     for term in ins if extended else ():
         bit = warp.truth(term)
@@ -107,7 +107,7 @@ def _multiply(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     wide, high = "WIDE" in modifiers, "HI" in modifiers
     a, b = warp.value(rest[0]), warp.value(rest[1])
     c = (warp.wide if wide or high else warp.value)(rest[2])
-    # times zero is known, and the compiler moves registers by it
+    # A product with zero is known; the compiler uses it to move registers.
     zero = "RZ" in (rest[0], rest[1]) or "URZ" in (rest[0], rest[1])
     if c is None or ((a is None or b is None) and not zero):
         total = None
@@ -129,7 +129,7 @@ def _multiply(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
         total = total & np.uint64(0xFFFFFFFF)
     warp.put(name, total, mask, wide)
     if carry:
-        # beyond 64 bits: where the sum is less than a term
+        # The sum overflowed 64 bits if it is less than a term.
         warp.put_truth(carry, None if total is None or c is None else total < c, mask)
     return True
 
@@ -181,7 +181,7 @@ def _logic(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     if is_predicate(name):
         flag, name = name, rest.pop(0)
     a, b, c, table = *(warp.value(x) for x in rest[:3]), int(rest[3], 0)
-    # what the table does not look at need not be known
+    # Inputs that the table ignores need not be known.
     unknown = [x is None for x in (a, b, c)]
     result = None
     if not any(unknown):
@@ -197,7 +197,7 @@ def _logic(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 def _logic_of_predicates(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     first, second, *rest = i.operands
     terms = [warp.truth(x) for x in rest[:3]]
-    # an unknown that makes no difference is left out: false and anything is false
+    # An unknown that makes no difference is ignored: false and anything is false.
     choices = [(0, 0xFFFFFFFF) if x is None else (None,) for x in terms]
     for name, table in ((first, rest[3]), (second, rest[4])):
         found = []
@@ -223,11 +223,11 @@ def _set_predicate(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
         x, y = (_signed(a), _signed(b)) if signed else (a, b)
         result = _compare(how, x, y)
         if "EX" in modifiers:
-            # the high words; where they are equal, what the low ones gave
+            # Compare the high words; if they are equal, use the result of the low ones.
             low = warp.truth(extended[0])
             result = None if low is None else np.where(a == b, low, _compare(how, x, y))
     for name, found in ((first, result), (second, None if result is None else ~result)):
-        # false and anything is false
+        # False and anything is false.
         never = join == "AND" and other is not None and not other.any()
         known = other if never else None if found is None or other is None else _JOIN[join](found, other)
         warp.put_truth(name, known, mask)
@@ -297,7 +297,7 @@ def _absolute(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 
 
 def _float_of(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
-    # of the divisions of integers; the others are data
+    # Integer divisions use this form; the other forms convert data.
     if not i.opcode.endswith(".RP"):
         return False
     name, source = i.operands
@@ -384,7 +384,7 @@ def _global_memory(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 
 
 def _local_memory(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
-    # registers that are spilled, each at a place of its own
+    # Spilled registers, each at its own address.
     stores = i.name == "STL"
     place, name = i.operands if stores else i.operands[::-1]
     base, _, offset = place.strip("[]").partition("+")
@@ -401,7 +401,7 @@ def _local_memory(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 
 
 def _always(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
-    # a barrier that is waited for is there in the end
+    # A barrier that is waited for is eventually reached.
     if is_predicate(i.operands[0]):
         warp.put_truth(i.operands[0], np.ones(LANES, bool), mask)
     return True

@@ -1,4 +1,4 @@
-"""The registers and predicates of a warp, lane by lane: numbers where they are known, and which lanes know them."""
+"""Registers and predicates of a warp, lane by lane: their values, and in which lanes they are known."""
 
 import re
 from typing import NamedTuple
@@ -12,7 +12,14 @@ Lanes = np.ndarray | None
 
 
 class Access(NamedTuple):
-    """A load or store of global memory by a warp: opcode, bytes a lane, and the addresses of the lanes that take part."""
+    """A load or store of global memory by a warp.
+
+    Attributes:
+        opcode: opcode of the instruction.
+        width: bytes a lane.
+        addresses: addresses of the active lanes, (lanes,), or None if unknown.
+        lanes: number of active lanes.
+    """
 
     opcode: str
     width: int
@@ -21,7 +28,7 @@ class Access(NamedTuple):
 
     @property
     def sectors(self) -> int | None:
-        """Pieces of 32 bytes that it touches; None where its addresses are not known."""
+        """The number of 32-byte sectors that it touches, or None if its addresses are unknown."""
         if self.addresses is None:
             return None
         ends = np.concatenate([self.addresses, self.addresses + np.uint64(self.width - 1)])
@@ -29,11 +36,11 @@ class Access(NamedTuple):
 
 
 class Unresolved(RuntimeError):
-    """Control flow that depends on what is not an integer, or on an opcode that is not known here."""
+    """Control flow that depends on more than integers, or on an unknown opcode."""
 
 
 class WarpState:
-    """What a warp holds, and the accesses to global memory that it has made.
+    """Registers and predicates of a warp, and its accesses to global memory.
 
     Args:
         constants: the kernel's constant bank 0, as 32-bit words.
@@ -48,17 +55,17 @@ class WarpState:
             "SR_TID.X": thread, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CTAID.X": block[0], "SR_CTAID.Y": block[1],
             "SR_CTAID.Z": block[2], "SR_LANEID": thread % LANES, "SR_CgaCtaId": 0, "SRZ": 0,
         }  # fmt: skip
-        # what is known of each, and in which lanes
+        # The values of each, and in which lanes they are known.
         self.registers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.predicates: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.active = np.ones(LANES, bool)
-        # the lanes that the instruction at hand looks at
+        # The lanes that the current instruction reads.
         self.looking = self.active
         self.accesses: list[Access] = []
 
     def _known(self, store: dict[str, tuple[np.ndarray, np.ndarray]], name: str) -> Lanes:
         if name not in store and not name.startswith("local "):
-            # nothing that works depends on what was there before, but bits are set in such a register one by one
+            # Correct code does not depend on the initial value, but may set bits of such a register one by one.
             return np.zeros(LANES, bool if "P" in name else np.uint32)
         x, known = store.get(name, (None, None))
         return x if known is not None and known[self.looking].all() else None
@@ -79,7 +86,7 @@ class WarpState:
         return None
 
     def value(self, operand: str) -> Lanes:
-        """Return a 32-bit operand, its sign or complement taken; None where it is unknown."""
+        """Return a 32-bit operand, with its sign or complement applied, or None if it is unknown."""
         sign, name = (operand[0], operand[1:]) if operand[0] in "-~|" and operand[:3] != "-0x" else ("", operand)
         x = None if sign == "|" else self._word(name)
         if x is None or not sign:
@@ -94,7 +101,7 @@ class WarpState:
         return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
 
     def truth(self, operand: str) -> Lanes:
-        """Return a predicate operand."""
+        """Return a predicate operand, or None if it is unknown."""
         name = operand.lstrip("!")
         x = np.ones(LANES, bool) if name in ("PT", "UPT") else self._known(self.predicates, name)
         return x if x is None or operand[0] != "!" else ~x
@@ -105,7 +112,7 @@ class WarpState:
         none = np.zeros(LANES, bool)
         old, known = store.get(name, (none, none))
         if mask is None:
-            # whether it was written is unknown
+            # It is unknown whether it was written.
             store[name] = old, none
         elif x is None:
             store[name] = old, known & ~mask
@@ -128,7 +135,7 @@ class WarpState:
 
 
 def next_register(name: str) -> str:
-    """Name the upper half of a 64-bit operand."""
+    """Return the name of the upper half of a 64-bit operand."""
     if match := re.fullmatch(r"(-?~?c\[0x0\]\[0x)([0-9a-f]+)\]", name):
         return f"{match[1]}{int(match[2], 16) + 4:x}]"
     if match := re.fullmatch(r"([-~]?U?R)(\d+)", name):
@@ -137,5 +144,5 @@ def next_register(name: str) -> str:
 
 
 def is_predicate(name: str) -> bool:
-    """Tell an operand that is a predicate."""
+    """Return whether an operand is a predicate."""
     return re.fullmatch(r"!?U?P(T|\d)", name) is not None

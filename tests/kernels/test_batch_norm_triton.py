@@ -159,7 +159,7 @@ def test_plain_sums_are_good_enough_at_a_mean_of_five_deviations(triton_batch_no
 
 def test_rows_of_another_map_are_refused(triton_batch_norm: ModuleType) -> None:
     leaves, running = case((2, 4, 3, 3))
-    with pytest.raises(ValueError, match=r"rows are \(7, 2, 5\); of this map they must be \(programs, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"rows are \(7, 2, 5\); for this map they must be \(programs, 2, 4\)"):
         triton_batch_norm.batch_norm_relu_of_sums(leaves[0], torch.zeros(7, 2, 5), *leaves[1:], *running, 0.1, EPS)
 
 

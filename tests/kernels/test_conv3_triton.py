@@ -78,7 +78,7 @@ def test_next_alone_takes_it_and_many_channels_get_the_plain_form(
     wide = torch.randn(1, 96, 2, 2, device=DEVICE)
     assert kernels.conv3(wide, torch.randn(8, 96, 3, 3, device=DEVICE)).shape == (1, 8, 2, 2)
     assert called == [4]
-    with pytest.raises(ValueError, match="8 and 96 channels; there may be 16 and 80"):
+    with pytest.raises(ValueError, match="8 output and 96 input channels; the limits are 16 and 80"):
         conv3_triton.conv3_with_sums(wide, torch.randn(8, 96, 3, 3, device=DEVICE))
 
 

@@ -133,8 +133,8 @@ def test_arguments_that_do_not_fit_are_refused(
     monkeypatch.setattr(kernels.backend, "_chosen", form)
     inputs, weights = case(8, (2,), 4, 4, torch.float32)
     for maps, kernel_weights, mode, message in (
-        ([], [], "bilinear", "one map or more; got 0 and 0"),
-        (inputs, weights[:1], "bilinear", "got 2 and 1"),
+        ([], [], "bilinear", "at least one map and a weight for each; got 0 maps and 0 weights"),
+        (inputs, weights[:1], "bilinear", "got 2 maps and 1 weights"),
         (inputs, weights, "bicubic", "mode is 'bicubic'"),
         # fewer channels of output than the level's own: the launch would read beyond the taps
         (inputs, [weights[0], weights[1][:4]], "bilinear", r"map 1 is \(2, 16, 2, 2\) and its weight \(4, 16, 3, 3\)"),

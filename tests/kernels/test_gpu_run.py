@@ -84,8 +84,8 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "Bandwidth",
         "Correctness",
         "Our operators",
-        "BCE + Dice, beside",
-        "Batch norm and ReLU, beside",
+        "BCE + Dice, compared",
+        "Batch norm and ReLU, compared",
         "The whole network",
         "Shapes of the",
     ):
@@ -178,4 +178,4 @@ def test_the_page_compares_within_one_run_and_marks_what_is_lost() -> None:
     # medians: 3 ms beside 1 ms, and 0.5 beside 1
     assert "| level 1: eager, forward | 3.000 (2.000 to 4.000) | 1.000 | 3.00 x |" in page
     assert "| level 1: other, forward | 0.500 (0.500 to 0.500) | 1.000 | **0.50 x** |" in page
-    assert "1 rows were cut off" in page
+    assert "1 rows are incomplete" in page
