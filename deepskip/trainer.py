@@ -160,30 +160,25 @@ def train(
 ) -> dict[str, Any]:
     """Train from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
 
-    In a process group every rank must call this function.
-
     Args:
         config: settings of the training.
         data: description of the training data.
         run: folder or URL of its checkpoints.
         train_batches: function of the first step that yields this rank's share of every global batch.
         validation_images: function that yields this rank's share of the validation split, one image a batch.
-        rank: rank of this process.
+        rank: rank of this process; every rank of a process group calls this function.
         world_size: number of ranks.
         device: device on which to train.
         observe: called on rank 0 with ("train" | "validation" | "panel" | "warning", steps done, values).
         mlflow_run_id: MLflow's run, stored in the checkpoints.
-        stop_requested: called after every step, on every rank or on none. If it is true on any, a checkpoint is written
-            and all ranks raise Preempted within ranks.VOTE_STEPS steps.
+        stop_requested: called after every step; true on any rank, it ends all within ranks.VOTE_STEPS steps.
 
     Returns:
         A summary: metrics of the best validation, sizes and times.
 
     Raises:
-        NonFiniteLoss: if a loss or a weight is nan or infinite.
-        Preempted: if a stop was requested.
-        checkpoint.CheckpointNotWritten: if a checkpoint could not be written.
-        checkpoint.CheckpointTooNew: if a later DeepSkip wrote a checkpoint of the run.
+        NonFiniteLoss, Preempted: if a loss or a weight is nan or infinite; if a stop was requested.
+        checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew: see there.
         OSError: if the storage cannot be read.
     """
     device, run = torch.device(device), storage.locate(run)

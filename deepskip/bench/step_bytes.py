@@ -9,13 +9,16 @@ the moving average and the augmentation are not included.
 import argparse
 import json
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from deepskip import BCEDiceLoss, DeepSkipUNet, kernels
+from deepskip.kernels import conv3_triton, subpixel
 from deepskip.kernels.bench.counts import CARDS
 from deepskip.kernels.bench.launches import meta
 from deepskip.kernels.bench.traffic import Autocast, Moved, Traffic
@@ -47,7 +50,13 @@ def step(network: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...
     image = meta(*size, dtype=torch.float32)
     mask = torch.empty(size[0], *size[2:], dtype=torch.uint8, device="meta")
     traffic = Traffic()
-    with kernels.backend.chosen(backend), traffic, traffic.following(modules):
+    with ExitStack() as stack:
+        # The meta device has no autocast: what asks for it is told what a GPU would say.
+        for module in (conv3_triton, subpixel):
+            stack.enter_context(mock.patch.object(module, "low_precision", return_value=torch.bfloat16))
+        stack.enter_context(kernels.backend.chosen(backend))
+        stack.enter_context(traffic)
+        stack.enter_context(traffic.following(modules))
         with Autocast(torch.bfloat16):
             logits: Tensor = network(image)
         BCEDiceLoss()(logits, mask).backward()

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
-# warp instructions a pixel
+# warp instructions a pixel of all launches of the new forms, with those of cuBLAS, which are an estimate
 NEXT = {
     "level 1 stage forward, next": 13.2, "level 1 stage backward, next": 35.3, "level 1 conv3 8 -> 8 forward, next": 2.12,
+    "level 1 conv3 8 -> 8 backward, next": 6.97,
 }  # fmt: skip
 
 
@@ -19,13 +20,15 @@ def run(*arguments: str) -> str:
     """Run Python without the interpreter that the tests ask Triton for."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=280, env=environment, check=False
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=1100, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(("suite", "count"), [("bce_dice", 100), ("deep_skip", 32), ("batch_norm", 46)])
+@pytest.mark.parametrize(
+    ("suite", "count"), [("bce_dice", 100), ("deep_skip", 32), pytest.param("batch_norm", 46, marks=pytest.mark.counts)]
+)
 def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
     rows = [line.split() for line in run("deepskip.kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
     # architecture, variant, registers, spilled bytes, shared bytes
@@ -42,7 +45,14 @@ def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("counts") / "counts.json"
-    run("tests.kernels.counting", str(path))
+    run("tests.kernels.counting", "today", str(path))
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def counted_next(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("counts") / "next.json"
+    run("tests.kernels.counting", "next", str(path))
     return json.loads(path.read_text())
 
 
@@ -53,19 +63,12 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
         if row["counted"] == "machine code":
             sums[row["launch"]] = sums.get(row["launch"], 0.0) + row["warp_instructions_per_pixel"]
             assert row["arch"] == "sm_90"
-            # the new stage forward keeps two registers in memory
-            assert row["spills"] <= (8 if row["kernel"] == "_stage" else 0)
+            assert row["spills"] == 0
             assert 0 < row["registers"] <= 255
     assert sums["level 1 stage forward"] == pytest.approx(84.9, rel=0.03)
     assert sums["level 1 stage backward"] == pytest.approx(113.6, rel=0.03)
     assert sums["loss sums"] == pytest.approx(2.2, rel=0.05)
     assert sums["loss gradient"] == pytest.approx(1.55, rel=0.05)
-    # all launches of the new forms, with those of cuBLAS, which are an estimate
-    whole: dict[str, float] = {}
-    for row in counted["rows"]:
-        whole[row["launch"]] = whole.get(row["launch"], 0.0) + row["warp_instructions_per_pixel"]
-    for launch, reached in NEXT.items():
-        assert whole[launch] == pytest.approx(reached, rel=0.05)
     # the aim of the new ones: 0.7 a pass
     assert sums["loss sums, next"] == pytest.approx(0.69, rel=0.02)
     assert sums["loss gradient, next"] == pytest.approx(0.69, rel=0.02)
@@ -82,13 +85,25 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
     assert level["memory_floor_ms"] == pytest.approx(1e3 * moved * pixels / 3.0e12)
 
 
-def test_batch_norm_is_bound_by_memory(counted: dict[str, Any]) -> None:
+@pytest.mark.counts
+def test_the_new_stage_issues_few_instructions(counted_next: dict[str, Any]) -> None:
+    whole: dict[str, float] = {}
+    for row in counted_next["rows"]:
+        whole[row["launch"]] = whole.get(row["launch"], 0.0) + row["warp_instructions_per_pixel"]
+        # the stage forward keeps two registers in memory
+        assert row["counted"] != "machine code" or row["spills"] <= (8 if row["kernel"] == "_stage" else 0)
+    for launch, reached in NEXT.items():
+        assert whole[launch] == pytest.approx(reached, rel=0.05)
+
+
+@pytest.mark.counts
+def test_batch_norm_is_bound_by_memory(counted_next: dict[str, Any]) -> None:
     # bytes of 8 channels of two bytes: x; x and y; x and dy; x, dy and dx; sums and statistics are few
     expected = {
         "sums": (16, 1.75), "normalise": (32, 2.12), "gradient sums": (32, 3.30), "input gradient": (48, 3.65),
         "statistics": (0, 0.003), "gradient coefficients": (0, 0.002), "statistics of given rows": (0, 0.004),
     }  # fmt: skip
-    rows = {row["launch"]: row for row in counted["rows"] if "norm + ReLU" in row["launch"]}
+    rows = {row["launch"]: row for row in counted_next["rows"] if "norm + ReLU" in row["launch"]}
     assert set(rows) == {f"level 1 norm + ReLU, {name}, next" for name in expected}
     for name, (moved, instructions) in expected.items():
         row = rows[f"level 1 norm + ReLU, {name}, next"]
@@ -101,18 +116,23 @@ def test_batch_norm_is_bound_by_memory(counted: dict[str, Any]) -> None:
             assert set(row["load_widths"]) == {"16"}
 
 
-@pytest.mark.parametrize("what", ["norm, last", "norm gradient, last", "norm, first", "norm gradient, first"])
-def test_every_byte_of_a_normalised_map_is_stored_once(counted: dict[str, Any], what: str) -> None:
-    found = counted["stores"][what]
+@pytest.mark.counts
+@pytest.mark.parametrize(
+    "what",
+    ["norm, last", "norm gradient, last", "norm, first", "norm gradient, first", "forward, next", "backward, next"],
+)
+def test_every_byte_of_new_outputs_is_stored_once(counted_next: dict[str, Any], what: str) -> None:
+    found = counted_next["stores"][what]
     assert found["stored"] == found["bytes"]
     assert found["distinct"] == found["bytes"]
     assert found["outside"] == 0
 
 
-def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted: dict[str, Any]) -> None:
+@pytest.mark.counts
+def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted_next: dict[str, Any]) -> None:
     # the programs at both ends, by the machine code's own addresses
-    assert len(counted["far"]) == 6
-    for found in counted["far"]:
+    assert len(counted_next["far"]) == 6
+    for found in counted_next["far"]:
         assert found["bytes"] > 2 * 2**31
         assert found["reached"]
         assert all(reached == [0, found["bytes"]] for reached in found["reached"])
@@ -120,8 +140,6 @@ def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted: dict[str, Any
 
 def test_shapes_that_a_launch_could_have_are_built_beforehand(counted: dict[str, Any]) -> None:
     assert counted["spills"] == dict.fromkeys(("spread_taps", "gather_taps", "bce_dice_sums", "bce_dice_gradient"), 0)
-    norms = ("batch_norm_statistics", "normalise_relu", "normalise_relu_gradient")
-    assert counted["norm spills"] == dict.fromkeys(norms, 0)
 
 
 def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:
@@ -135,7 +153,7 @@ def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        "forward", "backward", "forward, next", "backward, next", "gradient of the loss", "gradient of the loss, next",
+        "forward", "backward", "gradient of the loss", "gradient of the loss, next",
         "gradient of the loss, next, whole blocks",
     ],
 )  # fmt: skip
