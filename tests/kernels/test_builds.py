@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
+COUNTS = pytest.mark.counts
 # warp instructions a pixel of all launches of the new forms, with those of cuBLAS, which are an estimate
 NEXT = {
     "level 1 stage forward, next": 13.2, "level 1 stage backward, next": 35.3, "level 1 conv3 8 -> 8 forward, next": 2.12,
@@ -27,7 +28,7 @@ def run(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("suite", "count"), [("bce_dice", 100), ("deep_skip", 32), pytest.param("batch_norm", 46, marks=pytest.mark.counts)]
+    ("suite", "count"), [("bce_dice", 100), ("deep_skip", 32), pytest.param("batch_norm", 46, marks=COUNTS)]
 )
 def test_every_variant_builds_without_a_gpu(suite: str, count: int) -> None:
     rows = [line.split() for line in run("deepskip.kernels.bench.builds", suite).splitlines() if line.startswith("sm_")]
