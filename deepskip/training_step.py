@@ -276,7 +276,7 @@ class TrainingStep:
 
 
 def _pairs(averaged: nn.Module, network: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], ...]:
-    # averages and weights, then counters, each beside its own
+    # averages and weights, then counters, each with its counterpart
     ours, theirs = ([*one.parameters(), *one.buffers()] for one in (averaged, network))
     both = list(zip(ours, theirs, strict=True))
     floats = [pair for pair in both if pair[1].is_floating_point()]

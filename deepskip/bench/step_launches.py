@@ -1,6 +1,6 @@
 """Operators that a training step starts, phase by phase, counted on a CPU: python -m deepskip.bench.step_launches.
 
-Each operator that computes something is a launch or more on a GPU, and host time there. Views and new memory are left out.
+Each operator that computes something is a launch or more on a GPU, and host time there. Views and new memory are omitted.
 Foreach operators count as one, as on a GPU, where they are the default. A wait is an operator that reads a number off the
 device. Copies to the device are no operators here, so they are not in it.
 """
