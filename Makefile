@@ -8,7 +8,8 @@
 # make shortage   every command on machines that are short of disk, rights, memory or descriptors; root alone can
 # make test-hashes   requirements-cluster.txt against the index, and an installation by it
 # make test-faults   every fault by itself over real Ray nodes
-# make test-counts   instructions and bytes of the new GPU launches, without a GPU: minutes of compiling
+# make test-next   the GPU launches of run.kernels: next, interpreted, built and counted
+# make test-pages   every code block of the pages, and the examples
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make docs    the site of docs/, into build/site
@@ -30,7 +31,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-counts chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -97,8 +98,11 @@ test-package:
 test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster
 
-test-counts: setup
-	@$(VENV)/bin/python -m pytest -m counts --timeout=1200 tests/kernels
+test-next: setup
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m new_launches --timeout=1200 tests/kernels
+
+test-pages: setup
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m pages tests
 
 test-browser: setup
 	@$(VENV)/bin/python -m pytest -m browser tests/jobs

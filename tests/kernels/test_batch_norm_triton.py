@@ -13,6 +13,8 @@ from deepskip import BCEDiceLoss, DeepSkipUNet, kernels
 from deepskip.encoders import ConvNormReLU
 from deepskip.kernels.bench.traffic import Traffic
 
+pytestmark = pytest.mark.new_launches
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}

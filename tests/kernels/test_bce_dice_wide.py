@@ -11,6 +11,8 @@ from deepskip import kernels
 from deepskip.kernels import backend, bce_dice_wide_triton
 from tests.kernels.test_bce_dice import DEVICE, by_hand, case
 
+pytestmark = pytest.mark.new_launches
+
 # one rounding to the logits' own type, as for the other kernels
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
-COUNTS = pytest.mark.counts
+COUNTS = pytest.mark.new_launches
 # warp instructions a pixel of all launches of the new forms, with those of cuBLAS, which are an estimate
 NEXT = {
     "level 1 stage forward, next": 13.2, "level 1 stage backward, next": 35.3, "level 1 conv3 8 -> 8 forward, next": 2.12,
@@ -86,7 +86,7 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
     assert level["memory_floor_ms"] == pytest.approx(1e3 * moved * pixels / 3.0e12)
 
 
-@pytest.mark.counts
+@pytest.mark.new_launches
 def test_the_new_stage_issues_few_instructions(counted_next: dict[str, Any]) -> None:
     whole: dict[str, float] = {}
     for row in counted_next["rows"]:
@@ -97,7 +97,7 @@ def test_the_new_stage_issues_few_instructions(counted_next: dict[str, Any]) -> 
         assert whole[launch] == pytest.approx(reached, rel=0.05)
 
 
-@pytest.mark.counts
+@pytest.mark.new_launches
 def test_batch_norm_is_bound_by_memory(counted_next: dict[str, Any]) -> None:
     # bytes of 8 channels of two bytes: x; x and y; x and dy; x, dy and dx; sums and statistics are few
     expected = {
@@ -117,7 +117,7 @@ def test_batch_norm_is_bound_by_memory(counted_next: dict[str, Any]) -> None:
             assert set(row["load_widths"]) == {"16"}
 
 
-@pytest.mark.counts
+@pytest.mark.new_launches
 @pytest.mark.parametrize(
     "what",
     ["norm, last", "norm gradient, last", "norm, first", "norm gradient, first", "forward, next", "backward, next"],
@@ -129,7 +129,7 @@ def test_every_byte_of_new_outputs_is_stored_once(counted_next: dict[str, Any], 
     assert found["outside"] == 0
 
 
-@pytest.mark.counts
+@pytest.mark.new_launches
 def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted_next: dict[str, Any]) -> None:
     # the programs at both ends, by the machine code's own addresses
     assert len(counted_next["far"]) == 6

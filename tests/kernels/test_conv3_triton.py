@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from deepskip import kernels
 from deepskip.kernels import backend
 
+pytestmark = pytest.mark.new_launches
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 # of the norm: outputs, and weights in a narrower type, are rounded to half a unit of the last place

@@ -10,6 +10,8 @@ from torch import Tensor
 from deepskip import kernels, network
 from deepskip.kernels import reference
 
+pytestmark = pytest.mark.new_launches
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 # of the norm: what is rounded is each matrix entry and each output, half a unit of the last place each, more or less in turns
