@@ -46,4 +46,4 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
         assert process.wait(60) == status, output
     # nothing but the checkpoints made on the signals can join the parts without a gap or a step done twice
     assert done == list(range(1, steps + 1)), output
-    assert len(re.findall(r"warning: stopped after step \d+, as requested; its checkpoint is written", output)) == 2
+    assert len(re.findall(r"warning: stopped after step \d+ as requested; its checkpoint is written", output)) == 2
