@@ -43,7 +43,7 @@ TIMES = (
 SETTINGS = {
     "plain": [
         "--model.base_channels", "4", "--model.levels", "3", "--data.crop", "64", "--optim.global_batch_size", "4",
-        "--optim.warmup_steps", "2",
+        "--optim.warmup_steps", "2", "--augment.flip", "false", "--augment.rotate90", "false",
     ],
     "rich": [
         "--model.base_channels", "4", "--model.levels", "3", "--model.encoder", "resnet34", "--model.norm", "group",
