@@ -71,8 +71,7 @@ class Record:
         Returns:
             Whether they are the best so far.
         """
-        # The comparison is negated, so nan counts as better than any value, and any value as better than nan.
-        better = self.best is None or not metrics["iou"] <= self.best["iou"]
+        better = self.best is None or _rank_of_iou(metrics["iou"]) > _rank_of_iou(self.best["iou"])
         self.best = metrics | {"step": step} if better else self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         return better
@@ -88,6 +87,11 @@ class Record:
     def state_dict(self) -> dict[str, Any]:
         """Return the record's part of a checkpoint."""
         return {"best": self.best, "stale": self.validations_since_best, "seconds": self.total_seconds()}
+
+
+def _rank_of_iou(iou: float) -> float:
+    # nan: the split has no foreground, and none was predicted. No other outcome on that split is as good.
+    return math.inf if math.isnan(iou) else iou
 
 
 @dataclass

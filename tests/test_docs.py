@@ -39,6 +39,30 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         assert not fetched, (page, fetched)
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, by the rule of GitHub and mkdocs for plain words."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
+    tried = 0
+    for page in pages:
+        text = re.sub(r"^ *```.*?^ *```|`[^`\n]+`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                assert target.startswith("https://"), f"{page}: {target}"
+                continue
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(found), f"{page}: {target}: no such heading"
+            tried += 1
+    assert tried > 100
+
+
 def commands_in(text: str) -> list[list[str]]:
     """Gives the words of every `deepskip ...` in code blocks and in backquotes."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

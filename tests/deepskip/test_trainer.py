@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 
 from deepskip import checkpoint, ranks
 from deepskip.config import Config, OptimConfig
-from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, learning_rate, train
+from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, Record, learning_rate, train
 from deepskip.training_step import TrainingStep
 
 DATA = DataInfo(2, 1, 255, [0.0, 0.0], [1.0, 1.0], {"bands": None, "longest_side": None})
@@ -232,6 +233,13 @@ def test_out_of_patience(tmp_path: Path) -> None:
     assert (seen, again["val"]["step"], again["steps"], again["stopped_early"]) == ({}, 2, 8, True)
     settings.run.patience = 0
     assert losses(tmp_path / "broken", settings)[1]["stopped_early"] is False
+
+
+def test_where_there_is_nothing_to_find_the_best_validation_found_nothing() -> None:
+    record = Record()
+    # nan is 0 / 0: no true pixel in the split, and none predicted; 0 is a false alarm
+    seen = [record.take({"iou": iou}, step) for step, iou in enumerate((0.0, math.nan, 0.0, math.nan))]
+    assert (seen, record.best, record.validations_since_best) == ([True, True, False, False], {"iou": ANY, "step": 1}, 2)
 
 
 def test_stopped_on_request_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
