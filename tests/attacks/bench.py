@@ -1,7 +1,8 @@
-"""Seconds and megabytes of what strangers can send, against their bounds: `python -m tests.attacks.bench [--out FILE]`.
+"""Measure the time and memory that untrusted input takes: `python -m tests.attacks.bench [--out FILE]`.
 
-B1: images of 16 x 16 pixels in one tile of 60,000 x 60,000. B2: an honest request beside 32 callers of a JPEG of 400 scans
-that leave after a second. B3: tar files, B4: samples files, both the slowest of all cases.
+B1: images of 16 x 16 pixels in one tile of 60,000 x 60,000.
+B2: an honest request while 32 callers send a JPEG of 400 scans and leave after a second.
+B3: tar files. B4: samples files. Both report the slowest of all cases.
 """
 
 import argparse
@@ -30,14 +31,14 @@ Row = tuple[str, str, str]
 
 
 def worst(cases: dict[str, Callable[[], object]]) -> tuple[str, float, float]:
-    """Runs every case in a child; gives the slowest one's name, the most seconds and the most megabytes."""
+    """Run each case in a child; return the name of the slowest, the most seconds and the most megabytes."""
     outcomes = {name: forked.run(case) for name, case in cases.items()}
     slowest = max(outcomes, key=lambda name: outcomes[name].seconds)
     return slowest, outcomes[slowest].seconds, max(outcome.megabytes for outcome in outcomes.values())
 
 
 def of_images() -> Iterator[Row]:
-    """Measures B1, and all images."""
+    """Measure B1, and all images."""
     made = {name: make() for name, make in images.CASES.items()}
     cases = {name: lambda found=found: decode_image(*found, SERVER).shape for name, found in made.items()}
     tile = {name: case for name, case in cases.items() if "one deflated tile" in name}
@@ -48,7 +49,7 @@ def of_images() -> Iterator[Row]:
 
 
 def of_tars(folder: Path) -> Iterator[Row]:
-    """Measures B3."""
+    """Measure B3."""
     paths = {}
     for number, (name, make) in enumerate(tars.CASES.items()):
         paths[name] = folder / f"{number}.tar"
@@ -60,7 +61,7 @@ def of_tars(folder: Path) -> Iterator[Row]:
 
 
 def of_indexes(folder: Path) -> Iterator[Row]:
-    """Measures B4."""
+    """Measure B4."""
     pack_coins(folder, {"train": 6, "val": 2})
     index = indexes.Folder(folder / "train")
     cases = {}
@@ -74,7 +75,7 @@ def of_indexes(folder: Path) -> Iterator[Row]:
 
 @contextmanager
 def hostile(server: Server, body: bytes) -> Iterator[None]:
-    """Has callers send a body again and again while the block runs, and leave after a second."""
+    """Make callers send a body repeatedly while the block runs; each leaves after a second."""
     stopped = threading.Event()
 
     def call() -> None:
@@ -100,7 +101,7 @@ def hostile(server: Server, body: bytes) -> Iterator[None]:
 
 
 def of_server(folder: Path) -> Iterator[Row]:
-    """Measures B2."""
+    """Measure B2."""
     honest, body = png(picture(64, 64)), images.jpeg_of_scans(5000, 400, mpo=True)
     with serving(folder) as server:
 
@@ -120,7 +121,7 @@ def of_server(folder: Path) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Measures, and prints a table."""
+    """Print a table of the measurements."""
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.bench", description=__doc__)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out

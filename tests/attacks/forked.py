@@ -1,4 +1,4 @@
-"""Runs something hostile in a forked child: how it ended, in what time, with how much memory above what there was."""
+"""Run something hostile in a forked child, and measure how it ends, its time and the memory that it adds."""
 
 import json
 import os
@@ -15,9 +15,13 @@ HANG_SECONDS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """error: the exception's kind, or "" where there was none. said: its text, or what came back. killed: the signal, or 0.
+    """The outcome of an action in a child.
 
-    megabytes: the most that the child had above what it began with.
+    Attributes:
+        error: kind of the exception, or "" if there was none.
+        said: text of the exception, or the result.
+        killed: signal that ended the child, or 0.
+        megabytes: the most memory that the child had above what it began with.
     """
 
     error: str
@@ -28,12 +32,12 @@ class Outcome:
 
 
 def run(action: Callable[[], Any], memory: int = 2**31, seconds: int = HANG_SECONDS) -> Outcome:
-    """Runs an action in a child that may take so many bytes more than this process has, and so many seconds."""
+    """Run an action in a child that may take `memory` bytes more than this process has, and `seconds` seconds."""
     reading, writing = os.pipe()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        # nothing may get out of here: the child is a copy of the whole test session
+        # Nothing may leave this block, since the child is a copy of the whole test session.
         try:
             os.close(reading)
             os.write(writing, json.dumps(attempt(action, memory, seconds)).encode())
@@ -48,7 +52,7 @@ def run(action: Callable[[], Any], memory: int = 2**31, seconds: int = HANG_SECO
 
 
 def attempt(action: Callable[[], Any], memory: int, seconds: int) -> tuple[str, str, float]:
-    """Runs an action within limits; gives what it raised, what it said and its megabytes."""
+    """Run an action within limits; return the exception's kind, the text and the megabytes."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(seconds)
@@ -63,6 +67,6 @@ def attempt(action: Callable[[], Any], memory: int, seconds: int) -> tuple[str, 
 
 
 def peak() -> int:
-    """Gives the most memory that this process had, kB."""
+    """Return the peak memory of this process in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""Images that claim to be small and unpack to much, or take long: name -> (extension, bytes)."""
+"""Images that claim to be small but unpack to much or take long: name -> (extension, bytes)."""
 
 import bz2
 import io
@@ -16,12 +16,12 @@ from PIL import Image
 
 Made = tuple[str, bytes]
 CASES: dict[str, Callable[[], Made]] = {}
-# tag, type, count, value
+# Each tag is (tag, type, count, value).
 Tags = list[tuple[int, int, int, int]]
 
 
 def case(name: str) -> Callable[[Callable[[], Made]], Callable[[], Made]]:
-    """Lists a case under its name."""
+    """Register a case under its name."""
 
     def listed(make: Callable[[], Made]) -> Callable[[], Made]:
         CASES[name] = make
@@ -31,7 +31,7 @@ def case(name: str) -> Callable[[Callable[[], Made]], Callable[[], Made]]:
 
 
 def tif(tags: Tags, data: bytes, following: int = 0) -> bytes:
-    """Makes a little-endian TIFF of one directory; data begin at byte 8."""
+    """Return a little-endian TIFF of one directory, whose data begin at byte 8."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     place = struct.pack("<I", 8 + len(data))
     return b"II*\0" + place + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
@@ -39,7 +39,7 @@ def tif(tags: Tags, data: bytes, following: int = 0) -> bytes:
 
 @lru_cache
 def deflated_zeros(count: int) -> bytes:
-    """Deflates so many zeros, a block once: the rest repeats it."""
+    """Deflate `count` zeros: compress one block, and repeat it."""
     size = 2**24
     packer = zlib.compressobj(9, wbits=-15)
     block = packer.compress(bytes(size)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -50,7 +50,7 @@ def deflated_zeros(count: int) -> bytes:
 
 
 def sixteen(compression: int) -> Tags:
-    """Gives the tags of an image of 16 x 16 grey bytes."""
+    """Return the tags of an image of 16 x 16 grey bytes."""
     return [
         (256, 4, 1, 16),
         (257, 4, 1, 16),
@@ -62,13 +62,13 @@ def sixteen(compression: int) -> Tags:
 
 
 def small(data: bytes, compression: int, *more: tuple[int, int, int, int]) -> bytes:
-    """Makes a TIFF of 16 x 16 bytes in one strip of `data`."""
+    """Return a TIFF of 16 x 16 bytes in one strip of `data`."""
     strip: Tags = [(273, 4, 1, 8), (278, 4, 1, 16), (279, 4, 1, len(data))]
     return tif([*sixteen(compression), *strip, *more], data)
 
 
 def tiled(data: bytes, compression: int, side: int) -> bytes:
-    """Makes a TIFF of 16 x 16 bytes in one tile of side x side."""
+    """Return a TIFF of 16 x 16 bytes in one tile of side x side."""
     return tif(
         [*sixteen(compression), (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(data))], data
     )
@@ -180,7 +180,7 @@ def directories_within() -> Made:
 
 
 def ome(pixels: str, more: str = "", inside: str = "") -> Made:
-    """Makes an OME-TIFF of 48 x 64 with a description."""
+    """Return an OME-TIFF of 48 x 64 with a description."""
     text = (
         f'<?xml version="1.0" encoding="UTF-8"?>{more}<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
         f'<Image ID="Image:0"><Pixels BigEndian="false" DimensionOrder="XYCZT" ID="Pixels:0" Type="uint8" {pixels}>'
@@ -229,7 +229,7 @@ def shaped() -> Made:
 
 
 def jpeg_of_scans(side: int, count: int, mpo: bool = False) -> bytes:
-    """Makes a JPEG whose last scan is repeated; mpo: with the segment of a file of several pictures."""
+    """Return a JPEG whose last scan is repeated; with `mpo`, add the segment of a file of several pictures."""
     file = io.BytesIO()
     Image.fromarray(np.zeros((side, side), np.uint8)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -251,12 +251,12 @@ CASES["JPEG of 16000 x 16000 and 90 scans"] = lambda: ("jpg", jpeg_of_scans(1600
 
 
 def part(kind: bytes, data: bytes) -> bytes:
-    """Makes a part of a PNG."""
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(height: int, width: int, data: bytes, depth: int = 8, colour: int = 0, before: bytes = b"") -> bytes:
-    """Makes a PNG of packed rows."""
+    """Return a PNG of packed rows."""
     header = part(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + before + part(b"IDAT", data) + part(b"IEND", b"")
 
@@ -297,7 +297,7 @@ CASES["PNG of 3 million parts"] = lambda: (
 
 
 def npy(header: str, body: bytes = b"") -> bytes:
-    """Makes an array's file of a header as it stands."""
+    """Return an .npy file with the given header, unchanged."""
     text = header.encode()
     return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text) + 1) + text + b"\n" + body
 
@@ -321,7 +321,7 @@ CASES["npy of version 9"] = lambda: ("npy", b"\x93NUMPY\x09\0" + struct.pack("<I
 
 
 def npz(method: int, size: int, claimed: int) -> bytes:
-    """Makes an archive of one array whose directory claims another size."""
+    """Return an archive of one array whose directory claims another size."""
     file = io.BytesIO()
     header = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (10, 10, 3), }")
     with zipfile.ZipFile(file, "w", method) as archive, archive.open("image.npy", "w", force_zip64=True) as member:

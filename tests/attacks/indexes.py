@@ -1,4 +1,4 @@
-"""Indexes of shards that lie: fields of index.json of every wrong kind, and columns of samples that lead anywhere."""
+"""Indexes of shards that are wrong: fields of index.json of every wrong kind, and columns with false places."""
 
 import copy
 import hashlib
@@ -20,7 +20,7 @@ VALUES: list[Any] = [
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yields the place of every value within a JSON value, the first two of lists."""
+    """Yield the path of each value within a JSON value; of a list, only the first two."""
     if path:
         yield path
     if isinstance(value, dict):
@@ -32,7 +32,7 @@ def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def changed(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (what was changed, index.json): a value of the wrong kind, one missing, one more; texts that are no JSON."""
+    """Yield (change, index.json): one value is wrong, missing or added, or the text is not JSON."""
     for path in paths_in(raw):
         for value in VALUES:
             made = copy.deepcopy(raw)
@@ -53,7 +53,7 @@ def changed(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 class Folder:
-    """A packed split whose index is written anew."""
+    """A packed split whose index can be rewritten."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class Folder:
         self.table = pa.ipc.open_file(pa.py_buffer(self.samples)).read_all()
 
     def write(self, samples: bytes, honest: bool = True, text: str | None = None) -> None:
-        """Writes the samples file, and an index.json that has its sha256; not honest: the sha256 of before."""
+        """Write the samples file and an index.json with its SHA-256; if not `honest`, keep the former SHA-256."""
         raw = copy.deepcopy(self.raw)
         raw["samples"]["bytes"] = len(samples)
         if honest:
@@ -71,7 +71,7 @@ class Folder:
         (self.folder / "index.json").write_text(json.dumps(raw) if text is None else text, errors="surrogateescape")
 
     def lying(self) -> Iterator[tuple[str, bytes]]:
-        """Yields (what was changed, samples file) of columns that lie."""
+        """Yield (change, samples file) for columns with false values."""
         n, columns = len(self.table), [column.chunk(0) for column in self.table.columns]
         for name, value in (
             ("image_offset", -1), ("image_offset", 2**62), ("image_offset", 2**63 - 1), ("image_length", 2**32 - 1),
@@ -97,7 +97,7 @@ class Folder:
         yield "other columns", file_of(columns[:3], pa.schema(list(SCHEMA)[:3]))
 
     def damaged(self, rng: random.Random) -> bytes:
-        """Damages the samples file, mostly where it tells of itself."""
+        """Damage the samples file, mostly in its metadata."""
         data = bytearray(self.samples)
         for _ in range(rng.choice([1, 2, 8])):
             near = rng.choice(
@@ -109,7 +109,7 @@ class Folder:
 
 
 def file_of(columns: list[Any], schema: pa.Schema = SCHEMA) -> bytes:
-    """Writes columns as a samples file."""
+    """Return columns as the bytes of a samples file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))

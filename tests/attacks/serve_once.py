@@ -1,4 +1,4 @@
-"""Serves one request and stops: `python -m tests.attacks.serve_once OUT IMAGE serve ...`; the answer goes to OUT/mask.png."""
+"""Serve one request and stop: `python -m tests.attacks.serve_once OUT IMAGE serve ...` writes OUT/mask.png."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Runs `deepskip serve`, asks it for an image's mask and stops it; gives its status."""
+    """Run `deepskip serve`, request an image's mask and stop the server; return its exit status."""
     out, image, *words = sys.argv[1:]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "deepskip", *words], stdout=subprocess.PIPE, text=True, env=os.environ

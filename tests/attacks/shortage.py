@@ -1,7 +1,8 @@
-"""Commands on machines that are short of something: `python -m tests.attacks.shortage [--only WORD] [--out FILE]`.
+"""Run commands on machines that are short of something: `python -m tests.attacks.shortage [--only WORD] [--out FILE]`.
 
-Each command runs once undisturbed; then short of something, where it must end well or with one line that says what and what
-to do; then again without the shortage, where what comes out must equal the undisturbed run's. The table is Markdown.
+Each command runs three times: undisturbed, under a shortage, and again without the shortage. Under the shortage it must
+succeed, or fail with one line that names the cause and the cure. The last results must equal those of the undisturbed
+run. The table is Markdown.
 """
 
 import argparse
@@ -34,7 +35,13 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its words, where OUT is what it writes, what of it must be the same each time, and the module that runs it."""
+    """A command to run.
+
+    Attributes:
+        words: the arguments, where OUT stands for the output folder.
+        same: function that returns the part of the output that must be the same each time.
+        module: the Python module that runs it.
+    """
 
     words: str
     same: Callable[[Path], dict[str, str]]
@@ -42,7 +49,7 @@ class Command:
 
 
 def files(*patterns: str) -> Callable[[Path], dict[str, str]]:
-    """Makes a function that gives the sha256 of the files of some patterns below a folder."""
+    """Return a function that computes the SHA-256 of the files that match patterns below a folder."""
 
     def found(out: Path) -> dict[str, str]:
         paths = {path for pattern in patterns for path in out.glob(pattern) if path.is_file()}
@@ -52,7 +59,7 @@ def files(*patterns: str) -> Callable[[Path], dict[str, str]]:
 
 
 def weights(out: Path) -> dict[str, str]:
-    """Gives the sha256 of the weights that a training ended with."""
+    """Return the SHA-256 of a training's last weights."""
     last, _ = checkpoint.newest(out / "run")
     if last is None:
         return {}
@@ -78,13 +85,13 @@ COMMANDS = {
     "train": Command(f"{TRAIN} --cluster.workers 1", weights),
     "serve": Command("serve --model model.pt --port 0", files("mask.png"), ("tests.attacks.serve_once", "OUT", "images/0.png")),
 }  # fmt: skip
-# of what starts a Ray, whose files lie in /tmp; a server writes nothing else
+# These commands start Ray, whose files lie in /tmp. The server writes nothing else.
 ON_RAY, ON_RAY_ALONE = ("train", "serve"), "serve"
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """What a machine is short of: the shell's words around COMMAND, and whether that may end well all the same."""
+    """A shortage: the shell's words around COMMAND, and whether the command may succeed all the same."""
 
     words: str
     may_pass: bool = False
@@ -97,7 +104,7 @@ SHORTAGES = {
     "a disk with room for half": Shortage("mount -t tmpfs -o size=SOME none OUT && exec COMMAND", may_pass=True),
     "a read-only place": Shortage("mount -t tmpfs -o ro none OUT && exec COMMAND"),
     "no permission": Shortage(
-        # root, without the right to pass over rights
+        # It runs as root, but without the capabilities that bypass file permissions.
         "chmod 555 OUT && exec setpriv --inh-caps=-all --bounding-set=-dac_override,-dac_read_search COMMAND"
     ),
     "64 MB of /dev/shm": Shortage("mount -t tmpfs -o size=64m none /dev/shm && exec COMMAND", may_pass=True),
@@ -114,7 +121,7 @@ SHORTAGES = {
 
 
 def prepare(work: Path) -> None:
-    """Makes what the commands read."""
+    """Write the files that the commands read."""
     pack_coins(work / "coins", {"train": 16, "val": 4})
     checkpoint.save(state(3, 1) | {"step": 1, "best": None, "mlflow_run_id": None}, work / "model.pt")
     rng = np.random.default_rng(0)
@@ -129,7 +136,7 @@ def prepare(work: Path) -> None:
 def run(
     command: Command, work: Path, out: Path, around: str = "exec COMMAND", kill_after: float | None = None
 ) -> tuple[int, str]:
-    """Runs a command, in a mount name space of its own; gives its status and what it said on stderr."""
+    """Run a command in its own mount namespace; return its exit status and its stderr."""
     line = f"{shlex.join([PYTHON, '-m', *command.module])} {command.words}"
     script = around.replace("COMMAND", line).replace("OUT", str(out)).replace("SOME", "300k")
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
@@ -148,7 +155,7 @@ def run(
 
 
 def judged(status: int, said: str, may_pass: bool) -> str:
-    """Puts how a command ended on a machine that was short of something into words; what is not right begins with FAULT."""
+    """Describe how a command ended under a shortage; a wrong ending begins with FAULT."""
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     if status == 0:
@@ -161,7 +168,7 @@ def judged(status: int, said: str, may_pass: bool) -> str:
 
 
 def tried(name: str, command: Command, what: str, shortage: Shortage, work: Path, expected: dict[str, str]) -> str:
-    """Runs a command short of something and then again; gives how it went."""
+    """Run a command under a shortage and then without it; return a description."""
     out = work / "out" / f"{name} {what}".replace(" ", "-").replace("/", "")
     out.mkdir(parents=True)
     status, said = run(command, work, out, shortage.words)
@@ -180,7 +187,7 @@ def tried(name: str, command: Command, what: str, shortage: Shortage, work: Path
 def killed(
     name: str, command: Command, work: Path, expected: dict[str, str], rng: random.Random, seconds: float
 ) -> str:
-    """Kills a command at random moments, and at last lets it end; gives how it went."""
+    """Kill a command at random moments, then let it finish; return a description."""
     out = work / "out" / f"{name}-killed".replace(" ", "-")
     out.mkdir(parents=True)
     kills = 0
@@ -200,13 +207,13 @@ def killed(
 
 
 def concerns(name: str, what: str) -> bool:
-    """Says whether a command uses what is short."""
+    """Return whether a command uses what is short."""
     words = SHORTAGES[what].words if what in SHORTAGES else ""
     return name in ON_RAY if "/tmp/ray" in words else not (name == ON_RAY_ALONE and "OUT" in words)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the matrix; gives the number of faults."""
+    """Run the matrix and return the number of faults."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="what the names of command and shortage must hold together")
     parser.add_argument("--commands", nargs="*", default=list(COMMANDS))

@@ -1,4 +1,4 @@
-"""The attacks that are tried, as the table of docs/security.md: `python -m tests.attacks.table`."""
+"""Write the table of attacks into docs/security.md: `python -m tests.attacks.table`."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""Tar files that claim too much, go on without an end, or hold strange names: name -> bytes."""
+"""Tar files that claim too much, never end, or hold odd names: name -> bytes."""
 
 import random
 from collections.abc import Callable
@@ -9,17 +9,17 @@ DATA = b"x" * 8 + bytes(504)
 
 
 def octal(number: int) -> bytes:
-    """Writes a size as headers have it."""
+    """Return a size in a header's octal form."""
     return b"%011o\0" % number
 
 
 def binary(number: int) -> bytes:
-    """Writes a size in base 256, which may be negative or very large."""
+    """Return a size in base 256, which may be negative or very large."""
     return b"\x80" + number.to_bytes(11, "big") if number >= 0 else b"\xff" + (number + 256**11).to_bytes(11, "big")
 
 
 def header(name: bytes = b"a.image.png", size: bytes = octal(8), kind: bytes = b"0") -> bytes:
-    """Makes a header with its checksum."""
+    """Return a header with its checksum."""
     block = bytearray(512)
     block[: len(name)] = name
     block[100:124] = b"0000644\0" + b"0000000\0" * 2
@@ -30,17 +30,17 @@ def header(name: bytes = b"a.image.png", size: bytes = octal(8), kind: bytes = b
 
 
 def padded(data: bytes) -> bytes:
-    """Fills the last block up."""
+    """Pad data to whole blocks."""
     return data + bytes(-len(data) % 512)
 
 
 def pax(body: bytes, kind: bytes = b"x") -> bytes:
-    """Makes a PAX header."""
+    """Return a PAX header."""
     return header(b"PaxHeader", octal(len(body)), kind) + padded(body)
 
 
 def record(key: bytes, value: bytes) -> bytes:
-    """Makes a record, whose length counts its own digits."""
+    """Return a PAX record, whose length includes its own digits."""
     rest = b" %s=%s\n" % (key, value)
     length = len(rest)
     while len(b"%d" % length + rest) != length:
@@ -111,7 +111,7 @@ def _endless_sparse() -> bytes:
 
 
 def damaged(whole: bytes, rng: random.Random) -> bytes:
-    """Damages a file: bits, bytes, blocks, cuts, and numbers of headers, whose checksum is made right again."""
+    """Damage bits, bytes, blocks, the end, or numbers of headers with their checksum corrected."""
     data = bytearray(whole)
     for _ in range(rng.choice([1, 1, 2, 8])):
         at = rng.randrange(len(data))

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: whatever they say is refused in words before anything large is unpacked or built."""
+"""Untrusted checkpoints are refused with a message before anything large is unpacked or built."""
 
 import copy
 import hashlib
@@ -30,7 +30,7 @@ class Evil:
 
 
 def put(*path: Any) -> Callable[[State], Any]:
-    """Sets a value: put("data", "std", [0.0])."""
+    """Return a function that sets a value: put("data", "std", [0.0])."""
 
     def change(made: State) -> None:
         place: Any = made
@@ -42,7 +42,7 @@ def put(*path: Any) -> Callable[[State], Any]:
 
 
 def drop(*path: Any) -> Callable[[State], Any]:
-    """Removes a value."""
+    """Return a function that removes a value."""
 
     def change(made: State) -> None:
         place: Any = made
@@ -54,7 +54,7 @@ def drop(*path: Any) -> Callable[[State], Any]:
 
 
 def first_weight(value: Callable[[torch.Tensor], Any]) -> Callable[[State], Any]:
-    """Changes the first weight."""
+    """Return a function that changes the first weight."""
 
     def change(made: State) -> None:
         name = next(iter(made["model"]))
@@ -118,7 +118,7 @@ FORGED: dict[str, Callable[[State], Any]] = {
 
 
 def signed(body: bytes) -> bytes:
-    """Gives a zip the checksum that ours have: it is none that strangers could not compute."""
+    """Add a valid checksum to a zip, as an attacker can compute it too."""
     data = bytearray(body)
     data[-2:] = (71).to_bytes(2, "little")
     data += b"sha256:"
@@ -131,7 +131,7 @@ def trained() -> State:
 
 
 def use(path: Path) -> int:
-    """Loads a model and gives its bands."""
+    """Load a model and return its number of bands."""
     return deepskip.load(path).bands
 
 
@@ -178,7 +178,7 @@ def test_damaged_checkpoints_of_a_right_checksum(trained: State, tmp_path: Path)
             rng = random.Random(seed)
             data = bytearray(body)
             for _ in range(rng.choice([1, 2, 8])):
-                # what describes the parts is at the beginning and at the end
+                # The beginning and the end of the file describe its parts.
                 at = rng.choice([rng.randrange(2000), len(data) - 1 - rng.randrange(4000), rng.randrange(len(data))])
                 data[at] = rng.choice([0, 255, rng.randrange(256), data[at] ^ (1 << rng.randrange(8))])
             path.write_bytes(signed(bytes(data)))

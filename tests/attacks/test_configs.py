@@ -1,4 +1,4 @@
-"""Settings of strangers: nothing that they name is imported, and they unfold to no more than they show."""
+"""Untrusted settings import nothing that they name, and unfold to no more than they show."""
 
 import os
 import sys
@@ -50,7 +50,7 @@ TRAININGS = {
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes a module that leaves a trace when it is imported, where Python finds it."""
+    """Write a module that leaves a trace when it is imported, to a place where Python finds it."""
     (tmp_path / "evilmod.py").write_text("import pathlib; pathlib.Path('PWNED').touch()\nclass X: ...\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.chdir(tmp_path)
@@ -58,7 +58,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(*argv: str, job: type | None = None) -> str:
-    """Reads settings as a command does; gives what was made of them, or the error that ended it."""
+    """Read settings as a command does; return the settings as text, or the error that ended it."""
     try:
         return str(
             settings.parse_settings("predict", job, list(argv)) if job else settings.parse("train", list(argv))[0]

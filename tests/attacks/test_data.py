@@ -1,4 +1,4 @@
-"""What strangers' images, shards and indexes may claim: each is refused, in words, in bounded time and memory."""
+"""Untrusted images, shards and indexes are refused with a message, in bounded time and memory."""
 
 import io
 import random
@@ -18,16 +18,16 @@ from deepskip.data_shards.order import Slot
 from deepskip.data_shards.scan import scan_tar
 from tests.attacks import forked, images, indexes, tars
 
-# errors of ours, that say what is wrong; all others are bugs
+# These are our errors, which say what is wrong. All others are bugs.
 NAMED = ("", "ValueError", "TooLarge", "BrokenShard", "BrokenIndex", "BadSample", "MissingIndex")
-# what a hostile file may take, above what there was
+# This is the most memory that a hostile file may add.
 MOST_MEGABYTES = 600
 DAMAGES = 2000
 IN_ONE_CHILD = 250
 
 
 def settled(name: str, outcome: forked.Outcome) -> None:
-    """Checks that something hostile ended well."""
+    """Check that something hostile ended well."""
     assert not outcome.killed, f"{name}: killed by signal {outcome.killed}"
     assert outcome.error in NAMED, f"{name}: {outcome.error}: {outcome.said}"
     assert not outcome.error or outcome.said, f"{name}: {outcome.error} without a word"
@@ -35,7 +35,7 @@ def settled(name: str, outcome: forked.Outcome) -> None:
 
 
 def fuzzed(kind: str, damage: Callable[[random.Random], Callable[[], object]]) -> None:
-    """Tries so many damages with a seed each, many in a child; damage(rng) damages, and gives what reads it."""
+    """Try DAMAGES seeds, many in each child; damage(rng) damages input, and returns a function that reads it."""
 
     def many(first: int) -> str:
         for seed in range(first, first + IN_ONE_CHILD):
@@ -62,7 +62,7 @@ def test_an_image_that_claims_too_much(name: str) -> None:
 
 
 def pictures() -> dict[str, list[bytes]]:
-    """Makes small images of every format, in several of its forms."""
+    """Return small images of each format, in several of its variants."""
     rng = np.random.default_rng(0)
     grey, colour = rng.integers(0, 255, (24, 31), np.uint8), rng.integers(0, 255, (24, 31, 3), np.uint8)
     made: dict[str, list[bytes]] = {"png": [], "jpg": [], "tif": [], "npy": [], "npz": []}
@@ -111,7 +111,7 @@ def test_damaged_images(extension: str) -> None:
     def damage(rng: random.Random) -> Callable[[], object]:
         data = bytearray(rng.choice(whole))
         for _ in range(rng.choice([1, 1, 2, 5, 20])):
-            # heads more often than what comes after
+            # Half of the changes are in the header.
             at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 200))
             data[at] = rng.choice([0, 1, 255, 127, rng.randrange(256), data[at] ^ (1 << rng.randrange(8))])
         cut = bytes(data) if rng.random() < 0.9 else bytes(data[: rng.randrange(len(data))])
@@ -157,7 +157,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(folder: Path) -> int:
-    """Uses an index as a training does: its samples' keys, places and contents."""
+    """Use an index as a training does: its samples' keys, places and contents."""
     shards = Shards(folder)
     count = len(shards)
     keys = shards.index.keys(list(range(count)))
@@ -205,7 +205,7 @@ def test_damaged_samples(packed: Path, tmp_path: Path) -> None:
     folder = indexes.Folder(Path(shutil.copytree(packed, tmp_path / "set")))
 
     def damage(rng: random.Random) -> Callable[[], object]:
-        # as if whoever damaged it had written the sha256 too
+        # The attacker has updated the SHA-256 too.
         folder.write(folder.damaged(rng))
         return lambda: use(folder.folder)
 

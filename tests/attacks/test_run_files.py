@@ -1,4 +1,4 @@
-"""Files in a run's folder that are torn, full of garbage, or links: cut off and said, or one error with the cure."""
+"""Torn, garbled or linked files of a run are repaired with a message, or raise one error with the cure."""
 
 import json
 import os
@@ -17,12 +17,12 @@ GOOD = '["train", 1, {"loss": 0.5}, 5]\n'
 
 
 def claim(folder: Path) -> runs.Run:
-    """Claims the run `r` of a folder."""
+    """Claim the run `r` of a folder."""
     return runs.claim(folder, "r", "r", CONFIG)
 
 
 def made(folder: Path, name: str, contents: str | bytes) -> Path:
-    """Makes the run with its record, and one more file."""
+    """Make the run with its record and one more file."""
     (folder / "r").mkdir()
     (folder / "r" / "run.json").write_text(RECORD)
     path = folder / "r" / name
@@ -45,7 +45,7 @@ def test_garbage_in_a_json_file_is_one_error_with_the_cure(tmp_path: Path, name:
     ):
         claim(tmp_path)
     path.unlink()
-    # the cure cures
+    # The cure in the message works.
     claim(tmp_path).lock.close()
 
 
@@ -70,7 +70,7 @@ def test_a_torn_last_line_is_cut_off_and_said(
     claim(tmp_path).lock.close()
     assert f"{path}: removed the incomplete last line ({cut} bytes)" in capsys.readouterr().out
     assert path.read_text() == GOOD
-    # what is added by one who has not looked does not join it either
+    # A writer that has not repaired the file does not append to the incomplete line either.
     path.write_bytes(GOOD.encode() + left)
     journal.write_down(path, "train", 2, {"loss": 0.25})
     assert [(kind, step, values) for kind, step, values, _ in journal.read_measured(path)] == [

@@ -1,4 +1,4 @@
-"""Zarr arrays of strangers: codecs run nothing, and unpack no more than a chunk."""
+"""Codecs of untrusted Zarr arrays execute nothing, and unpack no more than a chunk."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ from tests.attacks import forked
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (100, 80, 3), np.uint8)
 LARGE = bytes(2**28)
-# name: (format, compressor, what packs the bomb)
+# Each bomb is name: (format, compressor, function that packs the bomb).
 BOMBS: dict[str, tuple[int, Any, Callable[[], bytes]]] = {
     "gzip, version 2": (2, numcodecs.GZip(), lambda: gzip.compress(LARGE, 1)),
     "gzip, version 3": (3, GzipCodec(), lambda: gzip.compress(LARGE, 1)),
@@ -33,7 +33,7 @@ BOMBS: dict[str, tuple[int, Any, Callable[[], bytes]]] = {
     "lz4 of a negative size": (2, numcodecs.LZ4(), lambda: b"\xff" * 4 + bytes(64)),
     "uncompressed and short": (3, None, lambda: b"abc"),
 }
-# of .zarray
+# These are entries of .zarray.
 STRANGE: dict[str, dict[str, Any]] = {
     "pickle as compressor": {"compressor": {"id": "pickle"}},
     "pickle as filter": {"filters": [{"id": "pickle"}]},
@@ -46,7 +46,7 @@ STRANGE: dict[str, dict[str, Any]] = {
 
 
 def array(folder: Path, version: int, compressor: Any) -> Path:
-    """Writes the image as an array of four chunks."""
+    """Write the image as an array of four chunks."""
     path = folder / "image.zarr"
     made = zarr.create_array(
         path, shape=IMAGE.shape, chunks=(64, 64, 3), dtype="u1", zarr_format=version, compressors=compressor
@@ -56,7 +56,7 @@ def array(folder: Path, version: int, compressor: Any) -> Path:
 
 
 def read(path: Path) -> np.ndarray:
-    """Reads the whole image as a prediction does."""
+    """Read the whole image as a prediction does."""
     with open_raster(path, "zarr", 3) as raster:
         return raster.read(slice(0, raster.height), slice(0, raster.width))
 
@@ -83,7 +83,7 @@ def test_a_codec_that_is_not_known_to_be_harmless(name: str, tmp_path: Path) -> 
     path = array(tmp_path, 2, None)
     metadata = json.loads((path / ".zarray").read_text())
     (path / ".zarray").write_text(json.dumps(metadata | STRANGE[name]))
-    # what pickle would run
+    # A pickle codec would execute these chunks.
     for chunk in path.glob("[0-9]*"):
         if chunk.is_file():
             chunk.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "PWNED").encode() + b"'\ntR.")

@@ -1,4 +1,4 @@
-"""python -m tests.cluster.chaos: random faults for some minutes, and a report on whether every check passed."""
+"""Run random faults for some minutes and report whether every check passed: `python -m tests.cluster.chaos`."""
 
 import argparse
 import os
@@ -24,7 +24,14 @@ RELATIVE = 1e-4
 
 
 class Recovery(NamedTuple):
-    """A fault and how long it took to the next step; at: of that step, seconds since the start; step, workers: when it came."""
+    """A fault and the time until the next step.
+
+    Attributes:
+        at: seconds from the start to that step.
+        step: newest step when the fault came.
+        workers: number of workers when the fault came.
+        seconds: time from the fault to the next step.
+    """
 
     at: float
     training: str
@@ -78,7 +85,7 @@ def main() -> None:
 
 
 def one_training(training: Training, rng: random.Random, started: float, done: list[Recovery]) -> None:
-    """Train once; random faults come after 0 to 4 seconds of undisturbed steps until the training is done."""
+    """Train once, with faults after 0 to 4 seconds of undisturbed steps each, until the training is done."""
     training.submit()
     training.wait_for(2)
     while max(training.losses()) < STEPS - 20:
@@ -93,7 +100,7 @@ def one_training(training: Training, rng: random.Random, started: float, done: l
         try:
             seconds = recover(training, fault)
         except (ProcessLookupError, psutil.NoSuchProcess):
-            # a machine had come, and the training was just ending this worker to resume with more
+            # A machine had joined, and the training was just ending this worker to resume with more workers.
             continue
         done.append(Recovery(time.time() - started, training.name, fault.name, step, workers, seconds))
         say(f"{training.name} step {step}: {fault.name}: {seconds:.1f} s")
@@ -107,7 +114,7 @@ def report(
     done: list[Recovery],
     broken: list[str],
 ) -> str:
-    """Return the page."""
+    """Return the page as Markdown."""
     by_kind: dict[str, list[float]] = defaultdict(list)
     for each in done:
         by_kind[each.fault].append(each.seconds)
@@ -150,7 +157,7 @@ def report(
 
 
 def say(line: str) -> None:
-    """Print at once."""
+    """Print a line at once."""
     print(line, flush=True)  # noqa: T201
 
 

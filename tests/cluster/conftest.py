@@ -1,4 +1,4 @@
-"""One cluster of test nodes, and one unbroken training, for all tests that need them."""
+"""Fixtures: one cluster of test nodes, and one unbroken training, for all tests that need them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,7 +42,7 @@ def unbroken(nodes: Nodes, home: Path) -> Training:
 
 @pytest.fixture
 def start(nodes: Nodes, home: Path) -> Iterator[Callable[..., Training]]:
-    """Starts trainings; whatever a test did to the cluster, it has three nodes again afterwards."""
+    """Yield a function that starts trainings; afterwards, restore the cluster to three nodes."""
     started: list[Training] = []
 
     def begin(name: str, **options: object) -> Training:

@@ -1,4 +1,4 @@
-"""What befalls a training: each fault does its harm and gives the moment it did; times are those of time.time()."""
+"""Faults of a training: each function causes one and returns its moment, as time.time() counts."""
 
 import sys
 import time
@@ -12,34 +12,34 @@ CUT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: what it is, what it does, and on how many workers the training has to be."""
+    """A fault: its name, the function that causes it, and the number of workers of the training."""
 
     name: str
     do: Callable[[Training], float]
     workers: int | tuple[int, int] = 2
-    # seconds within which a step is done again, as far as one is promised
+    # Seconds until a step is done again, if a bound is promised.
     promised: float | None = None
-    # whether steps may be done again
+    # Whether steps may be done twice.
     repeats: bool = True
 
 
 def kill_other_rank(training: Training) -> float:
-    """SIGKILL to the last rank."""
+    """Send SIGKILL to the last rank."""
     return training.kill_rank(training.world_sizes()[-1] - 1)
 
 
 def kill_rank_0(training: Training) -> float:
-    """SIGKILL to the rank that writes checkpoints."""
+    """Send SIGKILL to the rank that writes checkpoints."""
     return training.kill_rank(0)
 
 
 def kill_at_rename(training: Training) -> float:
-    """SIGKILL when a checkpoint is written and not yet renamed."""
+    """Send SIGKILL when a checkpoint is written but not yet renamed."""
     return training.kill_at_rename()
 
 
 def hang(training: Training) -> float:
-    """The last rank stops for good, without dying."""
+    """Suspend the last rank for good, without ending it."""
     _, process = training.worker(training.world_sizes()[-1] - 1)
     moment = time.time()
     process.suspend()
@@ -53,7 +53,7 @@ def last_machine(training: Training) -> int:
 
 
 def lose_machine(training: Training) -> float:
-    """All processes of the machine of the last rank end, and it is gone."""
+    """Kill the last rank's machine with all its processes."""
     number = last_machine(training)
     moment = time.time()
     training.nodes.kill(number)
@@ -61,7 +61,7 @@ def lose_machine(training: Training) -> float:
 
 
 def take_machine_back(training: Training) -> float:
-    """The machine of the last rank is about to go, Ray and the training hear of it, and it goes."""
+    """Announce to Ray and the training that the last rank's machine will be lost, then kill it."""
     number = last_machine(training)
     moment = time.time()
     command = [sys.executable, "-m", "deepskip.cluster.preempt", "--seconds", "30"]
@@ -71,7 +71,7 @@ def take_machine_back(training: Training) -> float:
 
 
 def replace_machine(training: Training) -> float:
-    """A machine is lost, and an empty one comes in its place at once."""
+    """Kill a machine, and start an empty one in its place at once."""
     number = last_machine(training)
     moment = lose_machine(training)
     training.nodes.start(number)
@@ -79,7 +79,7 @@ def replace_machine(training: Training) -> float:
 
 
 def cut_network(training: Training) -> float:
-    """A machine's network is away for CUT_SECONDS."""
+    """Cut a machine's network for CUT_SECONDS."""
     number = last_machine(training)
     moment = time.time()
     training.nodes.cut(number)
@@ -89,7 +89,7 @@ def cut_network(training: Training) -> float:
 
 
 def add_machine(training: Training) -> float:
-    """The third machine comes."""
+    """Start the third machine."""
     missing = next(number for number in (1, 2) if number not in training.nodes.nodes)
     moment = time.time()
     training.nodes.start(missing)
@@ -97,7 +97,7 @@ def add_machine(training: Training) -> float:
 
 
 def lose_head(training: Training) -> float:
-    """The head is lost, the job with it; a new head comes and the job is submitted again."""
+    """Kill the head together with the job, start a new head and submit the job again."""
     assert training.process is not None
     moment = time.time()
     training.nodes.kill(0)
@@ -109,7 +109,7 @@ def lose_head(training: Training) -> float:
 
 
 def kill_driver(training: Training) -> float:
-    """SIGKILL to the job's driver; the job is submitted again."""
+    """Send SIGKILL to the job's driver, then submit the job again."""
     assert training.process is not None
     moment = time.time()
     for process in training.drivers():
@@ -136,7 +136,7 @@ FAULTS = [
 
 
 def recover(training: Training, fault: Fault, seconds: float = 150) -> float:
-    """Does the harm and waits for the next step of other workers than before; gives the time between, in seconds."""
+    """Cause a fault, wait for the next step of another group of workers, and return the seconds between."""
     group = training.group()
     moment = fault.do(training)
     return training.wait_for(after=moment, other_than=group, seconds=seconds) - moment

@@ -1,6 +1,6 @@
-"""The fields of KubeRay 1.6's RayCluster and RayJob, from its API reference, written down as JSON schema.
+"""JSON schema of KubeRay 1.6's RayCluster and RayJob, from its API reference.
 
-Pod templates and Services are Kubernetes' own and are checked against its schemas; here they are any object.
+Pod templates and Services belong to Kubernetes and are checked against its schemas. Here they are any object.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ def one_of(*values: str) -> dict[str, Any]:
 
 
 def fields(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
-    """An object of these fields and no others."""
+    """Return the schema of an object that has these fields and no others."""
     return {
         "type": "object",
         "properties": properties,

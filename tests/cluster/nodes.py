@@ -1,9 +1,9 @@
-"""Ray nodes on one machine that fail on their own: each in a network, process and mount namespace, with its own address.
+"""Ray nodes on one machine that fail independently, each with its own namespaces and address.
 
-A node is `unshare`, whose child, process 1 of the node, starts Ray again whenever it ends, as a kubelet does. All nodes are
-plugged into a bridge, which lies in a namespace too, so nothing of this is seen outside and two test runs never meet. A node
-ends with its process 1, which ends with `unshare`, which ends with the test run, however that ends: nothing stays.
-Where namespaces are not allowed the nodes are process groups on loopback, and networks cannot be cut.
+A node is `unshare`. Its child is process 1 of the node and restarts Ray whenever Ray ends, as a kubelet does. All nodes
+are connected to a bridge in another namespace, so nothing is visible outside and two test runs never meet. A node ends
+with its process 1, which ends with `unshare`, which ends with the test run in any case. Nothing is left behind. If
+namespaces are not allowed, the nodes are process groups on loopback, and networks cannot be cut.
 """
 
 import ctypes
@@ -31,14 +31,14 @@ from deepskip.cluster.settings import DRIVER_SETTINGS, NODE_SETTINGS
 
 ROOT = Path(__file__).parents[2]
 RAY = f"{shlex.quote(sys.executable)} -m ray.scripts.scripts"
-# in the environment of every process of a node
+# This variable is in the environment of each process of a node.
 MARK = "DEEPSKIP_TEST_NODE"
 UP_SECONDS = 120.0
 CLONE_NEWNET = 0x40000000
 
 
 def namespaces_allowed() -> bool:
-    """Says whether this machine lets us make network, mount and process namespaces."""
+    """Return whether this machine allows network, mount and process namespaces."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip", "mount"))):
         return False
     trial = "ip link set lo up && ip link add br0 type bridge && mount -t tmpfs none /mnt"
@@ -58,16 +58,18 @@ class Node:
 
 
 class Nodes:
-    """A cluster: node 0 is the head, without CPUs for workers; the others have one CPU each.
+    """A cluster, whose node 0 is the head without CPUs for workers; the others have one CPU each.
 
-    folder: logs go there. variables: more environment for every process.
+    Args:
+        folder: folder of the logs.
+        variables: more environment variables for each process.
     """
 
     def __init__(self, folder: Path, variables: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.isolated = namespaces_allowed()
-        # short, since the paths of ray's sockets may have at most 107 characters
+        # The path is short, since the paths of Ray's sockets may have at most 107 characters.
         self.temporary = Path(tempfile.mkdtemp(prefix="dsn-", dir="/tmp"))
         self.port, self.dashboard_port = free_ports(2)
         self.variables = NODE_SETTINGS | DRIVER_SETTINGS | (variables or {})
@@ -79,7 +81,7 @@ class Nodes:
             self._in_switch("ip link add br0 type bridge && ip link set br0 up")
 
     def address(self, number: int) -> str:
-        """Gives a node's address."""
+        """Return a node's address."""
         return f"10.77.0.{number + 1}" if self.isolated else "127.0.0.1"
 
     def _hold(self, namespaces: list[str], script: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -89,7 +91,7 @@ class Nodes:
         with (self.folder / "nodes.log").open("ab") as log:
             return subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT,
-                # unshare does not listen to SIGTERM
+                # unshare ignores SIGTERM.
                 start_new_session=True, preexec_fn=end_with_parent(signal.SIGKILL),
             )  # fmt: skip
 
@@ -99,7 +101,7 @@ class Nodes:
         subprocess.run(command, check=True, capture_output=True, timeout=20)
 
     def start(self, number: int) -> Node:
-        """Brings a node up, 0 being the head, without waiting for Ray."""
+        """Start a node, 0 being the head, without waiting for Ray."""
         address = self.address(number)
         options = f"--block --disable-usage-stats --node-ip-address={address} --num-cpus={min(number, 1)}"
         options += " --min-worker-port=0 --max-worker-port=0 --object-store-memory=100000000"
@@ -110,7 +112,7 @@ class Nodes:
             options += f" --dashboard-host={address} --dashboard-port={self.dashboard_port}"
         script = f"while :; do {RAY} start {options}; sleep 0.5; done"
         if self.isolated:
-            # a folder for ray's files and a hosts file of its own, as another machine has
+            # As on another machine, the node has its own folder for Ray's files and its own hosts file.
             own = self.temporary / f"node{number}"
             own.mkdir(exist_ok=True)
             hosts = self.temporary / f"hosts{number}"
@@ -136,16 +138,16 @@ class Nodes:
         return node
 
     def environment(self, mark: str) -> dict[str, str]:
-        """Gives the environment of a node's processes."""
+        """Return the environment of a node's processes."""
         own = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
         return own | self.variables | {MARK: mark, "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
 
     def wait(self, count: int, seconds: float = UP_SECONDS) -> None:
-        """Waits until Ray has exactly so many living nodes, the head being one."""
+        """Wait until Ray has exactly `count` living nodes, including the head."""
         until(lambda: self.living() == count, seconds, f"{count} living nodes")
 
     def living(self) -> int:
-        """Asks the head how many nodes it holds to be alive; -1 where it does not answer."""
+        """Return how many nodes the head considers alive, or -1 if it does not answer."""
         url = f"http://{self.address(0)}:{self.dashboard_port}/api/v0/nodes"
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self.variables['RAY_AUTH_TOKEN']}"})
 
@@ -160,7 +162,7 @@ class Nodes:
             return -1
 
     def in_network(self, action: Callable[[], Any]) -> Any:
-        """Runs a function in a thread that has the head's network; gives what it gives."""
+        """Run a function in a thread that uses the head's network; return its result."""
         if not self.isolated:
             return action()
         found: list[Any] = []
@@ -185,7 +187,7 @@ class Nodes:
     def run(
         self, command: list[str], output: Path, variables: dict[str, str] | None = None, number: int = 0
     ) -> subprocess.Popen[bytes]:
-        """Starts a program on a machine, the head's by default, in the project's folder."""
+        """Start a program on a machine, by default the head's, in the project's folder."""
         node = self.nodes[number]
         address = {"RAY_ADDRESS": f"{self.address(0)}:{self.port}"}
         environment = self.environment(node.mark) | address | (variables or {})
@@ -198,7 +200,7 @@ class Nodes:
             )  # fmt: skip
 
     def processes(self, node: Node) -> list[psutil.Process]:
-        """Finds the living processes of a node."""
+        """Find the living processes of a node."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -209,7 +211,7 @@ class Nodes:
         return found
 
     def outside(self, node: Node, inside: int) -> psutil.Process:
-        """Finds a process of a node by the number it has there."""
+        """Find a process of a node by its number inside the node."""
         for process in self.processes(node):
             try:
                 status = Path(f"/proc/{process.pid}/status").read_text()
@@ -221,10 +223,10 @@ class Nodes:
         raise ProcessLookupError(f"node {node.number} has no process {inside}")
 
     def kill(self, number: int) -> None:
-        """Ends a machine at once, all its processes with it."""
+        """Kill a machine with all its processes."""
         node = self.nodes.pop(number)
         if self.isolated:
-            # what holds namespaces ends with their process 1, and so does everything in them
+            # The process that holds the namespaces ends with their process 1, and so does everything in them.
             os.kill(node.init, signal.SIGKILL)
             node.holder.wait(timeout=30)
         processes = self.processes(node)
@@ -246,7 +248,7 @@ class Nodes:
         return True
 
     def restore(self) -> None:
-        """Brings the cluster back to three machines, and waits for them."""
+        """Restore the cluster to three machines, and wait for them."""
         for number in range(3):
             if number not in self.nodes:
                 self.start(number)
@@ -255,15 +257,15 @@ class Nodes:
         self.wait(3)
 
     def cut(self, number: int) -> None:
-        """Unplugs a node: packets to and from it vanish."""
+        """Disconnect a node, so that packets to and from it are lost."""
         self._in_switch(f"ip link set v{number} nomaster")
 
     def mend(self, number: int) -> None:
-        """Plugs a node in again."""
+        """Connect a node again."""
         self._in_switch(f"ip link set v{number} master br0")
 
     def stop(self) -> None:
-        """Ends everything; nothing stays."""
+        """End all processes and leave nothing behind."""
         for number in sorted(self.nodes, reverse=True):
             self.kill(number)
         if self.switch is not None:
@@ -273,13 +275,13 @@ class Nodes:
 
 
 def child_of(pid: int) -> int:
-    """Waits for the only child of a process and gives its number."""
+    """Wait for the only child of a process and return its number."""
     until(lambda: psutil.Process(pid).children(), 20, "a child")
     return int(psutil.Process(pid).children()[0].pid)
 
 
 def until(true: Callable[[], Any], seconds: float, what: str, every: float = 0.1) -> Any:
-    """Waits for a condition, gives its value, and raises TimeoutError that says what did not come."""
+    """Wait for a condition and return its value; raise a TimeoutError that names what is missing."""
     deadline = time.monotonic() + seconds
     while True:
         if value := true():

@@ -1,7 +1,7 @@
-"""Writes down what every worker of a training really did; Ray Train takes it from RAY_TRAIN_CALLBACKS, jobs know nothing of it.
+"""Record what each worker of a training does; Ray Train loads it from RAY_TRAIN_CALLBACKS, without a change to jobs.
 
-A line a step: {"step", "samples": [[epoch, sample], ...] of weight 1, "time"}, before the step; on rank 0 also {"step", "loss",
-"time"} after it. A file begins with {"group", "rank", "world_size", "pid", "node"}.
+Before each step, a line has {"step", "samples": [[epoch, sample], ...] of weight 1, "time"}. After each step, rank 0
+adds {"step", "loss", "time"}. A file begins with {"group", "rank", "world_size", "pid", "node"}.
 """
 
 import json
@@ -19,13 +19,13 @@ FOLDER, PACE, KILL_AT_RENAME = "RECORDER_FOLDER", "RECORDER_PACE", "kill-at-rena
 
 
 class Recorder(WorkerCallback):
-    """Made in the driver, where it reads where to write and how long a step shall wait; called in each worker."""
+    """A callback that the driver creates with the folder and the pace of its environment; each worker calls it."""
 
     def __init__(self) -> None:
         self.folder, self.pace = os.environ[FOLDER], float(os.environ[PACE])
 
     def after_init_train_context(self) -> None:
-        """Puts itself around the trainer of this worker."""
+        """Wrap the trainer of this worker."""
         from deepskip import trainer
 
         folder, pace, train = Path(self.folder), self.pace, trainer.train
@@ -68,7 +68,7 @@ class Recorder(WorkerCallback):
 
 
 def kill_before_rename(marker: Path) -> None:
-    """Has this process kill itself where it would rename a written checkpoint of a step, once, when the marker is there."""
+    """Make this process kill itself once, at the rename of a step's checkpoint, if the marker exists."""
 
     def armed(rename: Callable[..., None]) -> Callable[..., None]:
         def killing(source: Any, target: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The cluster launcher's files, by Ray's own schema and merged with its defaults as `ray up` does it."""
+"""The cluster launcher's files are valid by Ray's schema, merged with its defaults as `ray up` merges them."""
 
 import copy
 import re
@@ -28,7 +28,7 @@ def test_ray_accepts_it(path: Path) -> None:
     assert config["max_workers"] == gpu["max_workers"] > gpu["min_workers"] == 1
     assert gpu["resources"]["GPU"] == 1
     assert "spot" in str(gpu["node_config"]).lower()
-    # nothing of ray's defaults is left, which install a nightly ray
+    # None of Ray's defaults is left, which install a nightly Ray.
     assert "wheels" not in str(config)
 
 
@@ -47,16 +47,16 @@ def test_doors_are_closed(path: Path) -> None:
     head = next(command for command in starts if "--head" in command)
     assert "--dashboard-host=127.0.0.1" in head
     assert "0.0.0.0" not in str(config)
-    # the token is mounted as a file and is in no command
+    # The token is mounted as a file and is in no command.
     assert "/home/ubuntu/.config/deepskip/token" in config["file_mounts"]
     assert "RAY_AUTH_TOKEN=" not in str(config)
     if config["provider"]["type"] == "aws":
-        # without one the launcher makes a group with ssh open to all
+        # Without a group of its own, the launcher makes one with SSH open to all.
         assert all("SecurityGroupIds" in node["node_config"] for node in config["available_node_types"].values())
 
 
 def test_the_environment_that_ray_gets() -> None:
-    # read by the shell, as the start commands do
+    # The shell reads the file, as in the start commands.
     script = f"set -a; . {FOLDER / 'ray.env'}; env"
     printed = subprocess.run(
         ["/bin/bash", "-c", script], env={"HOME": "/home/ubuntu"}, capture_output=True, text=True, check=True
@@ -67,7 +67,7 @@ def test_the_environment_that_ray_gets() -> None:
     assert found["PATH"].startswith("/home/ubuntu/deepskip/.venv/bin:")
     assert float(found["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) == 0.5
     assert float(found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) < 60
-    # slurm and kuberay are given the same
+    # Slurm and KubeRay get the same settings.
     others = (ROOT / "cluster/slurm/train.sbatch").read_text(), (ROOT / "cluster/kuberay/raycluster.yaml").read_text()
     fast = {
         name: value

@@ -1,4 +1,4 @@
-"""Trainings over real Ray nodes, while workers, machines and networks fail: what comes out is the same training."""
+"""A training over real Ray nodes has the same result while workers, machines and networks fail."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tests.cluster.nodes import ROOT, Nodes, until
 from tests.cluster.training import Training, check
 
 STEPS = 60
-# with other numbers of workers sums are made in another order
+# Another number of workers adds up sums in another order.
 RELATIVE = 1e-4
 
 
@@ -37,7 +37,7 @@ def test_nodes_end_with_whoever_started_them(tmp_path: Path) -> None:
 def test_workers_are_killed(start: Callable[..., Training], unbroken: Training) -> None:
     training = start("workers")
     training.wait_for(8)
-    # rank 0 is the one that writes checkpoints and talks to the driver
+    # Rank 0 writes the checkpoints and talks to the driver.
     for rank, step in ((1, 22), (0, 36)):
         killed = training.kill_rank(rank)
         training.wait_for(step, after=killed)

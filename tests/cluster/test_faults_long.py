@@ -1,4 +1,4 @@
-"""Each fault by itself, over real Ray nodes: `make test-faults`; MEASURE=FILE writes the recovery times down as a table."""
+"""Test each fault alone over real Ray nodes: `make test-faults`; MEASURE=FILE writes a table of recovery times."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ def test_what_comes_out_is_the_same_training(
 
 
 def answers() -> bool:
-    """Says whether the tracking server does."""
+    """Return whether the tracking server answers."""
     with suppress(OSError), urllib.request.urlopen("http://127.0.0.1:5055/health", timeout=2) as answer:
         return bool(answer.status == 200)
     return False
@@ -55,7 +55,7 @@ def test_the_tracking_server_goes_down_and_comes_back(
         training.wait_for(8)
         server.kill()
         server.wait()
-        # what is left of it holds the port
+        # Its remaining processes hold the port.
         for process in nodes.processes(nodes.nodes[0]):
             if "mlflow" in " ".join(process.cmdline()) and "deepskip.jobs.train" not in " ".join(process.cmdline()):
                 process.kill()

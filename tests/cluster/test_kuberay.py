@@ -1,4 +1,4 @@
-"""The manifests of cluster/kuberay: against Kubernetes' schemas and KubeRay's fields, and for what DeepSkip needs of them."""
+"""The manifests of cluster/kuberay are valid for Kubernetes and KubeRay, and have what DeepSkip needs."""
 
 import base64
 import copy
@@ -35,7 +35,7 @@ NAMES = [f"{name}-{document['kind']}-{document['metadata']['name']}" for name, d
 
 
 def check(document: dict[str, Any]) -> None:
-    """Raises where the API server or KubeRay would refuse a resource, or drop a field of it."""
+    """Check that the API server and KubeRay accept a resource and drop no field of it."""
     if document["kind"] not in SCHEMAS:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
         return
@@ -113,7 +113,7 @@ def test_the_jobs_settings_are_known_and_fit_the_cluster() -> None:
     workers = words.index("--cluster.workers")
     group = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     assert yaml.safe_load(words[workers + 1]) == [group["minReplicas"], group["maxReplicas"]]
-    # a name: without one a second try would be a second run
+    # The run has a name. Without one, a second try would be a second run.
     config, *_ = parse("train", words[4:workers] + words[workers + 2 :])
     assert config.run.name
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -180,7 +180,7 @@ def test_what_is_referred_to_is_there() -> None:
                 for value in environment(container).values():
                     if isinstance(value, dict):
                         reference = value["secretKeyRef"]
-                        # secrets are in no file; the page says how they are made
+                        # Secrets are in no file. The page says how to create them.
                         assert f"create secret generic {reference['name']}" in page
                         assert reference["key"] in page
     assert not [document for _, document in RESOURCES if document["kind"] == "Secret"]
@@ -194,7 +194,7 @@ def test_the_network_is_closed_to_other_namespaces() -> None:
         assert policy["policyTypes"] == ["Ingress", "Egress"]
         for rule in policy["ingress"]:
             for peer in rule["from"]:
-                # by label: whatever else runs in the namespace stays out
+                # Peers match by label, so everything else in the namespace is excluded.
                 if peer.get("podSelector", {}).get("matchLabels") == {"app": "deepskip-ray"}:
                     continue
                 assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay-system"}
@@ -202,7 +202,7 @@ def test_the_network_is_closed_to_other_namespaces() -> None:
         for rule in policy["egress"]:
             for peer in rule["to"]:
                 if "ipBlock" in peer:
-                    # no machine's own addresses, where clouds give out credentials
+                    # A machine's own addresses are excluded, since clouds hand out credentials there.
                     assert "169.254.0.0/16" in peer["ipBlock"]["except"]
                     assert {port["port"] for port in rule["ports"]} == {443, 6443}
                 elif "namespaceSelector" in peer:
@@ -251,7 +251,7 @@ def test_the_dockerfile_copies_what_is_there_and_ends_as_no_root() -> None:
 
 @pytest.mark.parametrize("hears", [True, False])
 def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.MonkeyPatch, hears: bool) -> None:
-    # a title of this test's own: trainings beside it go on
+    # Only this test uses the title, so that other trainings on this machine continue.
     title = f"ray::Test{os.getpid()}"
     assert preempt.WORKER == "ray::RayTrainWorker"
     assert RayTrainWorker.__name__ == "RayTrainWorker"
@@ -261,7 +261,7 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
     def ray(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         told.extend(command)
         if hears:
-            # the training ends its workers by itself
+            # The training ends its workers by itself.
             os.kill(worker.pid, signal.SIGUSR1)
         return subprocess.CompletedProcess(command, 0 if hears else 1)
 
@@ -270,7 +270,7 @@ def test_preempt_tells_ray_or_else_the_training_workers(monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ours")
 
     def process(title: str, cluster_of: str = "ours") -> subprocess.Popen[str]:
-        # argv[0] is what ray's setproctitle leaves
+        # Ray's setproctitle leaves the title in argv[0].
         code = (
             "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit())); "
             "signal.signal(signal.SIGUSR1, lambda *_: sys.exit()); print('up', flush=True); sys.stdin.read()"

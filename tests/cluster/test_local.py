@@ -1,4 +1,4 @@
-"""Real Ray heads on this machine."""
+"""Real Ray heads run on this machine."""
 
 import os
 import socket
@@ -40,7 +40,7 @@ def test_the_dashboard_is_on_loopback_alone_and_asks_for_its_token(head: Head) -
 
 
 def test_a_job_and_a_driver_started_by_hand_have_its_python_and_reach_it(head: Head, tmp_path: Path) -> None:
-    """From an environment that is not activated: PATH's python is another, or none."""
+    """Run both in an environment that is not activated, where PATH has another Python or none."""
     code = "import sys; print('by', sys.prefix)"
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment(head)
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--", "python", "-c", code]
@@ -88,12 +88,12 @@ def test_loopback_goes_past_every_proxy_by_urllib_and_requests(
         assert not requests.utils.get_environ_proxies(f"http://{host}:8265/api/jobs/"), host
     assert urllib.request.proxy_bypass_environment("::1")
     assert not requests.utils.get_environ_proxies("http://[::1]:5000/")
-    # all others go where they went
+    # All other hosts are reached as before.
     if "*" not in before.values():
         assert not urllib.request.proxy_bypass_environment("pypi.org")
         found = requests.utils.get_environ_proxies("https://pypi.org/")
         assert {value for name, value in found.items() if name != "no"} == {"http://proxy.example:3128"}
-    # said again it is the same
+    # A second call changes nothing.
     assert past_proxies(os.environ).items() <= os.environ.items()
 
 
@@ -101,7 +101,7 @@ def test_where_no_proxy_is_named_nothing_is_set() -> None:
     assert past_proxies({"PATH": "/bin", "no_proxy": "corp.example", "http_proxy": ""}) == {}
     grpc = past_proxies({"grpc_proxy": "http://proxy.example:3128", "no_grpc_proxy": "corp.example"})
     assert grpc["no_grpc_proxy"] == "corp.example,127.0.0.1,localhost,::1"
-    # where gRPC has no list of its own it reads no_proxy
+    # gRPC reads no_proxy if it has no list of its own.
     assert past_proxies({"https_proxy": "http://proxy.example:3128"}) == {
         "no_proxy": "127.0.0.1,localhost,::1", "NO_PROXY": "127.0.0.1,localhost,::1",
     }  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_start_that_ray_finds_too_slow_is_made_again(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(local, "_start_head", slowly)
     assert start_head() == wanted
-    # what would not be better the next time is said at once, in one line
+    # An error that a retry cannot cure is raised at once, in one line.
     log.write_text("Traceback (most recent call last):\n  File x\nOSError: no space\n")
     starts.clear()
     with pytest.raises(HeadError, match=r"ended with status 0\. The end of its log:\nOSError: no space$"):
@@ -157,14 +157,14 @@ def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
         assert "export RAY_ADDRESS=http://127.0.0.1:" in up.stdout
         state = tmp_path / "state" / "deepskip" / "head.json"
         assert state.stat().st_mode & 0o777 == 0o600
-        # a second one finds the first
+        # A second `up` finds the first head.
         assert cluster("up").stdout.splitlines()[1:] == up.stdout.splitlines()[1:]
         assert cluster("status").returncode == 0
     finally:
         assert cluster("down").returncode == 0
     assert not state.exists()
     assert cluster("status").returncode == 1
-    # the other head is untouched, and the home holds no token
+    # The other head still runs, and the home folder holds no token.
     assert head_processes(head)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 

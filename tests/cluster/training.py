@@ -1,4 +1,4 @@
-"""A small training on test nodes, and what must be true of it afterwards, whatever happened meanwhile."""
+"""A small training on test nodes, and the checks that its result must pass after any faults."""
 
 import json
 import math
@@ -22,8 +22,8 @@ SETTINGS = {
     "model.levels": 3,
     "model.norm": "group",
     "data.crop": 32,
-    # at the default a rounding grows to 3e-4 of the loss in 60 steps, so that 1 worker and 2 come apart; here it stays at
-    # 1e-7, where a lost momentum makes 1e-3
+    # At the default rate, rounding grows to 3e-4 of the loss in 60 steps, so that 1 worker and 2 workers differ. At
+    # this rate it stays at 1e-7, where a lost momentum makes 1e-3.
     "optim.learning_rate": 1e-3,
     "optim.warmup_steps": 5,
     "optim.global_batch_size": BATCH,
@@ -38,7 +38,7 @@ SETTINGS = {
 
 @dataclass
 class Training:
-    """One run of `steps` steps on `workers`, paced to `pace` seconds a step."""
+    """A run of `steps` steps on `workers` workers, slowed down to `pace` seconds a step."""
 
     nodes: Nodes
     home: Path
@@ -57,11 +57,11 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """Return the run's folder."""
         return self.home / "runs" / self.name
 
     def submit(self) -> None:
-        """Starts the job on the head's machine."""
+        """Start the job on the head's machine."""
         workers = list(self.workers) if isinstance(self.workers, tuple) else self.workers
         settings = SETTINGS | {"optim.steps": self.steps, "run.validate_every": self.steps} | self.settings
         settings |= {"run.name": self.name, "cluster.workers": workers, "data.path": self.home / "data"}
@@ -76,7 +76,7 @@ class Training:
         self.process = self.nodes.run(command, self.output, hook | {PACE: str(self.pace)} | self.variables)
 
     def result(self, seconds: float = 120) -> int:
-        """Waits for the job and gives its exit status."""
+        """Wait for the job and return its exit status."""
         assert self.process is not None
         try:
             return self.process.wait(timeout=seconds)
@@ -84,11 +84,11 @@ class Training:
             raise TimeoutError(f"{self.name} did not end in {seconds:g} s:\n{self.said()}") from None
 
     def said(self) -> str:
-        """Gives what the job printed."""
+        """Return what the job printed."""
         return self.output.read_text(errors="replace")
 
     def lines(self) -> list[dict[str, Any]]:
-        """Reads all that workers wrote down, each line with its group, rank, world_size, pid and node."""
+        """Read all records of the workers, each with its group, rank, world_size, pid and node."""
         found = []
         for path in sorted(self.records.glob("*.jsonl")):
             whole = path.read_text().rpartition("\n")[0].splitlines()
@@ -104,7 +104,7 @@ class Training:
         other_than: str | None = None,
         seconds: float = 90,
     ) -> float:
-        """Waits until a step was done after a moment, by so many workers, by another group than one; gives when."""
+        """Wait for a step after a moment, by `world_size` workers and another group than one; return its time."""
 
         def done() -> float | None:
             if self.process is not None and self.process.poll() not in (None, 0):
@@ -126,36 +126,36 @@ class Training:
             raise TimeoutError(f"{error}\n{self.said()}") from None
 
     def group(self) -> str:
-        """Gives the group that trains now, or trained last."""
+        """Return the newest group that trains or trained."""
         return str(max(self.lines(), key=lambda line: int(line["group"]))["group"])
 
     def worker(self, rank: int) -> tuple[Node, psutil.Process]:
-        """Finds the newest worker of a rank."""
+        """Find the newest worker of a rank."""
         last = max((line for line in self.lines() if line["rank"] == rank), key=lambda line: line["time"])
         node = next(node for node in self.nodes.nodes.values() if node.mark == last["node"])
         return node, self.nodes.outside(node, last["pid"])
 
     def drivers(self) -> list[psutil.Process]:
-        """Finds the job's driver, as seen from outside."""
+        """Find the job's driver, as seen from outside."""
         head = self.nodes.nodes[0]
         return [p for p in self.nodes.processes(head) if p.cmdline()[1:3] == ["-m", "deepskip.jobs.train"]]
 
     def kill_rank(self, rank: int) -> float:
-        """Kills a worker and gives when."""
+        """Kill a worker and return the time."""
         _, process = self.worker(rank)
         moment = time.time()
         process.kill()
         return moment
 
     def kill_at_rename(self) -> float:
-        """Has rank 0 killed between writing its next checkpoint and renaming it; gives when."""
+        """Kill rank 0 between writing its next checkpoint and renaming it; return the time."""
         marker = self.records / KILL_AT_RENAME
         marker.touch()
         until(lambda: not marker.exists(), 60, "the next checkpoint")
         return time.time()
 
     def losses(self) -> dict[int, set[float]]:
-        """Gives the losses that each step had, in all its executions."""
+        """Return the losses of each step, in all its executions."""
         found: dict[int, set[float]] = {}
         for line in self.lines():
             if "loss" in line:
@@ -163,12 +163,12 @@ class Training:
         return found
 
     def repeated(self) -> set[int]:
-        """Gives the steps that were done more than once."""
+        """Return the steps that were done more than once."""
         times = Counter(line["step"] for line in self.lines() if "loss" in line)
         return {step for step, count in times.items() if count > 1}
 
     def samples(self) -> dict[int, list[tuple[int, int]]]:
-        """Gives the (epoch, sample) that went into each step, as it was done last, over all ranks."""
+        """Return the (epoch, sample) pairs of each step's last execution, over all ranks."""
         lines = self.lines()
         last = {line["step"]: line["group"] for line in sorted(lines, key=lambda line: line["time"]) if "loss" in line}
         found: dict[int, list[tuple[int, int]]] = {step: [] for step in last}
@@ -178,15 +178,19 @@ class Training:
         return found
 
     def world_sizes(self) -> list[int]:
-        """Gives the sizes of the groups that trained, in order of time."""
+        """Return the sizes of the groups that trained, in order of time."""
         groups = {line["group"]: line["world_size"] for line in sorted(self.lines(), key=lambda line: line["time"])}
         return list(groups.values())
 
 
 def check(training: Training, unbroken: Training, relative: float = 0.0, uri: str | None = None) -> None:
-    """Asserts that a training came out as the unbroken one did: every sample once an epoch, losses, one MLflow run.
+    """Check that a training equals the unbroken one: each sample once an epoch, the losses, one MLflow run.
 
-    relative: by how much a loss may differ; 0 is bit for bit. uri: of MLflow, where it is not the runs' own.
+    Args:
+        training: training with faults.
+        unbroken: training without faults.
+        relative: by how much a loss may differ; 0 is bit for bit.
+        uri: MLflow's address, if it is not the runs' own.
     """
     assert training.process is not None
     assert training.process.poll() == 0, training.said()
@@ -208,7 +212,7 @@ def check(training: Training, unbroken: Training, relative: float = 0.0, uri: st
 
 
 def check_mlflow(training: Training, status: str, uri: str | None = None) -> None:
-    """Asserts one run of the training's name, its status, and every step's loss once."""
+    """Check that there is one run of the training's name with this status, and each step's loss once."""
     client = mlflow.MlflowClient(uri or f"sqlite:///{training.home / 'runs' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("deepskip")
     named = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{training.name}'")
