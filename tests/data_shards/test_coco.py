@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def runs(mask: np.ndarray) -> list[int]:
-    """COCO's run lengths by hand: down the columns, zeros first."""
+    """Return COCO's run lengths, computed by hand: column by column, zeros first."""
     flat = mask.T.ravel()
     lengths, value = [0], 0
     for pixel in flat:
@@ -47,7 +47,7 @@ def coco(tmp_path: Path) -> dict[str, Any]:
         "images": [{"id": i, "file_name": name, "height": 20, "width": 30} for i, name in enumerate(names)],
         "annotations": [
             {"id": 1, "image_id": 0, "category_id": 7, "segmentation": square(2, 4, 8), "iscrowd": 0},
-            # smaller, inside the first, and before or after it, it shows
+            # This one is smaller and inside the first. It is visible whether it comes first or last.
             {"id": 2, "image_id": 0, "category_id": 3, "segmentation": square(4, 6, 2)},
             {"id": 3, "image_id": 1, "category_id": 3, "segmentation": {"size": [20, 30], "counts": runs(rows)}},
             {"id": 4, "image_id": 1, "category_id": 3, "iscrowd": 1,
@@ -75,7 +75,7 @@ def test_polygons_runs_and_crowds_become_labels(tmp_path: Path, coco: dict[str, 
     counts = pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", split_name="train")
     assert counts == {"train": 3}
     index = load_index(tmp_path / "out" / "train")
-    # classes in the order of the ids: dust (3), cell (7)
+    # Classes are in the order of the ids: dust (3), cell (7).
     assert (index.num_classes, index.num_samples) == (3, 3)
     found = masks(tmp_path / "out" / "train")
     expected = {name: np.zeros((20, 30), np.uint8) for name in ("a", "sub__b_c", "empty")}
@@ -86,7 +86,7 @@ def test_polygons_runs_and_crowds_become_labels(tmp_path: Path, coco: dict[str, 
     assert found.keys() == expected.keys()
     for key, mask in expected.items():
         np.testing.assert_array_equal(found[key], mask, err_msg=key)
-    # images are the files that were there
+    # The stored images are the original files.
     tar = tmp_path / "out" / "train" / "shard-000000.tar"
     stored = next(iter(webdataset.WebDataset(str(tar), shardshuffle=False)))["image.png"]
     assert stored == (tmp_path / "images" / "a.png").read_bytes()
@@ -146,7 +146,8 @@ def test_no_such_category_or_file(tmp_path: Path, coco: dict[str, Any]) -> None:
 
 
 def test_compressed_runs(tmp_path: Path, coco: dict[str, Any]) -> None:
-    # by hand: 44 zeros, 2 ones, 18 zeros, 2 + 0 ones, 18 + 516 zeros; five bits a character from '0', 32 where more follow
+    # By hand, these are 44 zeros, 2 ones, 18 zeros, 2 + 0 ones and 18 + 516 zeros. A character holds five bits, counted
+    # from '0'. A sixth bit, 32, means that more follow.
     coco["annotations"][0]["segmentation"] = {"size": [20, 30], "counts": "\\12b00T`0"}
     pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", categories=["cell"], split_name="test")
     expected = np.zeros((20, 30), np.uint8)
@@ -169,7 +170,7 @@ def test_what_other_tools_write(tmp_path: Path, coco: dict[str, Any]) -> None:
     said: list[str] = []
     for image in coco["images"]:
         image.update(width=30.0, height=20.0)
-    # Roboflow's first category only names the group
+    # Roboflow's first category only names the group.
     coco["categories"] = [{"id": 0, "name": "cells", "supercategory": "none"},
                           {"id": 7, "name": "cell", "supercategory": "cells"}]  # fmt: skip
     flat = [2, 4, 10, 4, 10, 12, 2, 12]
@@ -194,7 +195,7 @@ def test_what_other_tools_write(tmp_path: Path, coco: dict[str, Any]) -> None:
     assert not found["sub__b_c"].any()
     assert "skipped, since it only groups others and has no annotations: category cells" in said
     assert any(line.startswith("skipped 4 annotations: ") for line in said)
-    # one that is asked for by name is a class
+    # A category that is requested by name is a class.
     pack_coco(
         tmp_path / "images", path, tmp_path / "two", split_name="train", on_bad_annotation="skip",
         categories=["cells", "cell"],

@@ -53,14 +53,14 @@ def test_watershed_finds_the_24_coins_that_thresholds_find() -> None:
     for coin in cut_out():
         assert coin.cover.sum() == pytest.approx(np.pi * coin.diameter**2 / 4, rel=1e-4)
         row, column = coin.centre
-        # another way to the coin: otsu's threshold of its surroundings alone, for the photograph is unevenly lit
+        # Find the coin in another way, by Otsu's threshold of its surroundings. The photograph is unevenly lit.
         top, left = max(0, round(row - coin.radius - 3)), max(0, round(column - coin.radius - 3))
         around = grey_HW[top : round(row + coin.radius + 4), left : round(column + coin.radius + 4)]
         bright = binary_fill_holes(around > threshold_otsu(around))
         other = max(regionprops(label(bright)), key=lambda region: region.area)
         assert 0.95 < other.area / coin.cover.sum() < 1.05, coin.centre
         assert np.hypot(other.centroid[0] + top - row, other.centroid[1] + left - column) < 2, coin.centre
-        # coins are round: a disc of this radius holds little else
+        # Coins are round, so a disc of this radius holds little else.
         assert coin.cover.sum() > 0.7 * np.pi * coin.radius**2
 
 
@@ -81,7 +81,7 @@ def test_objects_are_small_whole_and_sometimes_absent(samples: dict[str, list]) 
     labelled = [label(mask) for mask in masks]
     shares = np.concatenate([np.bincount(regions.ravel())[1:] for regions in labelled]) / 128**2
     assert 0.006 < np.median(shares) < 0.009
-    # no crumbs beside the coins, none so large that two have grown together
+    # There are no crumbs next to the coins, and none is as large as two coins grown together.
     assert shares.min() > 0.5 * np.pi / 4 * (source.DIAMETERS[0]) ** 2 * 0.8
     assert shares.max() < 1.1 * np.pi / 4 * (source.DIAMETERS[1]) ** 2
     counts = [regions.max() for regions in labelled]
@@ -91,7 +91,7 @@ def test_objects_are_small_whole_and_sometimes_absent(samples: dict[str, list]) 
 
 def test_coins_stand_out_from_the_ground_they_cover(monkeypatch: pytest.MonkeyPatch) -> None:
     with_coins = list(coins("val", 30, seed=1))
-    # the ground is drawn before the coins: without them the rest of the image is another draw of noise and shadow
+    # The ground is drawn before the coins. Without them, the rest of the image is another draw of noise and shadow.
     monkeypatch.setattr(source, "draw_places", lambda *_: [])
     grounds = [image for _, image, _ in coins("val", 30, seed=1)]
     for (key, image, mask), ground in zip(with_coins, grounds, strict=True):
@@ -99,7 +99,7 @@ def test_coins_stand_out_from_the_ground_they_cover(monkeypatch: pytest.MonkeyPa
         change = np.abs(image.astype(float) - ground).mean(-1)
         for i in range(1, regions.max() + 1):
             assert change[regions == i].mean() > 20, key
-        # far from any coin nothing was pasted
+        # Far from any coin, nothing was pasted.
         assert np.median(change[mask == 0]) < 10, key
 
 
@@ -118,7 +118,7 @@ def test_wrong_arguments_are_named_before_the_first_sample() -> None:
 
 
 def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: os.PathLike) -> None:
-    coins_of("train")  # cut out and kept, so that the background is the first photograph asked for
+    coins_of("train")  # This fills the cache, so that the background is the first photograph read.
     monkeypatch.setattr(source, "PHOTOGRAPHS", tmp_path)
     photograph.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"astronaut\.png is missing"):

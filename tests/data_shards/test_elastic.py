@@ -1,4 +1,4 @@
-"""Real processes over gloo with loader processes, killed in the middle of an epoch and started again in another number."""
+"""Real processes over gloo with loader processes are killed within an epoch and restarted in another number."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def rank_main(folder: str, part: int, rank: int, world_size: int, port: int, fir
         keys = [key for key, w in zip(batch["key"], batch["weight"], strict=True) if w]
         log.write(json.dumps({"step": step, "keys": keys, "global": weight.item()}) + "\n")
         log.flush()
-        # the checkpoint of a training: every rank has done the step
+        # As with a training's checkpoint, each rank has done the step.
         dist.barrier()
         if rank == 0:
             (Path(folder) / "half").write_text(str(step + 1))
@@ -91,7 +91,7 @@ def test_killed_and_restarted_in_another_number_no_sample_is_lost_or_taken_twice
                 ranks[entry["step"]] += 1
                 assert entry["global"] == min(G, SAMPLES - entry["step"] % per_epoch * G)
         for step, keys in steps.items():
-            # a step that the kill cut off is whole only after the restart; done twice, it has the same samples
+            # A step that the kill interrupted is whole only after the restart. A repeated step has the same samples.
             if ranks[step] == world_size:
                 assert taken.setdefault(step, keys) == keys
     assert sorted(taken) == list(range(2 * per_epoch))
@@ -99,7 +99,7 @@ def test_killed_and_restarted_in_another_number_no_sample_is_lost_or_taken_twice
     for epoch in range(2):
         keys = [key for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for key in taken[step]]
         assert Counter(keys) == Counter(alone.index.keys(list(range(SAMPLES))))
-    # as one process without loader processes has them
+    # The samples are those of one process without loader processes.
     for step, batch in zip(range(2 * per_epoch), train_batches(alone, 7, G, 0, 0, 1, window=2), strict=False):
         assert taken[step] == [key for key, w in zip(batch["key"], batch["weight"], strict=True) if w]
     assert not torch.distributed.is_initialized()

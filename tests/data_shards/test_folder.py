@@ -181,7 +181,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     main(["verify", str(out)])
     main(["preview", str(out / "train"), "--out", str(tmp_path / "p.png")])
     assert Image.open(tmp_path / "p.png").size[0] == 4 * 192
-    # the same command again finds its work done
+    # The same command finds that its work is done.
     before = (out / "train" / "index.json").stat().st_mtime_ns
     main(["pack", "folder", "--images", str(images), "--masks", str(masks), "--out", str(out)])
     assert (out / "train" / "index.json").stat().st_mtime_ns == before

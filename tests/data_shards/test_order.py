@@ -37,7 +37,7 @@ def test_global_batches_do_not_depend_on_the_world_size(samples: int, G: int, W:
     seen: list[int] = []
     for t in range(steps_per_epoch(samples, G)):
         ranks = [rank_slots(order, t, G, rank, W) for rank in range(W)]
-        # every rank does the same number of samples, so no collective waits
+        # Each rank has the same number of samples, so no collective waits.
         assert {len(slots) for slots in ranks} == {-(-G // W)}
         slots = [slot for part in ranks for slot in part]
         counted = [slot.sample for slot in slots if slot.weight]
@@ -65,14 +65,14 @@ def test_what_fills_a_batch_has_weight_0() -> None:
 def test_stops_and_changes_of_the_world_size_lose_and_repeat_nothing(
     sizes: list[int], window: int, G: int, seed: int, parts: list[tuple[int, int]]
 ) -> None:
-    """parts: (steps until the stop, ranks); the last goes on to the end of the second epoch."""
+    """Check parts of (steps until the stop, ranks), of which the last ends with the second epoch."""
     samples = sum(sizes)
     per_epoch = steps_per_epoch(samples, G)
     seen = [Counter[int](), Counter[int]()]
     step = 0
     for number, (steps, W) in enumerate(parts):
         stop = 2 * per_epoch if number == len(parts) - 1 else min(step + steps, 2 * per_epoch)
-        # each rank comes from nothing but the step, as after a restart
+        # Each rank starts from the step alone, as after a restart.
         ranks = []
         for rank in range(W):
             taken = []
@@ -83,7 +83,7 @@ def test_stops_and_changes_of_the_world_size_lose_and_repeat_nothing(
         for t in range(step, stop):
             epoch, batch = divmod(t, per_epoch)
             counted = [s.sample for taken in ranks for s in taken[t - step] if s.weight]
-            # as a single rank from the start would have it
+            # A single rank from the start has the same samples.
             alone = rank_slots(EpochOrder(seed, epoch, sizes, window), batch, G, 0, 1)
             assert counted == [s.sample for s in alone if s.weight]
             seen[epoch].update(counted)
@@ -92,7 +92,7 @@ def test_stops_and_changes_of_the_world_size_lose_and_repeat_nothing(
 
 
 def test_any_position_of_a_huge_epoch_is_found_at_once() -> None:
-    # 100 million samples: a permutation of all of them would take seconds and 800 MB
+    # There are 100 million samples. A permutation of all of them would take seconds and 800 MB.
     order = EpochOrder(0, 0, np.full(100_000, 1000), 16)
     middle = order.samples(90_000_000, 90_000_016)
     assert len(set(middle.tolist())) == 16

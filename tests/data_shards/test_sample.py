@@ -96,7 +96,7 @@ def test_pictures_of_every_kind() -> None:
     indices.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
     colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
     np.testing.assert_array_equal(decode_image("png", pil(indices)), colours[np.asarray(indices)])
-    # a palette's indices are the labels of a mask
+    # In a mask, the indices of a palette are the labels.
     np.testing.assert_array_equal(decode_mask("png", pil(indices)), np.asarray(indices))
 
 
@@ -239,7 +239,7 @@ def test_masks() -> None:
 def test_bands_are_averaged_over_equal_shares_of_the_spectrum() -> None:
     cube = RNG.random((3, 4, 102))
     for bands in (32, 51, 7):
-        # by fine steps: every band cut into `bands` equal slices
+        # Compute it with finer steps: cut each band into `bands` equal slices.
         fine = np.repeat(cube, bands, axis=2).reshape(3, 4, bands, 102).mean(3)
         np.testing.assert_allclose(resample_bands(cube, bands), fine, rtol=1e-12)
     few = RNG.random((3, 4, 4))

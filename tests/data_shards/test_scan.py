@@ -1,4 +1,4 @@
-"""Shards that strangers wrote: hostile and broken ones are named, whole ones train."""
+"""Untrusted shards: hostile and broken ones raise an error with their name, whole ones train."""
 
 import io
 import itertools
@@ -73,7 +73,7 @@ def test_shards_of_webdatasets_own_writer_train(tmp_path: Path) -> None:
     batches = itertools.islice(train_batches(Shards(tmp_path, crops=Crops(16, 0.5, 0)), 0, 4, 0, 0, 1), 3)
     seen = []
     for batch in batches:
-        # 255 in the files is foreground, 1 in the batch
+        # Foreground is 255 in the files and 1 in the batch.
         assert set(batch["mask"].unique().tolist()) <= {0, 1}
         seen += [key for key, weight in zip(batch["key"], batch["weight"], strict=True) if weight]
     assert sorted(seen) == sorted(images)
@@ -90,7 +90,7 @@ def test_names_of_members_are_found_or_given(tmp_path: Path) -> None:
     tar(tmp_path / "one" / "x.tar", [*one, ("deep/er/k.json", b"{}"), ("deep/er/._k.img", b"resource fork")])
     index = index_shards(str(tmp_path / "one"))
     entry = index.entries([0])[0]
-    # formats by the first bytes, whatever the name says
+    # The first bytes decide the format, whatever the name is.
     assert (entry.key, entry.image.format, entry.mask.format) == ("deep/er/k", "png", "tif")
     odd = [("k.left.png", encoded(image, "PNG")), ("k.right.png", encoded(mask_of(image), "PNG"))]
     tar(tmp_path / "odd" / "x.tar", odd)
@@ -153,7 +153,7 @@ def test_a_damaged_shard_is_named_or_left_out(
 ) -> None:
     whole = tar(tmp_path / "set" / "a.tar", members(["k0", "k1", "k2"]))
     broken = tmp_path / "set" / "b.tar"
-    # sizes of headers are the same under another key
+    # Another key of the same length keeps the sizes of the headers.
     broken.write_bytes(damage(whole.read_bytes().replace(b"k2", b"k3")))
     with pytest.raises(BrokenShard, match=rf"b\.tar {message}"):
         scan_tar(broken, "b.tar")
@@ -196,7 +196,7 @@ def test_links_and_special_files_are_refused(tmp_path: Path) -> None:
     assert found.samples == {}
     assert [(fault.key, fault.reason[:28]) for fault in found.bad] == [("k", "its .jpg is not a plain file")]
     path = tar(tmp_path / "b.tar", [("../../../etc/k.jpg", b"x"), ("/abs/k.jpg", b"x")])
-    # such names are keys and nothing else: no file is ever made of them
+    # Such names are only keys. No file is ever created from them.
     assert list(scan_tar(path, "b.tar").samples) == ["../../../etc/k", "/abs/k"]
 
 

@@ -1,4 +1,4 @@
-"""Remote shards from a real S3 endpoint (moto's server) and a plain HTTP server, and the cache under several processes."""
+"""Remote shards come from a real S3 endpoint (moto's) and an HTTP server, through a cache shared by processes."""
 
 import hashlib
 import itertools
@@ -32,7 +32,7 @@ from deepskip.data_shards.writer import write_shards
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder, but first answers with 503 as often as it is told to."""
+    """Handler that serves a folder, after as many answers of 503 as it is told to send."""
 
     failures: dict[str, int]
 
@@ -90,7 +90,7 @@ def test_the_same_batches_from_s3_as_from_disk(tmp_path: Path, s3: Any, workers:
     for one, other in zip(expected, found, strict=True):
         assert one["key"] == other["key"]
         assert (one["image"] == other["image"]).all()
-    # a second reader needs the network no more: the copies bear the names of their contents
+    # A second reader needs no network, since the copies are named by their contents.
     copies = {path.name for path in cache.folder.iterdir()}
     index = load_index(folder)
     assert {shard.sha256 for shard in index.shards} <= copies
@@ -176,7 +176,7 @@ def test_the_cache_is_bounded_and_drops_the_oldest(tmp_path: Path, http: tuple[s
     for i, file in enumerate(files[:3]):
         paths.append(cache.fetch(*file))
         os.utime(paths[i], (i, i))
-    # the first is used again, so the second is the oldest
+    # The first is used again, so the second is now the oldest.
     cache.fetch(*files[0])
     held = paths[1].open("rb")
     cache.fetch(*files[3])
@@ -234,7 +234,7 @@ def test_processes_share_the_cache_and_one_may_be_killed(tmp_path: Path, http: t
     context = multiprocessing.get_context("spawn")
     results = [tmp_path / f"result{i}" for i in range(3)]
     folder = tmp_path / "cache"
-    # a part of a process that was killed, and its lock gone with it
+    # This is the part of a process that was killed, whose lock is gone.
     folder.mkdir()
     (folder / f"{'a' * 64}.3000000.part").write_bytes(b"half")
     workers = [
@@ -251,7 +251,7 @@ def test_processes_share_the_cache_and_one_may_be_killed(tmp_path: Path, http: t
         assert worker.exitcode == 0
     for result in results[1:]:
         assert result.read_text().splitlines() == ["1000000 True"] * 12
-    # what the killed one left does not stay
+    # The part of the killed process is removed.
     Cache(folder, 4 * 10**6).fetch(files[0][0], 10**6, files[0][2])
     sizes = [path.stat().st_size for path in folder.iterdir()]
     assert sum(sizes) <= 4 * 10**6

@@ -126,7 +126,7 @@ def test_verify_and_reading_name_the_shard_that_changed(tmp_path: Path) -> None:
     data[start : start + 8] = bytes(8)
     flipped.write_bytes(data)
     faults = list(verify(tmp_path / "train"))
-    # the third shard, and the sample in it
+    # The third shard is at fault, and the sample in it.
     assert len(faults) == 4
     assert [
         word in fault
@@ -159,7 +159,7 @@ def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
 
 
 def numbered(epoch: list[int], sample: list[int]) -> dict[str, Any]:
-    """Stand in for what is drawn for a batch's samples."""
+    """Stand in for the random draws of a batch's samples."""
     return {"draws": torch.tensor([epoch, sample]).T.float(), "noise_seed": [7 * number for number in sample]}
 
 
@@ -175,12 +175,12 @@ def collected(
 def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path, paste: float) -> None:
     packed(tmp_path / "train", samples(10))
     alone = collected(tmp_path / "train", 0, 1, 0, 7, paste=paste)
-    # 10 samples in batches of 4: the third batch of an epoch holds 2, and 2 of weight 0
+    # There are 10 samples in batches of 4, so the third batch of an epoch holds 2, and 2 of weight 0.
     assert [batch["weight"].sum().item() for batch in alone] == [4, 4, 2, 4, 4, 2, 4]
     later = collected(tmp_path / "train", 0, 1, 4, 3, paste=paste)
     halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank, paste=paste) for rank in range(2)]
     for t, batch in enumerate(alone):
-        # made with the batch, in whichever process that is
+        # The draws belong to the batch, in whichever process it is made.
         assert batch["draws"].tolist() == [list(pair) for pair in zip(batch["epoch"], batch["sample"], strict=True)]
         assert batch["noise_seed"] == [7 * number for number in batch["sample"]]
         for name in ("image", "mask", "mean", "std", "weight", "draws"):
@@ -213,10 +213,10 @@ def test_crops() -> None:
         cut, cut_mask = random_crop(image, mask, Crops(16, 1.0, 0), 255, rng)
         assert cut.shape == (16, 16, 1)
         assert cut_mask.sum() == 1
-        # image and mask are cut at the same place
+        # Image and mask are cut at the same place.
         assert cut[cut_mask == 1].tolist() == [[image[3, 47, 0]]]
     hits = sum(random_crop(image, mask, Crops(16, 0.0, 0), 255, rng)[1].sum() for _ in range(2000))
-    # the pixel is 3 rows from the top and 2 columns from the right: 4 of 25 offsets, 3 of 35
+    # The pixel is 3 rows from the top and 2 columns from the right: 4 of 25 offsets by 3 of 35.
     assert hits / 2000 == pytest.approx(4 / 25 * 3 / 35, abs=0.01)
     small, small_mask = random_crop(image[:10], mask[:10], Crops(16, 0.0, 0), 255, rng)
     assert small.shape == (16, 16, 1)
@@ -230,9 +230,9 @@ def test_pasted_objects_by_hand() -> None:
     )
     image, mask = np.array([[[30], [90]], [[0], [250]]], np.uint8), np.array([[1, 255], [0, 2]], np.uint8)
     donor = Item(image, mask, np.float32([20]), np.float32([4]))
-    # (30 - 20) / 4 deviations of 10 above 100, and (250 - 20) / 4 of them, which no byte holds
+    # The pixels are (30 - 20) / 4 and (250 - 20) / 4 deviations of 10 above 100. The latter does not fit into a byte.
     a, b = 125, 675
-    # turns to the left, then of the mirror image; what is ignored in either stays as it was
+    # These are the turns to the left, first of the image, then of its mirror image. Ignored pixels do not change.
     corners = [
         [a, 0, 0, b],
         [0, b, a, 0],
@@ -249,10 +249,10 @@ def test_pasted_objects_by_hand() -> None:
         labels = [[{0: 0, a: 1, b: 2}[v] for v in (top_left, top_right)], [255, {0: 0, a: 1, b: 2}[bottom_right]]]
         assert (found.image[..., 0].tolist(), found.mask.tolist()) == (values, labels), turn
     assert (one.image == 100).all()
-    # flat images: as if their deviation were 1
+    # Flat images count as having a deviation of 1.
     flat = pasted(one._replace(std=np.float32([0])), donor._replace(std=np.float32([0])), 255, 0)
     assert flat.image[..., 0].tolist() == [[110, 100], [100, 330]]
-    # of one normalisation: the very values
+    # With one normalisation, the values are the same to the bit.
     exact = Item(np.float64([[[0.1], [0.7]]]), np.array([[0, 1]], np.uint8), np.float32([0.3]), np.float32([0.7]))
     assert pasted(exact, exact, 255, 0).image[0, 1, 0] == np.float32(0.7)
 
@@ -272,7 +272,7 @@ def test_copy_paste_takes_other_samples_of_the_shard_on_any_layout(tmp_path: Pat
     for batch, own, some in zip(plain, always, half, strict=True):
         for i, sample in enumerate(batch["sample"]):
             added = (own["mask"][i] == 1) & (own["image"][i, 0] != batch["image"][i, 0])
-            # a donor is cut around its object, so that is in it, and nothing else
+            # A donor is cut around its object, so the object is in it, and nothing else.
             [value] = own["image"][i, 0][added].tolist()
             donor = int(value // 10)
             assert value == 10 * donor + 5
@@ -280,7 +280,7 @@ def test_copy_paste_takes_other_samples_of_the_shard_on_any_layout(tmp_path: Pat
             unchanged = torch.equal(some["image"][i], batch["image"][i])
             assert unchanged or torch.equal(some["image"][i], own["image"][i])
             changed += not unchanged
-    # shards hold 4, 4 and 2 samples
+    # The shards hold 4, 4 and 2 samples.
     ranges = (range(4), range(4, 8), range(8, 10))
     assert pairs == {(a, b) for shard in ranges for a in shard for b in shard if a != b}
     assert changed / 600 == pytest.approx(0.5, abs=0.08)

@@ -1,4 +1,4 @@
-"""What a person types: a pack that is killed and run again, info, plan."""
+"""Commands as a person types them: a pack that is killed and run again, info and plan."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def test_a_killed_pack_leaves_no_split_and_the_next_one_clears_up(tmp_path: Path
     killed = subprocess.Popen([sys.executable, "-c", SLOW_PACK, str(target), "slow"], stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
     assert killed.stdout.readline() == "nearly\n"
-    # one that is at work beside it keeps its own half-written folder
+    # A second pack at the same time keeps its own half-written folder.
     beside = subprocess.run([sys.executable, "-c", SLOW_PACK, str(target), "fast"], check=True)
     assert beside.returncode == 0
     halves = [path for path in tmp_path.iterdir() if path != target]
@@ -76,7 +76,7 @@ def test_plan_is_what_the_ranks_take(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["plan", str(folder / "index.json"), "--global-batch-size", "7", "--world-size", "3", "--rank", str(rank),
               "--epoch", "1", "--from-step", "1", "--steps", "5", "--seed", "4", "--window", "2"])  # fmt: skip
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        # four steps an epoch
+        # An epoch has four steps.
         assert [(line["epoch"], line["step"]) for line in lines] == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
         stream = train_batches(Shards(folder, crops=Crops(20, 0, 4)), 4, 7, 5, rank, 3, window=2)
         for line, batch in zip(lines, stream, strict=False):
@@ -97,7 +97,7 @@ def test_info_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     folder = packed(tmp_path)
     main(["info", str(folder)])
     text = capsys.readouterr().out
-    # 15 of 23 images have a second object, of 10 pixels beside that of 1; 400 pixels an image
+    # 15 of 23 images have a second object of 10 pixels next to that of 1 pixel. An image has 400 pixels.
     assert "23 samples in 5 shards" in text
     assert f"label 1 {(23 + 150) / 9200:.2%}" in text
     assert "objects    38, 0 images without any; median 0.250% of the image" in text

@@ -9,7 +9,7 @@ from deepskip.data_shards import trouble
 
 
 def behind(error: BaseException) -> BaseException:
-    """Raises an error from another, as libraries do."""
+    """Return an exception raised from another error, as libraries raise it."""
     try:
         try:
             raise error
@@ -75,7 +75,7 @@ def test_pipes_and_links_in_a_folder_are_passed_over(tmp_path: Path, capsys: pyt
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "deep" / "up").symlink_to(tmp_path)
     (tmp_path / "deep" / "itself").symlink_to(tmp_path / "deep")
-    # another way to a folder that does not lead back is one
+    # A second way to a folder is followed if it does not lead back.
     (tmp_path / "again").symlink_to(tmp_path / "deep")
     found = [path.relative_to(tmp_path).as_posix() for path in walk(tmp_path)]
     assert found == ["a.png", "again/b.png", "deep/b.png"]

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process, or leaves it."""
+"""Freed memory stays with the process, or leaves it, as the allocator is told."""
 
 import subprocess
 import sys
@@ -46,10 +46,10 @@ def printed(program: str, how: str) -> int:
 
 
 def test_pages_are_not_fetched_again() -> None:
-    # 64 MB are 16,384 pages
+    # 64 MB are 16,384 pages.
     assert printed(FAULTS, "keep") < 500
 
 
 def test_freed_blocks_leave_the_process() -> None:
-    # 64 MiB were freed; what is above them has 0.5
+    # 64 MiB were freed. The blocks above them hold half a MiB.
     assert printed(HELD, "give back") < 2**21 < 2**25 < printed(HELD, "leave")

@@ -25,7 +25,7 @@ def test_flips_and_quarter_turns_are_the_eight_symmetries_exactly() -> None:
             flipped = image[i].flip(2) if k >= 4 else image[i]
             flipped_mask = mask[i].flip(1) if k >= 4 else mask[i]
             if torch.equal(changed[i], torch.rot90(flipped, k % 4, (1, 2))):
-                # the mask went the same way
+                # The mask was changed in the same way.
                 assert torch.equal(changed_mask[i], torch.rot90(flipped_mask, k % 4, (0, 1)))
                 seen.add(k)
                 break
@@ -50,7 +50,7 @@ def test_what_turns_in_from_outside_is_ignored() -> None:
     ones = torch.ones(N, 1, 31, 31)
     image, mask = augment(config, draw(config, 0, [0] * N, list(range(N)), 1), ones, torch.ones(N, 31, 31).long(), 255)
     assert set(mask.unique().tolist()) == {1, 255}
-    # the middle never leaves the frame
+    # The middle never leaves the frame.
     assert (mask[:, 10:21, 10:21] == 1).all()
     torch.testing.assert_close(image, ones)
 
@@ -82,14 +82,14 @@ def test_flips_and_quarter_turns_are_numpys_bit_for_bit(labels: torch.dtype, siz
     assert changed.is_contiguous(memory_format=torch.channels_last)
     maps = draws.matrix.round().int().numpy()
     for i in range(N):
-        # from the map itself: what it does to the axes (x, y), with y down
+        # The expected image follows from what the map does to the axes (x, y), with y down.
         for before, after in ((image[i].numpy(), changed[i].numpy()), (mask[i].numpy(), changed_mask[i].numpy())):
             expected = before
             if abs(maps[i, 0, 0]):
                 expected = np.flip(expected, -1) if maps[i, 0, 0] < 0 else expected
                 expected = np.flip(expected, -2) if maps[i, 1, 1] < 0 else expected
             else:
-                # x becomes y and y becomes x: a quarter turn, then a mirror of either axis
+                # If x becomes y and y becomes x, it is a quarter turn and then a mirror of either axis.
                 expected = np.flip(np.rot90(expected, 1, (-2, -1)), -2)
                 expected = np.flip(expected, -1) if maps[i, 0, 1] < 0 else expected
                 expected = np.flip(expected, -2) if maps[i, 1, 0] < 0 else expected
@@ -97,7 +97,7 @@ def test_flips_and_quarter_turns_are_numpys_bit_for_bit(labels: torch.dtype, siz
 
 
 def test_a_symmetry_is_what_the_warp_makes_of_its_map() -> None:
-    # an angle too small to move a nearest neighbour: the same draws, resampled
+    # An angle too small to move a nearest neighbour keeps the same draws, but resamples.
     image, mask = batch(2)
     still, turned = AugmentConfig(), AugmentConfig(rotate=1e-6)
     ids = list(range(N))

@@ -137,7 +137,7 @@ def test_the_writer_works_beside_its_caller(tmp_path: Path, monkeypatch: pytest.
         second = threading.Thread(target=writer.save, args=({"step": 2, "model": {"weight": weight}},))
         second.start()
         second.join(0.2)
-        # it waits for the first, whose copy it would overwrite
+        # It waits for the first, whose copy it would overwrite.
         assert second.is_alive()
         go.set()
         second.join()
@@ -194,7 +194,7 @@ class Bomb:
 def test_a_pickle_from_strangers_is_not_run(tmp_path: Path) -> None:
     bomb = Bomb(tmp_path / "it went off")
     path = checkpoint.step_path(tmp_path, 1)
-    # with a right checksum, as whoever makes a bomb can compute it too
+    # The checksum is right, since an attacker can compute it too.
     checkpoint.save({"step": 1, "model": bomb}, path)
     with pytest.raises(CheckpointError, match=rf"{path} is not a complete checkpoint: Weights only load failed"):
         checkpoint.load_for_inference(tmp_path)
@@ -208,7 +208,7 @@ def test_a_pickle_from_strangers_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         checkpoint.read(path)
     assert not bomb.path.exists()
-    # it does go off where it is run
+    # The bomb does explode if it is run.
     pickle.loads(pickle.dumps(bomb))
     assert bomb.path.exists()
 
@@ -223,7 +223,7 @@ def test_other_peoples_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(CheckpointError, match="not written by DeepSkip"):
         checkpoint.read(path)
     checkpoint.save({"version": checkpoint.VERSION + 1}, path)
-    # not broken: a training must not start over beside it
+    # This checkpoint is not broken, so a training must not ignore it and start again.
     with pytest.raises(CheckpointTooNew, match=f"reads up to {checkpoint.VERSION}"):
         start(tmp_path)
 

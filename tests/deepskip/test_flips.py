@@ -1,4 +1,4 @@
-"""Flips at test against probabilities averaged by hand in fp64; in tiles: test_tiling."""
+"""Flips at test time equal probabilities averaged by hand in fp64; test_tiling covers tiles."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_hand(network: nn.Module, image_CHW: np.ndarray) -> np.ndarray:
-    """Mean probabilities (V, H, W) fp64 of a normalised image, padded to a multiple of 4 by its edge."""
+    """Return mean probabilities (V, H, W) in fp64 of a normalised image, whose edge pads it to a multiple of 4."""
     _, H, W = image_CHW.shape
     padded = np.pad(image_CHW, ((0, 0), (0, -H % 4), (0, -W % 4)), mode="edge")
     total = np.zeros(())
@@ -45,7 +45,7 @@ def test_a_probability_next_to_one_keeps_its_distance() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return 200 * image
 
-    # sigmoid(40) is 1 in fp32
+    # sigmoid(40) is 1 in fp32.
     logits = mean_logits(Bright(), torch.full((1, 1, 4, 4), 0.2))
     torch.testing.assert_close(logits, torch.full((1, 1, 4, 4), 40.0))
     assert torch.isfinite(mean_logits(Bright(), torch.randn(1, 1, 8, 8))).all()

@@ -1,4 +1,4 @@
-"""Instance-batch norm against torch's own two norms in float64: values, every gradient, running statistics, evaluation."""
+"""Instance-batch norm equals torch's two norms in float64: values, all gradients, running statistics, evaluation."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_half_of_each(channels: int, layout: torch.memory_format) -> None:
     norm = norm_of(channels).double()
     other = Both(norm)
     for _ in range(3):
-        # a mean far from 0 for each sample
+        # Each sample has a mean far from 0.
         x = torch.randn(3, channels, 6, 7, dtype=torch.float64) * 2 + torch.arange(3).view(3, 1, 1, 1) * 3
         x = x.to(memory_format=layout).requires_grad_()
         grad = torch.randn_like(x)
@@ -60,7 +60,7 @@ def test_half_of_each(channels: int, layout: torch.memory_format) -> None:
 def test_half_precision_is_rounded_once_at_the_end(training: bool) -> None:
     norm = norm_of(4).train(training)
     other = Both(norm).train(training)
-    # with sums in bfloat16, whose steps at 300 are of 2, nothing of this would be right
+    # Sums in bfloat16, whose steps at 300 are 2, would make all of this wrong.
     x = (300 + 5 * torch.randn(2, 4, 32, 32)).bfloat16().requires_grad_()
     wide = x.detach().double().requires_grad_()
     found, expected = norm(x), other(wide)

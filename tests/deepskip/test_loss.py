@@ -1,4 +1,4 @@
-"""The loss against eqs. 5 to 8 written out in numpy, float64, gradients derived by hand."""
+"""The loss equals eqs. 5 to 8 written out in numpy, in float64, with gradients derived by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ IGNORE = 255
 def by_hand(
     z: np.ndarray, target: np.ndarray, sample_weight: np.ndarray, alpha: float, beta: float, Q: np.ndarray, eps: float
 ) -> tuple[float, np.ndarray]:
-    """Gives the loss and its gradient: z (N, V, H, W); target (N, H, W), or (N, V, H, W) of independent labels."""
+    """Return loss and gradient for z (N, V, H, W) and target (N, H, W), or (N, V, H, W) with independent labels."""
     N, V, H, W = z.shape
     z = z.astype(np.float64)
     independent = target.ndim == 4 or V == 1
@@ -86,7 +86,7 @@ def test_extreme_logits_stay_finite() -> None:
     loss = BCEDiceLoss()(z, torch.tensor([[[1, 0], [0, 1]]]))
     loss.backward()
     assert torch.isfinite(loss)
-    # two of four pixels wrong by 1e4, halved by alpha; Dice of 1 right of 2 and 2
+    # Two of four pixels are wrong by 1e4, halved by alpha. The Dice has 1 right pixel of 2 and 2.
     assert loss.item() == pytest.approx(5000 / 2 + 1 - 3 / 5, rel=1e-6)
 
 

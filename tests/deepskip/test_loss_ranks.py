@@ -1,4 +1,4 @@
-"""The loss and its gradient over gloo processes with uneven shares of a batch, against one process in float64."""
+"""Loss and gradient over gloo processes with uneven shares of a batch equal those of one process in float64."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from deepskip import BCEDiceLoss
 
-# samples of each rank
+# Number of samples of each rank.
 SHARES = {1: [7], 2: [5, 2], 4: [3, 2, 2, 0]}
 FORMS = ("auto", "triton", "reference")
 
@@ -46,7 +46,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
             found[form, V] = (loss.detach(), logits.grad)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
-    # gloo's threads now and then abort an interpreter that shuts down, when all is done
+    # gloo's threads sometimes abort an interpreter that shuts down. By now, all is done.
     os._exit(0)
 
 

@@ -30,7 +30,7 @@ def test_binary_pixels_against_counting() -> None:
 
 @pytest.mark.parametrize(("centre", "expected"), [(-2.0, 0.1), (0.0, 0.5), (1.5, 0.8)])
 def test_the_best_threshold_against_torchmetrics_at_every_threshold(centre: float, expected: float) -> None:
-    # deepskip.metrics prepares torchmetrics' import
+    # deepskip.metrics must be imported before torchmetrics.
     from torchmetrics.classification import BinaryJaccardIndex
 
     rng = np.random.default_rng(1)
@@ -38,7 +38,7 @@ def test_the_best_threshold_against_torchmetrics_at_every_threshold(centre: floa
     at_each = {threshold: BinaryJaccardIndex(threshold, ignore_index=255) for threshold in THRESHOLDS}
     for _ in range(3):
         truth = rng.integers(0, 2, (24, 31))
-        # foreground lies above the centre, background below
+        # Foreground lies above the centre, background below.
         logits = torch.tensor(rng.normal(centre - 1 + 2 * truth, 1.0), dtype=torch.float32)
         truth[rng.random(truth.shape) < 0.2] = 255
         target = torch.tensor(truth)
@@ -59,7 +59,7 @@ def test_the_best_threshold_against_torchmetrics_at_every_threshold(centre: floa
 
 def test_a_logit_on_a_threshold_is_background_and_equal_thresholds_are_nearest_to_half() -> None:
     scores = ThresholdScores(255)
-    # at 0.5 as to_labels has it; foreground is above 0.7 alone, so that 0.5 to 0.7 are as good as one another
+    # A logit of 0 is background, as in to_labels. Only above 0.7 is foreground, so 0.5 to 0.7 are equally good.
     scores.update(torch.tensor([[0.0, 0.9, -3.0]]), torch.tensor([[0, 1, 255]]))
     assert {name: value.item() for name, value in scores.compute().items()} == {
         "best_threshold": 0.5, "iou_best_threshold": 1.0,
@@ -84,15 +84,15 @@ def test_classes_are_averaged_over_foreground_that_occurs() -> None:
 
 def test_objects_by_hand() -> None:
     truth, guess = torch.zeros(12, 12, dtype=torch.long), torch.zeros(12, 12, dtype=torch.long)
-    # found whole
+    # This object is found whole.
     truth[0:3, 0:3] = 1
     guess[0:3, 0:3] = 1
-    # half found is not found
+    # An object of which half is found is not found.
     truth[0:2, 6:10] = 1
     guess[0:2, 6:8] = 1
-    # two diagonal neighbours are one object, missed
+    # Two diagonal neighbours are one object, which is missed.
     truth[6, 6] = truth[7, 7] = 1
-    # touches nothing: a false alarm; what touches truth is none, ignored pixels count nowhere
+    # An object that touches nothing is a false alarm. One that touches truth is none. Ignored pixels never count.
     guess[10:12, 0:2] = 1
     truth[10:12, 10:12] = 255
     guess[10:12, 10:12] = 1

@@ -16,7 +16,7 @@ def test_any_bands_and_size(bands: int, height: int, width: int) -> None:
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_decoder_is_equation_1(mode: str) -> None:
-    """The whole decoder again from its weights, in float64, by nested loops over eq. 1."""
+    """Compute the whole decoder from its weights, in float64, by nested loops over eq. 1."""
     torch.manual_seed(0)
     B = 4
     network = DeepSkipUNet(2, 1, base_channels=4, levels=B, upsample=mode).double().eval()
@@ -61,7 +61,7 @@ def test_padding_repeats_the_edge() -> None:
 
 
 def enlarging(side: int, times: int) -> np.ndarray:
-    """The matrix (times * side, side) that enlarges a row bilinearly, from what its pixels' centres are apart."""
+    """Return the matrix (times * side, side) that enlarges a row bilinearly, from the distances of pixel centres."""
     matrix = np.zeros((times * side, side))
     for i in range(times * side):
         centre = min(max((i + 0.5) / times - 0.5, 0), side - 1)

@@ -1,4 +1,4 @@
-"""Muon against singular values in float64, and its Adam against PyTorch's."""
+"""Muon equals steps on singular values in float64, and its Adam equals PyTorch's."""
 
 from typing import Literal
 
@@ -10,12 +10,12 @@ from deepskip.config import OptimConfig
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import MUON_LEARNING_RATE, Muon, build_optimizer, orthogonalized
 
-# tall, wide, square, of one row; two of a size, which are taken together
+# The matrices are tall, wide, square, and of one row. Two have the same size and are stepped together.
 SHAPES = ((16, 8, 3, 3), (8, 3, 3, 3), (8, 2, 3, 3), (9, 1, 3, 3), (1, 4, 1, 1), (32, 2, 1, 1))
 
 
 def by_singular_values(matrix: Tensor) -> Tensor:
-    """Takes the steps on the singular values themselves: s <- a s + b s^3 + c s^5."""
+    """Apply the steps to the singular values themselves: s <- a s + b s^3 + c s^5."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / matrix.double().norm()
     for _ in range(5):
@@ -66,7 +66,7 @@ def test_what_muon_leaves_goes_as_with_adam() -> None:
     adam = torch.optim.Adam(theirs, lr=1e-2)
     for step in range(5):
         for p, q in zip(mine, theirs, strict=True):
-            # one parameter without a gradient is left as it is, and counts its own steps
+            # A parameter without a gradient does not change, and counts its own steps.
             p.grad = None if step == 2 and len(p) == 3 else torch.randn_like(p)
             q.grad = None if p.grad is None else p.grad.clone()
         optimizer.step()

@@ -17,7 +17,7 @@ def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation:
     config.model.levels, config.model.base_channels, config.model.norm = 3, 4, norm  # type: ignore[assignment]
     torch.manual_seed(in_channels)
     network = deepskip.DeepSkipUNet(in_channels, classes, 4, 3, norm=norm)
-    # about as much foreground as background
+    # The head gives about as much foreground as background.
     torch.nn.init.normal_(network.head.weight)
     with torch.no_grad():
         logits = network.eval()(torch.randn(1, in_channels, 64, 64))
@@ -28,7 +28,7 @@ def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation:
 
 
 def by_hand(model: deepskip.Predictor, image_HWC: np.ndarray) -> np.ndarray:
-    """Probabilities (V, H, W) of the network itself, in fp64."""
+    """Return the network's own probabilities (V, H, W) in fp64."""
     x = torch.from_numpy(image_HWC.transpose(2, 0, 1).astype(np.float64))[None]
     x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), correction=0, keepdim=True)
     with torch.inference_mode():
@@ -94,12 +94,12 @@ def test_bands_are_brought_to_the_models_as_the_training_images_were(dtype: type
     np.testing.assert_allclose(model.predict_proba(image)[..., 0], expected, atol=1e-5)
     tensor = torch.from_numpy(image.astype(np.float32 if dtype == np.float32 else np.int32).transpose(2, 0, 1).copy())
     np.testing.assert_allclose(model.predict_proba(tensor)[0], expected, atol=1e-5)
-    # one band is repeated
+    # A single band is repeated.
     grey = image[..., 0]
     np.testing.assert_allclose(
         model.predict_proba(grey)[..., 0], by_hand(model, np.repeat(grey[..., None], 3, 2))[0], atol=1e-5
     )
-    # numbers that int32 has not
+    # These numbers exceed int32.
     if dtype == np.uint16:
         found = model.predict_proba(image.astype(np.int64) * 2**21)[..., 0]
         np.testing.assert_allclose(found, by_hand(model, pairs)[0], atol=1e-4)

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: moto's S3 server."""
+"""Checkpoints in an object store, served by moto's S3 server."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def test_a_training_on_s3_is_the_training_on_disk(tmp_path: Path, s3: Any) -> No
     expected, summary = losses(tmp_path, config())
     url = "s3://bucket/runs/coins"
     first, _ = losses(url, config(), stop_at=4)
-    # half of an upload that a store shows, or a bad disk behind it
+    # This is half of an upload that a store shows, or a bad disk behind it.
     data = bytearray(s3.cat_file("bucket/runs/coins/checkpoints/step-00000004.pt"))
     data[len(data) // 2] ^= 4
     s3.pipe_file("bucket/runs/coins/checkpoints/step-00000004.pt", bytes(data))
@@ -42,7 +42,7 @@ def test_others_write_there_too(s3: Any) -> None:
         for step in (1, 2, 3):
             writer.save(model(3, 1) | {"step": step}, best=step == 1)
     assert [storage.name(path) for path in checkpoint.step_paths(run)] == ["step-00000003.pt", "step-00000002.pt"]
-    # fsspec remembers listings
+    # fsspec caches listings.
     other = fsspec.filesystem("s3", skip_instance_cache=True)
     other.pipe_file("bucket/runs/two/checkpoints/step-00000009.pt", bytes(checkpoint.pack({"step": 9})))
     state = agreed_start(run, 0, 1, torch.device("cpu"), pytest.fail)

@@ -1,4 +1,4 @@
-"""Scores by size and by threshold against plain counting, scikit-image and torchmetrics."""
+"""Scores by size and by threshold equal plain counting, scikit-image and torchmetrics."""
 
 import math
 
@@ -21,7 +21,7 @@ EDGES = [4, 16]
 
 
 def blobs(rng: np.random.Generator, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of many small objects, guessed and true, (40, 50), with ignored pixels in the truth."""
+    """Return labels (40, 50) of many small objects, guessed and true, with ignored pixels in the truth."""
     guess, truth = np.zeros((2, 40, 50), np.uint8)
     for _ in range(25):
         y, x, h, w = (*rng.integers(0, (38, 48)), *rng.integers(1, 7, 2))
@@ -35,7 +35,7 @@ def blobs(rng: np.random.Generator, classes: int) -> tuple[np.ndarray, np.ndarra
 
 
 def by_hand(images: list[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, float]]:
-    """The scores by size, object by object."""
+    """Compute the scores by size, object by object."""
     bounds = [0, *EDGES, math.inf]
     rows = [{"objects": 0, "found": 0, "false_alarms": 0, "iou": 0.0} for _ in range(3)]
     for guess, truth in images:
@@ -79,7 +79,7 @@ def test_by_size_against_counting_object_by_object(classes: int) -> None:
         assert row["iou"] == pytest.approx(right["iou"] / right["objects"])
         assert row["recall"] == right["found"] / right["objects"]
         assert row["false_alarms_per_image"] == right["false_alarms"] / 3
-    # all sizes together are what a training shows
+    # All sizes together are what a training shows.
     assert sum(row["found"] for row in found) / sum(row["objects"] for row in found) == pytest.approx(
         plain.compute()["object_recall"].item()
     )
@@ -104,7 +104,7 @@ def test_curve_of_a_binary_task_against_torchmetrics_and_by_hand() -> None:
     for _ in range(3):
         truth = (rng.random((30, 40)) < 0.2).astype(np.uint8)
         p = np.clip(rng.normal(0.3 + 0.3 * truth, 0.2), 0, 1).astype(np.float32)
-        # exactly at thresholds and at the ends
+        # These values are exactly at thresholds and at the ends.
         p[0, :4] = 0, 0.5, 513 / 1024, 1
         truth[rng.random(truth.shape) < 0.1] = 255
         curve.update(p[None], truth)
@@ -153,6 +153,6 @@ def test_nothing_there_and_nothing_seen() -> None:
     curve.update(np.zeros((1, 4, 4), np.float32), np.zeros((4, 4), np.uint8))
     (found,) = curve.compute()
     assert math.isnan(found.average_precision)
-    # at threshold 0 all is seen, and wrong
+    # At threshold 0, all pixels are foreground, and wrong.
     assert (found.precision[0], found.f1[0]) == (0, 0)
     assert np.isnan(found.precision[1:]).all()

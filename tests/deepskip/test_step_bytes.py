@@ -1,4 +1,4 @@
-"""Bytes of a step by the counter, beside those worked out by hand."""
+"""The counter's bytes of a step equal those computed by hand."""
 
 import torch
 from torch import nn
@@ -8,7 +8,8 @@ from deepskip.kernels.bench.traffic import Moved
 
 
 def test_a_block_moves_what_is_worked_out_by_hand() -> None:
-    # one 3x3 convolution 4 -> 8 with batch norm and ReLU, bf16 autocast, and a head 8 -> 1; N x H x W pixels
+    # The block is a 3x3 convolution 4 -> 8 with batch norm and ReLU, under bf16 autocast, and a head 8 -> 1. There are
+    # N x H x W pixels.
     with torch.device("meta"):
         block = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         network = nn.Sequential(block, nn.Conv2d(8, 1, 1, bias=False))
@@ -27,7 +28,7 @@ def test_a_block_moves_what_is_worked_out_by_hand() -> None:
     assert (sums.read, sums.written, gradient.read, gradient.written) == (2 * y, 0, 2 * y, y)
     relu, mask = found["relu_", ""][0], found["threshold_backward", ""][0]
     assert (relu.read, relu.written, mask.read, mask.written) == (y, y, 2 * y, y)
-    # the image needs no gradient, so its convolution has the weight's alone
+    # The image needs no gradient, so its convolution has only the weight's.
     assert [row.place for row in found["convolution_backward", "weight gradient"]] == ["", "block"]
     (head,) = found["convolution_backward", "input gradient"]
     assert (head.read, head.written, head.place) == (2 * pixels + 2 * 8, y, "")
@@ -43,16 +44,16 @@ def test_a_whole_step_moves_about_what_the_plan_says() -> None:
         sums[form] = {"all": sum(row["bytes_per_pixel"] for row in rows)}
         for row in rows:
             sums[form][row["level"]] = sums[form].get(row["level"], 0.0) + row["bytes_per_pixel"]
-    # counted by hand before there was a counter: about 2,300 at level 1, 36 GB in all
+    # Counted by hand, without the counter: about 2,300 at level 1, and 36 GB in all.
     assert 2100 <= sums["triton"]["level 1"] <= 2400
     assert 34e9 <= sums["triton"]["all"] * 32 * 512 * 512 <= 38e9
-    # the new launches at level 1: four norms without ReLU's own passes, which are two maps forward and three back, and without
-    # the norm's own sums, a map each; and a stage without taps, 9 x 8 channels at a quarter of the pixels for two maps and
-    # at a sixteenth for another, written and read in both directions
+    # The new launches save two things at level 1. Four norms have no passes of ReLU's own, two maps forward and three
+    # back, and no pass of the norm's own sums, a map each. A stage has no taps, 9 x 8 channels at a quarter of the
+    # pixels for two maps and at a sixteenth for another, written and read in both directions.
     taps = 2 * 72 * (2 / 4 + 1 / 16)
     assert sums["triton"]["level 1"] - sums["next"]["level 1"] >= 4 * 6 * 16 + 4 * taps
     assert 1200 <= sums["next"]["level 1"] <= 1350
-    # the plain form at least writes and reads every upsampled map, forward and backward
+    # The plain form at least writes and reads each upsampled map, forward and backward.
     upsampled = 2 * (16 + 32 + 64 + 16)
     assert sums["reference"]["level 1"] - sums["triton"]["level 1"] >= 2 * upsampled
 

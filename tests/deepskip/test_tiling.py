@@ -1,4 +1,4 @@
-"""Tiles against the whole image, and the overlap against what gradients say of how far the network sees."""
+"""Tiles equal the whole image, and the overlap covers what gradients show of the network's receptive field."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def test_spans_cover_every_pixel_once_and_stay_off_their_borders(
         assert span.start % multiple == 0
         assert 0 <= span.start <= span.first < span.last <= span.stop <= length
         assert span.stop - span.start <= tile
-        # what counts is a margin away from where the tile was cut, not from the image's own border
+        # What counts is a margin away from the tile's cut edges, but not from the image's own border.
         assert span.start == 0 or span.first - span.start >= overlap.margin
         assert span.stop == length or span.stop - span.last >= overlap.margin
     np.testing.assert_allclose(total, 1, atol=1e-6)
@@ -74,7 +74,7 @@ def test_a_tile_that_is_nothing_but_overlap_is_an_error() -> None:
 def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -> None:
     network = network_of(1, 1, base_channels=1, **settings).double()
     for parameter in network.parameters():
-        # with nothing negative no way through the network is cut off by a ReLU
+        # Without negative weights, no ReLU cuts off a path through the network.
         parameter.data.abs_()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -84,7 +84,7 @@ def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -
     centre = (radius // multiple + 1) * multiple
     reach = 0
     for pixel in (centre, centre + multiple - 1):
-        # one row of columns is enough: both sides are alike
+        # One row of columns is enough, since both axes are alike.
         image = torch.ones(1, 1, multiple, 2 * centre + multiple, dtype=torch.float64, requires_grad=True)
         network(image)[0, 0, 0, pixel].backward()
         assert image.grad is not None
@@ -108,7 +108,7 @@ def test_the_network_sees_no_further_than_the_radius(settings: dict[str, Any]) -
 def test_tiles_equal_the_whole_image(
     monkeypatch: pytest.MonkeyPatch, encoder: str, upsample: str, enlarge: int, flips: bool
 ) -> None:
-    # fp64: what differs is no rounding
+    # In fp64, a difference cannot be rounding.
     plain = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample, enlarge=enlarge).double()
     network = Flipped(plain) if flips else plain
     assert overlap_of(network) == overlap_of(plain)
@@ -120,10 +120,10 @@ def test_tiles_equal_the_whole_image(
         sides: list[int] = []
         plain.encoder[0].register_forward_hook(lambda module, inputs, output: sides.extend(output.shape[-2:]))
         tiled = inference.predict_logits(network, image, enlarge * tile)
-    # what the first level sees is as large as was asked for, and no larger
+    # The first level's input is as large as requested, and no larger.
     assert max(sides) <= enlarge * tile
     assert len(spans(407, tile, overlap_of(network))) > 3
-    # the sum of the tiles is fp32
+    # The sum of the tiles is in fp32.
     torch.testing.assert_close(tiled, whole.float(), atol=1e-5, rtol=0)
 
 
@@ -137,13 +137,13 @@ def test_the_papers_network_in_tiles() -> None:
 @pytest.mark.parametrize("norm", ["group", "instance-batch"])
 def test_a_norm_of_the_tiles_own_has_no_seam(norm: str) -> None:
     network = network_of(1, 1, base_channels=4, levels=3, norm=norm)
-    # a gradient of brightness: each tile's statistics differ
+    # With a gradient of brightness, each tile has other statistics.
     image = torch.randn(1, 1, 192, 768) + torch.linspace(-2, 2, 768)
     overlap = overlap_of(network)
     with torch.inference_mode():
         tiled = logits_in_tiles(network, image, overlap.smallest_tile)[0, 0]
     steps = (tiled[:, 1:] - tiled[:, :-1]).mean(0).abs()
-    # columns where a ramp begins or ends are like any other
+    # Columns where a ramp begins or ends look like all others.
     edges = [
         edge
         for span in spans(768, overlap.smallest_tile, overlap)

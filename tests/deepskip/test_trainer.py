@@ -1,4 +1,4 @@
-"""The training loop on batches made here: no shards, no Ray."""
+"""The training loop runs on batches made here, without shards or Ray."""
 
 import contextlib
 import math
@@ -50,7 +50,7 @@ def batch_of(numbers: list[int], weights: list[float], size: int = 16) -> Batch:
 
 
 def batches(step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    # 4 samples over 3 ranks: two each, the last two of weight 0
+    # There are 4 samples on 3 ranks, two each. The last two have weight 0.
     share = math.ceil(4 / world_size)
     while True:
         places = range(rank * share, (rank + 1) * share)
@@ -81,7 +81,7 @@ def losses(
 
     def share(step: int) -> Iterator[Batch]:
         for number, batch in enumerate(batches(step, **distributed), step):
-            # killed before it begins the step after
+            # The training is killed before it begins the next step.
             if number == stop_at:
                 raise KeyboardInterrupt
             yield batch
@@ -105,7 +105,7 @@ def assert_same_state(one: Path, other: Path) -> None:
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, right[name]), name
         elif name != "/seconds":
-            # nan is nan
+            # Here, nan equals nan.
             assert value == right[name] or (value != value and right[name] != right[name]), name
 
 
@@ -123,7 +123,7 @@ def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.Mon
 
     def traced(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
         modes.append(mode)
-        # inductor needs a compiler for c++, which not every machine has
+        # Inductor needs a C++ compiler, which not all machines have.
         return compile_it(function, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
@@ -160,7 +160,7 @@ def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
 
 
 def test_the_average_is_that_of_tensorflows_decay_by_steps_in_float64() -> None:
-    """ExponentialMovingAverage(decay, num_updates) of TensorFlow, from the weights of each step; buffers are averaged too."""
+    """Compare with TensorFlow's ExponentialMovingAverage(decay, num_updates), of weights and of buffers."""
     settings = config(steps=40)
     settings.optim.ema_decay = 0.7
     training, stream = TrainingStep(settings, DATA, torch.device("cpu")), batches(0)
@@ -168,7 +168,7 @@ def test_the_average_is_that_of_tensorflows_decay_by_steps_in_float64() -> None:
     decays = []
     for num_updates in range(30):
         training(next(stream))
-        # the first average is the first step's weights
+        # The first average is the weights of the first step.
         decays.append(min(0.7, (1 + num_updates) / (10 + num_updates)) if expected else 0.0)
         for name, value in training.network.state_dict().items():
             new = value.double().numpy()
@@ -189,9 +189,9 @@ def test_a_short_trial_validates_what_it_trained(tmp_path: Path) -> None:
     seen, averaged = losses(tmp_path / "averaged", settings)
     settings.optim.ema_decay = 0.0
     seen_without, last = losses(tmp_path / "last", settings)
-    # the average changes what is validated, not what is trained
+    # The average changes what is validated, not what is trained.
     assert seen == seen_without
-    # by a decay of 0.98 from the first step on the average's IoU would be 0
+    # With a decay of 0.98 from the first step, the average's IoU would be 0.
     assert last["val"]["iou"] == pytest.approx(0.16, abs=0.03)
     assert averaged["val"]["iou"] == pytest.approx(last["val"]["iou"], abs=0.03)
 
@@ -206,7 +206,7 @@ def test_killed_twice_it_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, ema
     settings.run.checkpoint_every, settings.run.patience = 2, 5
     unbroken, summary = losses(tmp_path / "unbroken", settings)
     parts = [losses(tmp_path / "broken", settings, stop_at=stop_at) for stop_at in (3, 7, None)]
-    # a step after the last checkpoint is done again
+    # A step after the last checkpoint is done again.
     assert [list(seen) for seen, _ in parts] == [[1, 2, 3], [3, 4, 5, 6, 7], [7, 8]]
     for seen, _ in parts:
         assert seen == {step: unbroken[step] for step in seen}
@@ -216,7 +216,7 @@ def test_killed_twice_it_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, ema
 
 def test_out_of_patience(tmp_path: Path) -> None:
     settings = config(steps=20)
-    # weights that stay give an IoU that stays
+    # Constant weights give a constant IoU.
     settings.optim.learning_rate, settings.optim.ema_decay, settings.model.norm = 0.0, 0.0, "group"
     settings.run.patience, settings.run.validate_every, settings.run.checkpoint_every = 3, 2, 100
     _, summary = losses(tmp_path / "unbroken", settings)
@@ -224,7 +224,7 @@ def test_out_of_patience(tmp_path: Path) -> None:
     state, _ = checkpoint.newest(tmp_path / "unbroken")
     assert state is not None
     assert (state["step"], state["stale"]) == (8, 3)
-    # what was waited for so far is not forgotten, and a training that is over stays over
+    # The count of validations without gain is kept, and a finished training stays finished.
     settings.run.checkpoint_every = 1
     losses(tmp_path / "broken", settings, stop_at=5)
     seen, resumed = losses(tmp_path / "broken", settings)
@@ -256,7 +256,7 @@ def test_stopped_on_request_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
     state, _ = checkpoint.newest(tmp_path / "broken")
     assert state is not None
     assert state["step"] == 4
-    # asked at its last step, a training ends as ever
+    # A request at the last step changes nothing, and the training ends as usual.
     asked = iter([False, True])
     seen, summary = losses(tmp_path / "broken", settings, stop_requested=lambda: next(asked))
     assert seen == {step: unbroken[step] for step in (5, 6)}
@@ -344,7 +344,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: str, work: Callable[
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # gloo's threads now and then abort an interpreter that shuts down, when all is done
+    # gloo's threads sometimes abort an interpreter that shuts down. By now, all is done.
     os._exit(0)
 
 
@@ -374,7 +374,7 @@ def test_the_same_training_on_one_then_two_then_three_workers(tmp_path: Path) ->
     assert list(seen) == list(alone)
     np.testing.assert_allclose(list(seen.values()), list(alone.values()), rtol=1e-4)
     assert last["val"] == pytest.approx(summary["val"], rel=1e-3, nan_ok=True)
-    # counted over all ranks' images
+    # The count is over the images of all ranks.
     assert last["val"]["images"] == 5
     assert last["val"]["iou_best_threshold"] > last["val"]["iou"]
 
@@ -384,7 +384,7 @@ def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
 
     def send() -> bool:
-        # to one rank of the two, in its third step
+        # The signal goes to one of the two ranks, in its third step.
         calls.append(None)
         if len(calls) == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -408,7 +408,7 @@ def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_workers(tmp_path: Path) -> None:
-    # batch norm: the running statistics of the ranks differ, and validation must not depend on whose they are
+    # With batch norm, the ranks' running statistics differ. Validation must not depend on whose are used.
     results = on_ranks(2, tmp_path, preempted_by_a_signal)
     for _, first, step, _, _ in results:
         assert (step, first[1]) == (3 + ranks.VOTE_STEPS, {})

@@ -1,4 +1,4 @@
-"""The step by itself: what it makes of a batch, and how many operators it starts."""
+"""A single training step: how it handles a batch, and how many operators it starts."""
 
 from unittest import mock
 
@@ -33,7 +33,7 @@ def small(augment: AugmentConfig | None = None) -> TrainingStep:
 
 @pytest.mark.parametrize("augment", [AugmentConfig(), AugmentConfig(rotate=20, scale=0.2)])
 def test_labels_stay_bytes_up_to_the_loss_and_change_nothing(augment: AugmentConfig) -> None:
-    # label 255 shifted by one would be 0 in a byte
+    # Label 255, shifted by one, would be 0 in a byte.
     masks, results = [], []
     for labels in (torch.uint8, torch.int64):
         training, batch = small(augment), batch_of(labels)
@@ -89,7 +89,8 @@ def test_the_moving_average_takes_counters_as_they_are() -> None:
 
 def test_a_step_starts_no_more_operators_than_it_did() -> None:
     found = {name: step_launches.count(config) for name, config in step_launches.configs().items()}
-    # counted on torch 2.11; before: 78 for the average with two waits, 107 for the augmentation, 276 for Muon
+    # Counted on torch 2.11. Before, there were 78 for the average with two waits, 107 for the augmentation and 276 for
+    # Muon.
     most = {"normalise and augment": 20, "clip": 8, "moving average": 3, "optimizer": 230}
     for phase, limit in most.items():
         assert sum(found["default"][phase].operators.values()) <= limit, found["default"][phase]

@@ -1,4 +1,4 @@
-"""Files that people really have: each case packs a folder and asserts numbers; docs/files.md lists how each is handled."""
+"""Files as people really have them: each case packs a folder and checks numbers; docs/files.md lists the cases."""
 
 import struct
 import zlib
@@ -18,7 +18,7 @@ from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sources.split import PackError
 from tests.field.folders import Scene, iou, packed, write
 
-# (what the file is, what happens, options) of each case, for the page
+# Each case is (what the file is, what happens, options, function). The first three are shown on the page.
 CASES: dict[str, tuple[str, str, str, Callable[[Path], None]]] = {}
 
 
@@ -33,7 +33,7 @@ def case(what: str, happens: str, options: str = "") -> Callable[[Callable[[Path
 
 
 def equal_masks(found: dict[str, Scene], made: dict[str, Scene]) -> None:
-    """Asserts that masks are the truth."""
+    """Check that the masks found are the true ones."""
     assert found.keys() == made.keys()
     for key, (_, mask) in found.items():
         np.testing.assert_array_equal(mask, made[key][1], err_msg=key)
@@ -53,7 +53,7 @@ def near_infrared(root: Path) -> None:
         np.testing.assert_array_equal(pixels, near[key])
     assert "a band flagged as transparency in 4 images is kept: in 4 it holds data" in said
     assert {pixels.shape[2] for pixels, _ in packed(root, reading=Reading("drop"))[0].values()} == {3}
-    # four bands asked for are the four that there are
+    # A request for four bands returns the four that exist.
     found, _ = packed(root, bands=4)
     np.testing.assert_array_equal(found["0"][0], near["0"])
 
@@ -195,12 +195,12 @@ def turned_images(root: Path) -> None:
         packed(root / "half")
     for word, turn in (("ignore", 0), ("apply", 2)):
         for key, (pixels, mask) in packed(root / "half", reading=Reading(orientation=word))[0].items():
-            # the truth lies on stored pixels
+            # The truth lies on stored pixels.
             true = np.rot90(made[key][1], turn)
             assert pixels[true == 1].mean() > 150
             assert pixels[true == 0].mean() < 60
             np.testing.assert_array_equal(mask, made[key][1])
-    # a quarter turn shows in the size
+    # The size shows a quarter turn.
     made = write(root / "quarter", lambda path, found: image(path, found, 6))
     found, said = packed(root / "quarter")
     assert "4 images are read as stored" in said
@@ -215,7 +215,7 @@ def turned_images(root: Path) -> None:
 
 
 def gap(path: Path, made: Scene, tag: bool, value: float = -9999) -> None:
-    """Writes a grey TIFF of real numbers with a third of it missing; two bands, of which the second has all values."""
+    """Write a grey TIFF of real numbers with two bands, whose first 24 columns are missing."""
     grey = made[0][..., :2].astype(np.float32)
     grey[:, :24] = value
     tags = [(42113, "s", 0, str(value), True)] if tag else []
@@ -223,7 +223,7 @@ def gap(path: Path, made: Scene, tag: bool, value: float = -9999) -> None:
 
 
 def contrast(pixels: np.ndarray, mask: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Computes by how many deviations objects stand out, in each band, as the network sees it."""
+    """Return how many deviations objects stand out by in each band, as the network sees it."""
     z = (pixels - mean) / std
     return z[mask == 1].mean(0) - z[mask == 0].mean(0)
 
@@ -236,7 +236,7 @@ def nodata(root: Path) -> None:
     for key, (pixels, mask) in found.items():
         assert (mask[:, :24] == 255).all()
         np.testing.assert_array_equal(mask[:, 24:], made[key][1][:, 24:])
-        # as the same image cut to what was seen
+        # The contrast is that of the same image, cut to the pixels with values.
         seen, true = made[key][0][:, 24:, :2], made[key][1][:, 24:]
         expected = contrast(seen, true, *band_statistics(seen.astype(np.float64)))
         assert np.isfinite(pixels).all()
@@ -431,7 +431,7 @@ def short_masks(root: Path) -> None:
     def mask(path: Path, made: Scene) -> None:
         labels = made[1].copy()
         labels[:2] = 2
-        # a grey header of two bits, as optimizers write
+        # The header is grey with two bits, as PNG optimizers write it.
         rows = np.packbits(np.unpackbits(labels[..., None], axis=2)[..., 6:].reshape(labels.shape[0], -1), axis=1)
         raw = b"".join(b"\0" + row.tobytes() for row in rows)
         parts = [

@@ -1,4 +1,4 @@
-"""Folders as people have them: images of noise with bright squares, and their masks, in files of every kind."""
+"""Folders as people have them: images of noise with bright squares, and their masks, in files of all kinds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ Scene = tuple[np.ndarray, np.ndarray]
 
 
 def scene(seed: int, height: int = 64, width: int = 80, objects: int = 4, side: int = 10) -> Scene:
-    """Draws an RGB image of dark noise with bright squares, and the true mask of 0 and 1."""
+    """Draw an RGB image of dark noise with bright squares, and the true mask of 0 and 1."""
     rng = np.random.default_rng(seed)
     mask = np.zeros((height, width), np.uint8)
     for _ in range(objects):
@@ -30,7 +30,7 @@ def write(
     count: int = 4,
     **shape: int,
 ) -> dict[str, Scene]:
-    """Writes pairs into root/i and root/m; image, mask: write one to a path without its ending, as PNG by default."""
+    """Write pairs into root/i and root/m; image and mask write one to a path without its ending, by default as PNG."""
     made = {}
     for folder in ("i", "m"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write(
 
 
 def packed(root: Path, **options: Any) -> tuple[dict[str, Scene], str]:
-    """Packs root/i and root/m and reads it back as a training does, whole; gives images and masks by key, and what was said."""
+    """Pack root/i and root/m and read the data set whole; return images and masks by key, and the messages."""
     said: list[str] = []
     out = root / f"o{len(list(root.glob('o*')))}"
     pack_folder(root / "i", options.pop("masks", root / "m"), out, say=said.append, **options)
@@ -56,7 +56,7 @@ def packed(root: Path, **options: Any) -> tuple[dict[str, Scene], str]:
 
 
 def read(out: Path) -> dict[str, Scene]:
-    """Reads the splits of a data set: images (H, W, bands) and masks by key."""
+    """Read the splits of a data set: images (H, W, bands) and masks (H, W) by key."""
     found = {}
     for split in ("train", "val"):
         shards = Shards(out / split)
@@ -67,6 +67,6 @@ def read(out: Path) -> dict[str, Scene]:
 
 
 def iou(one: np.ndarray, other: np.ndarray) -> float:
-    """Computes intersection over union of two masks' foreground."""
+    """Return the intersection over union of two masks' foreground."""
     a, b = one == 1, other == 1
     return float((a & b).sum() / max(1, (a | b).sum()))

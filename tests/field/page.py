@@ -1,4 +1,4 @@
-"""The table of docs/files.md, made of the cases that are tried: `python -m tests.field.page`."""
+"""Write the table of tried cases into docs/files.md: `python -m tests.field.page`."""
 
 import sys
 from pathlib import Path

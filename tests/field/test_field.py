@@ -86,7 +86,7 @@ def test_the_command_that_converts_does(tmp_path: Path, ending: str) -> None:
 
 
 def test_findings_of_several_processes_are_counted_together() -> None:
-    # nan does not equal itself, and unpickled it is another object
+    # nan does not equal itself, and unpickling makes another object of it.
     found = Survey()
     for _ in range(3):
         one = Survey()

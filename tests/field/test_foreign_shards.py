@@ -1,4 +1,4 @@
-"""Shards that others wrote are read as folders are: the index says how, and every reader does so."""
+"""Shards of other tools are read like folders, as the index says, by all readers."""
 
 import io
 import tarfile
@@ -32,7 +32,7 @@ def picture(array: np.ndarray, kind: str, **options: Any) -> bytes:
 
 
 def shard(folder: Path, image: Any, mask: Any) -> dict[str, Scene]:
-    """Writes a shard of three samples, image and mask made by (ending, function of the scene)."""
+    """Write a shard of three samples, whose image and mask are (ending, function of the scene)."""
     folder.mkdir()
     made = {f"k{n}": scene(n) for n in range(3)}
     with tarfile.open(folder / "a.tar", "w") as tar:

@@ -1,7 +1,7 @@
-"""Compares what two commits do, bit for bit, on this machine: python -m tests.golden.compare BEFORE [AFTER].
+"""Compare what two commits do, bit for bit, on this machine: `python -m tests.golden.compare BEFORE [AFTER]`.
 
-Each commit is checked out beside this one and recorded by `tests.golden.record` of this checkout; AFTER is this checkout as it
-is where it is left out. Ends with status 1 where anything differs, and names what.
+Each commit is checked out into a temporary folder and recorded by `tests.golden.record` of this checkout. Without
+AFTER, this checkout is compared, unchanged. The status is 1 if anything differs, and each difference is printed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tests.golden.record import ROOT, record
 
 
 def differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    """Yield where two records differ, and how."""
+    """Yield a line for each difference between two records."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):
             if key not in before or key not in after:
@@ -32,7 +32,7 @@ def differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
 
 
 def recorded(commit: str | None) -> Any:
-    """Record a commit, or this checkout as it is."""
+    """Record a commit, or this checkout if there is none."""
     if commit is None:
         return json.loads(json.dumps(record(ROOT)))
     with tempfile.TemporaryDirectory(prefix="golden-checkout-") as name:
@@ -45,7 +45,7 @@ def recorded(commit: str | None) -> Any:
 
 
 def main() -> None:
-    """Compare and print."""
+    """Compare two commits and print the differences."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden.compare", description=__doc__)
     parser.add_argument("before")
     parser.add_argument("after", nargs="?")

@@ -1,8 +1,9 @@
-"""What must not change, read off a checkout by its commands: python -m tests.golden.record OUT.json [--checkout FOLDER].
+"""Record what a checkout's commands do, which must not change: `python -m tests.golden.record OUT.json`.
 
-Trainings of 20 steps (two configurations, one and two workers), the checkpoints they leave, what is predicted with them, the
-evaluation's JSON, the order of the stream and a server's answers. Only commands, the tracking database, files and the HTTP
-protocol are used, so that any commit can be recorded. `tests.golden.compare` compares two.
+With --checkout FOLDER, it records another checkout. This covers trainings of 20 steps (two configurations, one and two
+workers), their checkpoints and predictions, the evaluation's JSON, the order of the stream and a server's answers. Only
+commands, the tracking database, files and the HTTP protocol are used, so that any commit can be recorded.
+`tests.golden.compare` compares two records.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
-# what a clock or a machine's load decides
+# These values depend on a clock or a machine's load.
 TIMES = (
     "seconds",
     "images_per_second",
@@ -56,7 +57,7 @@ SETTINGS = {
 
 
 def digest(x: Any) -> str:
-    """Return the SHA-256 of an array's shape, type and bytes, of bytes, or of what JSON makes of anything else."""
+    """Return the SHA-256 of an array's shape, type and bytes, of bytes, or of anything else as JSON."""
     if isinstance(x, np.ndarray):
         return hashlib.sha256(f"{x.shape}{x.dtype}".encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
     return hashlib.sha256(x if isinstance(x, bytes) else json.dumps(x, sort_keys=True).encode()).hexdigest()
@@ -84,7 +85,7 @@ def write_data(folder: Path) -> None:
 
 
 class Checkout:
-    """Runs a checkout's commands in a folder of their own, with a home of their own."""
+    """A checkout whose commands run in their own folder, with their own home."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = root, folder
@@ -103,7 +104,7 @@ class Checkout:
 
 
 def train(checkout: Checkout, kind: str, workers: int) -> dict[str, Any]:
-    """Train and read what there is to compare: losses, validations, the checkpoint's keys and weights."""
+    """Train, and read what can be compared: losses, validations, the checkpoint's keys and weights."""
     name = f"{kind}-{workers}"
     checkout.run(
         "jobs.train", "--data.path", f"data/{kind}", "--run.name", name, *SETTINGS[kind], "--optim.steps", str(STEPS),
@@ -149,7 +150,7 @@ def large_image() -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-# after 20 steps nothing is above 0.5, and little differs: a model whose head marks a tenth of an image shows more
+# After 20 steps, nothing is above 0.5, and little differs. A head that marks a tenth of an image shows more.
 SHIFT = """
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def shift(checkout: Checkout) -> None:
 
 
 def predictions(checkout: Checkout) -> dict[str, Any]:
-    """Predict whole, tiled, with flips, from GeoTIFF-like TIFFs, and with probabilities; the masks' digests by file."""
+    """Predict whole, tiled, with flips, from GeoTIFF-like TIFFs, and with probabilities; digest the masks by file."""
     folder = checkout.folder / "inputs"
     folder.mkdir()
     large = large_image()
@@ -213,14 +214,14 @@ def predictions(checkout: Checkout) -> dict[str, Any]:
 
 
 def without_times(value: Any) -> Any:
-    """Return a JSON value without what a clock decides."""
+    """Return a JSON value without the values that depend on a clock."""
     if isinstance(value, dict):
         return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def evaluation(checkout: Checkout) -> dict[str, Any]:
-    """Evaluate both kinds of model and return the JSON that is written."""
+    """Evaluate both kinds of model and return the JSON reports."""
     found = {}
     for kind in SETTINGS:
         before = set(checkout.folder.rglob("*.json"))
@@ -290,7 +291,7 @@ def server(checkout: Checkout) -> Iterator[int]:
 
 
 def answers(checkout: Checkout) -> dict[str, Any]:
-    """Ask a server for masks in every format, and for what it must refuse."""
+    """Request masks in each format, and what the server must refuse; return the answers."""
     image = (checkout.folder / "inputs" / "large.png").read_bytes()
     found = {}
     with server(checkout) as port:
@@ -322,7 +323,7 @@ def record(root: Path) -> dict[str, Any]:
             )  # fmt: skip
             for path in sorted(one for one in (checkout.folder / "data" / kind).rglob("*") if one.is_file()):
                 if path.name == "index.json":
-                    # the source is told by its files' times too
+                    # The source depends on the times of its files too.
                     content: Any = {
                         key: value for key, value in json.loads(path.read_text()).items() if key != "source"
                     }
@@ -341,7 +342,7 @@ def record(root: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Record and write."""
+    """Write a record of the checkout."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden.record", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--checkout", type=Path, default=ROOT)

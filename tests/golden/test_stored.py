@@ -1,8 +1,9 @@
-"""What commit b1605c3 did, which later ones must do too: on any CPU, so within what fp32 sums in another order differ by.
+"""Later commits reproduce commit b1605c3 on any CPU, as closely as fp32 sums in another order allow.
 
-`tests.golden.compare` compares two commits bit for bit, on one machine. What is stored was made by `tests.golden.record` there,
-but for the losses of validations: they are of the moving average, whose decay rises with the steps since. The losses of "plain"
-were made at 7a08db6, without flips and turns: it interpolated them, with errors that 20 steps carry to 1e-3.
+`tests.golden.compare` compares two commits bit for bit, on one machine. `tests.golden.record` of that commit made the
+stored values, except the losses of validations. These are of the moving average, whose decay now rises with the steps.
+The losses of "plain" were made at 7a08db6, without flips and turns. That commit interpolated them, with errors that 20
+steps carry to 1e-3.
 """
 
 import asyncio
@@ -24,15 +25,15 @@ from tests.golden.record import ROOT, SETTINGS, STEPS, Checkout, keys_of, large_
 
 STORED = Path(__file__).parent / "stored"
 VALUES: dict[str, Any] = json.loads((STORED / "values.json").read_text())
-# what there was not; /best of binary tasks
+# These keys did not exist then. Those in /best are of binary tasks.
 NEW_KEYS = {"/config/model/network", "/best/best_threshold", "/best/iou_best_threshold"}
-# of a thousand pixels that lie on the threshold some fall to its other side
+# This share of pixels must agree. A few of those on the threshold may change sides.
 ALIKE = 0.999
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """This checkout, with both kinds of data packed by its command."""
+    """Return this checkout, with both kinds of data packed by its command."""
     made = Checkout(ROOT, tmp_path_factory.mktemp("golden"))
     write_data(made.folder)
     for kind in SETTINGS:

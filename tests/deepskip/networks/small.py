@@ -1,4 +1,4 @@
-"""Widths of the networks of the registry that a test can afford; the architectures stay whole."""
+"""Widths of the registry's networks that a test can afford; the architectures stay whole."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ OTHERS = ["smp:Unet:resnet18", "plain_unet"]
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The network at a size that a test can afford, as a config's model section."""
+    """Return a config's model section for the network, at a size that a test can afford."""
     if name == "plain_unet":
         return {"network": name, "base_channels": 4, "levels": 3}
     if name.startswith("smp:"):
@@ -33,7 +33,7 @@ def small(name: str, in_channels: int, num_classes: int) -> Any:
 
 
 def loss_of(network: Any, image: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The network's own loss, or ours of its logits."""
+    """Compute the network's own loss if it has one, otherwise ours of its logits."""
     if brings_loss(network):
         return network.training_loss(image, mask, weight)
     return BCEDiceLoss()(network(image), mask, weight)
@@ -44,7 +44,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Two images with bright squares, which the mask marks."""
+    """Return two images (2, 3, 64, 64) with bright squares, and the mask (2, 64, 64) of the squares."""
     mask = torch.zeros(2, 64, 64, dtype=torch.long)
     mask[0, 8:24, 8:24] = mask[0, 40:56, 30:50] = mask[1, 20:44, 20:44] = 1
     noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -70,7 +70,7 @@ def test_every_parameter_learns_and_steps_lower_the_loss(name: str) -> None:
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     losses = []
     for step in range(3):
-        # Mask R-CNN samples anchors and proposals, dropout samples channels
+        # Mask R-CNN samples anchors and proposals, and dropout samples channels.
         torch.manual_seed(1)
         loss = loss_of(network, image, mask)
         optimizer.zero_grad()
@@ -109,12 +109,12 @@ def test_default_widths_have_the_published_parameters() -> None:
             weights=None, weights_backbone=None, num_classes=1, aux_loss=False
         )
     assert built["fcn"] == parameters(fcn)
-    # Huang et al. 2020, table 1, in millions
+    # Huang et al. 2020, table 1, in millions.
     assert round(built["unet3plus"] / 1e6, 2) == 26.97
 
 
 def test_plain_unet_is_deepskip_without_deep_skips() -> None:
-    """At levels 1 to B - 2 there are two branches in place of B - u + 1; nothing else is left out."""
+    """Check that levels 1 to B - 2 have two branches in place of B - u + 1, and that all else is the same."""
     full, plain = DeepSkipUNet(3, 1), build({"network": "plain_unet"}, 3, 1)
     C, B = [8 * 2**u for u in range(5)], 5
     saved = sum(9 * C[u] * sum(C[j] + C[u] for j in range(u + 1, B - 1)) for u in range(B - 1))
@@ -152,7 +152,7 @@ def test_mask_rcnn_without_objects_or_samples() -> None:
 def test_mask_rcnn_under_autocast_keeps_boxes_and_numbers_of_objects() -> None:
     network = small("mask_rcnn", 3, 1)
     image = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    # 400 objects: bfloat16 has no 257, and 129.5 is not a place in it
+    # There are 400 objects. bfloat16 cannot represent 257, nor 129.5 as a position.
     target = torch.zeros(1, 160, 160, dtype=torch.long)
     target[0].view(20, 8, 20, 8)[:, 2:5, :, 2:5] = 1
     proposals: list[Tensor] = []
@@ -199,13 +199,13 @@ def test_h_dense_unets_volume_stays_in_single_precision_on_cpus() -> None:
         network(torch.randn(1, 3, 32, 32)).float().sum().backward()
     assert {kind for kind, *_ in seen} == {"Conv2d", "Conv3d"}
     assert all(dtypes == [torch.float32] * 2 for kind, *dtypes in seen if kind == "Conv3d")
-    # what lies around it is in bfloat16 as asked for
+    # The layers around it use bfloat16, as requested.
     assert any(output == torch.bfloat16 for kind, _, output in seen if kind == "Conv2d")
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_h_dense_unet_joins_neighbouring_bands() -> None:
-    """The order of the bands matters to the 3-D network alone."""
+    """Check that the order of the bands matters only to the 3-D network."""
     network = small("h_dense_unet", 6, 1).eval().network
     assert isinstance(network, HDenseUNet)
     x = torch.randn(1, 6, 32, 32)
@@ -257,7 +257,7 @@ def test_a_package_that_is_installed_adds_a_network(tmp_path: Path, monkeypatch:
     info = tmp_path / "some_package-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some_package\nVersion: 1\n")
-    # a name of ours stays ours
+    # An installed package cannot replace one of our names.
     points = "[deepskip.networks]\nlinear = some_package:build\nunet = some_package:build\n"
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -277,12 +277,12 @@ def test_a_checkpoint_from_before_there_were_networks_is_deepskips() -> None:
     ("settings", "message"),
     [
         ({"network": "unett"}, r"model.network is 'unett' \(did you mean unet"),
-        # never an import path
+        # A name is never an import path.
         ({"network": "os.path:join"}, "model.network is 'os.path:join'; it must be one of deepskip, plain_unet, unet"),
         ({"network": "smp:Unet"}, "must be smp:ARCH:ENCODER"),
-        # timm would fetch these
+        # timm would download these.
         ({"network": "smp:Unet:tu-hf-hub:timm/resnet18"}, "must be smp:ARCH:ENCODER"),
-        # what its library hands on to timm could name a file with a pickle, or be lost without a word
+        # The library passes this option to timm. It could name a file with a pickle, or be silently ignored.
         (
             {"network": "smp:Unet:tu-resnet18", "options": {"checkpoint_path": "x.pth"}},
             "model.options has checkpoint_path",
