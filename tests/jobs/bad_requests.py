@@ -1,4 +1,4 @@
-"""Requests that get no image: what each is, the status that it gets, and a word of the reason."""
+"""Requests that get no image: each with its status and a word of the reason."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.jobs.serving import Reply, Server
 
-# of the server that the tests start
+# These are settings of the server that the tests start.
 MAX_BODY = 1_000_000
 MAX_PIXELS = 500_000
 BODY_SECONDS = 1.0
@@ -23,40 +23,40 @@ HEAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def png(array: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    """Encodes a picture, as PNG or otherwise."""
+    """Encode a picture, by default as PNG."""
     file = io.BytesIO()
     Image.fromarray(array).save(file, kind, **options)
     return file.getvalue()
 
 
 def npy(array: np.ndarray, **options: Any) -> bytes:
-    """Encodes an array as .npy."""
+    """Encode an array as .npy."""
     file = io.BytesIO()
     np.save(file, array, **options)
     return file.getvalue()
 
 
 def tif(array: np.ndarray, **options: Any) -> bytes:
-    """Encodes a picture as TIFF."""
+    """Encode a picture as TIFF."""
     file = io.BytesIO()
     tifffile.imwrite(file, array, **options)
     return file.getvalue()
 
 
 def picture(height: int = 40, width: int = 60, bands: int = 3, seed: int = 0) -> np.ndarray:
-    """Makes a picture of blobs."""
+    """Return a picture of blobs."""
     small = np.random.default_rng(seed).integers(0, 255, (height // 8 + 1, width // 8 + 1, bands), dtype=np.uint8)
     return np.ascontiguousarray(small.repeat(8, 0).repeat(8, 1)[:height, :width])
 
 
 def header_of(shape: str, dtype: str = "|u1") -> bytes:
-    """Makes the start of a .npy file that claims a shape."""
+    """Return the start of a .npy file that claims a shape."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n"
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """Makes a small PNG that claims a size."""
+    """Return a small PNG that claims a size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -66,26 +66,26 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def tile_bomb() -> bytes:
-    """Makes a TIFF of 16 x 16 whose only tile is a PNG of 6000 x 6000."""
+    """Return a TIFF of 16 x 16 whose only tile is a PNG of 6000 x 6000."""
     data = imagecodecs.png_encode(np.zeros((6000, 6000), np.uint8))
-    # width, height, bits, compression (PNG), black is zero, where, samples, rows, bytes
+    # Width, height, bits, compression (PNG), black is zero, offset, samples, rows, bytes.
     tags = [(256, 16), (257, 16), (258, 8), (259, 34933), (262, 1), (273, 8), (277, 1), (278, 16), (279, len(data))]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def body(data: bytes, **headers: str) -> Send:
-    """Makes a request of a body, by default without a content type."""
+    """Return a request with a body, by default without a content type."""
     return lambda server: server.predict(data, **headers)
 
 
 def raw(head: str, *pieces: bytes, pause: float = 0, finish: bool = False) -> Send:
-    """Makes a request of bytes; an empty line ends the head."""
+    """Return a request of bytes, where an empty line ends the head."""
     return lambda server: server.send(f"{head}\r\n".encode(), *pieces, pause=pause, finish=finish)
 
 
 def chunked(data: bytes) -> bytes:
-    """Encodes a body of which nobody says beforehand how long it is."""
+    """Encode a body in chunks, so that its length is unknown beforehand."""
     pieces = [data[i : i + 65536] for i in range(0, len(data), 65536)]
     return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in [*pieces, b""])
 
@@ -95,7 +95,7 @@ PICKLE = npy(np.array([{"a": 1}], dtype=object), allow_pickle=True)
 NAN = np.where(np.arange(60)[:, None] == 7, np.nan, GOOD.astype(np.float32))
 NOISE = np.random.default_rng(1).integers(0, 255, 700, dtype=np.uint8).tobytes()
 
-# at once
+# These are refused at once.
 BAD: dict[str, tuple[Send, int, str]] = {
     "no body": (body(b""), 400, "no body"),
     "an empty body in chunks": (raw(HEAD + "Transfer-Encoding: chunked\r\n", b"0\r\n\r\n"), 400, "no body"),
@@ -114,7 +114,7 @@ BAD: dict[str, tuple[Send, int, str]] = {
     "chunks that are none": (raw(HEAD + "Transfer-Encoding: chunked\r\n\r\nzz\r\n"), 400, ""),
     "no HTTP": (raw("\x16\x03\x01 hello\r\n"), 400, ""),
     "a head too large": (raw(HEAD + "X: " + "x" * 100_000 + "\r\n"), 400, ""),
-    # nobody is there any more to be told
+    # The sender has left, so nobody gets a reply.
     "a body cut off": (raw(HEAD + "Content-Length: 5000\r\n", png(GOOD), finish=True), 0, ""),
     "another site's name": (body(png(GOOD), Host="evil.example"), 403, "evil.example"),
     "noise": (body(NOISE), 415, "begins with"),
@@ -150,7 +150,7 @@ BAD: dict[str, tuple[Send, int, str]] = {
     "four bands": (body(npy(picture(bands=4))), 422, "has 4 bands; the model takes 3"),
     "one band": (body(png(GOOD[..., 0])), 422, "has 1 bands; the model takes 3"),
 }  # fmt: skip
-# these take BODY_SECONDS
+# These take BODY_SECONDS.
 SLOW: dict[str, tuple[Send, int, str]] = {
     "a slow body": (
         raw(HEAD + "Content-Length: 50000\r\n", *[png(GOOD)[:20]] * 4, pause=BODY_SECONDS / 3), 408, "bytes came"

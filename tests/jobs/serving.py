@@ -1,4 +1,4 @@
-"""Starts a real server for the tests, and speaks to it: HTTP by http.client, and by bare sockets where that is too polite."""
+"""Start a real server for the tests, and send requests by http.client or, if that is too polite, by bare sockets."""
 
 import http.client
 import os
@@ -23,13 +23,13 @@ START_SECONDS = 150
 
 
 def state(bands: int, classes: int, preparation: dict[str, int | None] | None = None) -> dict[str, Any]:
-    """Makes the state of a small untrained model."""
+    """Return the state of a small untrained model."""
     config = Config()
     config.model.levels, config.model.base_channels = 3, 4
     torch.manual_seed(0)
     network = deepskip.DeepSkipUNet(bands, classes, base_channels=4, levels=3).eval()
     with torch.no_grad():
-        # an untrained head says background everywhere
+        # An untrained head predicts background everywhere.
         network.head.bias.zero_()
         logits = network(torch.randn(1, bands, 64, 64))
         scale = 3 / logits.std((0, 2, 3))
@@ -42,7 +42,7 @@ def state(bands: int, classes: int, preparation: dict[str, int | None] | None = 
 
 @dataclass
 class Reply:
-    """What came back: status, headers (names in lower case) and body."""
+    """A server's answer: status, headers (names in lower case) and body."""
 
     status: int
     headers: dict[str, str]
@@ -58,7 +58,7 @@ class Server:
     model: Path
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        """Sends one request on a connection of its own; `_` in the names of headers are `-`."""
+        """Send one request on its own connection; `_` in names of headers stands for `-`."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -69,11 +69,11 @@ class Server:
             connection.close()
 
     def predict(self, body: bytes, wanted: str = "mask", **headers: str) -> Reply:
-        """Sends an image."""
+        """Send an image and return the mask."""
         return self.ask("POST", f"/predict?format={wanted}", body, **headers)
 
     def send(self, *pieces: bytes, pause: float = 0, finish: bool = False) -> Reply:
-        """Sends bytes as they are, with pauses between; finish: then says that nothing more will come. No reply: status 0."""
+        """Send raw bytes with pauses, and end the sending if `finish`; without a reply, the status is 0."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=120) as line:
             for piece in pieces:
                 line.sendall(piece)
@@ -88,18 +88,18 @@ class Server:
             return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 
     def processes(self) -> list[psutil.Process]:
-        """Lists the server's process and all that it started."""
+        """List the server's process and all that it started."""
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 
     def replica(self) -> psutil.Process:
-        """Finds the replica."""
+        """Find the replica."""
         (found,) = (each for each in self.processes() if "ServeReplica" in " ".join(each.cmdline()))
         return found
 
 
 def answers_strangers(port: int) -> bool:
-    """Says whether a door of loopback tells something to a caller without a token, who came by a name of another site."""
+    """Return whether a port on loopback answers a caller without a token, who used another site's name."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         for path in ("/metrics", "/", "/api/jobs/"):
@@ -108,7 +108,7 @@ def answers_strangers(port: int) -> bool:
             answer.read()
             if answer.status < 400:
                 return True
-    # most speak gRPC
+    # Most ports speak gRPC.
     except (OSError, http.client.HTTPException):
         return False
     finally:
@@ -117,7 +117,7 @@ def answers_strangers(port: int) -> bool:
 
 
 def refuses_strangers(address: str) -> bool:
-    """Says whether a Ray head takes no calls without its token."""
+    """Return whether a Ray head refuses calls without its token."""
     code = f"from ray._raylet import GcsClient; GcsClient(address={address!r})"
     variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     for mode in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
@@ -133,7 +133,7 @@ def refuses_strangers(address: str) -> bool:
 def serving(
     folder: Path, *settings: str, token: str | None = None, trained: dict[str, Any] | None = None
 ) -> Iterator[Server]:
-    """Starts `deepskip serve` on a free port with a model in `folder`, and stops it."""
+    """Start `deepskip serve` on a free port with a model in `folder`, and stop it at the end."""
     checkpoint.save(trained or state(3, 1), folder / checkpoint.FOLDER / checkpoint.BEST)
     variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     variables |= {"HOME": str(folder)} | ({"DEEPSKIP_TOKEN": token} if token else {})

@@ -1,4 +1,4 @@
-"""Every network by the same commands: trained, resumed, predicted with, exported and served."""
+"""All networks work with the same commands: they are trained, resumed, used, exported and served."""
 
 import asyncio
 import io
@@ -44,7 +44,7 @@ def test_trained_killed_resumed_and_predicted_with(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     whole, _ = losses(tmp_path / "whole", config_of(name))
     first, _ = losses(tmp_path / "run", config_of(name), stop_at=2)
-    # noise that a process had drawn meanwhile
+    # Another seed stands for random numbers drawn in the meantime.
     torch.manual_seed(99)
     second, summary = losses(tmp_path / "run", config_of(name))
     assert first | second == whole
@@ -71,7 +71,7 @@ def test_trained_killed_resumed_and_predicted_with(
 
 @pytest.mark.parametrize("name", ["smp:Unet:resnet18", "pspnet"])
 def test_exported(name: str, tmp_path: Path) -> None:
-    """`deepskip export` itself compares each file with the model, at sizes that are no multiples."""
+    """Export at sizes that are no multiples; `deepskip export` itself compares each file with the model."""
     losses(tmp_path / "run", config_of(name, 1))
     export.main(["--model", str(tmp_path / "run"), "--out", str(tmp_path / "exported")])
     card = json.loads((tmp_path / "exported" / "model.json").read_text())
@@ -80,7 +80,7 @@ def test_exported(name: str, tmp_path: Path) -> None:
 
 
 def test_large_images_in_tiles_nearly_give_the_whole_images_result(tmp_path: Path) -> None:
-    """Receptive fields of other networks are as large as images, so tiles of theirs are not exact; a seam would be seen."""
+    """Check that no seam is visible; other networks see as far as whole images, so their tiles are not exact."""
     losses(tmp_path / "run", config_of("unet", 2))
     image = np.random.default_rng(0).integers(0, 255, (500, 460, 2)).astype(np.uint8)
     np.save(tmp_path / "some.npy", image)
@@ -108,7 +108,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     training.network.train()
     found = []
     for step in range(2):
-        # the second has no sample that counts in the last step
+        # The second rank has no sample that counts in the last step.
         weights = [1.0, 1.0] if rank == 0 or step == 0 else [0.0, 0.0]
         batch = batch_of([10 * step + 2 * rank, 10 * step + 2 * rank + 1], weights, size=32)
         found.append(training(batch).loss)
@@ -117,7 +117,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
 
 
 def test_a_loss_of_the_networks_own_over_two_ranks(tmp_path: Path) -> None:
-    """Ranks keep the same weights and see the same loss, the mean of theirs, also where one has nothing to learn from."""
+    """Check that ranks keep equal weights and return their mean loss, even if one has nothing to learn from."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The command `deepskip`: what there is, what it loads, and the old names beside it."""
+"""The command `deepskip`: its commands, what they import, and the old names."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def test_overview_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_pack_train_order_and_evaluate(tmp_path: Path) -> None:
-    """As a person types them; `order` is the stream's own answer."""
+    """Run the commands as a person types them; the stream's own order is the expected one."""
 
     def deepskip(*words: str) -> str:
         done = subprocess.run(
@@ -90,13 +90,13 @@ def test_the_old_names_are_the_same_modules(tmp_path: Path) -> None:
         assert old.stdout.startswith("usage: deepskip")
         assert f"is now `{new}" in old.stderr
         assert "Traceback" not in old.stderr
-    # a module of another package's name is nobody's business
+    # A module of another package with such a name is not touched.
     (tmp_path / "jobs.py").write_text("mine = 1\n")
     assert run("import deepskip, jobs; print(jobs.mine)", cwd=tmp_path).stdout == "1\n"
 
 
 def test_what_the_base_installation_does_and_what_a_missing_extra_is_called(tmp_path: Path) -> None:
-    """As where [train] is not installed: a model predicts, and trainings and packing name what they need."""
+    """Check an installation without [train]: a model predicts, and training and packing name what they need."""
     model = str(ROOT / "tests" / "golden" / "stored" / "checkpoint.pt")
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "some.png")
     without = f"import sys\nfor name in {cli.EXTRAS['train']!r}: sys.modules[name] = None\n"

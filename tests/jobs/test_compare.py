@@ -1,4 +1,4 @@
-"""A grid of ordinary trainings: killed, gone on with, its table by hand; and grids that cannot be."""
+"""A grid of normal trainings is killed and resumed, and its table is computed by hand; wrong grids are refused."""
 
 import csv
 import json
@@ -75,7 +75,7 @@ def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(fol
         run = folder / "out" / "coins" / row["network"] / f"seed-{row['seed']}"
         report, validation = (json.loads((run / split / "report.json").read_text()) for split in ("test", "threshold"))
         assert float(row["iou"]) == report["metrics"]["iou"]
-        # the threshold is the best on validation
+        # The threshold is the best one on validation.
         assert float(row["threshold"]) == report["threshold"] == validation["classes"][0]["best_threshold"]
         assert report["flips"] is (row["network"] == "unet")
         assert report["data"]["images"] == 3
@@ -84,14 +84,14 @@ def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(fol
     line = (folder / "out" / "table.md").read_text().splitlines()[2]
     assert f"| {statistics.fmean(first):.1f} ± {statistics.stdev(first):.1f} |" in line
     changes = [b - a for a, b in zip(first, second, strict=True)]
-    # of two: 12.706 standard errors either way
+    # With two seeds, the interval is 12.706 standard errors either way.
     half = 12.706 * statistics.stdev(changes) / 2**0.5
     mean = statistics.fmean(changes)
     line = (folder / "out" / "table.md").read_text().splitlines()[3]
     assert line.endswith(f"| 2 | {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) |")
     assert "<svg" in (folder / "out" / "figure.svg").read_text()
 
-    # a cell is an ordinary training
+    # A cell is a normal training.
     run = folder / "out" / "coins" / "deepskip" / "seed-1"
     record = runs.read_json(run / "run.json")["config"]
     assert (record["run"]["seed"], record["optim"]["steps"], record["model"]["base_channels"]) == (1, 2, 4)
@@ -139,7 +139,7 @@ def test_the_projects_grid_can_be() -> None:
     assert len(every) == 7 * (12 * 3 + 1)
     assert len({cell.folder for cell in every}) == len(every)
     tuned = next(cell.config for cell in every if (cell.category, cell.network) == ("cars", "tuned"))
-    # the category's, and over it the network's
+    # The category's settings count, and the network's override them.
     assert (tuned.augment.rotate90, tuned.optim.learning_rate, tuned.model.norm) == (False, 0.008, "instance-batch")
 
 

@@ -1,4 +1,4 @@
-"""A run's disk fills up while it trains: it says so and ends, and goes on from its last checkpoint when there is room."""
+"""A training whose disk is full ends with a message, and resumes from its last checkpoint when there is room."""
 
 import json
 import os

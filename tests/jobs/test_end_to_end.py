@@ -1,4 +1,4 @@
-"""What a user does, on the built-in coins: submit a training, look at what it left, resume it, predict."""
+"""The steps of a user on the built-in coins: submit a training, look at its results, resume it and predict."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def call(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[tuple[str, list[bytes]]]:
-    """A company's proxy: its URL, and the first bytes of every connection to it, which it closes."""
+    """Yield a company's proxy: its URL, and the first bytes of each connection to it, which it closes."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -79,12 +79,12 @@ def proxy() -> Iterator[tuple[str, list[bytes]]]:
 
 
 def behind(proxy: tuple[str, list[bytes]]) -> dict[str, str]:
-    """Where all there is of the network is a proxy."""
+    """Return the environment of a network that only a proxy can reach."""
     return {name: proxy[0] for each in ("http", "https", "all") for name in (f"{each}_proxy", f"{each.upper()}_PROXY")}
 
 
 def asked_of(proxy: tuple[str, list[bytes]]) -> list[bytes]:
-    """What a proxy was asked for, but for Ray's look whether it is in a cloud."""
+    """Return what a proxy was asked, except Ray's check whether it runs in a cloud."""
     clouds = (b"GET http://169.254.169.254/", b"GET http://metadata.google.internal/")
     return [line for line in proxy[1] if not line.startswith(clouds)]
 
@@ -114,7 +114,7 @@ def test_nothing_on_loopback_asked_the_proxy(proxy: tuple[str, list[bytes]]) -> 
     url, asked = proxy
     assert asked_of(proxy) == []
     asked.clear()
-    # it would have been seen
+    # A request to the proxy would have been seen.
     with suppress(OSError):
         urllib.request.build_opener(urllib.request.ProxyHandler({"http": url})).open(
             "http://127.0.0.1:9/api/jobs/", timeout=5
@@ -127,7 +127,7 @@ def test_the_summary_is_what_the_checkpoint_gives(trained: tuple[Path, str], hom
     assert summary["conv_weights"] == conv_weights(3, 1, 4, 3)
     assert (summary["name"], summary["steps"]) == ("small", 12)
     assert summary["val"]["iou_best_threshold"] >= (summary["val"]["iou"] or 0.0)
-    # measured again from the best checkpoint, image by image, without the trainer
+    # Measure again from the best checkpoint, image by image, without the trainer.
     segmenter = deepskip.load(trained[0])
     assert summary["parameters"] == sum(p.numel() for p in segmenter.network.parameters())
     metrics = SegmentationMetrics(1, 255)
@@ -157,7 +157,7 @@ def test_the_mlflow_run_is_complete(trained: tuple[Path, str], home: Path) -> No
     assert {"curves.png", "config.yaml", "panels/step-00000012.png"} <= artifacts
     panel = Image.open(client.download_artifacts(run.info.run_id, "panels/step-00000012.png"))
     assert panel.size[0] > panel.size[1] > 300
-    # the model, at a size and batch it was not logged with
+    # The model runs at a size and a batch that it was not logged with.
     mlflow.set_tracking_uri(uri)
     models = client.search_logged_models([run.info.experiment_id])
     assert len(models) == 1
@@ -268,7 +268,7 @@ def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) ->
 
 
 def ask(process: psutil.Process, what: str, *arguments: str) -> list[Any]:
-    # ray starts and ends processes while we look
+    # Ray starts and ends processes in the meantime.
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return getattr(process, what)(*arguments)
     return []
@@ -276,7 +276,7 @@ def ask(process: psutil.Process, what: str, *arguments: str) -> list[Any]:
 
 @pytest.fixture
 def stays_for_nobody(home: Path) -> Iterator[None]:
-    """Ends what a test that failed has left: a training that goes on would slow all that come after."""
+    """Kill what a failed test has left; a training that continues would slow all later tests."""
     yield
     for process in processes_of(home):
         process.kill()
@@ -303,12 +303,12 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
         for door in ask(each, "net_connections", "inet")
         if door.status == psutil.CONN_LISTEN or (door.type == socket.SOCK_DGRAM and not door.raddr)
     }
-    # the head, its dashboard, raylet and agents, the store where ranks find each other
+    # These are the head, its dashboard, raylet and agents, and the store where ranks find each other.
     assert len(doors) >= 8
     assert {address for address, _ in doors} <= {"127.0.0.1", "::1"}
-    # its page shows itself to anybody, and nothing of the cluster
+    # The dashboard's page is open to all, but shows nothing of the cluster.
     assert len([port for _, port in doors if answers_strangers(port)]) <= 1
-    # the token is in no file
+    # The token is in no file.
     token = next(each.environ()["RAY_AUTH_TOKEN"] for each in processes if "gcs_server" in each.name())
     head = Path(next(each.environ()[MARK] for each in processes if MARK in each.environ()))
     for file in (*home.rglob("*"), *head.rglob("*")):
@@ -322,7 +322,7 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Finds what was started for the user of this home."""
+    """Find the processes that were started for the user of this home."""
     found = []
     for process in psutil.process_iter():
         try:

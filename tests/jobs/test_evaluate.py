@@ -1,4 +1,4 @@
-"""Evaluations of models on coins and on five bands with classes, computed again from the masks that the model gives."""
+"""Evaluations on coins and on five bands with classes equal those computed from the model's masks."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from tests.deepskip.test_predictor import state_of
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder to work in: coins, classes of five bands, a model for each, and the MLflow run of one."""
+    """Return a folder to work in: coins, classes of five bands, a model for each, and the MLflow run of one."""
     folder = tmp_path_factory.mktemp("user")
     pack_coins(folder / "data" / "coins", {"val": 8})
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_coins_into_the_trainings_own_run(home: Path, capsys: pytest.CaptureFixt
     assert report["confusion"][1] == [fn, tp]
     assert report["confusion"][0][1] == fp
     assert (report["data"]["images"], report["threshold"], report["model"]["step"]) == (8, 0.4, 7)
-    # the curve's point at that threshold, and that the best one is none worse
+    # Compare the curve's point at that threshold. The best threshold is at least as good as all points.
     (scores,) = report["classes"]
     place = scores["curve"]["thresholds"].index(0.3984375)
     assert scores["curve"]["recall"][place] == pytest.approx(metrics["recall"], abs=0.02)
@@ -137,7 +137,7 @@ def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pyte
         evaluate.main(options)
     assert stopped.value.code == 2
     assert f"sample {entry.key}: has other bytes" in capsys.readouterr().err
-    # nothing that looks whole
+    # No file is left that looks whole.
     assert not list((home / "bad").iterdir())
     evaluate.main([*options, "--on_bad_sample", "skip"])
     report = json.loads((home / "bad" / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""Exported models, run by onnxruntime and by torch without this package's network, beside the model itself."""
+"""Exported models, run by onnxruntime or by torch without our network, equal the model itself."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def save(folder: Path, bands: int, classes: int, normalize: str, norm: str, enla
     [
         (3, 1, "image", "batch", 1, ["onnx", "pt2"], 1e-4),
         (7, 4, "dataset", "batch", 2, ["onnx"], 1e-4),
-        # the dark image has little for instance norm to go by, which takes it up: torch's own fp32 is 1e-4 from fp64
+        # The dark image has little contrast, which instance norm amplifies. torch's own fp32 is 1e-4 from fp64.
         (7, 4, "dataset", "instance-batch", 1, ["onnx"], 2e-4),
     ],
 )
@@ -62,7 +62,7 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     }
     model = deepskip.load("runs/some")
     graph = onnx.load(folder / "model.onnx")
-    # nothing but ONNX's own operators, and nothing beside the file
+    # The graph has only ONNX's own operators, and needs no second file.
     assert {node.domain for node in graph.graph.node} == {""}
     assert not graph.functions
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -71,7 +71,7 @@ def test_the_files_are_the_model_at_any_size_and_batch(
         ("probabilities", ["batch", classes, "height", "width"])
     ]
     images = [np.random.default_rng(N).integers(0, 256, (N, H, W, bands)).astype(np.uint8) for N, H, W in ODD]
-    # a dark image of little contrast, large enough for sums in fp32 to lose digits
+    # This image is dark, of little contrast, and large enough for sums in fp32 to lose digits.
     dark = np.random.default_rng(9).integers(99, 102, (1, 450, 450, bands)).astype(np.uint8)
     for image in (*images, dark):
         (found,) = session.run(None, {"image": image.transpose(0, 3, 1, 2).astype(np.float32)})
@@ -91,14 +91,14 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     text = (folder / "README.md").read_text()
     assert "| IoU | 0.5000 |" in text
     assert "| object recall | undefined |" in text
-    # the stage's multiply-adds by hand: a 3x3 convolution is 2 * 9 * C * K operations a pixel
+    # By hand, a 3x3 convolution of the stage takes 2 * 9 * C * K operations a pixel.
     assert card["sizes"]["gigaflops"]["256 x 256"] == pytest.approx(
         enlarge**2 * flops_by_hand(bands, classes, 4, 3) / 1e9, rel=1e-6
     )
 
 
 def check_program(folder: Path, images: list[np.ndarray], model: deepskip.Predictor) -> None:
-    """Runs model.pt2 by torch alone."""
+    """Run model.pt2 with torch alone."""
     np.savez(folder / "images.npz", *[image.transpose(0, 3, 1, 2).astype(np.float32) for image in images])
     code = (
         "import sys, numpy, torch; program = torch.export.load('exports/some/model.pt2').module();"
@@ -114,7 +114,7 @@ def check_program(folder: Path, images: list[np.ndarray], model: deepskip.Predic
 
 
 def flops_by_hand(bands: int, classes: int, b: int, levels: int) -> int:
-    """Two operations a multiply-add of every convolution, at 256 x 256."""
+    """Count two operations for each multiply-add of the convolutions, at 256 x 256."""
     pixels = [(256 // 2**u) ** 2 for u in range(levels)]
     c = [b * 2**u for u in range(levels)]
     total = sum(pixels[u] * 9 * ((bands if u == 0 else c[u - 1]) * c[u] + c[u] ** 2) for u in range(levels))

@@ -1,4 +1,4 @@
-"""Trainings in one process, without Ray and MLflow, beside the same trainings on Ray; under torchrun; from Python."""
+"""Trainings in one process without Ray and MLflow equal those on Ray, under torchrun and from Python."""
 
 import json
 import os
@@ -27,13 +27,13 @@ SMALL = [
     "--model.base_channels", "4", "--model.levels", "3", "--data.crop", "64", "--optim.steps", "6", "--run.log_every", "1",
     "--optim.warmup_steps", "2", "--run.validate_every", "3", "--run.checkpoint_every", "2", "--cluster.cpus_per_worker", "1",
 ]  # fmt: skip
-# as on a machine that has neither
+# This program runs as on a machine without Ray and MLflow.
 WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from deepskip.jobs.train import main; main()"
 
 
 @pytest.fixture(autouse=True)
 def own_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another test's server is none of these trainings'."""
+    """Hide other tests' tracking servers from these trainings."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -86,9 +86,9 @@ def test_torchruns_ranks_train_together(coins: Path) -> None:
     one = run(["-m", "deepskip.jobs.train", "--local", "--run.name", "one", *settings], coins)
     assert one.returncode == 0, one.stdout + one.stderr
     expected = losses(coins / "runs" / "one")
-    # fp32 sums in another order
+    # The fp32 sums are in another order.
     assert losses(coins / "runs" / "two") == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
-    # a finished run is no training: the other rank hears of it
+    # A finished run is not trained again, and the other rank is told so.
     again = run([*torchrun, "--run.name", "two", *settings], coins)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "is finished already" in again.stdout
@@ -148,7 +148,7 @@ def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
     coins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A server of 8 s a request takes minutes for a model: the run is whole before it, and what is missing comes later."""
+    """Check that a run is complete before a slow server has its model; the same command sends the rest later."""
     from deepskip.jobs import tracking
 
     left = threading.Event()
@@ -164,11 +164,11 @@ def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
     assert "the model was not logged to MLflow: it takes more than 0.2 s" in capsys.readouterr().out
     assert (folder / "summary.json").is_file()
     assert runs.read_json(folder / tracked.UNSENT) == {"model": True}
-    # where MLflow is missing there is nobody to send it to
+    # Without MLflow, there is nobody to send it to.
     without = run(["-c", WITHOUT, *command], coins)
     assert without.returncode == 0, without.stdout + without.stderr
     assert "MLflow has not received all of this run, and is not installed here" in without.stdout
-    # another process knows nothing of the first one's server
+    # Another process does not know the first one's server.
     again = run(["-m", "deepskip.jobs.train", *command], coins)
     assert "has now received what was missing" in again.stdout, again.stdout + again.stderr
     assert not (folder / tracked.UNSENT).exists()
@@ -181,7 +181,7 @@ def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(
 def test_what_mlflow_cannot_take_is_not_tried_for_ever(
     coins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mask R-CNN has no graph to log. A part that is not tracked keeps the MLflow run of the one before."""
+    """Check that a model without a graph (Mask R-CNN) is not logged; an untracked part keeps the former MLflow run."""
     settings = json.dumps({"size": "paper"} | NETWORK_SIZES["mask_rcnn"])
     command = ["--local", "--data.path", str(coins / "coins"), "--data.crop", "64", "--run.storage", str(tmp_path)]
     command += [
@@ -222,14 +222,14 @@ def test_interrupted_in_a_notebook_it_goes_on_in_the_same_process(
         return line(step, *arguments)
 
     monkeypatch.setattr(report, "progress_line", interrupted)
-    # as IPython holds the last exception, with the frames of all that it went through
+    # IPython holds the last exception in this way, with the frames that it passed.
     with pytest.raises(KeyboardInterrupt) as held:
         deepskip.train(config)
     monkeypatch.setattr(report, "progress_line", line)
     assert deepskip.train(config)["name"] == "train"
     assert held.value is not None
     assert [folder.name for folder in tmp_path.iterdir()] == ["train"]
-    # from a thread, where no signal can be listened to
+    # A thread cannot listen for signals.
     config.run.name = "thread"
     thread = threading.Thread(target=deepskip.train, args=[config])
     thread.start()

@@ -1,4 +1,4 @@
-"""A model under every name that it can be asked for by, and as MLflow's own."""
+"""A model is found by each of its names, and as MLflow's own model."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tracked(home: Path) -> tuple[str, str, str]:
-    """A run in runs/five, tracked as a training does it, and registered: run id, tracking URI, id of the logged model."""
+    """Return a tracked and registered run in runs/five: run id, tracking URI, id of the logged model."""
     storage = home / "runs"
     storage.mkdir()
     uri = tracking.tracking_uri(storage, None)
@@ -51,7 +51,7 @@ def test_every_name_gives_the_same_model(home: Path, tracked: tuple[str, str, st
     folders = ["runs/five", "runs/five/checkpoints/best.pt", str(home / "checkpoint.pt")]
     names = [run_id, f"runs:/{run_id}", f"runs:/{run_id}/model", "models:/cells/1", "models:/cells@newest"]
     for name in (*folders, *names, f"models:/{model_id}"):
-        # as in a process that has not heard of that server
+        # A new process would not know that server.
         mlflow.set_tracking_uri(f"sqlite:///{home / 'other.db'}")
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         np.testing.assert_array_equal(models.load(name).predict_proba(IMAGE), expected)

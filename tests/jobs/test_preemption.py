@@ -1,4 +1,4 @@
-"""SIGTERM to one worker of a job, and to the job: a checkpoint of that step, and the training goes on behind it."""
+"""SIGTERM to a worker or to the job leaves a checkpoint of that step, and the training resumes after it."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
         starts = 0
         for line in process.stdout:
             output += line
-            # what there was is shown where this takes too long
+            # The output is shown if this takes too long.
             sys.stdout.write(line)
             starts += line.startswith("resuming at step")
             if found := re.match(r"step (\d+)/", line):
@@ -44,6 +44,6 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
                     process.terminate()
                     starts = 0
         assert process.wait(60) == status, output
-    # nothing but the checkpoints made on the signals can join the parts without a gap or a step done twice
+    # Only checkpoints made on the signals can join the parts without a gap or a repeated step.
     assert done == list(range(1, steps + 1)), output
     assert len(re.findall(r"warning: stopped after step \d+ as requested; its checkpoint is written", output)) == 2

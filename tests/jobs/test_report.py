@@ -1,4 +1,4 @@
-"""What a training prints at its end."""
+"""The messages that a training prints."""
 
 import io
 import math
@@ -34,7 +34,7 @@ def test_the_table_has_the_best_threshold_where_it_is_known(capsys: pytest.Captu
     place = lines.index("  IoU                     0.0000")
     assert lines[place + 1] == "  IoU, best threshold     0.9213 at 0.10"
     assert "  images/s                51.3" in lines
-    # of classes, of an earlier version, of a split without foreground
+    # The summaries are of classes, of an earlier version, and of a split without foreground.
     for none in ({}, {"iou_best_threshold": None, "best_threshold": 0.5}, {"iou_best_threshold": math.nan}):
         report.print_table(summary(**none) | {"images_per_second": 51.26})
         assert "best threshold" not in capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_a_validation_that_misleads_is_said_once(tmp_path: Path, capsys: pytest.
         console.take(Measured("validation", 40, {"iou": at_half, "iou_best_threshold": best, "best_threshold": 0.1}, 0))
         return capsys.readouterr().out
 
-    # training is bad too, no threshold is good, 0.5 is good, a network without an IoU in training, nothing to find
+    # Here training is bad too, no threshold is good, 0.5 is good, training has no IoU, or there is nothing to find.
     for values in ((0.4, 0.0, 0.9), (0.8, 0.0, 0.4), (0.8, 0.5, 0.9), (None, 0.0, 0.9), (0.8, math.nan, math.nan)):
         assert said(*values) == ""
     (line,) = said(0.81, 0.0, 0.92).splitlines()

@@ -21,7 +21,7 @@ def trained(storage: Path, name: str | None, settings: dict[str, Any], finish: b
 
 def test_an_unfinished_run_goes_on_and_a_finished_one_is_numbered_on(tmp_path: Path) -> None:
     assert trained(tmp_path, None, config(), finish=False) == "coins"
-    # other workers are the same training
+    # Other numbers of workers are the same training.
     run = runs.claim(tmp_path, None, "coins", config(workers=1))
     assert (run.name, run.mlflow_run_id) == ("coins", "mlflow-id")
     run.lock.close()
@@ -52,7 +52,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_settings_that_it_did_not_know(
     same = {"data": {"copy_paste": 0.0}, "model": {"enlarge": 1}, "optim": optim | {"momentum": 0.95}}
     run = runs.claim(tmp_path, "mine", "x", config() | same)
     run.lock.close()
-    # of others it is not known what they were
+    # The former values of other settings are unknown.
     for changed in ({"data": {"copy_paste": 0.5}}, {"data": {"shuffle_window": 16}}):
         [(key, _)] = changed["data"].items()
         with pytest.raises(runs.RunError, match=rf"has other settings \(data\.{key}\)"):
@@ -80,7 +80,7 @@ def test_how_often_a_run_looks_up_may_change(tmp_path: Path) -> None:
 
 def test_other_shards_at_the_same_path_are_another_run(tmp_path: Path) -> None:
     mine, other = {"train": "a", "val": "b"}, {"train": "a", "val": "c"}
-    # a run of an earlier version has noted none
+    # A run of an earlier version has recorded no data.
     trained(tmp_path, "mine", config(), finish=True)
     run = runs.claim(tmp_path, "mine", "x", config(steps=20), mine)
     runs.record(run, config(steps=20), "mlflow-id")
@@ -92,7 +92,7 @@ def test_other_shards_at_the_same_path_are_another_run(tmp_path: Path) -> None:
             runs.check_name(tmp_path / "mine", config(steps), other)
         runs.check_name(tmp_path / "mine", config(steps), mine)
         runs.claim(tmp_path, "mine", "x", config(steps), mine).lock.close()
-    # a name that is chosen here is numbered on
+    # A name that is chosen here gets a number.
     run = runs.claim(tmp_path, None, "mine", config(steps=20), other)
     assert run.name == "mine-2"
     run.lock.close()
@@ -102,7 +102,7 @@ def test_a_look_at_a_name_leaves_nothing(tmp_path: Path) -> None:
     runs.check_name(tmp_path / "new", config(), None)
     assert not list(tmp_path.iterdir())
     trained(tmp_path, "mine", config(), finish=True)
-    # finished is no fault: the job prints its result
+    # A finished run is no error, and the job prints its result.
     runs.check_name(tmp_path / "mine", config(), None)
     with pytest.raises(runs.RunError, match=r"has other settings \(optim\.steps\); choose another run\.name") as fault:
         runs.check_name(tmp_path / "mine", config(steps=5), None)

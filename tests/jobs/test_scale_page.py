@@ -1,4 +1,4 @@
-"""The page on scaling says what the model says."""
+"""The page on scaling states what the model computes."""
 
 from dataclasses import replace
 
@@ -31,14 +31,14 @@ def test_the_counts_are_the_networks() -> None:
 
 
 def test_what_the_page_says_in_words() -> None:
-    # decoding keeps up with the assumed GPU, and no longer with one two and a half times as fast
+    # Decoding keeps up with the assumed GPU, but not with one that is two and a half times as fast.
     assert step(64, 64 * WEAK_BATCH, GPU).loader == 0
     assert step(64, 64 * WEAK_BATCH, replace(GPU, image_seconds=GPU.image_seconds / 2.5)).loader > 0
-    # recoveries are four fifths of what faults cost a thousand spot GPUs
+    # Recoveries are four fifths of the cost of faults on a thousand spot GPUs.
     mtbf = SPOT.mtbf(128)
     kept = goodput(best_interval(mtbf, SPOT.checkpoint), mtbf, SPOT.recovery, SPOT.checkpoint)
     assert 0.7 < SPOT.recovery / mtbf / (1 - kept) < 0.85
-    # the fixed cost is half of a step's computation at 256 GPUs and 1,024 images, or more
+    # At 256 GPUs and 1,024 images, the fixed cost is half of a step's computation or more.
     found = step(256, 1024, GPU)
     assert 0.4 < GPU.step_seconds / found.compute < 0.7
     assert found.loader == step(256, 1024, CLOUD).loader == 0

@@ -24,10 +24,10 @@ from deepskip.jobs.serving import settings
 from tests.jobs.bad_requests import BAD, BODY_SECONDS, GOOD, MAX_BODY, MAX_PIXELS, SLOW, npy, picture, png, tif
 from tests.jobs.serving import Server, answers_strangers, refuses_strangers, serving, state
 
-# what it starts is started once
+# One worker runs all of these tests, so the server starts once.
 pytestmark = pytest.mark.xdist_group("serve")
 
-# more than this the processes must not grow by bad requests, bytes
+# Bad requests must not make the processes grow by more than these bytes.
 GROWTH = 48 * 2**20
 MAX_WAITING = 6
 
@@ -61,7 +61,7 @@ def test_the_mask_is_what_python_gives(server, segmenter, encode, content_type) 
     reply = server.predict(data, Content_Type=content_type)
     assert reply.status == 200, reply.body
     assert reply.headers["content-type"] == "image/png"
-    # by other decoders than the server's where the file is no array
+    # Decode the file with other decoders than the server's, unless it is an array.
     seen = (
         image_of(data)
         if content_type == "image/jpeg"
@@ -97,7 +97,7 @@ def test_bad_requests_get_a_reason_and_leave_nothing(server: Server) -> None:
             assert reply.status == status, (name, reply)
             if not status:
                 continue
-            # what is no HTTP is answered before anybody could say it in JSON
+            # Input that is not HTTP is refused before a reply can be JSON.
             reason = (
                 json.loads(reply.body)["error"] if reply.headers["content-type"][-4:] == "json" else reply.body.decode()
             )
@@ -111,7 +111,7 @@ def test_bad_requests_get_a_reason_and_leave_nothing(server: Server) -> None:
     before = [process.memory_info().rss for process in watched]
     for _ in range(8):
         check(BAD)
-    # the same processes, as large as they were
+    # The processes are the same, and have the same size.
     grown = [process.memory_info().rss - size for process, size in zip(watched, before, strict=True)]
     assert max(grown) < GROWTH, grown
     assert server.predict(png(GOOD)).status == 200
@@ -138,7 +138,7 @@ def test_more_than_there_is_room_for_is_turned_away_and_none_is_lost(server, seg
             assert "the limit; retry later" in json.loads(reply.body)["error"]
             continue
         p = segmenter.predict_proba(image)[..., 0]
-        # images that went through the network together differ in the last bits
+        # Images that pass the network together differ in the last bits.
         sure = np.abs(p - 0.5) > 1e-4
         np.testing.assert_array_equal(image_of(reply.body)[sure] > 0, p[sure] > 0.5)
     metrics = server.ask("GET", "/metrics").body.decode()
@@ -160,7 +160,7 @@ def test_the_page_and_its_policy(server: Server) -> None:
         digest = base64.b64encode(hashlib.sha256(contents[1].encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
-    # nothing from elsewhere
+    # The page loads nothing from other sites.
     assert "http" not in re.sub(r"http-equiv", "", text)
     about = json.loads(re.search(r'type="application/json">(.*?)<', text)[1])  # type: ignore[index]
     assert about == {"bands": 3, "classes": 1, "token": False}
@@ -200,7 +200,7 @@ def test_a_replica_that_dies_comes_back(server: Server) -> None:
 def test_a_stopped_server_answers_what_it_was_asked(server: Server) -> None:
     processes = server.processes()
     with socket.create_connection(("127.0.0.1", server.port)) as line, ThreadPoolExecutor(1) as pool:
-        # a body that is coming, and one whose rest never will
+        # The rest of one body is on its way. The rest of the other never comes.
         late = pool.submit(server.send, *pieces(png(GOOD)), pause=0.4)
         line.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The HTTP server by itself, in front of replicas that are functions."""
+"""The HTTP server alone, in front of replicas that are functions."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ async def give(body: bytes, extension: str, wanted: str) -> Answer:
 
 
 def served(test: Test, ask: Ask = give, token: str | None = None, **limits: Any) -> None:
-    """Runs a test against a front of its own: test(front, address, session)."""
+    """Run a test against its own front: test(front, address, session)."""
 
     async def run() -> None:
         config = ServeConfig(model="none", **limits)
@@ -59,7 +59,7 @@ def test_a_token_is_asked_for() -> None:
             for method, path in (("POST", "/predict"), ("GET", "/metrics"), ("GET", "/nowhere")):
                 async with session.request(method, address + path, headers=wrong) as reply:
                     assert (reply.status, reply.headers["WWW-Authenticate"]) == (401, "Bearer")
-        # the page asks for it, and probes have none
+        # The page asks for the token, and probes have none.
         async with session.get(f"{address}/") as page, session.get(f"{address}/healthz") as health:
             assert '"token": true' in await page.text()
             assert (await health.json())["replicas"] == 1
@@ -144,7 +144,7 @@ def test_what_is_no_http_is_answered_in_json_and_without_a_version(sent: bytes) 
 def test_connections_that_do_not_read_are_let_go() -> None:
     async def ask_without_reading(address: str, path: str) -> None:
         with socket.socket() as sock:
-            # small, or the kernel would take it all
+            # The buffer is small. Otherwise, the kernel would take all of it.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.setblocking(False)
             loop = asyncio.get_running_loop()

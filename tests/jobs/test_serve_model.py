@@ -1,4 +1,4 @@
-"""A replica by itself, without Ray or HTTP, and the outlines that it draws."""
+"""A replica alone, without Ray or HTTP, and the outlines that it draws."""
 
 import asyncio
 import io
@@ -66,10 +66,10 @@ def test_images_of_one_size_go_together_and_come_out_as_alone(bands: int, classe
 def test_large_images_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [np.random.default_rng(n).normal(size=(32, 32, 1)).astype(np.float32) for n in range(5)]
     monkeypatch.setattr(inference, "TILE", 46)
-    # one has no fellow and waits all that time: the last, unless the machine was busy
+    # One image has no partner and waits the whole time. It is the last, unless the machine was busy.
     model = Model(state(1, 1), "cpu", 10_000, 16, 3.0, 2)
     assert sorted(answer.batch for answer in ask(model, images)) == [1, 2, 2, 2, 2]
-    # enlarged each has as many pixels as four
+    # An enlarged image has as many pixels as four.
     larger = state(1, 1)
     larger["config"]["model"]["enlarge"] = 2
     assert [answer.batch for answer in ask(Model(larger, "cpu", 10_000, 16, 3.0, 2), images[:2])] == [1, 1]
@@ -101,12 +101,12 @@ def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
 
 
 def test_the_training_datas_preparation_is_done_first() -> None:
-    # 6 bands become 3, 60 x 30 becomes 20 x 10
+    # 6 bands become 3, and 60 x 30 becomes 20 x 10.
     image = np.random.default_rng(0).integers(0, 4000, (60, 30, 6)).astype(np.uint16)
     model = Model(state(3, 1, {"bands": 3, "longest_side": 20}), "cpu", 10_000, 4, 0, 1)
     small = model.predictor.prepared(image)
     assert small.shape == (20, 10, 3)
-    # a triangle of three pixels' half width, away from the border
+    # Away from the border, the filter is a triangle with a half width of three pixels.
     band = image[..., :2].astype(np.float64).mean(-1).round()
     weights = np.array([1, 2, 3, 2, 1]) / 9
     middle = band[3 * 9 - 1 : 3 * 9 + 4, 3 * 5 - 1 : 3 * 5 + 4]
@@ -174,7 +174,7 @@ def test_a_slot_is_free_when_its_work_has_ended_not_when_its_caller_has_left() -
         await asyncio.sleep(0.05)
         gate.set()
         await last
-        # those who left before their turn took no slot with them
+        # Callers that left before their turn took no slot with them.
         await asyncio.gather(slots.run(work), slots.run(work))
 
     asyncio.run(leave_and_ask())
@@ -201,7 +201,7 @@ def test_outlines_hold_exactly_the_pixels_of_the_mask() -> None:
             for shape in [geometry["coordinates"]] if single else geometry["coordinates"]:
                 assert signed_area(shape[0]) > 0
                 assert all(signed_area(hole) < 0 for hole in shape[1:])
-                # closed, and nowhere touching itself
+                # Each ring is closed, and touches itself nowhere.
                 assert all(ring[0] == ring[-1] and len(set(map(tuple, ring))) == len(ring) - 1 for ring in shape)
         np.testing.assert_array_equal(drawn, labels)
 

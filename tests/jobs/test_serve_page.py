@@ -1,4 +1,4 @@
-"""A person drops an image on the page, in a real browser: make test-browser."""
+"""A person drops an image on the page, in a real browser: `make test-browser`."""
 
 import io
 import json
@@ -26,14 +26,14 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# what a drop is, of a file whose bytes are given
+# This script drops a file with the given bytes.
 DROP = """([bytes, name, type]) => {
   const transfer = new DataTransfer();
   transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
   const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
   for (const kind of ["dragover", "drop"]) document.getElementById("drop").dispatchEvent(new DragEvent(kind, options));
 }"""
-# the pixels of the picture that is shown
+# This script reads the pixels of the picture that is shown.
 PIXELS = """() => {
   const picture = document.getElementById("picture"), canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [picture.naturalWidth, picture.naturalHeight];
@@ -76,7 +76,7 @@ def page(server: Server) -> Iterator[Any]:
 def drop(page: Any, data: bytes, name: str) -> str:
     page.evaluate(DROP, [list(data), name, ""])
     said = page.locator("#said")
-    # the page's policy forbids what playwright's own waiting for a function needs
+    # The page's policy forbids what Playwright's own waiting for a function needs.
     deadline = time.monotonic() + 60
     while "being segmented" in said.inner_text():
         assert time.monotonic() < deadline
@@ -97,7 +97,7 @@ def test_an_image_is_dropped_and_its_overlay_seen(page: Any, server: Server, tmp
     shown = np.array(values, np.uint8).reshape(height, width, 4)[..., :3]
     np.testing.assert_array_equal(shown, np.asarray(Image.open(io.BytesIO(expected.body))))
     assert (shown != image).any()
-    # what is saved is what the server gives
+    # The saved file is what the server returns.
     for button, name in (("#mask", "blobs.mask.png"), ("#polygons", "blobs.geojson")):
         with page.expect_download() as saving:
             page.click(button)
@@ -108,13 +108,13 @@ def test_an_image_is_dropped_and_its_overlay_seen(page: Any, server: Server, tmp
     assert len(json.loads((tmp_path / "blobs.geojson").read_text())["features"]) == int(
         expected.headers["deepskip-objects"]
     )
-    # another, of a kind that no browser shows
+    # This file is of a kind that no browser shows.
     assert drop(page, npy(picture(30, 40)), "array.npy").startswith("array.npy: ")
     assert page.faults == []
 
 
 def test_the_page_says_what_is_wrong(page: Any) -> None:
-    # the browser itself logs answers of 400 and more
+    # The browser itself logs answers of 400 and more.
     assert "401: the token is missing" in drop(page, png(picture()), "blobs.png")
     page.fill("#token", WORD)
     assert "422: the image: has 5 bands; the model takes 3" in drop(page, npy(picture(bands=5)), "cube.npy")

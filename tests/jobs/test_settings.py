@@ -9,7 +9,7 @@ from deepskip.data_shards.writer import write_shards
 from deepskip.jobs.settings import KEYS, build_parser, differences, parse
 from deepskip.jobs.train import check
 
-# compare.yaml is another job's, and test_compare.py runs it
+# compare.yaml belongs to another job, and test_compare.py runs it.
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml") if path.stem != "compare"
 )

@@ -63,7 +63,7 @@ def test_what_a_clusters_machines_may_have_does_not_stop_a_job(
         said = capsys.readouterr().err
         assert said.startswith(found)
         assert "/shared/" in said
-    # what is wrong everywhere
+    # These settings are wrong on all machines.
     with pytest.raises(SystemExit) as stopped:
         look("deepskip.jobs.train", ["--data.path", "/shared/mine", "--data.crop", "-1"])
     assert (stopped.value.code, type(stopped.value)) == (2, SystemExit)
@@ -101,7 +101,7 @@ def test_a_run_of_other_data_or_settings_is_found_before_ray(
     noted = json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["data"]
     assert noted.keys() == {"train", "val"}
     same = ["train", "--data.path", "one", *settings]
-    # what differs, and what is said of it
+    # Each case is (arguments, reason).
     cases = [
         (["train", "--data.path", "other", *settings], "has other settings (data.path)"),
         (
@@ -120,20 +120,20 @@ def test_a_run_of_other_data_or_settings_is_found_before_ray(
             said.err == f"error: run mine in {folder} {reason}; choose another run.name or remove {folder / 'mine'}\n"
         )
         assert said.out == ""
-    # the same shards, packed again, are the same data; the job is handed to Ray
+    # The same shards, packed again, are the same data, so the job reaches Ray.
     pack_coins(tmp_path / "again", {"train": 4, "val": 2})
     (tmp_path / "one").rename(tmp_path / "first")
     (tmp_path / "again").rename(tmp_path / "one")
     for arguments in (same, [*same, "--run.log_every", "3"], [*same, "--optim.steps", "2"]):
         with pytest.raises(AssertionError, match="Ray was started"):
             main(arguments)
-    # others at the same path
+    # Other shards lie at the same path.
     (tmp_path / "one").rename(tmp_path / "again")
     (tmp_path / "other").rename(tmp_path / "one")
     with pytest.raises(SystemExit):
         main(same)
     assert "was trained on other shards at the same data.path" in capsys.readouterr().err
-    # another name, or machines where the folder may be another
+    # It may have another name, or run on machines where the folder may be another one.
     with pytest.raises(AssertionError, match="Ray was started"):
         main([*same, "--run.name", "new"])
     monkeypatch.setenv("RAY_ADDRESS", "http://head.example:8265")

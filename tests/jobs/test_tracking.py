@@ -1,4 +1,4 @@
-"""The tracker against a real MLflow server that is stopped, killed and comes back."""
+"""The tracker sends to a real MLflow server that is stopped, killed and restarted."""
 
 import os
 import signal
@@ -20,14 +20,14 @@ from deepskip.jobs import tracking
 from deepskip.jobs.journal import MEASURED as JOURNAL
 from deepskip.jobs.journal import write_down
 
-# what it starts is started once
+# One worker runs all of these tests, so the server starts once.
 pytestmark = pytest.mark.xdist_group("tracking")
 
 CONFIG = {"optim": {"steps": 10}}
 
 
 class Server:
-    """An MLflow server over a database in a folder, on one port for good."""
+    """An MLflow server over a database in a folder, always on the same port."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, (self.port,) = folder, free_ports(1)
@@ -97,19 +97,19 @@ def train(tracker: tracking.Tracker, journal: Path, steps: range) -> None:
 def test_a_slow_server_has_more_time_for_the_start(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # which itself takes the server from here
+    # tests.stress itself imports the server of this module.
     from tests.stress import SlowWay
 
     way = SlowWay(server.port, 0)
     monkeypatch.setattr(way, "rng", SimpleNamespace(uniform=lambda low, high: 1.6))
-    # as if these were ten and thirty seconds
+    # These stand for ten and thirty seconds.
     monkeypatch.setattr(tracking, "SECONDS", "1")
     monkeypatch.setenv(tracking.TIMEOUT, "1")
     monkeypatch.setattr(tracking, "START_SECONDS", "30")
     run_id = tracking.start_run(way.uri, tmp_path, "slow", "a", None, CONFIG)
     assert mlflow.MlflowClient(server.uri).get_run(run_id).data.params
     assert os.environ[tracking.TIMEOUT] == "1"
-    # what a user has said stays
+    # A user's own value is kept.
     monkeypatch.setattr(tracking, "SECONDS", "10")
     with pytest.raises(tracking.TrackingUnreachable):
         tracking.start_run(way.uri, tmp_path, "slow", "b", None, CONFIG)
@@ -121,12 +121,12 @@ def test_what_is_measured_while_the_server_hangs_or_is_away_arrives_later_and_on
     tracker, journal = tracker_of(server, "away", tmp_path), tmp_path / JOURNAL
     train(tracker, journal, range(1, 4))
     assert tracker.send() is None
-    # it hangs: the request is given up here
+    # The server hangs, and the request is given up here.
     server.send_signal(signal.SIGSTOP)
     train(tracker, journal, range(4, 6))
     assert tracker.send() is not None
     server.send_signal(signal.SIGCONT)
-    # it takes a request, and its answer is lost: the same is sent a second time
+    # The server takes a request, but its answer is lost, so the same is sent a second time.
     take = tracker.client.log_batch
 
     def answer_lost(*arguments: Any) -> None:
@@ -153,17 +153,17 @@ def test_a_later_part_of_the_training_sends_what_an_earlier_one_could_not(server
     first, journal = tracker_of(server, "parts", tmp_path), tmp_path / JOURNAL
     train(first, journal, range(1, 4))
     assert first.send() is None
-    # its driver is killed with a step unsent, and half a line written
+    # The driver is killed with a step unsent, and half a line written.
     train(first, journal, range(4, 6))
     with journal.open("a") as file:
         file.write('["train", 6, {"train/lo')
     second = tracker_of(server, "parts", tmp_path, first.run_id)
-    # from its checkpoint on it comes past some steps again
+    # From its checkpoint, it repeats some steps.
     train(second, journal, range(3, 8))
     assert second.send() is None
     assert losses(server, second.run_id) == [(step, 1 / step) for step in range(1, 8)]
     assert [step for step, _ in second.history["train/loss"]] == list(range(1, 8))
-    # a third part begins, and ends, while the server is away
+    # A third part begins and ends while the server is away.
     server.send_signal(signal.SIGKILL)
     third = tracker_of(server, "parts", tmp_path, first.run_id)
     train(third, journal, range(8, 10))
@@ -197,13 +197,13 @@ def test_a_slow_server_holds_up_nobody_and_gets_everything_once(
         train(tracker, journal, range(1, 3))
         while not requests:
             time.sleep(0.01)
-        # a request is on its way: events are taken all the same, and the end does not wait for it for ever
+        # A request is on its way. Events are still accepted, and the end does not wait for it forever.
         train(tracker, journal, range(3, 50))
         assert time.monotonic() - started < 3.5
         assert tracker.finish("FINISHED") == "a request to the tracking server takes more than 1 s"
         assert tracker.sender is not None
         tracker.sender.join()
-    # the thread sent what it was at, and nobody else sent beside it
+    # The thread finished its request, and nobody else sent at the same time.
     assert requests == ["tracker"]
     assert 1 <= len(losses(server, tracker.run_id)) <= 2
     later = tracker_of(server, "slow", tmp_path, tracker.run_id)
@@ -255,7 +255,7 @@ def test_an_experiment_that_another_training_makes_in_between(
 
 
 def test_mlflow_reports_to_nobody() -> None:
-    # outside of tests, which MLflow knows by variables of pytest's and of continuous integration
+    # The variables exclude those of pytest and of continuous integration, by which MLflow detects tests.
     variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "PYTHONPATH")}
     code = "import deepskip.jobs.tracking, mlflow.telemetry.client as c; print(c.get_telemetry_client())"
     done = subprocess.run(

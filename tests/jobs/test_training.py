@@ -30,7 +30,7 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
         watch.failed("rank 1 died")
         assert watch.reason_to_give_up() is None
         watch.started(0)
-    # past a checkpoint: the next failure is a first one
+    # After a checkpoint, the next failure counts as the first.
     watch.came_to(12)
     watch.failed("rank 1 died")
     watch.started(10)

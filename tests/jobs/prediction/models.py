@@ -1,4 +1,4 @@
-"""Small networks of random weights, as runs' checkpoints."""
+"""Small networks of random weights, saved as checkpoints of runs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ def save_model(
     seed: int = 0,
     longest_side: int | None = None,
 ) -> Path:
-    """Writes the best checkpoint of a run."""
+    """Write the best checkpoint of a run."""
     torch.manual_seed(seed)
     config = Config()
     config.model.base_channels, config.model.levels = 2, 3
@@ -30,7 +30,7 @@ def save_model(
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             module.running_mean.normal_(std=0.3)
-    # probabilities on both sides of 0.5, and far from it, so that a wrong pixel is seen
+    # Probabilities lie on both sides of 0.5, and far from it, so that a wrong pixel is seen.
     network.head.weight.data.normal_(std=2)
     smooth = nn.functional.interpolate(torch.randn(1, bands, 16, 16), size=(128, 128), mode="bilinear")
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def save_model(
         "num_classes": num_classes,
         "mean": [100.0] * bands,
         "std": [60.0] * bands,
-        # images of other bands are resampled where they are to be shrunk too
+        # Images with other numbers of bands are resampled if they are also to be shrunk.
         "preparation": {"bands": bands if longest_side else None, "longest_side": longest_side},
     }
     state = {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}

@@ -1,4 +1,4 @@
-"""Tiles and batches from the memory: estimates against budgets, and what happens where it proves too little."""
+"""Tiles and batches fit the memory: estimates against budgets, and the case of an estimate that is too small."""
 
 import os
 import subprocess
@@ -35,26 +35,26 @@ def test_tiles_fit_the_budget() -> None:
         found = plan(network, Options(memory_gb=memory_gb), torch.device("cpu"))
         assert found.tile % 16 == 0
         assert found.tile**2 * bytes_per_pixel(network, 4) <= memory_gb * 1e9
-        # stripes over the whole of a wide raster too: tiles get smaller for it
+        # Stripes span a wide raster, so tiles get smaller for it.
         wide = found.tile_of(200_000, 40)
         assert wide == 352 or wide * 200_000 * 40 <= memory_gb * 1e9 / 4
         assert found.tile_of(2000, 40) == found.tile
     assert plan(network, Options(memory_gb=1000), torch.device("cpu")).tile == 2048
     many = segmenter_of(207)
     once, flipped = (plan(many, Options(memory_gb=1, flips=flips), torch.device("cpu")) for flips in (False, True))
-    # 4,138 bytes a pixel were measured with flips
+    # Measured with flips: 4,138 bytes a pixel.
     assert 352 < flipped.tile < once.tile
     assert flipped.tile**2 * 4138 <= 0.75e9
     enlarged = segmenter_of(8, enlarge=2)
     assert bytes_per_pixel(enlarged, 4) > 4 * bytes_per_pixel(network, 4)
-    # 2,787 bytes a pixel of 3 bands were measured
+    # Measured with 3 bands: 2,787 bytes a pixel.
     assert 2787 * plan(enlarged, Options(memory_gb=1), torch.device("cpu")).tile ** 2 <= 0.75e9
     assert plan(enlarged, Options(memory_gb=1000), torch.device("cpu")).tile == 1024
     assert plan(network, Options(tile=512, batch=3), torch.device("cpu")).tile == 512
 
 
 def test_what_other_networks_have_alive_is_measured() -> None:
-    """Two maps of 8 and 4 channels at once, fp32, beside the image; in place of that, in a view, nothing more."""
+    """Count two maps of 8 and 4 channels in fp32, next to the image; views and in-place operations are free."""
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1), nn.Flatten(2))
     segmenter = Segmenter(network, 4, "none", [0.0] * 3, [1.0] * 3)
     assert measured_bytes_per_pixel(segmenter) == 1.5 * 4 * (8 + 4)
@@ -97,12 +97,12 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     del rows
 
     def peak(*arguments: str) -> int:
-        """Runs Python; gives its largest resident memory, bytes."""
+        """Run Python and return its peak resident memory in bytes."""
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         variables.pop("RAY_ADDRESS", None)
         process = subprocess.Popen([sys.executable, *arguments], env=variables, cwd=tmp_path)
         _, status, used = os.wait4(process.pid, 0)
-        # popen must not wait for it again
+        # Popen must not wait for it again.
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
         return used.ru_maxrss * 1024
@@ -121,6 +121,6 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
         "0.15",
     ]
     used = peak(*command) - idle
-    # the image as fp32 alone has 108 MB, and the network's maps of the whole ten times as much
+    # The image alone has 108 MB in fp32, and the network's maps of the whole image ten times as much.
     assert used < 0.2e9, used
     assert np.load(tmp_path / "out" / "masks" / "x.npy", mmap_mode="r").shape == (side, side)

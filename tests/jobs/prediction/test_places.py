@@ -1,4 +1,4 @@
-"""Where on a map outlines lie, and what is said of it, against rasterio."""
+"""Outlines lie at their place on a map, and have its description, as in rasterio."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What jobs.predict writes, for each kind of input, against the network on the whole image."""
+"""The files that jobs.predict writes for each kind of input equal the network on the whole image."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from deepskip.jobs.prediction.inputs import sample_bytes
 from tests.jobs.prediction.models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# the tiles of the tests' network overlap by 96
+# Tiles of the network in these tests overlap by 96.
 TILE = ["--tile", "192"]
 
 
@@ -35,7 +35,7 @@ def without_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def picture(height: int, width: int, bands: int, dtype: Any = np.uint8, seed: int = 0) -> np.ndarray:
-    """Makes blobs of several sizes on a slope."""
+    """Return a picture of blobs of several sizes on a slope."""
     rng = np.random.default_rng(seed)
     noise = scipy.ndimage.gaussian_filter(rng.standard_normal((height, width, bands)), (4, 4, 0))
     image = 120 + 60 * noise / noise.std() + np.linspace(-20, 20, width)[:, None]
@@ -82,7 +82,7 @@ def test_pictures(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_arrays_in_tiles(five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # nothing is small enough to be read whole
+    # No image is small enough to be read whole.
     monkeypatch.setattr(rasters, "WHOLE_BYTES", 0)
     image = picture(301, 333, 5, np.uint16) * 7
     images = tmp_path / "images"
@@ -163,7 +163,7 @@ def test_flips_of_small_images_and_of_tiles(five: Path, tmp_path: Path) -> None:
         run("--checkpoint", five, "--images", tmp_path / "small.npy", tmp_path / "large.npy", *settings)
         for name, image in images.items():
             expected = deepskip.load(five).predict_proba(image, flips=place == "again")
-            # settings that make other outputs make them anew
+            # Settings that make other outputs compute them again.
             found = np.load(tmp_path / f"out/probabilities/{name}.npy")
             np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=f"{place}, {name}")
 
@@ -185,7 +185,7 @@ def test_a_geotiff_keeps_its_place(three: Path, tmp_path: Path, monkeypatch: pyt
         assert file.block_shapes == [(512, 512)]
         mask = file.read(1)
     assert (mask != expected).mean() < 1e-4
-    # the polygons, drawn by rasterio onto the same map, are the mask
+    # If rasterio draws the polygons onto the same map, they are the mask.
     found = json.loads((out / "polygons" / "map.geojson").read_text())
     assert found["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
     drawn = rasterio.features.rasterize([f["geometry"] for f in found["features"]], (600, 700), transform=transform)
@@ -290,7 +290,7 @@ def test_images_are_prepared_as_the_training_data_was(tmp_path: Path, monkeypatc
     run(*arguments, "--out", tmp_path / "streamed")
     whole, streamed = (np.load(tmp_path / name / "masks" / "cube.npy") for name in ("whole", "streamed"))
     assert (whole != expected).mean() < 0.002
-    # bands are averaged before rows are shrunk or after: whole numbers are rounded in between
+    # Bands are averaged before rows are shrunk in one case, and after in the other. Integers are rounded in between.
     assert (streamed != whole).mean() < 0.01
 
 

@@ -1,4 +1,4 @@
-"""Predictions that are stopped and started again: nothing half-written looks done, nothing whole is made twice."""
+"""Predictions resume after a stop: no half-written file looks done, and no whole file is made twice."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ IMAGES = 500
 
 
 def pictures(folder: Path, count: int) -> dict[str, np.ndarray]:
-    """Writes small images of two sizes."""
+    """Write small images of two sizes."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     found = {f"{i:04d}": rng.integers(0, 256, (24, 20 + 4 * (i % 2), 3)).astype(np.uint8) for i in range(count)}
@@ -32,7 +32,7 @@ def pictures(folder: Path, count: int) -> dict[str, np.ndarray]:
 
 
 def files_of(out: Path) -> dict[str, tuple[int, int]]:
-    """Gives inode and time of change of every mask that has its name."""
+    """Return inode and time of change of each mask that has its final name."""
     return {p.stem: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (out / "masks").glob("[!.]*.png")}
 
 
@@ -52,7 +52,7 @@ def test_a_killed_prediction_goes_on(tmp_path: Path) -> None:
         "0",
     ]
     command = [sys.executable, "-m", "deepskip.jobs.predict", *map(str, options)]
-    # threads that wait for each other take ten times as long where the machine is busy
+    # Threads that wait for each other take ten times as long on a busy machine.
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=variables, cwd=tmp_path)
     while len(files_of(out)) < IMAGES // 4:
@@ -62,7 +62,7 @@ def test_a_killed_prediction_goes_on(tmp_path: Path) -> None:
     process.wait()
     before = files_of(out)
     assert IMAGES // 4 <= len(before) < IMAGES
-    # what a kill in the midst of writing leaves
+    # A kill during a write leaves such a file.
     (out / "masks" / ".0499.png.0badcafe.part").write_bytes(b"half")
     assert subprocess.run(command, env=variables, cwd=tmp_path, check=False).returncode == 0
     after = files_of(out)
@@ -91,7 +91,7 @@ def test_what_another_model_made_or_another_image_is_not_done(
     one, two = (save_model(tmp_path / f"run{seed}", 3, seed=seed) for seed in (1, 2))
     assert done(one) == 4
     assert done(one) == 0
-    # a mask that was cut, one that is gone, a note that is half written, an image that changed
+    # One mask is cut, one is removed, one note is half written, and one image has changed.
     (out / "masks" / "0000.png").write_bytes(b"half")
     (out / "masks" / "0001.png").unlink()
     (out / "done" / "0002.json").write_text('{"made_by"')

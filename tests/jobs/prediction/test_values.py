@@ -1,4 +1,4 @@
-"""What a file says of its numbers counts in predictions too: no values, transparency, orientation; whole and in tiles."""
+"""Predictions respect missing values, transparency and orientation of a file, whole and in tiles."""
 
 import io
 import math
@@ -32,14 +32,14 @@ def by_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(model: Path, image: Path, out: Path, *words: Any) -> np.ndarray:
-    """Predicts one TIFF; gives its probabilities."""
+    """Predict one TIFF and return its probabilities."""
     arguments = ["--model", model, "--images", image, "--out", out, "--probabilities", "true", *words]
     predict.main([str(argument) for argument in arguments])
     return tifffile.imread(out / "probabilities" / image.name)
 
 
 def by_hand(model: Path, image_HWC: np.ndarray, how: str) -> np.ndarray:
-    """Computes probabilities (H, W) of an image that is nan where it has no value, in float64 up to the network."""
+    """Compute probabilities (H, W) in float64, up to the network, of an image that is nan at missing values."""
     predictor = deepskip.load(model)
     mean, std = np.nanmean(image_HWC, (0, 1)), np.nanstd(image_HWC, (0, 1))
     if how == "dataset":
@@ -59,7 +59,7 @@ def test_nothing_is_predicted_where_there_is_no_value(
     model = save_model(tmp_path / "run", 3, normalize=how)
     image = picture(H, W, 3, np.float32)
     image[:, :GAP] = -9999
-    # one band of three is missing elsewhere
+    # Elsewhere, one band of three is missing.
     image[200:230, 300:340, 1] = -9999
     truth = by_hand(model, np.where(image == -9999, np.nan, image).astype(np.float64), how)
     tags = [(42113, "s", 0, "-9999", True)] if tag else []
@@ -138,7 +138,7 @@ def test_zarr_and_shards_and_a_server_leave_the_same_out(tmp_path: Path) -> None
 
 
 def tif_of(image_HWC: np.ndarray) -> bytes:
-    """Gives the bytes of a TIFF that says nothing of its values."""
+    """Return the bytes of a TIFF that says nothing about its values."""
     file = io.BytesIO()
     tifffile.imwrite(file, image_HWC, photometric="rgb")
     return file.getvalue()
