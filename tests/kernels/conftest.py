@@ -1,4 +1,4 @@
-"""Our Triton kernels for the tests: interpreted, or compiled where there is a GPU."""
+"""Fixtures of the Triton kernels: compiled if there is a GPU, otherwise interpreted."""
 
 from types import ModuleType
 
@@ -18,7 +18,7 @@ from deepskip.kernels import (
 @pytest.fixture(scope="session")
 def triton_form() -> ModuleType:
     assert torch.cuda.is_available() != bce_dice_triton.INTERPRETED
-    # cuDNN's convolutions of fp32 take tf32 where they may, which is less than the tests ask of ours
+    # cuDNN may compute fp32 convolutions in TF32, which is less exact than these tests require of our kernels.
     torch.backends.cudnn.allow_tf32 = False
     return bce_dice_triton
 

@@ -1,4 +1,4 @@
-"""Counts for test_builds, in a process without Triton's interpreter: python -m tests.kernels.counting FILE."""
+"""Count for test_builds in a process without Triton's interpreter: `python -m tests.kernels.counting FILE`."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ ARCHITECTURE = 90
 
 @triton.jit
 def _looping(x_ptr, trips):
-    # what is added in the loop hangs on the last turn, so no turn can be left out
+    # Each iteration depends on the previous one, so the compiler can omit none.
     at = tl.program_id(0) * 32 + tl.arange(0, 32)
     total = tl.load(x_ptr + at)
     for i in range(trips):
@@ -28,7 +28,7 @@ def _looping(x_ptr, trips):
 
 
 def trips() -> list[int]:
-    """Count a loop's instructions for trips that differ by as many as the compiler unrolls."""
+    """Count a loop's instructions for trip counts that differ by the compiler's unroll factor."""
     found = []
     for times in (8, 12, 16, 20, 24):
         seen = Launches(ARCHITECTURE)
@@ -39,7 +39,7 @@ def trips() -> list[int]:
 
 
 def stores(launch: TritonLaunch, tensors: list[torch.Tensor]) -> dict[str, int]:
-    """Run every program of a launch and compare what it stores with the tensors that it makes."""
+    """Run all programs of a launch and compare what it stores with the tensors that it writes."""
     across, down, _ = launch.grid
     warps = counts.executed(launch, ARCHITECTURE, list(range(across * down)))
     places = np.concatenate(
@@ -61,7 +61,7 @@ def stores(launch: TritonLaunch, tensors: list[torch.Tensor]) -> dict[str, int]:
 
 
 def stage_stores() -> dict[str, Any]:
-    """Check the stage at a size whose borders, masks and channels are none of them whole blocks."""
+    """Check the stage at a size where borders, masks and channels do not fill whole blocks."""
     N, K, H, W = 2, 5, 16, 40
     factors = (1, 2, 4, 8, 2)
     maps = [meta(N, K * s, H // s, W // s).requires_grad_() for s in factors]
@@ -78,7 +78,7 @@ def stage_stores() -> dict[str, Any]:
 
 
 def next_stores() -> dict[str, Any]:
-    """Check the stage in sub-pixel form, and the gradients of its maps, at a size that is no whole number of blocks."""
+    """Check the stage in sub-pixel form and the gradients of its maps, at a size that does not fill whole blocks."""
     N, K, H, W = 2, 5, 36, 20
     factors = (1, 2, 4)
     maps = [meta(N, K * s, H // s, W // s).requires_grad_() for s in factors]
@@ -106,7 +106,7 @@ def loss_stores(backend: str, size: tuple[int, int]) -> dict[str, int]:
 
 
 def norm_call(size: tuple[int, int, int, int], last: bool) -> list[TritonLaunch]:
-    """Build what batch norm and ReLU and their gradient launch for a map of a size."""
+    """Build the launches of batch norm and ReLU, forward and backward, for a map of a size."""
     x = meta(*size, last=last).requires_grad_()
     channels = [meta(size[1], dtype=torch.float32) for _ in range(4)]
     seen = Launches(ARCHITECTURE)
@@ -116,7 +116,7 @@ def norm_call(size: tuple[int, int, int, int], last: bool) -> list[TritonLaunch]
 
 
 def norm_stores() -> dict[str, Any]:
-    """Check the two passes that write a map, at sizes whose pixels and channels are no whole blocks."""
+    """Check the two passes that write a map, at sizes whose pixels and channels do not fill whole blocks."""
     found: dict[str, Any] = {}
     for layout, size in (("last", (2, 67, 9, 31)), ("first", (2, 3, 23, 61))):
         _, _, forward, _, _, backward = norm_call(size, layout == "last")
@@ -126,9 +126,9 @@ def norm_stores() -> dict[str, Any]:
 
 
 def far_accesses() -> list[dict[str, Any]]:
-    """Return how far into maps of more than 2^31 elements, last and first, the first and last programs reach."""
+    """Return how far the first and last programs reach into maps of over 2^31 elements, channels last and first."""
     found = []
-    # far pixels, far channels, far samples
+    # In each case, pixels, channels or samples are far apart.
     for size, last in (
         ((2, 8, 1 << 14, 1 << 14), True),
         ((1, 3, 1 << 15, 1 << 15), False),
@@ -154,7 +154,7 @@ def far_accesses() -> list[dict[str, Any]]:
 
 
 def of_today() -> dict[str, Any]:
-    """Count the launches that are taken, and those of the new loss."""
+    """Count the default launches, and those of the new loss."""
     shapes = candidates.all_of((2, 32, 32), (3,), ((2, 1, 64, 64),))
     mine = [one for one in shapes if one.operator not in candidates.NORM_OPERATORS]
     next_loss = [part for part in counts.PARTS if isinstance(part, tuple) and part[-1] == counts.NEXT]
@@ -173,7 +173,7 @@ def of_today() -> dict[str, Any]:
 
 
 def of_next() -> dict[str, Any]:
-    """Count the new stage, convolutions and norms, whose machine code takes minutes to make."""
+    """Count the new stage, convolutions and norms, whose machine code takes minutes to build."""
     parts = [counts.Next(1), counts.Next(1, (8, 8)), counts.Norm(1, False), counts.Norm(1, True)]
     return {
         "rows": [row for part in parts for row in counts.rows(ARCHITECTURE, part)],

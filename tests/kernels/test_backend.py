@@ -1,4 +1,4 @@
-"""Which implementation a tensor gets, and what is said where there is none."""
+"""Each tensor gets its implementation, and an error names what is missing."""
 
 import shutil
 import sys
@@ -45,7 +45,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
     subpixel: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    # a machine of two GPUs, by mocks: tensors that say they are on the second, and the current device, which is the first
+    # Mocks give this machine two GPUs. Tensors say that they are on the second, and the first is the current device.
     current = [0]
     launched: list[str] = []
 
@@ -101,7 +101,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
         stats = triton_batch_norm._batch_statistics._init_fn(own, None, 128, *channels, 0.1, 1e-5)
         triton_batch_norm._normalise_relu._init_fn(own, *channels[:2], stats, True)
         triton_batch_norm._normalise_relu_gradient._init_fn(own, own, stats, True)
-        # a copy to this layout would ask for CUDA
+        # A copy to this layout would require CUDA.
         last: dict[str, Any] = there | {"memory_format": torch.channels_last}
         maps = [torch.empty(2, 8, 8, 8, **last), torch.empty(2, 16, 4, 4, **last)]
         weights = [torch.empty(8, C, 3, 3, **there) for C in (8, 16)]

@@ -1,4 +1,4 @@
-"""Batch norm and ReLU in Triton, interpreted where there is no GPU, against torch's own in float64."""
+"""Batch norm and ReLU in Triton, interpreted without a GPU, equal torch's own in float64."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -24,7 +24,7 @@ SINGLE = torch.finfo(torch.float32).eps
 
 @pytest.fixture
 def cut_small(triton_batch_norm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Cut small maps into many tiles and programs, so that every loop runs and ends within a tile."""
+    """Cut small maps into many tiles and programs, so that each loop runs and ends within a tile."""
     for name, value in {"WIDTH": 16, "WARPS": 1, "LOADS": 2, "CHANNELS": 8, "MAX_PROGRAMS": 3, "ROWS": 2}.items():
         monkeypatch.setattr(triton_batch_norm, name, value)
     return triton_batch_norm
@@ -33,7 +33,7 @@ def cut_small(triton_batch_norm: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 def case(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "last", mean: float = 0.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make x, weight and bias, leaves, and running mean and variance; every channel has a mean and a deviation of its own."""
+    """Return leaves x, weight and bias, and running mean and variance; each channel has its own mean and deviation."""
     generator = torch.Generator().manual_seed(shape[1])
     C = shape[1]
     shift, spread, weight, bias, running = torch.randn(5, C, generator=generator)
@@ -54,7 +54,7 @@ def exact_form(
 
 
 class Sizes(NamedTuple):
-    """Sizes of what the gradients are sums of, without signs: their rounding is a part of those."""
+    """Magnitudes of the terms that the gradients sum up, by which their rounding is judged."""
 
     d_x: Tensor
     d_weight: Tensor
@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(leaves: list[Tensor], running: list[Tensor], training: bool, grad: Tensor) -> Sizes:
-    """Work out the sizes of the sums' terms: s g of every pixel, and what is added up for weight and bias."""
+    """Compute the magnitudes of the sums' terms: s g of each pixel, and the terms of weight and bias."""
     x, weight, g = leaves[0].detach().double(), leaves[1].detach().double(), grad.double().abs()
     mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if training else (one.double() for one in running)
     inverse = (var + EPS).rsqrt()
@@ -87,16 +87,16 @@ def check(
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=LAYOUTS[layout])
     d_x, d_weight, d_bias = torch.autograd.grad(y, leaves, grad)
-    # a rounding to x's type, cut off in the interpreter, and a few of fp32 on the way
+    # There is a rounding to x's type, a truncation in the interpreter, and some roundings of fp32 on the way.
     tolerance = 4 * SINGLE if dtype == torch.float32 else torch.finfo(dtype).eps
     for one, other, size in ((y, y_exact, y_exact), (d_x, exact[0], sizes.d_x)):
         assert (one.double() - other).norm() <= tolerance * size.norm()
-        # a pixel that nobody wrote is lost in a norm
+        # A norm would hide a single pixel that nobody wrote.
         assert (one.double() - other).abs().max() <= 4 * tolerance * size.abs().max()
-    # a program adds up some tens of numbers one by one, and its rows are fp64
+    # A program adds up some tens of numbers one by one, and its rows are in fp64.
     assert ((d_bias.double() - exact[2]).abs() <= 8 * SINGLE * sizes.d_bias).all()
     assert ((d_weight.double() - exact[1]).abs() <= 8 * SINGLE * sizes.d_weight).all()
-    # the running variance's own digits, whatever the mean is
+    # The running variance keeps its own digits, whatever the mean is.
     torch.testing.assert_close(running[0].double(), after[0], rtol=4 * SINGLE, atol=4 * SINGLE)
     torch.testing.assert_close(running[1].double(), after[1], rtol=16 * SINGLE, atol=0)
 
@@ -135,7 +135,7 @@ def test_a_mean_far_from_zero_leaves_the_variance(cut_small: ModuleType, layout:
 
 
 def rows_of(x: Tensor, programs: int) -> Tensor:
-    """Add up a map as a producer's epilogue does: fp32, plain, a share of the pixels each."""
+    """Add up a map as a producer's epilogue does, in plain fp32; each program takes a share of the pixels."""
     pixels = x.detach().float().permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     return torch.stack([torch.stack([part.sum(0), part.square().sum(0)]) for part in pixels.tensor_split(programs)])
 
@@ -151,7 +151,7 @@ def test_with_sums_that_the_producer_made(cut_small: ModuleType, dtype: torch.dt
 
 
 def test_plain_sums_are_good_enough_at_a_mean_of_five_deviations(triton_batch_norm: ModuleType) -> None:
-    # what the comment in batch_norm_relu_of_sums says: squares are 26 times the variance, and so are their sums' roundings, two
+    # As batch_norm_relu_of_sums explains, squares are 26 times the variance, and so are two roundings of their sums.
     x = (torch.randn(4, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 5.0).to(DEVICE)
     weight, bias, mean, var = (torch.full((8,), value, device=DEVICE) for value in (1.0, 0.0, 0.0, 1.0))
     triton_batch_norm._batch_statistics(None, rows_of(x, 4), 4 * 64 * 64, weight, bias, mean, var, 1.0, EPS)
@@ -216,7 +216,7 @@ def test_a_batch_of_nothing_and_one_of_one_value_are_as_in_torch(triton_batch_no
 
 
 def test_what_is_no_number_stays_none(cut_small: ModuleType) -> None:
-    # a ReLU that made zeros of it would hide that a training has gone wrong
+    # A ReLU that turned nan into zeros would hide that a training has failed.
     leaves, running = case((2, 4, 5, 5))
     with torch.no_grad():
         leaves[0][1, 2, 3, 4] = torch.nan
@@ -273,7 +273,7 @@ def test_backward_keeps_the_input_and_five_numbers_a_channel(cut_small: ModuleTy
 
 
 def test_bytes_are_those_of_the_fewest_passes() -> None:
-    # on tensors without memory: nothing runs
+    # The tensors have no memory, so nothing runs.
     size, moved = 2 * 16 * 8 * 64 * 64, {}
     with torch.device("meta"):
         x = (
@@ -291,7 +291,7 @@ def test_bytes_are_those_of_the_fewest_passes() -> None:
             torch.autograd.grad(y, (x, *settings[:2]), torch.empty_like(y))
         parts = (traffic.moved[:forward], traffic.moved[forward:])
         moved[name] = [sum((one.read + one.written) // size for one in part) for part in parts]
-    # x twice or once and y; x and dy twice and dx
+    # Forward, x is read twice or once and y is written. Backward, x and dy are read twice and dx is written.
     assert moved["two passes"][0] == 3
     assert moved["one"][0] == 2
     assert moved["two passes"][1] == moved["one"][1] == 5
@@ -318,7 +318,7 @@ def test_the_block_takes_it_and_compiles_as_one_graph(
     for name in ("next", "one graph"):
         for one, other in zip(found[name], found["reference"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    # the same launches on the same numbers
+    # The same launches ran on the same numbers.
     assert torch.equal(found["next"][0], found["one graph"][0])
 
 

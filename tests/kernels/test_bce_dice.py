@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU, against float64 written out by hand."""
+"""The Triton kernels, run by Triton's interpreter on the CPU, equal float64 written out by hand."""
 
 from types import ModuleType
 
@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def by_hand(
     logits: Tensor, target: Tensor, alpha: float, ignore: int | None, weight: Tensor | None, g: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and the gradient of g times the sums, in float64 numpy, pixel by pixel of eqs. 6 and 7."""
+    """Compute the sums and the gradient of g times the sums in float64 numpy, pixel by pixel of eqs. 6 and 7."""
     z = logits.cpu().double().numpy().copy()
     target, weight = target.cpu(), None if weight is None else weight.cpu()
     V = z.shape[1]
@@ -98,14 +98,14 @@ def test_sums_and_gradient_are_those_written_out_by_hand(
     if labels != torch.bool:
         ignore = 255 if labels == torch.uint8 else -1
         target[..., 2:4, :] = ignore
-    # where nothing counts anything may stand
+    # Values that do not count may be anything.
     logits[1] = float("inf")
     if channels_last:
         logits = logits.contiguous(memory_format=torch.channels_last)
     g = np.random.default_rng(0).normal(size=2 + 3 * V)
     expected, gradient = by_hand(logits, target, 0.3, ignore, weight, g)
     leaf = logits.clone(memory_format=torch.preserve_format).requires_grad_()
-    # some blocks, the last one smaller
+    # There are several blocks, of which the last is smaller.
     monkeypatch.setattr(bce_dice_cpu, "BLOCK", 5 * 11 * V)
     implementation = triton_form if form == "triton" else bce_dice_cpu
     sums = implementation.bce_dice_sums(leaf, target, alpha=0.3, ignore_index=ignore, sample_weight=weight)
@@ -113,7 +113,7 @@ def test_sums_and_gradient_are_those_written_out_by_hand(
     sums.backward(torch.from_numpy(g).float().to(device))
     assert leaf.grad is not None
     assert leaf.grad.stride() == logits.stride()
-    # one rounding to the logits' own type
+    # This allows for one rounding to the logits' own type.
     tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     np.testing.assert_allclose(
         leaf.grad.cpu().double().numpy(), gradient, rtol=tolerance, atol=max(1e-6, tolerance / 10)
@@ -165,7 +165,7 @@ def test_compiled_whole_and_no_second_derivative(triton_form: ModuleType) -> Non
         first.sum().backward()
 
 
-# what a label's type holds, and what it does not: torch compares a uint8 with 256 as with 0
+# Some values fit the label's type, others do not. torch compares a uint8 with 256 as with 0.
 @pytest.mark.parametrize(
     ("labels", "ignore", "ignored"),
     [
@@ -191,7 +191,7 @@ def test_the_ignored_label_is_compared_in_the_labels_own_type(
     target = (target != 0 if labels == torch.bool else target).to(labels)
     if ignored is not None:
         target[:, 2:5] = ignored
-    # by hand, what is ignored is 7
+    # By hand, ignored pixels are 7.
     plain = torch.where(target == ignored, 7, target.long()) if ignored is not None else target.long()
     g = np.random.default_rng(0).normal(size=2 + 3 * V)
     expected, gradient = by_hand(logits, plain, 0.3, 7, None, g)
@@ -210,7 +210,7 @@ def test_labels_that_are_not_integers_are_refused(triton_form: ModuleType) -> No
 
 
 def test_a_confident_and_right_network_has_a_loss_of_almost_nothing() -> None:
-    # 20 - softplus(20) would be rounded to anything
+    # 20 - softplus(20) would lose all digits.
     logits, target = torch.full((1, 1, 8, 8), 20.0), torch.ones(1, 8, 8, dtype=torch.uint8)
     assert bce_dice_cpu.bce_dice_sums(logits, target)[0].item() == pytest.approx(
         64 * 0.5 * np.log1p(np.exp(-20)), rel=1e-5
@@ -231,25 +231,25 @@ def test_the_reference_is_the_kernels_twin(triton_form: ModuleType) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="looks at addresses through the interpreter")
 def test_elements_beyond_two_to_the_31(triton_form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what is not written stays the one page of zeros that the system lends
+    # Pages that are not written share the system's one page of zeros.
     far = 2**31 + 2**20
     z = torch.from_numpy(np.zeros(far + 2**20, np.float16))
     dz = torch.from_numpy(np.zeros(far + 2**20, np.float16))
     labels = torch.from_numpy(np.zeros(far + 2**20, np.uint8))
-    # the interpreter copies arguments back onto themselves, all six gigabytes
+    # The interpreter would copy all six gigabytes of arguments back onto themselves.
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *arguments: None)
     N, V, pixels = 2, 2, 70
     small, target = case(V, True, torch.float16, torch.uint8, (1, pixels), N, "cpu")
     small_exclusive = target[:, 0]
     g = np.random.default_rng(0).normal(size=2 + 3 * V)
-    # far samples, far classes, far pixels
+    # Samples, classes or pixels are far apart.
     for z_n, z_v, z_p in ((far, 128, 1), (128, far, 1), (1, 2, far // 69)):
         n, v, p = (torch.arange(count) for count in (N, V, pixels))
         places = n[:, None, None] * z_n + v[:, None] * z_v + p * z_p
         z[places] = small[:, :, 0]
         labels[places] = target[:, :, 0]
         expected, gradient = by_hand(small, target, 0.3, 255, None, g)
-        # two programs a sample, and a row of bce, count, to, oo, tt for each
+        # There are two programs a sample, each with a row of bce, count, to, oo and tt.
         rows = torch.empty(N * 2, 5 * V)
         strides = (z_n, z_v, z_p)
         triton_form._sigmoid_sums[(N * 2, V)](

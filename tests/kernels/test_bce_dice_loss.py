@@ -1,4 +1,4 @@
-"""The loss of the sums in each form, against the plain form in float64 and its automatic gradient."""
+"""The loss of the sums in each form equals the plain form in float64 and its automatic gradient."""
 
 from types import ModuleType
 
@@ -61,7 +61,7 @@ def test_the_operators_keep_torchs_rules(triton_loss: ModuleType) -> None:
 
 
 class Launches(TorchDispatchMode):
-    """Names the operators that are more than a new or another view of memory."""
+    """A mode that records the names of operators, except those that only allocate or view memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_a_loss_and_its_gradient_are_five_launches(
     with Launches() as seen:
         loss, _, _ = kernels.loss_of_sums(kernels.bce_dice_sums(logits, target))
         loss.backward()
-    # the first operator is two launches: the rows, and their sums; autograd itself fills the gradient it starts from
+    # The first operator is two launches: the rows and their sums. Autograd itself fills the first gradient.
     assert [name for name in seen.names if name != "aten::ones_like"] == [
         "deepskip::bce_dice_sums", "deepskip::loss_of_sums", "deepskip::loss_of_sums_gradient",
         "deepskip::bce_dice_gradient",

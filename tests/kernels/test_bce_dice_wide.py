@@ -1,4 +1,4 @@
-"""The loss kernels for labels of a byte, against float64 written out by hand; the same through the product's operators."""
+"""The loss kernels for labels of a byte equal float64 written out by hand, alone and through the operators."""
 
 from types import ModuleType
 
@@ -13,13 +13,13 @@ from tests.kernels.test_bce_dice import DEVICE, by_hand, case
 
 pytestmark = pytest.mark.new_launches
 
-# one rounding to the logits' own type, as for the other kernels
+# This allows for one rounding to the logits' own type, as for the other kernels.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture
 def launched(triton_form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Choose the new launches, and name those that run."""
+    """Choose the new launches, and record the names of those that run."""
     names: list[str] = []
     for name in ("sum_rows", "gradient"):
         form = getattr(bce_dice_wide_triton, name)
@@ -47,24 +47,24 @@ def sums_and_gradient(
 @pytest.mark.parametrize("alpha", [0.5, 0.3])
 @pytest.mark.parametrize("labels", [torch.uint8, torch.bool])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-# whole blocks of pixels, and a last one that is not; one class, and three that are independent
+# The pixels fill whole blocks, or leave a last one that is partial. There is one class, or three independent ones.
 @pytest.mark.parametrize(("V", "size"), [(1, (16, 32)), (3, (8, 43))])
 def test_sums_and_gradient_are_those_written_out_by_hand(
     launched: list[str], monkeypatch: pytest.MonkeyPatch, V: int, size: tuple[int, int], dtype: torch.dtype,
     labels: torch.dtype, alpha: float,
 ) -> None:  # fmt: skip
-    # several blocks a program
+    # Each program has several blocks.
     monkeypatch.setattr(bce_dice_wide_triton, "PROGRAMS", 4)
     logits, target = case(V, V > 1, dtype, labels, size)
     weight = torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
     ignore = None
     if labels != torch.bool:
         ignore = 255
-        # some words of labels whole, some in part, and every place in a word
+        # Some words of labels are ignored whole, some in part, and at each place in a word.
         target[..., 1, :] = ignore
         target[torch.rand(target.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.2] = ignore
         logits[torch.broadcast_to((target if V > 1 else target[:, None]) == ignore, logits.shape)] = float("nan")
-    # where nothing counts anything may stand
+    # Values that do not count may be anything.
     logits[1] = float("inf")
     g = np.random.default_rng(0).normal(size=2 + 3 * V)
     clean = torch.where(logits.isfinite(), logits, 0)
@@ -81,7 +81,7 @@ def test_sums_and_gradient_are_those_written_out_by_hand(
 def test_every_label_of_a_byte_counts_as_in_the_reference(
     launched: list[str], ignore: int | None, alpha: float
 ) -> None:
-    # labels of a binary mask are 0 and 1; others are no error here
+    # Labels of a binary mask are 0 and 1, but others are no error here.
     logits, _ = case(1, False, torch.float32, torch.uint8, (16, 32), 2)
     target = torch.arange(2 * 16 * 32, device=DEVICE).reshape(2, 16, 32).remainder(256).to(torch.uint8)
     g = np.array([0.7, 0.0, -0.01, 0.02, 0.0])
@@ -94,7 +94,7 @@ def test_every_label_of_a_byte_counts_as_in_the_reference(
 
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_small_and_large_logits_keep_their_digits(launched: list[str], alpha: float) -> None:
-    # -log o of 1e-9 would be lost in 1 + exp(-z); and beyond exp(88) there is no fp32
+    # A -log o of 1e-9 would be lost in 1 + exp(-z), and fp32 ends at exp(88).
     for value, label in ((20.0, 1), (-20.0, 0), (14.0, 1), (100.0, 0), (-3e4, 1)):
         logits = torch.full((1, 1, 8, 8), value, device=DEVICE)
         target = torch.full((1, 8, 8), label, dtype=torch.uint8, device=DEVICE)
@@ -108,7 +108,7 @@ def test_small_and_large_logits_keep_their_digits(launched: list[str], alpha: fl
 
 
 def test_thirty_blocks_a_program_are_no_overflow(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # at logits of 0 each pixel doubles the product
+    # At logits of 0, each pixel doubles the product.
     monkeypatch.setattr(bce_dice_wide_triton, "PROGRAMS", 1)
     pixels = 4 * 32 * 2 * bce_dice_wide_triton.MOST_TRIPS
     logits = torch.zeros(1, 1, 8, pixels // 8, device=DEVICE, dtype=torch.bfloat16)
@@ -120,7 +120,7 @@ def test_thirty_blocks_a_program_are_no_overflow(launched: list[str], monkeypatc
 def test_what_does_not_fit_takes_todays_launches(launched: list[str]) -> None:
     cases = [
         case(1, False, torch.float32, torch.int64, (16, 16)),
-        # pixels that are not whole words, classes that exclude each other, classes in turns
+        # Here, pixels do not fill whole words, classes exclude each other, or classes are interleaved.
         case(1, False, torch.float32, torch.uint8, (5, 5)),
         case(3, False, torch.float32, torch.uint8, (16, 16)),
         tuple(
@@ -128,7 +128,7 @@ def test_what_does_not_fit_takes_todays_launches(launched: list[str]) -> None:
         ),
     ]
     logits, target = case(1, False, torch.float32, torch.uint8, (16, 16))
-    # not at the start of a word
+    # These labels do not begin at the start of a word.
     cases.append((logits, torch.cat([target.flatten()[:1], target.flatten()])[1:].view_as(target)))
     for z, t in cases:
         g = np.random.default_rng(0).normal(size=2 + 3 * z.shape[1])
@@ -140,7 +140,7 @@ def test_what_does_not_fit_takes_todays_launches(launched: list[str]) -> None:
 
 
 def test_a_broken_logit_is_seen(launched: list[str]) -> None:
-    # a training stops at a loss that is no number
+    # A training stops at a loss that is nan.
     logits, target = case(1, False, torch.float32, torch.uint8, (16, 16))
     logits[0, 0, 3, 3] = float("nan")
     found, dz = sums_and_gradient(logits, target, np.ones(5))

@@ -1,4 +1,4 @@
-"""3x3 convolutions of few channels in Triton, interpreted where there is no GPU, against float64."""
+"""3x3 convolutions of few channels in Triton, interpreted without a GPU, equal float64."""
 
 from types import ModuleType
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.new_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST, FIRST = torch.channels_last, torch.contiguous_format
-# of the norm: outputs, and weights in a narrower type, are rounded to half a unit of the last place
+# Relative to the norm: outputs, and weights in a narrower type, are rounded to half a unit of the last place.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -42,7 +42,7 @@ def test_values_gradients_and_sums(
     assert y.is_contiguous(memory_format=layout)
     assert (y - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert (y - expected).abs().max() <= 8 * TOLERANCE[dtype] * expected.abs().max()
-    # the sums are fp32 of products in the narrower type: no output is rounded first
+    # The sums are fp32 of products in the narrower type, and no output is rounded first.
     assert rows.shape[1:] == (2, K)
     sums = rows.double().sum(0)
     assert (sums[0] - expected.sum((0, 2, 3))).norm() <= TOLERANCE[dtype] * expected.abs().sum((0, 2, 3)).norm()
@@ -96,7 +96,7 @@ def test_the_operators_keep_torchs_rules(conv3_triton: ModuleType) -> None:
     x = torch.randn(1, 4, 3, 3, device=DEVICE).contiguous(memory_format=LAST).requires_grad_()
     weight, bias = torch.randn(4, 4, 3, 3, device=DEVICE, requires_grad=True), torch.randn(4, device=DEVICE)
     torch.library.opcheck(torch.ops.deepskip.conv3.default, (x, weight, bias))
-    # its sums have no gradient, which the check of gradients asks for
+    # Its sums have no gradient, which the check of gradients requires.
     torch.library.opcheck(
         torch.ops.deepskip.conv3_with_sums.default, (x, weight),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),

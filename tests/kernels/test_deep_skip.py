@@ -1,4 +1,4 @@
-"""The deep-skip stage in each form against the plain form in float64, values and every gradient."""
+"""The deep-skip stage in each form equals the plain form in float64, in values and all gradients."""
 
 import pytest
 import torch

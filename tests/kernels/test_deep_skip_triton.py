@@ -1,4 +1,4 @@
-"""The deep-skip stage in Triton, interpreted where there is no GPU, against the plain form in float64."""
+"""The deep-skip stage in Triton, interpreted without a GPU, equals the plain form in float64."""
 
 from types import ModuleType
 
@@ -11,7 +11,7 @@ from deepskip import kernels, network
 from deepskip.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# of the norm: what is rounded is each tap and each sum of rows, a unit of the last place each, more or less in turns
+# Relative to the norm: each tap and each sum of rows is rounded by a unit of the last place, up or down.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -25,7 +25,7 @@ def case(b: int, factors: tuple[int, ...], H: int, W: int, dtype: torch.dtype, N
     return [inputs, weights]
 
 
-# every pair of a type, a mode and a layout, for each size
+# Each size is tested with each pair of a type, a mode and a layout.
 @pytest.mark.parametrize(
     ("dtype", "mode", "layout"),
     [
@@ -64,7 +64,7 @@ def test_values_and_gradients(
         assert one.grad is not None
         assert other.grad is not None
         assert (one.grad.double() - other.grad).norm() <= TOLERANCE[dtype] * other.grad.norm()
-    # every output by itself: a pixel that nobody wrote, or two did, is lost in a norm
+    # Each output is checked alone. A norm would hide a pixel that nobody wrote, or that was written twice.
     assert (out - expected).abs().max() <= 8 * TOLERANCE[dtype] * expected.abs().max()
 
 
@@ -98,7 +98,7 @@ def test_nothing_upsampled_is_kept(triton_deep_skip: ModuleType) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         triton_deep_skip.deep_skip(inputs, [w.requires_grad_() for w in weights])
-    # the inputs, and the weights in the order of the matrix product
+    # The inputs are kept, and the weights in the order of the matrix product.
     assert sum(kept.values()) == sum(4 * x.numel() for x in (*inputs, *weights))
 
 
@@ -143,7 +143,7 @@ def test_arguments_that_do_not_fit_are_refused(
         ([], [], "bilinear", "at least one map and a weight for each; got 0 maps and 0 weights"),
         (inputs, weights[:1], "bilinear", "got 2 maps and 1 weights"),
         (inputs, weights, "bicubic", "mode is 'bicubic'"),
-        # fewer channels of output than the level's own: the launch would read beyond the taps
+        # With fewer output channels than the level's own, the launch would read beyond the taps.
         (inputs, [weights[0], weights[1][:4]], "bilinear", r"map 1 is \(2, 16, 2, 2\) and its weight \(4, 16, 3, 3\)"),
         ([inputs[0], inputs[1][:1]], weights, "bilinear", r"map 1 is \(1, 16, 2, 2\)"),
     ):
@@ -152,7 +152,7 @@ def test_arguments_that_do_not_fit_are_refused(
 
 
 def test_sums_of_fp16_gradients_do_not_overflow(triton_deep_skip: ModuleType) -> None:
-    # a tap of the map at s = 8 is in 8 x 8 outputs: sums of 64 gradients of 2,000 pass 65,504
+    # A tap of the map at s = 8 is in 8 x 8 outputs. The sums of 64 gradients of 2,000 exceed 65,504.
     inputs, weights = case(4, (8,), 16, 16, torch.float16)
     weights[1] = weights[1] / 256
     leaves = [x.requires_grad_() for x in (*inputs, *weights)]

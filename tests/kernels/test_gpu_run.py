@@ -1,4 +1,4 @@
-"""The GPU run at toy size: whole rows whenever it is killed, and a page of them; its journal."""
+"""The GPU run at toy size leaves whole rows whenever it is killed, a page of them and its journal."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_killed_at_a_random_moment_it_leaves_whole_rows_and_the_page_is_made_of_
 ) -> None:
     process = start(tmp_path, 280)
     file = tmp_path / "rows.jsonl"
-    # at a row of some phase or other, or within it
+    # The kill comes at a row of some phase, or within one.
     wanted, pause = random.randint(4, 40), random.random()
     while process.poll() is None and (not file.exists() or len(file.read_bytes().splitlines()) < wanted):
         time.sleep(0.05)
@@ -53,7 +53,7 @@ def test_killed_at_a_random_moment_it_leaves_whole_rows_and_the_page_is_made_of_
     page = (tmp_path / "page.md").read_text()
     assert "A rehearsal at toy size on a CPU" in page
     assert "| copy" in page
-    # and nothing of it goes on
+    # None of its processes continues.
     time.sleep(1.5)
     assert whole_rows(tmp_path) == rows
 
@@ -70,7 +70,7 @@ def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(row["right"] for row in gate if "right" in row)
     assert {row["dtype"] for row in gate if row.get("complete")} == {"torch.float32", "torch.float16"}
     timed = [row for row in rows if "seconds" in row]
-    # all timings are kept, not their median
+    # All timings are kept, not only their median.
     assert all(isinstance(row["seconds"], list) and min(row["seconds"]) > 0 for row in timed)
     assert {row["suite"] for row in timed} == {
         "bandwidth", "launches", "candidates", "stage contenders", "norm contenders", "loss contenders", "network",
@@ -153,7 +153,7 @@ def test_a_job_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
 def test_a_row_is_whole_or_not_there(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     journal.append(file, {"a": 1})
-    # what a writer leaves that dies within a write: the next row is not lost with it
+    # A writer that dies during a write leaves this. The next row is not lost with it.
     with file.open("a") as half:
         half.write('{"a": 2, "b"')
     assert [row["a"] for row in journal.read(file)[0]] == [1]
@@ -175,7 +175,7 @@ def test_the_page_compares_within_one_run_and_marks_what_is_lost() -> None:
     }
     slower = row | {"implementation": "other", "seconds": [0.0005], "deepskip_seconds": [0.001]}
     page = gpu_page.page([faster, slower], 1, [])
-    # medians: 3 ms beside 1 ms, and 0.5 beside 1
+    # The medians are 3 ms against 1 ms, and 0.5 ms against 1 ms.
     assert "| level 1: eager, forward | 3.000 (2.000 to 4.000) | 1.000 | 3.00 x |" in page
     assert "| level 1: other, forward | 0.500 (0.500 to 0.500) | 1.000 | **0.50 x** |" in page
     assert "1 rows are incomplete" in page

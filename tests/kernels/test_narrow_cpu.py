@@ -1,4 +1,4 @@
-"""Convolutions and norms of few channels on CPUs against torch's own in float64."""
+"""Convolutions and norms of few channels on CPUs equal torch's own in float64."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_conv3(C: int, K: int, size: tuple[int, int], layout: torch.memory_forma
 
 
 def test_narrow_convolutions_go_by_pairs() -> None:
-    # else the test above would hold for nothing
+    # Otherwise, the test above would prove nothing.
     x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     assert conv3_cpu._paired(x, 8)
     assert not conv3_cpu._paired(x, 16)
@@ -54,7 +54,7 @@ def test_batch_norm_and_relu(C: int, mean: float) -> None:
     running, twin = (torch.zeros(C), torch.ones(C)), (torch.zeros(C).double(), torch.ones(C).double())
     expected = F.batch_norm(exact[0], *twin, exact[1], exact[2], True, 0.1, 1e-5).relu()
     out = batch_norm_cpu.batch_norm_relu(x, weight, bias, *running, True, 0.1, 1e-5)
-    # what a mean of 100 leaves of the digits
+    # A mean of 100 leaves fewer digits.
     tolerance = 1e-6 * max(1, abs(mean))
     assert relative(out, expected) <= tolerance
     grad = torch.randn(out.shape, generator=generator)

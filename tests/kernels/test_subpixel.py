@@ -1,4 +1,4 @@
-"""The deep-skip stage in sub-pixel form, interpreted where there is no GPU, against the plain form in float64."""
+"""The deep-skip stage in sub-pixel form, interpreted without a GPU, equals the plain form in float64."""
 
 from types import ModuleType
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.new_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST, FIRST = torch.channels_last, torch.contiguous_format
-# of the norm: what is rounded is each matrix entry and each output, half a unit of the last place each, more or less in turns
+# Relative to the norm: each matrix entry and each output is rounded by half a unit of the last place, up or down.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -46,7 +46,7 @@ def test_the_matrices_are_those_of_upsampling_and_convolution(subpixel: ModuleTy
     expected = reference.deep_skip(
         [x.new_zeros(1, 1, 4 * s, 6 * s), x], [x.new_zeros(3, 1, 3, 3), weight.double()], mode
     )
-    # kinds of rows and columns by neighbour: in the middle, and in the first and the last cell of all
+    # Rows and columns have kinds by neighbour: in the middle, and in the first and the last cell.
     for y, X, rows, columns in (
         (1, 2, {-1: [0], 0: [1], 1: [2]}, {-1: 0, 0: 1, 1: 2}),
         (0, 0, {0: [1, 3], 1: [2]}, {0: 3, 1: 2}),
@@ -83,9 +83,9 @@ def test_values_and_gradients(
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=layout)
     assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-    # every output by itself: a pixel that nobody wrote, or two did, is lost in a norm
+    # Each output is checked alone. A norm would hide a pixel that nobody wrote, or that was written twice.
     assert (out - expected).abs().max() <= 8 * TOLERANCE[dtype] * expected.abs().max()
-    # and the outermost frame, which the identity alone does not give
+    # The outermost frame is checked too, which the identity alone does not give.
     frame = torch.ones(H, W, dtype=torch.bool, device=DEVICE)
     frame[1:-1, 1:-1] = False
     assert (out - expected)[..., frame].norm() <= TOLERANCE[dtype] * expected[..., frame].norm()
@@ -103,7 +103,7 @@ def test_what_is_asked_for_gets_gradients_of_the_same_bits(subpixel: ModuleType)
     leaves = [inputs[1].requires_grad_(), weights[0].requires_grad_()]
     inputs[0].requires_grad_(False)
     weights[1].requires_grad_(False)
-    # a view, not a copy of one's own
+    # The gradient is a view, not a copy.
     grad = torch.randn(1, 16, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)[..., ::2]
     runs = [torch.autograd.grad(subpixel.deep_skip(inputs, weights), leaves, grad) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
@@ -115,7 +115,7 @@ def test_what_is_asked_for_gets_gradients_of_the_same_bits(subpixel: ModuleType)
 
 
 def test_sums_of_many_gradients_pass_what_fp16_can_hold(subpixel: ModuleType) -> None:
-    # 576 gradients of 30,000 add up to 2^24, and weights of 1/1024 bring that back
+    # 576 gradients of 30,000 add up to 2^24, and weights of 1/1024 scale that down.
     inputs, weights = case(4, (4,), 4, 4, 1, torch.float16)
     with torch.no_grad():
         weights[1].fill_(1 / 1024)
@@ -177,7 +177,7 @@ def test_the_network_is_one_graph_and_the_plain_one(subpixel: ModuleType, monkey
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if form == "next" else model
         out = run(x)
         found[form] = out, torch.cat([g.flatten() for g in torch.autograd.grad(out.sum(), list(model.parameters()))])
-    # batch norm of few pixels amplifies what is rounded
+    # Batch norm of few pixels amplifies rounding.
     torch.testing.assert_close(found["next"][0], found["reference"][0], rtol=1e-4, atol=1e-5)
     difference = found["next"][1] - found["reference"][1]
     assert difference.norm() <= 1e-3 * found["reference"][1].norm()

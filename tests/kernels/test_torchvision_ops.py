@@ -8,7 +8,7 @@ from torch import Tensor
 from deepskip.kernels import torchvision_ops
 
 
-# the kernels' tests also run on machines that lack it
+# The kernels' tests also run on machines without torchvision.
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_torchvision_and_torchmetrics_import_and_compute() -> None:
     torchvision = torchvision_ops.load_torchvision()
@@ -24,7 +24,7 @@ def test_nms_against_brute_force(threshold: float, block: int, monkeypatch: pyte
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(120, 2, generator=generator) * 20
     boxes = torch.cat([corner, corner + 0.5 + torch.rand(120, 2, generator=generator) * 8], 1).double()
-    # few scores, so that there are ties
+    # There are few distinct scores, so that ties occur.
     scores = torch.randint(0, 40, (120,), generator=generator) / 40
 
     def iou(a: list[float], b: list[float]) -> float:
@@ -44,7 +44,7 @@ ROIS = [[0, 1.3, 2.1, 6.8, 5.0], [1, -3.0, -2.0, 4.0, 20.0], [0, 3.0, 3.0, 3.2, 
 
 
 def roi_align_by_hand(features: Tensor, scale: float, ph: int, pw: int, ratio: int, aligned: bool) -> Tensor:
-    """He et al. 2017 by nested loops, sample by sample, with torchvision's rules at the border."""
+    """Compute He et al. 2017 by nested loops, sample by sample, with torchvision's rules at the border."""
     _, C, H, W = features.shape
     out = torch.zeros(len(ROIS), C, ph, pw, dtype=torch.float64)
     for k, (n, *box) in enumerate(ROIS):
@@ -89,7 +89,7 @@ def test_roi_align_of_no_images_and_under_autocast() -> None:
     features, rois = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0)), torch.tensor(ROIS)
     expected = torchvision_ops.roi_align(features, rois, 0.5, 3, 2, 0, True)
     with torch.autocast("cpu", torch.bfloat16):
-        # the corners and the average stay fp32, as in torchvision's own under autocast
+        # The corners and the average stay fp32, as in torchvision under autocast.
         assert torch.equal(torchvision_ops.roi_align(features, rois, 0.5, 3, 2, 0, True), expected)
         half = torchvision_ops.roi_align(features.bfloat16(), rois, 0.5, 3, 2, 0, True)
     assert half.dtype == torch.bfloat16
