@@ -1,10 +1,11 @@
-"""Code blocks of the pages: found, run from top to bottom in one folder, and their output put into the page.
+"""Find the code blocks of pages, run them in one folder, and write their output into the page.
 
-`python -m tests.blocks PAGE ... --folder DIR [--update]` runs the blocks of pages unchanged, as `make newcomer` does. A block
-that no test can run has a comment before it: <!-- no-run: REASON -->. If the reason is NEWCOMER, this command runs it.
+`python -m tests.blocks PAGE ... --folder DIR [--update]` runs the blocks of pages unchanged, as `make newcomer` does. A
+block that no test can run has a comment before it: <!-- no-run: REASON -->. If the reason is NEWCOMER, this command
+runs it.
 
-In a block of `console`, commands begin with "$ " and the rest is output. Each line of
-`bash` is a command, and `python` is a program.
+In a block of `console`, commands begin with "$ " and the rest is output. Each line of `bash` is a command, and `python`
+is a program.
 """
 
 import argparse
@@ -23,7 +24,7 @@ END = "@@@ end of command"
 
 
 class Block(NamedTuple):
-    """A code block: its page, first line (of the page, 1 first), kind, text, and why it is not run, or ""."""
+    """A code block: its page, first line (counted from 1), kind, text, and the reason why it is not run, or ""."""
 
     page: Path
     line: int
@@ -33,7 +34,7 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Return its place, for messages."""
         return f"{self.page}:{self.line}"
 
 
@@ -55,7 +56,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(block: Block) -> list[str]:
-    """Return the commands of a block of `console` or `bash`, those over several lines joined."""
+    """Return the commands of a block of `console` or `bash`; join those over several lines."""
     joined = block.text.replace("\\\n", " ")
     if block.kind == "bash":
         return [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
@@ -63,10 +64,10 @@ def commands(block: Block) -> list[str]:
 
 
 def run_all(wanted: list[Block], folder: Path) -> dict[int, list[str]]:
-    """Run blocks in one shell, in a folder; return the output of each command, by the number of its block.
+    """Run blocks in one shell, in a folder; return the output of each command by the number of its block.
 
     Raises:
-        RuntimeError: a command failed; names page and line.
+        RuntimeError: A command failed. The message names page and line.
     """
     script, places = ["exec 2>&1"], []
     for number, block in enumerate(wanted):
@@ -93,7 +94,7 @@ def run_all(wanted: list[Block], folder: Path) -> dict[int, list[str]]:
 
 
 def updated(page: Path, outputs: dict[int, list[str]], clean: Callable[[str], str]) -> str:
-    """Return the text of a page with the outputs (by line of the block) of its `console` blocks put in."""
+    """Return the text of a page with the outputs (by line of the block) inserted into its `console` blocks."""
     lines = page.read_text().splitlines()
     for block in sorted((b for b in blocks(page) if b.line in outputs and b.kind == "console"), key=lambda b: -b.line):
         new = []
@@ -106,7 +107,7 @@ def updated(page: Path, outputs: dict[int, list[str]], clean: Callable[[str], st
 
 
 def last_state(text: str) -> str:
-    """Keep of each line what a terminal shows in the end: what comes after its last carriage return."""
+    """Keep what a terminal shows in the end: of each line, what follows its last carriage return."""
     lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.splitlines()]
     return "\n".join(line.rstrip() for line in lines if line.strip())
 

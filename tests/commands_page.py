@@ -40,7 +40,7 @@ def page() -> Iterator[str]:
 
 
 def text() -> str:
-    """Return the page; lines are as wide as on a terminal of 110 columns."""
+    """Return the page, with lines as wide as on a terminal of 110 columns."""
     os.environ["COLUMNS"] = "110"
     sys.argv[0] = "deepskip"
     return "".join(page())

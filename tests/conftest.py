@@ -1,4 +1,4 @@
-"""Triton for the interpreter, before any test imports it, and an S3 for the tests that need one."""
+"""Fixtures for all tests: Triton's interpreter, which must be set before an import of Triton, and an S3 server."""
 
 import importlib
 import os
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-# triton's own functions are made for its interpreter when it is first imported
+# Triton prepares its own functions for the interpreter when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    # gluon, which is imported when a kernel first runs; and ours, before any test's module imports them
+    # Gluon is otherwise imported when a kernel first runs, and our kernels when a test's module is.
     for name in ("triton.experimental.gluon", "triton.language"):
         importlib.import_module(name)
     for name in (
@@ -20,16 +20,16 @@ if not torch.cuda.is_available():
     ):  # fmt: skip
         importlib.import_module(f"deepskip.kernels.{name}")
 
-    # what the tests start must not see it
+    # Programs that the tests start must not see it.
     del os.environ["TRITON_INTERPRET"]
 
-# torchmetrics, which some test imports before anything of ours, takes torchvision along
+# torchmetrics imports torchvision, and a test may import it before our modules.
 importlib.import_module("deepskip.kernels.torchvision_ops").declare()
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take many times as long for small images where the machine is busy."""
+    """Limit torch to one thread, since threads that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,8 +38,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
-    """Serves an empty bucket by moto, for a module."""
-    # the kernels' tests run where these are not installed
+    """Serve an empty bucket with moto, for one module."""
+    # The kernels' tests also run on machines that lack these packages.
     import fsspec
     from moto.server import ThreadedMotoServer
 
@@ -52,7 +52,7 @@ def s3() -> Iterator[Any]:
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    # file systems are kept by their arguments, not by their endpoint, and buckets by the process, not by its servers
+    # fsspec caches file systems by arguments without the endpoint, and moto keeps buckets per process, not per server.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     with pytest.MonkeyPatch.context() as patch:

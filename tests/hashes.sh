@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# requirements-cluster.txt: what a machine of a cluster needs, with hashes.
-#   tests/hashes.sh make [WHEEL...]   writes it anew; WHEEL: torch's CPU builds, which are at an index of their own
-#   tests/hashes.sh check             compares it with the index, and installs the CPU build by it into an empty environment
+# Make or check requirements-cluster.txt, which lists with hashes what a machine of a cluster needs.
+#   tests/hashes.sh make [WHEEL...]   write the file; WHEEL: torch's CPU builds, which are in another index
+#   tests/hashes.sh check             compare it with the index, and install the CPU build from it into an empty environment
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 cd "$top"
 lock=requirements-cluster.txt
 extras=(--extra train --extra cloud --extra export --extra geo --extra serve --extra server)
 
-# the index's own hashes of every version in requirements.lock
+# Print the index's own hashes of each version in requirements.lock.
 compiled() {
   { sed -n 's/^requires = \["\(setuptools==[0-9.]*\)"\]$/\1/p' pyproject.toml; } >"$folder/build.in"
   .venv/bin/uv pip compile --quiet --universal --python-version 3.11 "${extras[@]}" --generate-hashes --no-annotate --no-header \
@@ -16,9 +16,9 @@ compiled() {
   cat "$folder/compiled"
 }
 
-# without CUDA's packages, which torch's CPU build does not ask for
+# Print the list without CUDA's packages, which torch's CPU build does not require.
 for_cpu() {
-  # of two builds of one version pip takes the one whose hash the index tells
+  # Of two builds of one version, pip takes the one whose hash is in the index.
   awk '/^[^ ]/ {keep = !/^(nvidia-|cuda-)/} /^torch==/ {sub(/torch==[^ ]*/, "&+cpu")} keep' "$lock"
 }
 
@@ -37,7 +37,7 @@ make)
 check)
   compiled | grep -v '^#' | sort >"$folder/index"
   grep -v '^#' "$lock" | sort >"$folder/ours"
-  # ours may have more: torch's CPU builds
+  # Our list may have more hashes, of torch's CPU builds.
   comm -23 "$folder/index" "$folder/ours" >"$folder/missing"
   if [ -s "$folder/missing" ]; then
     echo "the index has other versions or hashes than $lock:"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What a newcomer does, in a fresh clone of HEAD with an empty home: the commands of README and of the first tutorial as they
-# stand, then make train and make test. All are timed, and the log is kept. The two pages with the output of this run go to OUT.
-#   tests/newcomer.sh OUT [BUSY] [pages]    BUSY: processes that keep a core busy meanwhile, 0 by default; pages: no make test
+# Do what a newcomer does, in a fresh clone of HEAD with an empty home: run the unchanged commands of README and of the first
+# tutorial, then make train and make test. Each is timed, and the log is kept. The two pages with this run's output go to OUT.
+#   tests/newcomer.sh OUT [BUSY] [pages]    BUSY: number of processes that keep a core busy, by default 0; pages: no make
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 busy=${2:-0}
@@ -25,7 +25,7 @@ log="$out/$(git -C "$top" rev-parse --short HEAD).log"
   echo "$(date -u +%F) commit $(git -C "$top" rev-parse --short HEAD), $(nproc) cores, $busy busy processes"
   grep -m1 'model name' /proc/cpuinfo || uname -m
 } | tee "$log"
-# run NAME COMMAND ...: times a command of the newcomer, and ends with its status if it fails
+# run NAME COMMAND ...: time a command of the newcomer, and exit with its status if it fails.
 run() {
   local started status=0
   started=$(date +%s)

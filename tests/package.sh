@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What is installed: the wheel in an empty environment beside PyPI's packages of our old names, then with [train]; an editable
-# installation; a bare checkout; `ray job submit` with a working directory. Each predicts or trains.
+# Install DeepSkip in each way, and predict or train: the wheel in an empty environment next to PyPI's packages of our old
+# names, then with [train]; an editable installation; a bare checkout; `ray job submit` with a working directory.
 #   tests/package.sh [OUT]    OUT: folder of the log, build/package by default
 set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
@@ -27,7 +27,7 @@ say "base environment, beside PyPI's kernels and cluster"
 "$python" -m venv "$folder/base"
 quiet pip "$folder/base" install --constraint "$top/requirements.lock" "$wheel"
 say "size: $(du -sm "$folder/base" | cut -f1) MB"
-# cluster asks for pkg_resources, which setuptools has left
+# cluster requires pkg_resources, which newer versions of setuptools lack.
 quiet pip "$folder/base" install kernels==0.10.1 cluster==1.4.1.post3 'setuptools<81'
 for package in ray mlflow; do
   if "$folder/base/bin/python" -c "import $package" 2>/dev/null; then echo "$package is there"; exit 1; fi

@@ -1,6 +1,7 @@
-"""Print a table of the pages: words and reading level before and after: `python -m tests.reading COMMIT`; needs textstat.
+"""Print words and reading level of the pages, before and after: `python -m tests.reading COMMIT`; needs textstat.
 
-The level is Flesch's reading ease, 0 to 100, more is easier; of prose alone, without code and tables.
+The level is Flesch's reading ease, from 0 to 100, and a higher level is easier. It counts prose alone, without code and
+tables.
 """
 
 import re

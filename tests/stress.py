@@ -1,7 +1,7 @@
-"""python -m tests.stress: short trainings while all is slow and clocks jump; ends in JSON on how many ended well.
+"""Run short trainings on a slow machine with jumping clocks: `python -m tests.stress`; print JSON of how many succeed.
 
-Beside them a busy process keeps each core, at normal priority; their tracking server takes 0 to 12 s a request; and time.time
-jumps by an hour, forth and back, in every process of theirs but Ray's services.
+A busy process keeps each core at normal priority. The tracking server takes 0 to 12 s for a request. time.time jumps by
+an hour, forth and back, in all processes of the trainings except Ray's services.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.jobs.test_tracking import Server
 STEPS, EVERY = 12, 3
 SLOWEST = 12.0
 LIMIT_SECONDS = 1200
-# Ray's own services are left alone: they reckon with each other by their clocks
+# Ray's own services are exempt, since they compare their clocks.
 CLOCK = """
 import random, sys, time
 real, rng = time.time, random.Random({seed})
@@ -38,7 +38,7 @@ if not any("ray/" in word and "default_worker" not in word for word in sys.orig_
 
 
 class SlowWay:
-    """A door to a server, behind which each request waits 0 to SLOWEST seconds."""
+    """A proxy of a server, behind which each request waits 0 to SLOWEST seconds."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port, self.rng = port, random.Random(seed)
@@ -47,7 +47,7 @@ class SlowWay:
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
-        """Takes callers for as long as the process lives."""
+        """Accept callers as long as the process lives."""
         while True:
             caller, _ = self.listener.accept()
             server = socket.create_connection(("127.0.0.1", self.port))
@@ -57,7 +57,7 @@ class SlowWay:
             threading.Thread(target=self.pump, args=(server, caller, answered, False), daemon=True).start()
 
     def pump(self, source: socket.socket, target: socket.socket, answered: threading.Event, asking: bool) -> None:
-        """Passes bytes on; those of a caller that come after an answer begin a request, and wait."""
+        """Pass bytes on; a caller's first bytes after an answer begin a request, and wait."""
         with suppress(OSError), source, target:
             while data := source.recv(65536):
                 if asking and answered.is_set():
@@ -69,7 +69,7 @@ class SlowWay:
 
 
 def train(number: int, home: Path, uri: str, seed: int) -> dict[str, Any]:
-    """Trains once, every third time on Ray; says how it ended."""
+    """Train once, every third time on Ray; return how it ended."""
     name, clock = f"run-{number}", home / f"clock-{number}"
     clock.mkdir()
     (clock / "sitecustomize.py").write_text(CLOCK.format(seed=seed + number))
@@ -112,7 +112,7 @@ def train(number: int, home: Path, uri: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the trainings, prints the JSON, and exits with 1 where one did not end well."""
+    """Run the trainings, print the JSON, and exit with 1 if one did not end well."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trainings", type=int, default=30)

@@ -1,4 +1,4 @@
-"""Every code block of the pages runs, at toy size, or says why it does not."""
+"""All code blocks of the pages run at toy size, or state why they do not."""
 
 import contextlib
 import io
@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md") if (ROOT / name).exists()]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 WITH_BLOCKS = [page for page in PAGES if any(True for _ in blocks(page))]
-# what has to be said of why, in all: a page that cannot be run any more has to be looked at
+# At most this many blocks may be skipped. A page whose blocks can no longer run needs a look.
 NOT_RUN = 40
-# makes any training small; whatever is said last counts
+# These options make any training small. The last value of an option counts.
 SMALL = (
     "--local", "--optim.steps=2", "--optim.warmup_steps=1", "--optim.global_batch_size=2", "--run.tracking_uri=none",
     "--run.panels=0", "--cluster.workers=1", "--model.base_channels=4", "--data.crop=64",
@@ -34,16 +34,16 @@ FEW = ("--train", "6", "--val", "2", "--test", "2")
 
 
 def at_toy_size(words: list[str]) -> list[str]:
-    """Return the words of a deepskip command, made quick."""
+    """Return the words of a deepskip command, changed to run quickly."""
     if words[0] == "train":
-        # widths of DeepSkip are an error with another network
+        # DeepSkip's widths are an error with another network.
         other = "--model.network" in words
         return [*words, *(word for word in SMALL if not (other and word.startswith("--model.base_channels")))]
     return [*words, *FEW] if words[:2] == ["pack", "coins"] else words
 
 
 def in_child(words: list[str], folder: Path) -> str:
-    """Run a deepskip command in a fork of this process, which has torch loaded; return its output; raise if it failed."""
+    """Run a deepskip command in a fork, which has torch loaded; return its output, or raise if it failed."""
     printed = folder / ".printed"
     child = os.fork()
     if child == 0:
@@ -77,7 +77,7 @@ def run(block: Block, folder: Path) -> None:
         assert done.returncode == 0, f"{block.place}\n{done.stderr}"
         return
     for command in commands(block):
-        # no shell is there to do it for a command that runs in a fork
+        # A command that runs in a fork has no shell to expand variables.
         words = shlex.split(command.replace("$PWD", str(folder)), comments=True)
         if words[0] == "deepskip" and not set(words) & {"|", ">", "&"}:
             try:
@@ -95,7 +95,7 @@ def run(block: Block, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make what the pages speak of: images, masks, cubes, arrays, a COCO file, shards and trained runs."""
+    """Write what the pages mention: images, masks, cubes, arrays, a COCO file, shards and trained runs."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "docs").symlink_to(ROOT / "docs")
     (folder / "jobs").symlink_to(ROOT / "jobs")

@@ -1,4 +1,4 @@
-"""The site of docs/ builds without a warning: no link leads nowhere, no name is unknown, and every command is one."""
+"""The site of docs/ builds without a warning; its links lead somewhere, and its names and commands exist."""
 
 import io
 import re
@@ -17,21 +17,21 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    # a link to code becomes the name of the file; one to a page stays one
+    # A link to code becomes the name of the file. A link to a page stays a link.
     data = (tmp_path / "stream.html").read_text()
     assert "<code>data_shards/order.py</code>" in data
     assert "../data_shards" not in data
     assert 'href="chaos.html"' in (tmp_path / "faults.html").read_text()
     assert 'href="networks.html"' in (tmp_path / "compare.html").read_text()
-    # from docstrings
+    # This text comes from docstrings.
     reference = (tmp_path / "reference" / "deepskip.html").read_text()
     assert "Build the network that a checkpoint&#39;s state describes" in reference.replace("'", "&#39;")
-    # Google's sections become tables
+    # Google's sections become tables.
     assert (
         "doc-section-item field-annotation" in reference
         or '<span class="doc-section-title">Raises:</span>' in reference
     )
-    # nothing is fetched from elsewhere
+    # No page loads anything from other sites.
     for page in tmp_path.rglob("*.html"):
         fetched = re.findall(
             r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()
@@ -64,7 +64,7 @@ def test_every_link_leads_to_a_file_and_a_heading() -> None:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Gives the words of every `deepskip ...` in code blocks and in backquotes."""
+    """Return the words of each `deepskip ...` in code blocks and in backquotes."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [line.partition("  #")[0] for line in lines if line.startswith("deepskip ")]
@@ -74,7 +74,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 @lru_cache
 def help_of(*words: str) -> str:
-    """Gives what a command says of itself."""
+    """Return a command's help text."""
     said = io.StringIO()
     with redirect_stdout(said), suppress(SystemExit):
         cli.main([*words, "--help"])
@@ -93,7 +93,7 @@ def test_every_command_of_the_pages_is_one_and_has_its_options() -> None:
     for page in pages:
         for words in commands_in(page.read_text()):
             if words[0] not in cli.COMMANDS:
-                # `deepskip --help`, `deepskip COMMAND --help`, and the name of the package
+                # These are `deepskip --help`, `deepskip COMMAND --help`, and the name of the package.
                 assert words[0].startswith("-") or words[0].isupper() or not words[0].isalpha() or len(words) > 5, (
                     f"{page}: deepskip {words[0]}"
                 )

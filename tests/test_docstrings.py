@@ -1,4 +1,4 @@
-"""Every public function that takes or returns arrays states their shapes; the words of docstrings and messages are plain."""
+"""Public functions that take or return arrays state their shapes, and docstrings and messages have plain words."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from tests import words
 
 ROOMS = ("cluster", "data_shards", "deepskip", "jobs", "kernels")
 ARRAY = re.compile(r"\b(Tensor|ndarray|NDArray)\b")
-# (N, C, H, W), (rows,), (2 + 3 V,): sizes in brackets; a scalar has none
+# (N, C, H, W), (rows,), (2 + 3 V,): sizes are in brackets, and a scalar has none.
 SHAPE = re.compile(r"\([^()]*(\([^()]*\)[^()]*)*,[^()]*\)|\bscalars?\b|\b\w+ x \w+\b")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -33,7 +33,7 @@ def takes_arrays(function: Function) -> bool:
 
 
 def states_no_shape(path: Path) -> list[str]:
-    # the forward of a module is described where its class is
+    # A module's forward is described in its class.
     return [
         f"{path}:{function.lineno} {function.name}"
         for function in public_functions(ast.parse(path.read_text()))

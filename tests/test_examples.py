@@ -1,4 +1,4 @@
-"""The examples run, at toy size, and do what they say."""
+"""The examples run at toy size, and do what they say."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_own_folder_and_polygons_of_a_map(folder: Path) -> None:
     printed = run(folder, EXAMPLES / "geotiff_to_polygons.py", "runs/own", "new/field.tif", "field.geojson")
     collection = json.loads((folder / "field.geojson").read_text())
     assert printed.startswith(f"{len(collection['features'])} polygons")
-    # the raster lies between these in UTM zone 33: 896 x 640 pixels of 0.5 m
+    # In UTM zone 33, the raster lies between these: 896 x 640 pixels of 0.5 m.
     for feature in collection["features"]:
         east, north = np.array(feature["geometry"]["coordinates"][0]).T
         assert ((east >= 500_000) & (east <= 500_448)).all()
@@ -44,7 +44,7 @@ def test_cubes(folder: Path) -> None:
     run(folder, EXAMPLES / "make_cubes.py")
     with np.load(folder / "cubes" / "000.npz") as file:
         assert file["cube"].shape == (64, 64, 200)
-        # the absorption line is what tells a target: bands 90 to 97 against those at its sides
+        # Targets have an absorption line: bands 90 to 97 against those at its sides.
         side = file["cube"][..., [88, 89, 98, 99]].mean(-1)
         depth = 1 - file["cube"][..., 90:98].mean(-1) / side
         assert depth[file["mask"] == 1].mean() > 0.2 > depth[file["mask"] == 0].mean()

@@ -1,4 +1,4 @@
-"""The house's floors: what may import what, read from the source; and how long files and functions are."""
+"""Folders import only what they may, read from the source, and files and functions are short."""
 
 import ast
 from pathlib import Path
@@ -11,24 +11,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster",),
     "data_shards": ("data_shards",),
     "kernels": ("kernels",),
-    # what is done to an image before the network, and files wherever they lie
+    # These prepare an image before the network, and read files wherever they are.
     "deepskip": ("deepskip", "kernels", "data_shards.preparation", "data_shards.storage"),
     "jobs": ROOMS,
 }
-# deepskip knows neither Ray nor tar files nor the tracker
+# deepskip knows neither Ray nor tar files nor the tracker.
 FOREIGN = {"deepskip": {"ray", "webdataset", "mlflow", "tarfile"}, "kernels": {"ray", "webdataset", "mlflow"}}
 LONGEST_FILE, LONGEST_FUNCTION = 500, 100
 
 
 def imported(path: Path) -> set[str]:
-    """The full names of all that a file imports: modules, or what is taken out of them."""
+    """Return the full names that a file imports: modules, or names from them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    # the rooms are of one package, and lie beside each other
+    # The folders belong to one package and lie next to each other.
     rooms = tuple(f"deepskip.{room}" for room in ROOMS if room != "deepskip")
     return {name.removeprefix("deepskip.") if is_in(name, rooms) else name for name in names}
 
@@ -42,7 +42,7 @@ def test_imports_point_down(room: str) -> None:
     files = list((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
-        # deepskip.train joins the network with the shards; a room called by its old name asks for its new one
+        # deepskip.train joins the network with the shards. A folder with its old name imports its new one.
         up = {"__init__": ("jobs.train",), "__main__": ("jobs.cli",)}.get(path.stem, ()) if room == "deepskip" else ()
         allowed = (*MAY_IMPORT[room], "deepskip.old_names", *up)
         for name in imported(path):
@@ -61,7 +61,7 @@ def test_files_and_functions_are_short_and_files_named_for_what_they_hold(room: 
 
 
 def test_one_place_steps_an_optimizer() -> None:
-    """All that trains is one training step; a second one would drift from it."""
+    """Check that all training shares one step, since a second one would diverge."""
     stepping = [
         path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "optimizer.step()" in path.read_text()
     ]

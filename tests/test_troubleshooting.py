@@ -1,4 +1,4 @@
-"""Every message that the page on troubleshooting quotes is one that the code prints."""
+"""The code prints all messages that the page on troubleshooting quotes."""
 
 import ast
 import re
@@ -10,17 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-# what stands for the values of an f-string: in no message
+# This stands for an f-string's values, and is in no message.
 VALUE = "\0"
 
 
 def literals_in(source: str) -> Iterator[str]:
-    """Yield each string literal of Python code, f-strings with VALUE for their values; docstrings are not among them."""
+    """Yield each string literal of Python code except docstrings, with VALUE for an f-string's values."""
     tree = ast.parse(source)
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     passed = {id(node.body[0].value) for node in ast.walk(tree)
               if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
-    # breadth first: an f-string comes before its parts
+    # The walk is breadth first, so an f-string comes before its parts.
     for node in ast.walk(tree):
         if id(node) in passed:
             continue
@@ -44,7 +44,7 @@ def literals() -> tuple[str, ...]:
 
 
 def quoted(page: str) -> list[str]:
-    """Return the messages of the first columns: what stands in backticks, joined by "..." where a cell says so."""
+    """Return the messages in backticks of the first columns, joined by "..." if a cell joins them."""
     found = []
     for line in page.splitlines():
         if line.startswith("| ") and not line.startswith("| message "):

@@ -1,6 +1,6 @@
-"""Check docs, docstrings, comments and messages against a list of words that readers stumble over: `python -m tests.words`.
+"""Check docs, docstrings, comments and messages for words that readers stumble over: `python -m tests.words`.
 
-Arguments are files and folders; without any, everything that users read. The exit status is 1 if anything is found.
+Arguments are files and folders. Without any, all that users read is checked. The exit status is 1 if anything is found.
 """
 
 import argparse
@@ -24,7 +24,7 @@ READ = (
     "jobs",
     "kernels",
 )
-# what is looked for, in text of any case, and what to write in its place
+# These are searched in text of any case, each with its replacement.
 PHRASES = {
     r"so many": "a number, or `n`",
     r"(goes|go|going|went) on": "continue, resume",
@@ -55,7 +55,7 @@ PHRASES = {
     r"what is (asked|wanted|given) for": "what is requested",
     r"makes? of (it|them)": "the result",
 }
-# at the head of a docstring
+# These are wrong at the head of a docstring.
 VERBS = {
     "Give": "Return", "Gives": "Return", "Say": "Return whether", "Says": "Return whether", "Tell": "Return, Report",
     "Tells": "Return, Report", "See": "Ensure", "Sees": "Ensure", "Bring": "Convert, Resize", "Put": "Write, Insert",
