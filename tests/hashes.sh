@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make or check requirements-cluster.txt, which lists with hashes what a machine of a cluster needs.
 #   tests/hashes.sh make [WHEEL...]   write the file; WHEEL: torch's CPU builds, which are in another index
-#   tests/hashes.sh check             compare it with the index, and install the CPU build from it into an empty environment
+#   tests/hashes.sh check             compare it with the index, and install the CPU build into an empty environment
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 cd "$top"

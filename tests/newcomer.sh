@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Do what a newcomer does, in a fresh clone of HEAD with an empty home: run the unchanged commands of README and of the first
-# tutorial, then make train and make test. Each is timed, and the log is kept. The two pages with this run's output go to OUT.
-#   tests/newcomer.sh OUT [BUSY] [pages]    BUSY: number of processes that keep a core busy, by default 0; pages: no make
+# Do what a newcomer does, in a fresh clone of HEAD with an empty home: run the unchanged commands of README and of the
+# first tutorial, then make train and make test. Each is timed, and the log is kept. The two pages with this run's
+# output go to OUT.
+#   tests/newcomer.sh OUT [BUSY] [pages]    BUSY: number of processes that keep a core busy, 0 by default;
+#     pages: run only the commands of the two pages
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 busy=${2:-0}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install DeepSkip in each way, and predict or train: the wheel in an empty environment next to PyPI's packages of our old
-# names, then with [train]; an editable installation; a bare checkout; `ray job submit` with a working directory.
+# Install DeepSkip in each way, and predict or train: the wheel in an empty environment next to PyPI's packages of our
+# old names, then with [train]; an editable installation; a bare checkout; `ray job submit` with a working directory.
 #   tests/package.sh [OUT]    OUT: folder of the log, build/package by default
 set -euo pipefail
 top=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
