@@ -239,7 +239,11 @@ def test_where_there_is_nothing_to_find_the_best_validation_found_nothing() -> N
     record = Record()
     # nan is 0 / 0, so the split has no true pixel, and none is predicted. 0 is a false alarm.
     seen = [record.take({"iou": iou}, step) for step, iou in enumerate((0.0, math.nan, 0.0, math.nan))]
-    assert (seen, record.best, record.validations_since_best) == ([True, True, False, False], {"iou": ANY, "step": 1}, 2)
+    assert (seen, record.best, record.validations_since_best) == (
+        [True, True, False, False],
+        {"iou": ANY, "step": 1},
+        2,
+    )
 
 
 def test_stopped_on_request_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
