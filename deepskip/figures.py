@@ -9,16 +9,12 @@ from matplotlib.figure import Figure
 
 from deepskip.threshold_curve import Curve
 
-FOUND, MISSED, FALSE_ALARM = (0.1, 0.75, 0.3), (1.0, 0.75, 0.0), (0.95, 0.15, 0.15)
+# The palette of Okabe and Ito (2008), which colour-blind readers can tell apart too (tests/deepskip/test_figures.py).
+BLUE, YELLOW, VERMILION = (0.0, 0.45, 0.7), (0.94, 0.89, 0.26), (0.84, 0.37, 0.0)
+SKY, GREEN, PURPLE = (0.34, 0.71, 0.91), (0.0, 0.62, 0.45), (0.8, 0.47, 0.65)
+FOUND, MISSED, FALSE_ALARM = BLUE, YELLOW, VERMILION
 # The colours of classes 1, 2, ...; they repeat for more classes.
-CLASS_COLOURS = (
-    (0.95, 0.15, 0.15),
-    (0.1, 0.6, 0.95),
-    (1.0, 0.75, 0.0),
-    (0.1, 0.75, 0.3),
-    (0.7, 0.3, 0.9),
-    (0.0, 0.8, 0.8),
-)
+CLASS_COLOURS = (VERMILION, SKY, YELLOW, GREEN, BLUE, PURPLE)
 
 
 def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
@@ -81,7 +77,7 @@ def overlay(image_HWC: np.ndarray, labels_HW: np.ndarray, opacity: float = 0.35)
 def comparison(
     image_HWC: np.ndarray, prediction_HW: np.ndarray, target_HW: np.ndarray, ignore_index: int
 ) -> np.ndarray:
-    """Tint an image by comparing prediction and target: found is green, missed is yellow, a false alarm is red.
+    """Tint an image by comparing prediction and target: found is blue, missed is yellow, a false alarm is orange.
 
     Args:
         image_HWC: image (H, W, bands).
@@ -127,7 +123,7 @@ def panel(images: Sequence[dict[str, Any]], ignore_index: int, columns: int | No
         for below, picture in enumerate(pictures):
             axes[2 * row + below, column].imshow(picture)
         axes[2 * row, column].set_title("\n".join([item["key"][:24], *filter(None, [item.get("note")])]), fontsize=7)
-    figure.supxlabel("green: found   yellow: missed   red: false alarm", x=0.01, ha="left", fontsize=8)
+    figure.supxlabel("blue: found   yellow: missed   orange: false alarm", x=0.01, ha="left", fontsize=8)
     return figure
 
 

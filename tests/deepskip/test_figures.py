@@ -1,0 +1,36 @@
+"""The colours of pictures, seen with each of the three kinds of colour blindness."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from skimage.color import deltaE_ciede2000, rgb2lab
+
+from deepskip.figures import CLASS_COLOURS, FALSE_ALARM, FOUND, MISSED
+
+# Machado, Oliveira and Fernandes 2009, severity 1: what reaches the eye of linear RGB
+SIGHTS = {
+    "all cones": np.eye(3),
+    "without red cones": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "without green cones": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "without blue cones": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+
+
+def closest(colours: Sequence[tuple[float, ...]], sight: np.ndarray) -> float:
+    """Return the least CIEDE2000 difference of two colours; 1 is just visible side by side."""
+    c = np.array(colours)
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(sight).T, 0, 1)
+    lab = rgb2lab(np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)[None])[0]
+    return min(float(deltaE_ciede2000(a, b)) for a, b in itertools.combinations(lab, 2))
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_colour_blind_readers_tell_the_colours_apart(sight: str) -> None:
+    assert closest((FOUND, MISSED, FALSE_ALARM), SIGHTS[sight]) > 20
+    assert closest(CLASS_COLOURS, SIGHTS[sight]) > 10
+    # Green, amber and red, as in traffic lights, would fail for two of the four.
+    lights = closest(((0.1, 0.75, 0.3), (1.0, 0.75, 0.0), (0.95, 0.15, 0.15)), SIGHTS[sight])
+    assert (lights > 20) == (sight in ("all cones", "without blue cones"))
