@@ -11,10 +11,10 @@ from deepskip.threshold_curve import Curve
 
 # The palette of Okabe and Ito (2008), which colour-blind readers can tell apart too (tests/deepskip/test_figures.py).
 BLUE, YELLOW, VERMILION = (0.0, 0.45, 0.7), (0.94, 0.89, 0.26), (0.84, 0.37, 0.0)
-SKY, GREEN, PURPLE = (0.34, 0.71, 0.91), (0.0, 0.62, 0.45), (0.8, 0.47, 0.65)
+SKY, GREEN, PURPLE, ORANGE = (0.34, 0.71, 0.91), (0.0, 0.62, 0.45), (0.8, 0.47, 0.65), (0.9, 0.62, 0.0)
 FOUND, MISSED, FALSE_ALARM = BLUE, YELLOW, VERMILION
 # The colours of classes 1, 2, ...; they repeat for more classes.
-CLASS_COLOURS = (VERMILION, SKY, YELLOW, GREEN, BLUE, PURPLE)
+CLASS_COLOURS = (VERMILION, SKY, YELLOW, GREEN, BLUE, PURPLE, ORANGE)
 
 
 def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
