@@ -67,17 +67,22 @@ install = ($(PIP) uv 2>$(VENV)/pip.log && $(UV) $(WHAT) 2>&1 | tee $(VENV)/uv.lo
 train: $(TRAINING)
 	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)
 
+# Two processes take a module at a time, those of the longest folders first: a module's fixtures are made once. (xdist's loadgroup
+# groups nothing with pytest 9.)
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
+FOLDERS := $(addprefix tests/,kernels jobs deepskip attacks data_shards golden field cluster) $(wildcard tests/test_*.py)
+
 # what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
 # wait for one another for half as long again
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
 	$(addprefix jobs/test_,compare end_to_end local_training preemption) $(addprefix jobs/prediction/test_,memory resuming)))
 
 test: setup lint
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ALONE))
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) $(addprefix --ignore=,$(ALONE)) $(FOLDERS)
 	@$(VENV)/bin/python -m pytest $(ALONE)
 
 test-fast: setup
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not faults and not browser and not slow' \
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) -m 'not faults and not browser and not slow' \
 	  tests/data_shards tests/deepskip tests/kernels tests/test_imports.py tests/jobs/test_settings.py tests/jobs/test_runs.py
 
 stress: setup
@@ -99,10 +104,10 @@ test-faults: setup
 	@$(VENV)/bin/python -m pytest -m faults tests/cluster
 
 test-next: setup
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m new_launches --timeout=1200 tests/kernels
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) -m new_launches --timeout=1200 tests/kernels
 
 test-pages: setup
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m pages tests
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) -m pages tests/test_examples.py tests/test_doc_blocks.py
 
 test-browser: setup
 	@$(VENV)/bin/python -m pytest -m browser tests/jobs

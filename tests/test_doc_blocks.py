@@ -127,7 +127,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.pages
-@pytest.mark.xdist_group("doc blocks")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page: Path, world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "page"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.pages]
+pytestmark = pytest.mark.pages
 
 
 def run(folder: Path, *words: str | Path) -> str:

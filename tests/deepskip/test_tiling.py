@@ -112,17 +112,19 @@ def test_tiles_equal_the_whole_image(
     plain = network_of(2, 3, base_channels=2, levels=3, encoder=encoder, upsample=upsample, enlarge=enlarge).double()
     network = Flipped(plain) if flips else plain
     assert overlap_of(network) == overlap_of(plain)
-    image = torch.randn(2, 2, 331, 407, dtype=torch.float64)
+    # An enlarged image takes nine times as long.
+    N, H, W = (2, 331, 407) if enlarge == 1 else (1, 163, 251)
+    image = torch.randn(N, 2, H, W, dtype=torch.float64)
     tile = overlap_of(network).smallest_tile + 32
     with torch.inference_mode():
         whole = network(image)
-        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", 331 * 407 * enlarge**2 - 1)
+        monkeypatch.setattr(inference, "WHOLE_IMAGE_PIXELS", H * W * enlarge**2 - 1)
         sides: list[int] = []
         plain.encoder[0].register_forward_hook(lambda module, inputs, output: sides.extend(output.shape[-2:]))
         tiled = inference.predict_logits(network, image, enlarge * tile)
     # The first level's input is as large as requested, and no larger.
     assert max(sides) <= enlarge * tile
-    assert len(spans(407, tile, overlap_of(network))) > 3
+    assert len(spans(W, tile, overlap_of(network))) > 3
     # The sum of the tiles is in fp32.
     torch.testing.assert_close(tiled, whole.float(), atol=1e-5, rtol=0)
 

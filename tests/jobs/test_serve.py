@@ -25,7 +25,6 @@ from tests.jobs.bad_requests import BAD, BODY_SECONDS, GOOD, MAX_BODY, MAX_PIXEL
 from tests.jobs.serving import Server, answers_strangers, refuses_strangers, serving, state
 
 # One worker runs all of these tests, so the server starts once.
-pytestmark = pytest.mark.xdist_group("serve")
 
 # Bad requests must not make the processes grow by more than these bytes.
 GROWTH = 48 * 2**20

@@ -21,7 +21,6 @@ from deepskip.jobs.journal import MEASURED as JOURNAL
 from deepskip.jobs.journal import write_down
 
 # One worker runs all of these tests, so the server starts once.
-pytestmark = pytest.mark.xdist_group("tracking")
 
 CONFIG = {"optim": {"steps": 10}}
 

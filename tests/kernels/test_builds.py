@@ -10,8 +10,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 COUNTS = pytest.mark.new_launches
-# Tests that need the same counts run in one process: a second would count again, for minutes.
-COUNTED, COUNTED_NEXT = pytest.mark.xdist_group("counts"), pytest.mark.xdist_group("new counts")
 # These are warp instructions a pixel of all launches of the new forms. Those of cuBLAS are estimates.
 NEXT = {
     "level 1 stage forward, next": 13.2, "level 1 stage backward, next": 35.3, "level 1 conv3 8 -> 8 forward, next": 2.12,
@@ -59,7 +57,6 @@ def counted_next(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@COUNTED
 def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str, Any]) -> None:
     # Counted by hand from machine code and trips, on Triton 3.7.1: 84.9 and 113.6. Other versions differ a little.
     # See docs/kernels.md.
@@ -90,7 +87,6 @@ def test_level_one_and_the_loss_issue_what_was_counted_by_hand(counted: dict[str
     assert level["memory_floor_ms"] == pytest.approx(1e3 * moved * pixels / 3.0e12)
 
 
-@COUNTED_NEXT
 @pytest.mark.new_launches
 def test_the_new_stage_issues_few_instructions(counted_next: dict[str, Any]) -> None:
     whole: dict[str, float] = {}
@@ -102,7 +98,6 @@ def test_the_new_stage_issues_few_instructions(counted_next: dict[str, Any]) -> 
         assert whole[launch] == pytest.approx(reached, rel=0.05)
 
 
-@COUNTED_NEXT
 @pytest.mark.new_launches
 def test_batch_norm_is_bound_by_memory(counted_next: dict[str, Any]) -> None:
     # These are bytes of 8 channels of two bytes: x; x and y; x and dy; x, dy and dx. Sums and statistics are few.
@@ -123,7 +118,6 @@ def test_batch_norm_is_bound_by_memory(counted_next: dict[str, Any]) -> None:
             assert set(row["load_widths"]) == {"16"}
 
 
-@COUNTED_NEXT
 @pytest.mark.new_launches
 @pytest.mark.parametrize(
     "what",
@@ -136,7 +130,6 @@ def test_every_byte_of_new_outputs_is_stored_once(counted_next: dict[str, Any], 
     assert found["outside"] == 0
 
 
-@COUNTED_NEXT
 @pytest.mark.new_launches
 def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted_next: dict[str, Any]) -> None:
     # Follow the machine code's own addresses in the first and the last program.
@@ -147,12 +140,10 @@ def test_batch_norm_reaches_elements_beyond_two_to_the_31(counted_next: dict[str
         assert all(reached == [0, found["bytes"]] for reached in found["reached"])
 
 
-@COUNTED
 def test_shapes_that_a_launch_could_have_are_built_beforehand(counted: dict[str, Any]) -> None:
     assert counted["spills"] == dict.fromkeys(("spread_taps", "gather_taps", "bce_dice_sums", "bce_dice_gradient"), 0)
 
 
-@COUNTED
 def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:
     # One more iteration always costs the same, and nothing else changes.
     first, *others = counted["trips"]
@@ -161,7 +152,6 @@ def test_a_loop_runs_as_often_as_it_is_told_to(counted: dict[str, Any]) -> None:
     assert steps.pop() > 0
 
 
-@COUNTED
 @pytest.mark.parametrize(
     "what",
     [
