@@ -5,10 +5,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from deepskip.data_shards import storage
@@ -26,18 +27,58 @@ NORMALIZATIONS = ("image", "dataset", "none")
 OPEN_SHARDS = 64
 # Largest number of bytes between image and mask that are read along in the same call.
 MAX_GAP = 65536
-Batch = dict[str, Any]
+
+
+class SkipReport(TypedDict):
+    """Which bad sample was skipped, and why.
+
+    Attributes:
+        shard: Location of the shard.
+        key: Key of the sample.
+        epoch: Epoch in which it was read.
+        reason: What is wrong with it.
+    """
+
+    shard: str
+    key: str
+    epoch: int
+    reason: str
+
+
+class Batch(TypedDict):
+    """N samples.
+
+    Attributes:
+        image: Images (N, bands, H, W) uint8 or float32, in channels-last memory.
+        mask: Labels (N, H, W) uint8.
+        mean: Mean of each band of each image, or that of the index, (N, bands) float32.
+        std: Standard deviation likewise, (N, bands) float32.
+        weight: Weights of the samples, (N,) float32; 0 for repeats.
+        epoch: Epoch of each sample, N numbers.
+        sample: Number of each sample, N numbers.
+        key: Key of each sample, N names.
+        bad: Reports of the skipped samples.
+        draws: What `stream.Entries` adds: the changes of each sample, (N, 6 + bands) float32.
+        noise_seed: What `stream.Entries` adds: seed of the noise of each sample, N integers.
+    """
+
+    image: Tensor
+    mask: Tensor
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    epoch: list[int]
+    sample: list[int]
+    key: list[str]
+    bad: NotRequired[list[SkipReport]]
+    draws: NotRequired[Tensor]
+    noise_seed: NotRequired[list[int]]
 
 
 class Shards(Dataset[Batch]):
     """Samples of one split, read at their offsets in the tar and checked against the index.
 
-    `shards[slots]` is the batch of these slots, a dictionary:
-
-    * "image": tensor (N, bands, H, W) uint8 or float32, in channels-last memory; "mask": tensor (N, H, W) uint8
-    * "mean", "std": tensors (N, bands) float32; "weight": tensor (N,) float32
-    * "epoch", "sample", "key": lists of N
-    * "bad": list of reports of skipped samples: {"shard", "key", "epoch", "reason"}
+    `shards[slots]` is the `Batch` of these slots.
 
     Args:
         folder: Path or URL of the split.
@@ -89,7 +130,7 @@ class Shards(Dataset[Batch]):
     def __getitem__(self, slots: Sequence[Slot]) -> Batch:
         entries = self.index.entries([slot.sample for slot in slots])
         weights = [float(slot.weight) for slot in slots]
-        bad: list[dict[str, Any]] = []
+        bad: list[SkipReport] = []
         read = self.read_straight(entries)
         if read is not None:
             images, masks = read
@@ -239,8 +280,8 @@ class Shards(Dataset[Batch]):
         image = np.zeros((side, side, bands), self.image_dtype)
         return Item(image, mask, np.zeros(bands, np.float32), np.ones(bands, np.float32))
 
-    def report(self, slot: Slot, entry: SampleEntry, error: BadSample | BrokenShard) -> dict[str, Any]:
-        """Return which sample was skipped and why: {"shard", "key", "epoch", "reason"}."""
+    def report(self, slot: Slot, entry: SampleEntry, error: BadSample | BrokenShard) -> SkipReport:
+        """Return which sample was skipped and why."""
         reason = error.reason if isinstance(error, BadSample) else str(error)
         shard = self.index.shard_location(entry.shard)
         return {"shard": shard, "key": entry.key, "epoch": slot.epoch, "reason": reason}

@@ -165,7 +165,8 @@ class Index:
 
     def keys(self, samples: list[int]) -> list[str]:
         """Return the keys of samples, by their numbers."""
-        return self._keys.take(pa.array(samples, pa.int64())).to_pylist()
+        keys: list[str] = self._keys.take(pa.array(samples, pa.int64())).to_pylist()
+        return keys
 
     def entries(self, samples: list[int]) -> list[SampleEntry]:
         """Return the index entries of samples, by their numbers."""

@@ -227,9 +227,9 @@ def outlined(image_HWC: np.ndarray, mask_HW: np.ndarray, ignore_index: int) -> n
         Picture (H, W, 3) uint8.
     """
     bands = [0, image_HWC.shape[2] // 2, image_HWC.shape[2] - 1]
-    shown = image_HWC[..., bands].astype(np.float32)
-    low, high = np.percentile(shown, (1, 99), axis=(0, 1))
-    shown = np.clip((shown - low) / np.maximum(high - low, 1e-6), 0, 1) * 255
+    some = image_HWC[..., bands].astype(np.float32)
+    low, high = np.percentile(some, (1, 99), axis=(0, 1))
+    shown: np.ndarray = np.clip((some - low) / np.maximum(high - low, 1e-6), 0, 1) * 255
     foreground = np.pad((mask_HW != 0) & (mask_HW != ignore_index), 1)
     inside = foreground[2:, 1:-1] & foreground[:-2, 1:-1] & foreground[1:-1, 2:] & foreground[1:-1, :-2]
     shown[foreground[1:-1, 1:-1] & ~inside] = (255, 0, 0)

@@ -97,13 +97,14 @@ class Values:
         if used[-1] >= len(palette):
             raise ValueError(f"has index {used[-1]} of a palette of {len(palette)} colours")
         if self.colours:
-            return palette[indices]
+            coloured: np.ndarray = palette[indices]
+            return coloured
         greys = palette[used, 0]
         if (palette[used] != greys[:, None]).any() or (np.diff(greys.astype(int)) > 0).all():
             # In an image that is all white, white may have index 0.
             alone = len(used) == 1 and used[0] == 0 and len(palette) > 1 and (palette[:2] == [[255] * 3, [0] * 3]).all()
             return np.ones_like(indices) if alone else indices
-        brightness = palette[indices, 0]
+        brightness: np.ndarray = palette[indices, 0]
         return (brightness == greys.max()).astype(np.uint8) if len(used) == 2 else brightness
 
     def of_white_is_zero(self, array: np.ndarray, bits: int) -> np.ndarray:
@@ -117,7 +118,8 @@ class Values:
             ValueError: If white_is_zero is "ask" and a value has more than one bit.
         """
         if self.white_is_zero == "invert" or (self.white_is_zero == "ask" and bits == 1):
-            return (2**bits - 1 - array.astype(np.int64)).astype(np.uint8 if bits <= 8 else np.int64)
+            highest: int = 2**bits - 1
+            return (highest - array.astype(np.int64)).astype(np.uint8 if bits <= 8 else np.int64)
         if self.white_is_zero == "ask":
             raise ValueError(
                 f"declares that 0 is white (PhotometricInterpretation 0, {bits} bits): --white_is_zero invert makes what "

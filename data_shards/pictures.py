@@ -159,7 +159,8 @@ def cast(value: float, dtype: np.dtype) -> np.generic | None:
     """Return a value as a dtype holds it, which for float32 may be another number; None if it cannot hold it."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
-            return dtype.type(value)
+            held: np.generic = dtype.type(value)
+            return held
     if dtype.kind == "b" or not math.isfinite(value) or value != round(value):
         return None
     limits = np.iinfo(dtype)

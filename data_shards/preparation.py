@@ -161,4 +161,5 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype.kind == "f":
         return array.astype(dtype)
     limits = np.iinfo(dtype)
-    return np.clip(np.rint(array), limits.min, limits.max).astype(dtype)
+    rounded: np.ndarray = np.clip(np.rint(array), limits.min, limits.max)
+    return rounded.astype(dtype)

@@ -74,7 +74,8 @@ def read_bytes(location: Location) -> bytes:
     if not is_remote(location):
         return local(location).read_bytes()
     fs, path = filesystem(location)
-    return with_retries(location, lambda: fs.cat_file(path))
+    content: bytes = with_retries(location, lambda: fs.cat_file(path))
+    return content
 
 
 def write_bytes(location: Location, data: bytes | bytearray | memoryview) -> None:

@@ -5,20 +5,35 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from deepskip.data_shards import storage
-from deepskip.data_shards.dataset import Batch, Shards
+from deepskip.data_shards.dataset import Batch, Shards, SkipReport
 from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
 
-# Given the epochs and numbers of the samples of a batch, return additional entries of the batch.
-Entries = Callable[[list[int], list[int]], dict[str, Any]]
 # Remote shards that are fetched at the same time.
 FETCHES = 8
+
+
+class Added(TypedDict):
+    """Entries of a batch of N samples that the training draws.
+
+    Attributes:
+        draws: The changes of each sample, (N, 6 + bands) float32.
+        noise_seed: Seed of the noise of each sample, N integers.
+    """
+
+    draws: Tensor
+    noise_seed: list[int]
+
+
+# Given the epochs and numbers of the samples of a batch, return additional entries of the batch.
+Entries = Callable[[list[int], list[int]], Added]
 
 
 class ReadAhead:
@@ -97,7 +112,7 @@ def train_batches(
         entries: Makes additional entries of each batch where the batch is made. It is pickled for loader processes.
 
     Yields:
-        Batches as `Shards` documents them.
+        Batches with the additional entries.
 
     Raises:
         ValueError: If the split has no samples, or the cache is too small for two windows.
@@ -139,29 +154,29 @@ def train_batches(
 
 def with_entries(entries: Entries | None, batch: Batch) -> Batch:
     """Add to a batch what `entries` makes for its samples."""
-    return batch if entries is None else batch | entries(batch["epoch"], batch["sample"])
+    return batch if entries is None else {**batch, **entries(batch["epoch"], batch["sample"])}
 
 
-def collated(entries: Entries | None, batch: Batch) -> Batch:
+def collated(entries: Entries | None, batch: Batch) -> dict[str, Any]:
     """Make a batch ready to leave a loader process."""
     return pack_small(with_entries(entries, batch))
 
 
-def pack_small(batch: Batch) -> Batch:
+def pack_small(batch: Batch) -> dict[str, Any]:
     """Convert tensors of two axes or fewer to arrays: between processes, each tensor would need a shared file of its own."""
     return {name: x.numpy() if isinstance(x, torch.Tensor) and x.ndim <= 2 else x for name, x in batch.items()}
 
 
-def unpack_small(batch: Batch) -> Batch:
+def unpack_small(packed: dict[str, Any]) -> Batch:
     """Convert the arrays of `pack_small` back to tensors, pinned if there is a GPU: copies of others would wait for it."""
-    arrays = {name: torch.from_numpy(x) for name, x in batch.items() if isinstance(x, np.ndarray)}
+    arrays = {name: torch.from_numpy(x) for name, x in packed.items() if isinstance(x, np.ndarray)}
     if torch.cuda.is_available():
         arrays = {name: x.pin_memory() for name, x in arrays.items()}
-    return batch | arrays
+    return cast(Batch, packed | arrays)
 
 
 def whole_images(
-    shards: Shards, rank: int, world_size: int, skipped: Callable[[dict[str, Any]], None] = lambda report: None
+    shards: Shards, rank: int, world_size: int, skipped: Callable[[SkipReport], None] = lambda report: None
 ) -> Iterator[Batch]:
     """Yield every world_size-th sample, starting at `rank`, whole, as batches of one.
 
@@ -174,7 +189,7 @@ def whole_images(
         skipped: Called with the report of each bad sample that is skipped.
 
     Yields:
-        Batches as `Shards` documents them, of one sample each.
+        Batches of one sample each.
     """
     for sample in range(rank, len(shards), world_size):
         batch = shards[[Slot(0, sample, 1)]]

@@ -10,7 +10,7 @@ eight symmetries of a square. Other rotations and scaling are resampled; geometr
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -39,6 +39,18 @@ class Draws:
     gain: Tensor
     shift: Tensor
     symmetry: Tensor
+    noise_seed: list[int]
+
+
+class LoaderEntries(TypedDict):
+    """The draws of N samples as a batch carries them.
+
+    Attributes:
+        draws: what `pack` made of them, (N, 6 + bands) fp32.
+        noise_seed: seed of the noise of each sample, N integers.
+    """
+
+    draws: Tensor
     noise_seed: list[int]
 
 
@@ -90,8 +102,8 @@ def unpack(packed: Tensor, noise_seed: list[int]) -> Draws:
     return Draws(packed[:, :4].unflatten(1, (2, 2)), packed[:, 4:5], packed[:, 6:], packed[:, 5].long(), noise_seed)
 
 
-def loader_entries(config: AugmentConfig, seed: int, bands: int, epoch: list[int], sample: list[int]) -> dict[str, Any]:
-    """Return the draws of N samples as a batch carries them: "draws" (N, 6 + bands) fp32, and "noise_seed", N integers."""
+def loader_entries(config: AugmentConfig, seed: int, bands: int, epoch: list[int], sample: list[int]) -> LoaderEntries:
+    """Return the draws of N samples as a batch carries them; the arguments are those of `draw`."""
     draws = draw(config, seed, epoch, sample, bands)
     return {"draws": pack(draws), "noise_seed": draws.noise_seed}
 

@@ -8,9 +8,11 @@ import errno
 import hashlib
 import io
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict, cast
 
 import torch
+from torch import Tensor
 
 from deepskip.checkpoint_check import Unsound, check_model, check_zip
 from deepskip.data_shards import storage
@@ -25,7 +27,106 @@ BROKEN = ".broken"
 _MARK = b"sha256:"
 _DIGITS = 64
 
-State = dict[str, Any]
+
+class DataState(TypedDict):
+    """The description of the training data in a checkpoint: the fields of `training_step.DataInfo`."""
+
+    in_channels: int
+    num_classes: int
+    ignore_index: int
+    mean: list[float]
+    std: list[float]
+    preparation: dict[str, Any]
+
+
+class RandomState(TypedDict):
+    """States of torch's random numbers.
+
+    Attributes:
+        cpu: state of the CPU's generator, (bytes,) uint8.
+        cuda: state of the GPU's generator, (bytes,) uint8, or None without a GPU.
+    """
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+
+class NetworkState(TypedDict):
+    """What a network is built from.
+
+    Attributes:
+        config: settings of the training by section, as `dataclasses.asdict` makes them of `Config`.
+        data: description of the training data.
+        model: weights and buffers by name, of any shape (*,).
+        ema: their moving averages, or None if there are none.
+    """
+
+    config: dict[str, Any]
+    data: DataState
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+
+
+class StepState(NetworkState):
+    """What `TrainingStep` adds to a network.
+
+    Attributes:
+        optimizer: state of the optimizer; None in the best checkpoint.
+        rng: states of the random numbers.
+        step: number of steps done.
+    """
+
+    optimizer: dict[str, Any] | None
+    rng: RandomState
+    step: int
+
+
+class RecordState(TypedDict):
+    """What the loop around the steps adds.
+
+    Attributes:
+        best: metrics and step of the best validation, or None before the first one.
+        stale: number of validations after the best one.
+        seconds: time spent on the training.
+    """
+
+    best: dict[str, float] | None
+    stale: int
+    seconds: float
+
+
+class State(StepState, RecordState):
+    """What a training saves.
+
+    Attributes:
+        mlflow_run_id: MLflow's run of the training, or None.
+    """
+
+    mlflow_run_id: str | None
+
+
+class FileState(State):
+    """What a checkpoint file holds.
+
+    Attributes:
+        format: FORMAT.
+        version: VERSION of the DeepSkip that wrote it.
+    """
+
+    format: str
+    version: int
+
+
+class ModelState(NetworkState, RecordState):
+    """A checkpoint without the parts that only a training needs.
+
+    Attributes:
+        step: number of steps that the training had done.
+        mlflow_run_id: MLflow's run of the training, or None.
+    """
+
+    step: int
+    mlflow_run_id: str | None
 
 
 class CheckpointError(RuntimeError):
@@ -43,11 +144,11 @@ class CheckpointNotWritten(RuntimeError):
     """
 
 
-def pack(state: State) -> bytearray:
+def pack(state: Mapping[str, Any]) -> bytearray:
     """Return the bytes of a checkpoint file.
 
     Args:
-        state: what torch.save stores, without "format" and "version", which are added.
+        state: a `State` or `ModelState`, which torch.save stores; "format" and "version" are added.
 
     Returns:
         The zip of torch.save with the checksum as its comment.
@@ -62,7 +163,7 @@ def pack(state: State) -> bytearray:
     return data
 
 
-def unpack(data: bytes, location: Location) -> State:
+def unpack(data: bytes, location: Location) -> FileState:
     """Return the state in a checkpoint file's bytes, on the CPU.
 
     Args:
@@ -94,10 +195,10 @@ def unpack(data: bytes, location: Location) -> State:
         raise CheckpointTooNew(
             f"{location} has version {state['version']}; this DeepSkip reads up to {VERSION}. Install a later one."
         )
-    return state
+    return cast(FileState, state)
 
 
-def save(state: State, location: Location) -> None:
+def save(state: Mapping[str, Any], location: Location) -> None:
     """Write a checkpoint, completely or not at all.
 
     Args:
@@ -110,7 +211,7 @@ def save(state: State, location: Location) -> None:
     storage.write_bytes(location, pack(state))
 
 
-def read(location: Location) -> State:
+def read(location: Location) -> FileState:
     """Read one checkpoint onto the CPU.
 
     Raises:
@@ -120,7 +221,7 @@ def read(location: Location) -> State:
     return unpack(storage.read_bytes(location), location)
 
 
-def read_model(location: Location) -> State:
+def read_model(location: Location) -> ModelState:
     """Read a checkpoint and check that a model can be built from it.
 
     Raises:
@@ -131,7 +232,7 @@ def read_model(location: Location) -> State:
     return sound(read(location), location)
 
 
-def sound(state: State, location: Location) -> State:
+def sound(state: ModelState, location: Location) -> ModelState:
     """Return a state unchanged if a model can be built from it.
 
     Args:
@@ -224,7 +325,7 @@ def prune(run: Location, keep: int) -> None:
         storage.remove(path)
 
 
-def load_for_inference(run_or_path: Location) -> State:
+def load_for_inference(run_or_path: Location) -> ModelState:
     """Read a checkpoint file, or a run's best checkpoint, or its newest if it has no best one.
 
     The file may come from an untrusted source, so it is checked before anything is built from it.

@@ -5,6 +5,7 @@ A step waits only for the copy of its state; a thread does the rest.
 
 import contextlib
 import errno
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepskip import checkpoint
-from deepskip.checkpoint import CheckpointNotWritten, State
+from deepskip.checkpoint import CheckpointNotWritten, StepState
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 
@@ -59,14 +60,14 @@ class CheckpointWriter:
         finally:
             self.thread.shutdown()
 
-    def save(self, state: State, *, step: bool = True, best: bool = False) -> None:
+    def save(self, state: StepState, *, step: bool = True, best: bool = False) -> None:
         """Copy the state, and have it written as the checkpoint of its step, as the best one, or both.
 
         On a GPU the copies are made to pinned memory and the call does not wait for them. Work queued on the device
         afterwards may change the state.
 
         Args:
-            state: state of the training; its "step" is the step's number.
+            state: state of the training, `checkpoint.State`; its "step" is the step's number.
             step: write it as the checkpoint of its step.
             best: write it, without the optimizer's state, as the best checkpoint.
 
@@ -99,12 +100,12 @@ class CheckpointWriter:
         if written is not None:
             written.result()
 
-    def _write(self, state: State, done: torch.cuda.Event | None, step: bool, best: bool) -> None:
+    def _write(self, state: StepState, done: torch.cuda.Event | None, step: bool, best: bool) -> None:
         if done is not None:
             done.synchronize()
         # The best is written first: a step's checkpoint refers to a best one, which must exist.
         if best:
-            self._put(state | {"optimizer": None}, storage.join(self.run, checkpoint.FOLDER, checkpoint.BEST))
+            self._put({**state, "optimizer": None}, storage.join(self.run, checkpoint.FOLDER, checkpoint.BEST))
         if step:
             self._put(state, checkpoint.step_path(self.run, state["step"]))
             self.last_step = state["step"]
@@ -112,7 +113,7 @@ class CheckpointWriter:
             with contextlib.suppress(OSError):
                 checkpoint.prune(self.run, self.keep)
 
-    def _put(self, state: State, location: Location) -> None:
+    def _put(self, state: Mapping[str, Any], location: Location) -> None:
         try:
             checkpoint.save(state, location)
         except OSError as error:

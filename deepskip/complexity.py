@@ -15,8 +15,9 @@ def decoder_level_weights(u: int, base_channels: int, levels: int) -> int:
         base_channels: b, the channels of level 1.
         levels: B, the depth of the network.
     """
-    branches_and_merge = sum(2 ** (j - u) for j in range(u, levels)) + levels - u + 4
-    return branches_and_merge * 2 ** (2 * u - 2) * base_channels**2 * KERNEL**2
+    branches_and_merge: int = sum(2 ** (j - u) for j in range(u, levels)) + levels - u + 4
+    weights: int = branches_and_merge * 2 ** (2 * u - 2) * base_channels**2 * KERNEL**2
+    return weights
 
 
 def conv_weights(
@@ -38,7 +39,7 @@ def conv_weights(
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
-    c = [base_channels * 2**u for u in range(levels)]
+    c: list[int] = [base_channels * 2**u for u in range(levels)]
     decoder = sum(decoder_level_weights(u, base_channels, levels) for u in range(1, levels))
     head = num_classes * c[0]
     below = range(1, levels)

@@ -50,7 +50,8 @@ class ConvNormReLU(nn.Sequential):
         conv, norm, relu = self
         weight = conv.get_parameter("weight")
         if not isinstance(norm, nn.BatchNorm2d):
-            return relu(norm(kernels.conv3(x, weight)))
+            plain: Tensor = relu(norm(kernels.conv3(x, weight)))
+            return plain
         gain, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
         assert mean is not None
         assert var is not None

@@ -1,7 +1,7 @@
 """Validate a network on whole images: its loss and metrics over all ranks."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -11,6 +11,23 @@ from torch import Tensor, nn
 from deepskip.inference import normalize, predict_logits, to_labels
 from deepskip.loss import BCEDiceLoss
 from deepskip.metrics import SegmentationMetrics, ThresholdScores
+from deepskip.training_step import Batch
+
+
+class PanelImage(TypedDict):
+    """A validation image with its labels.
+
+    Attributes:
+        image: raw image (bands, H, W).
+        mask: true labels (H, W).
+        key: key of the sample.
+        labels: predicted labels (H, W).
+    """
+
+    image: Tensor
+    mask: Tensor
+    key: str
+    labels: Tensor
 
 
 @torch.inference_mode()
@@ -19,10 +36,10 @@ def evaluate(
     criterion: BCEDiceLoss,
     num_classes: int,
     ignore_index: int,
-    images: Iterable[dict[str, Any]],
+    images: Iterable[Batch],
     device: torch.device,
     panels: int = 0,
-) -> tuple[dict[str, Any], list[dict[str, Tensor | str]]]:
+) -> tuple[dict[str, float], list[PanelImage]]:
     """Measure the network on whole images.
 
     Args:
@@ -30,14 +47,12 @@ def evaluate(
         criterion: the loss.
         num_classes: 1 for binary, else exclusive classes.
         ignore_index: label of pixels that are not counted.
-        images: this rank's share, one image a batch. A batch has "image" (1, bands, H, W), "mask" (1, H, W), "mean" and
-            "std" (1, bands), "key" (a list of one).
+        images: this rank's share, one image a batch; only "image", "mask", "mean", "std" and "key" are read.
         device: where the network is.
         panels: number of images to return with their labels.
 
     Returns:
-        The metrics over all ranks, and this rank's first `panels` images: "image" (bands, H, W), "mask" and "labels"
-        (H, W), "key".
+        The metrics over all ranks, and this rank's first `panels` images.
 
         "loss" and "soft_dice" are computed from sums over the whole split (eq. 5). "images" is the number of images.
         For a binary task there are also "best_threshold" and "iou_best_threshold". All other metrics are at a
@@ -50,10 +65,10 @@ def evaluate(
     metrics = SegmentationMetrics(num_classes, ignore_index, device)
     thresholds = ThresholdScores(ignore_index).to(device) if num_classes == 1 else None
     sums = torch.zeros(2 + 3 * num_classes, dtype=torch.float64, device=device)
-    panel: list[dict[str, Tensor | str]] = []
+    panel: list[PanelImage] = []
     count = torch.zeros((), device=device)
     for batch in images:
-        image = normalize(*(batch[name].to(device) for name in ("image", "mean", "std")))
+        image = normalize(batch["image"].to(device), batch["mean"].to(device), batch["std"].to(device))
         mask = batch["mask"].to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
@@ -64,8 +79,9 @@ def evaluate(
             thresholds.update(logits[0, 0], mask[0])
         count += 1
         if len(panel) < panels:
-            shown = {name: batch[name][0] for name in ("image", "mask", "key")}
-            panel.append(shown | {"labels": labels[0].cpu()})
+            panel.append({
+                "image": batch["image"][0], "mask": batch["mask"][0], "key": batch["key"][0], "labels": labels[0].cpu()
+            })  # fmt: skip
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(count)

@@ -102,7 +102,8 @@ def onnx_bytes(program: ExportedProgram, properties: Mapping[str, str]) -> bytes
             sides[place].dim_param = name
     onnx.helper.set_model_props(model, dict(properties))
     onnx.checker.check_model(model)
-    return model.SerializeToString()
+    content: bytes = model.SerializeToString()
+    return content
 
 
 @contextmanager

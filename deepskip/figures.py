@@ -1,6 +1,6 @@
 """Draw predictions over images, and curves of trainings and evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -48,7 +48,8 @@ def outline(mask_HW: np.ndarray) -> np.ndarray:
     """
     padded = np.pad(mask_HW, 1, mode="edge")
     inside = padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
-    return mask_HW & ~inside
+    border: np.ndarray = mask_HW & ~inside
+    return border
 
 
 def overlay(image_HWC: np.ndarray, labels_HW: np.ndarray, opacity: float = 0.35) -> np.ndarray:
@@ -99,7 +100,7 @@ def comparison(
     return picture
 
 
-def panel(images: Sequence[dict[str, Any]], ignore_index: int, columns: int | None = None) -> Figure:
+def panel(images: Sequence[Mapping[str, Any]], ignore_index: int, columns: int | None = None) -> Figure:
     """Draw images side by side, and below each one the same image with its prediction compared with the target.
 
     Args:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from deepskip import networks
+from deepskip.checkpoint import NetworkState
 from deepskip.tiling import logits_in_tiles, overlap_of
 
 # Images of more pixels than this are cut into overlapping tiles.
@@ -123,7 +124,8 @@ def predict_logits(network: nn.Module, image_NCHW: Tensor, tile: int = TILE) -> 
     """
     H, W = image_NCHW.shape[-2:]
     if most_pixels(network) >= H * W:
-        return network(image_NCHW)
+        logits: Tensor = network(image_NCHW)
+        return logits
     if (times := enlarged_by(network)) > 1:
         tile = max(tile // times, overlap_of(network).smallest_tile)
     return logits_in_tiles(network, image_NCHW, tile)
@@ -200,7 +202,7 @@ class Segmenter(nn.Module):
         return to_probabilities(self.network(self.normalized(image_NCHW)))
 
 
-def build_segmenter(state: dict[str, Any]) -> Segmenter:
+def build_segmenter(state: NetworkState) -> Segmenter:
     """Build the network that a checkpoint's state describes, with its averaged weights if it has them, in evaluation mode.
 
     Args:

@@ -102,7 +102,8 @@ class InstanceBatchNorm(nn.Module):
             return self._evaluated(_wide(x)).to(x.dtype)
         if x.shape[2] * x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; instance norm needs more than one pixel: use larger images")
-        y, mean, variance = _InstanceBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        y: Tensor
+        y, mean, variance = _InstanceBatchNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)

@@ -44,9 +44,9 @@ class DecoderLevel(nn.Module):
         Args:
             inputs: the encoder maps E_u .. E_{B-1} and the decoder map D_{u+1}, each (N, C_j, H_j, W_j).
         """
-        return self.merge(
-            kernels.deep_skip(inputs, [branch.get_parameter("weight") for branch in self.branches], self.upsample)
-        )
+        weights = [branch.get_parameter("weight") for branch in self.branches]
+        merged: Tensor = self.merge(kernels.deep_skip(inputs, weights, self.upsample))
+        return merged
 
 
 class DeepSkipUNet(nn.Module):

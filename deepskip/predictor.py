@@ -49,7 +49,7 @@ class Predictor:
 
     def __init__(
         self,
-        state: checkpoint.State,
+        state: checkpoint.NetworkState,
         device: str | torch.device = "cpu",
         flips: bool = False,
         precision: torch.dtype = torch.float32,

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,6 +80,20 @@ def share_buffers(network: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
+class Vote(NamedTuple):
+    """A vote on its way.
+
+    Attributes:
+        result: 1 if any rank was asked to stop, else 0, a scalar; valid once the rest is done.
+        work: the all-reduce, or None on a GPU, whose queue waits for it.
+        copied: end of the copy to the host, or None on a CPU.
+    """
+
+    result: Tensor
+    work: dist.Work | None
+    copied: torch.cuda.Event | None
+
+
 class StopVote:
     """Let all ranks learn at the same step that some rank was asked to stop; every rank calls it once a step.
 
@@ -93,7 +108,7 @@ class StopVote:
 
     def __init__(self, stop_requested: Callable[[], bool] | None, world_size: int, device: torch.device) -> None:
         self.stop_requested, self.world_size, self.device = stop_requested, world_size, device
-        self.votes: deque[tuple[Tensor, dist.Work | None, torch.cuda.Event | None]] = deque()
+        self.votes: deque[Vote] = deque()
 
     def __call__(self) -> bool:
         """Vote, and return whether the ranks stop after this step."""
@@ -112,7 +127,7 @@ class StopVote:
             vote = torch.empty((), pin_memory=True).copy_(vote, non_blocking=True)
             work, done = None, torch.cuda.Event()
             done.record()
-        self.votes.append((vote, work, done))
+        self.votes.append(Vote(vote, work, done))
         if len(self.votes) <= VOTE_STEPS:
             return False
         return self._result()

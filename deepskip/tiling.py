@@ -282,7 +282,8 @@ def enlarged_rows(small_VHW: np.ndarray, height: int, width: int, top: int, bott
     above, below, share_y = neighbours(np.arange(top, bottom), h, height)
     left, right, share_x = neighbours(np.arange(width), w, width)
     rows = small_VHW[:, above] * (1 - share_y)[:, None] + small_VHW[:, below] * share_y[:, None]
-    return rows[..., left] * (1 - share_x) + rows[..., right] * share_x
+    enlarged: np.ndarray = rows[..., left] * (1 - share_x) + rows[..., right] * share_x
+    return enlarged
 
 
 def neighbours(pixels: np.ndarray, small: int, large: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deepskip import kernels
 from deepskip.allocator import keep_freed_memory
+from deepskip.checkpoint import RecordState, State
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
 from deepskip.config import Config, RunConfig
@@ -84,7 +85,7 @@ class Record:
         """Return the time of the whole training, including that before it was resumed."""
         return self.seconds + time.perf_counter() - self.started
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> RecordState:
         """Return the record's part of a checkpoint."""
         return {"best": self.best, "stale": self.validations_since_best, "seconds": self.total_seconds()}
 
@@ -92,6 +93,28 @@ class Record:
 def _rank_of_iou(iou: float) -> float:
     # nan: the split has no foreground, and none was predicted. No other outcome on that split is as good.
     return math.inf if math.isnan(iou) else iou
+
+
+class Summary(TypedDict):
+    """The result of a training.
+
+    Attributes:
+        val: metrics and step of the best validation.
+        parameters: number of the network's parameters.
+        conv_weights: number of its convolution weights.
+        steps: number of steps done.
+        stopped_early: whether that is fewer than config.optim.steps.
+        images_per_second: mean rate since the training was last resumed.
+        seconds: time of the whole training.
+    """
+
+    val: dict[str, float] | None
+    parameters: int
+    conv_weights: int
+    steps: int
+    stopped_early: bool
+    images_per_second: float
+    seconds: float
 
 
 @dataclass
@@ -161,7 +184,7 @@ def train(
     observe: Callable[[str, int, dict[str, Any]], None] = lambda kind, step, values: None,
     mlflow_run_id: str | None = None,
     stop_requested: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
 
     Args:
@@ -225,7 +248,7 @@ def train(
                 training.network.train()
             save = save or stopping or record.out_of_patience(settings.patience)
             if rank == 0 and (save or better):
-                snapshot = training.state_dict() | record.state_dict() | {"mlflow_run_id": mlflow_run_id}
+                snapshot: State = {**training.state_dict(), **record.state_dict(), "mlflow_run_id": mlflow_run_id}
                 writer.save(snapshot, step=save, best=better)
             if stopping:
                 writer.wait()
@@ -258,7 +281,7 @@ def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:
 
 def validate(
     training: TrainingStep, images: Iterable[Batch], rank: int, observe: Callable[[str, int, dict[str, Any]], None]
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Measure the moving average on the validation split and pass the results to `observe`.
 
     Args:
@@ -293,7 +316,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
                 if isinstance(value, Tensor):
                     # Its memory must not be reused by the next copy while this stream still reads it.
                     value.record_stream(now)
-        yield moved
+        yield cast(Batch, moved)
 
 
 def broken_weights(network: nn.Module) -> Tensor:

@@ -4,7 +4,7 @@ The trainer, the benchmarks and every comparison run this step. A checkpoint hol
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,40 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import AveragedModel
 
 from deepskip import augment, networks
+from deepskip.checkpoint import DataState, StepState
 from deepskip.config import Config
 from deepskip.inference import normalize, to_labels
 from deepskip.loss import BCEDiceLoss, LossParts
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 
-# Raw image (N, bands, H, W), mask (N, H, W) uint8, mean and std (N, bands), weight (N,). Epoch, sample and key are lists of N.
-# draws and noise_seed are those of augment.loader_entries; they may be missing.
-Batch = dict[str, Any]
+
+class Batch(TypedDict):
+    """N samples, as a loader makes them; other keys are ignored.
+
+    Attributes:
+        image: raw images (N, bands, H, W), uint8 or fp32.
+        mask: labels (N, H, W) uint8.
+        mean: what is subtracted from each band of each image, (N, bands) fp32.
+        std: what each band is then divided by, (N, bands) fp32.
+        weight: weights of the samples, (N,) fp32; 0 for repeats.
+        epoch: epoch of each sample, N numbers.
+        sample: number of each sample, N numbers.
+        key: key of each sample, N names.
+        draws: those of `augment.LoaderEntries`, (N, 6 + bands) fp32; without them the step draws.
+        noise_seed: those of `augment.LoaderEntries`, N integers; there if `draws` are.
+    """
+
+    image: Tensor
+    mask: Tensor
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    epoch: list[int]
+    sample: list[int]
+    key: list[str]
+    draws: NotRequired[Tensor]
+    noise_seed: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,8 @@ class OwnLoss(nn.Module):
             mask: labels (N, H, W).
             weight: weights of the samples, (N,).
         """
-        return self.network.training_loss(image, mask, weight)  # type: ignore[operator]
+        loss: Tensor = self.network.training_loss(image, mask, weight)  # type: ignore[operator]
+        return loss
 
 
 class TrainingStep:
@@ -128,24 +154,27 @@ class TrainingStep:
         """The network that is validated and kept."""
         return self.network if self.ema is None else self.ema.module
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StepState:
         """Return the state that a resumed training needs, except what the loop around the steps adds.
 
         bfloat16 needs no gradient scaler. The learning rate and the augmentation are functions of the step.
         """
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
-            "config": asdict(self.config), "data": asdict(self.data), "model": self.network.state_dict(),
+            "config": asdict(self.config), "data": cast(DataState, asdict(self.data)), "model": self.network.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "step": self.step,
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StepState) -> None:
         """Load the state that `state_dict` returned."""
+        # Only the best checkpoint is without, and no training resumes from that.
+        assert state["optimizer"] is not None
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         if self.ema is not None:
+            assert state["ema"] is not None
             self.ema.module.load_state_dict(state["ema"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
@@ -173,7 +202,7 @@ class TrainingStep:
         """
         image, mask = normalize(batch["image"], batch["mean"], batch["std"]), batch["mask"]
         settings = self.config.augment
-        drawn = batch
+        drawn: Batch | augment.LoaderEntries = batch
         if "draws" not in batch:
             # a loader draws them beforehand
             drawn = augment.loader_entries(
@@ -190,7 +219,8 @@ class TrainingStep:
             image: normalised images (N, bands, H, W).
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self._model(image)
+            logits: Tensor = self._model(image)
+        return logits
 
     def backward(self, parts: LossParts) -> None:
         """Compute the gradient of the global batch and accumulate it in the weights.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from deepskip import figures
 from deepskip.data_shards import storage, trouble
-from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.dataset import Shards, SkipReport
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
@@ -58,7 +58,7 @@ class Scores:
     curve: ThresholdCurve
     confusion: np.ndarray
     worst: list[tuple[float, int, int, dict[str, Any]]] = field(default_factory=list)
-    bad: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[SkipReport] = field(default_factory=list)
     images: int = 0
 
 
@@ -232,7 +232,7 @@ def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: 
     )
     with tqdm(total=len(shards), unit="image", desc=shards.folder[-40:], dynamic_ncols=True) as bar:
 
-        def left_out(report: dict[str, Any]) -> None:
+        def left_out(report: SkipReport) -> None:
             scores.bad.append(report)
             bar.update()
 

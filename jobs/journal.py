@@ -10,14 +10,47 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from deepskip.data_shards import storage
 
 MEASURED = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
-# (kind, step, values, time stamp in ms)
-Measured = tuple[str, int, dict[str, float], int]
+T = TypeVar("T")
+
+
+class Measurement(NamedTuple):
+    """A line of metrics.jsonl, a JSON list of these fields.
+
+    Attributes:
+        kind: "train" or "validation".
+        step: training step.
+        values: metrics by name.
+        stamp: time in ms since the epoch.
+    """
+
+    kind: str
+    step: int
+    values: dict[str, float]
+    stamp: int
+
+
+class SkippedSample(TypedDict):
+    """A line of bad_samples.jsonl, a JSON object of these entries in this order.
+
+    Attributes:
+        split: "train" or "val".
+        shard: location of the shard.
+        key: key of the sample.
+        epoch: epoch in which it was read.
+        reason: what is wrong with it.
+    """
+
+    split: str
+    shard: str
+    key: str
+    epoch: int
+    reason: str
 
 
 class BrokenFile(ValueError):
@@ -124,27 +157,27 @@ def write_down(path: Path, kind: str, step: int, values: dict[str, float]) -> in
     stamp = int(time.time() * 1000)
     # the training itself reports a full disk; the values are still in memory
     with suppress(OSError):
-        append(path, json.dumps([kind, step, values, stamp]))
+        append(path, json.dumps(Measurement(kind, step, values, stamp)))
     return stamp
 
 
-def read_measured(path: Path) -> list[Measured]:
+def read_measured(path: Path) -> list[Measurement]:
     """Read all measurements of a run.
 
     Args:
         path: the journal of the run.
 
     Returns:
-        Tuples (kind, step, values, time stamp in ms), in the order in which they were written.
+        The measurements, in the order in which they were written.
 
     Raises:
         BrokenFile: a line is not a measurement.
         OSError: the file cannot be read.
     """
-    return checked(path, is_measured, tuple)
+    return checked(path, is_measured, lambda value: Measurement(*value))
 
 
-def checked(path: Path, check: Callable[[Any], bool], make: Callable[[Any], Any]) -> list[Any]:
+def checked(path: Path, check: Callable[[Any], bool], make: Callable[[Any], T]) -> list[T]:
     """Read the lines of a file, and validate and convert the JSON value of each.
 
     Args:
@@ -203,11 +236,11 @@ class BadSamples:
     def __len__(self) -> int:
         return len(self.seen)
 
-    def add(self, report: dict[str, Any]) -> bool:
+    def add(self, report: SkippedSample) -> bool:
         """Append the report of a sample, unless the sample is already listed.
 
         Args:
-            report: {"split", "shard", "key", "epoch", "reason"}.
+            report: the report.
 
         Returns:
             Whether the report was appended.
@@ -222,5 +255,5 @@ class BadSamples:
         return True
 
     @staticmethod
-    def _identity(report: dict[str, Any]) -> tuple[str, ...]:
+    def _identity(report: SkippedSample) -> tuple[str, str, str]:
         return report["split"], report["shard"], report["key"]

@@ -136,7 +136,8 @@ def flops(segmenter: Segmenter) -> int:
     image = torch.zeros(1, segmenter.bands, FLOPS_SIDE, FLOPS_SIDE)
     with FlopCounterMode(display=False) as counter, export.plain_operators():
         segmenter(image)
-    return counter.get_total_flops()
+    operations: int = counter.get_total_flops()
+    return operations
 
 
 def limits(model: Predictor, normalization: str, names: dict[str, int]) -> list[str]:

@@ -35,7 +35,7 @@ class Found:
     """
 
     name: str
-    state: checkpoint.State
+    state: checkpoint.ModelState
     run_folder: Path | None
     run_id: str | None
     asked_uri: str | None
@@ -150,6 +150,6 @@ def _checkpoint_uri(uri: str, name: str) -> str:
     return f"{name.rstrip('/')}/{CHECKPOINT}"
 
 
-def for_inference(state: checkpoint.State) -> dict[str, Any]:
+def for_inference(state: checkpoint.ModelState) -> dict[str, Any]:
     """Return a checkpoint's state without the parts that only a training needs."""
     return {key: value for key, value in state.items() if key not in ("format", "version", "optimizer", "rng")}

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from deepskip.checkpoint import DataState, NetworkState
 from deepskip.cluster.settings import of_loopback
 from deepskip.data_shards import storage, trouble
 from deepskip.jobs import models
@@ -64,7 +65,7 @@ def check(argv: list[str]) -> None:
     inputs.find(places)
 
 
-def read_checkpoint(run_or_path: str) -> dict[str, Any]:
+def read_checkpoint(run_or_path: str) -> NetworkState:
     """Read the parts of a model's checkpoint that inference needs.
 
     Args:
@@ -83,9 +84,8 @@ def read_checkpoint(run_or_path: str) -> dict[str, Any]:
         stop(f"model: {error}", NotHere)
     # optimizer and random states are not sent to the workers
     weights = state["ema"] or state["model"]
-    data = state["data"] | {
-        "preparation": {"bands": None, "longest_side": None, **(state["data"].get("preparation") or {})}
-    }
+    preparation = {"bands": None, "longest_side": None, **(state["data"].get("preparation") or {})}
+    data: DataState = {**state["data"], "preparation": preparation}
     return {"config": state["config"], "data": data, "ema": None, "model": weights}
 
 
@@ -94,7 +94,7 @@ def is_relative(place: str) -> bool:
     return "://" not in place and not Path(place).is_absolute()
 
 
-def fingerprint(state: dict[str, Any], options: Options) -> str:
+def fingerprint(state: NetworkState, options: Options) -> str:
     """Compute a SHA-256 of all that determines the outputs: the weights, the model's settings and the options.
 
     Args:
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def outcomes(
-    items: Sequence[Item], state: dict[str, Any], options: Options, out: Path, made_by: str, progress: Progress
+    items: Sequence[Item], state: NetworkState, options: Options, out: Path, made_by: str, progress: Progress
 ) -> Iterator[Any]:
     """Segment images in this process or on Ray.
 

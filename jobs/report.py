@@ -25,7 +25,7 @@ WIDTH = max(len(name) for name in METRICS.values())
 IOU_NEAR_0, IOU_GOOD = 0.1, 0.5
 
 
-def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
     """Return the progress line of a training.
 
     `deepskip submit` shows lines that begin with "step " in one place.
@@ -74,7 +74,7 @@ def print_metrics(values: dict[str, float | None]) -> None:
             print(f"  {'IoU, best threshold':<{WIDTH}}  {number(best)} at {values['best_threshold']:.2f}")
 
 
-def disagreement(step: int, training: dict[str, Any], validation: dict[str, Any]) -> str | None:
+def disagreement(step: int, training: dict[str, float], validation: dict[str, float]) -> str | None:
     """Return a warning that the validation's IoU at a threshold of 0.5 misleads, or None if it does not.
 
     It misleads if it is near 0 while the IoU is good at another threshold and in training.

@@ -6,7 +6,7 @@ starts its own Ray. docs/serve.md describes the requests and answers.
 
 import sys
 
-from deepskip.checkpoint import State
+from deepskip.checkpoint import ModelState
 from deepskip.data_shards import trouble
 from deepskip.jobs import models
 from deepskip.jobs.serving import settings
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     run.serve(config, token, state)
 
 
-def load(config: settings.ServeConfig) -> State:
+def load(config: settings.ServeConfig) -> ModelState:
     """Read the model's checkpoint.
 
     Args:

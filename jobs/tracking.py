@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # set before mlflow is imported, which reads some of them once: an unreachable server must not delay anything for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -107,7 +107,7 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
             parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
             client.log_batch(run.info.run_id, params=parameters)
             client.log_dict(run.info.run_id, config, "config.yaml")
-        return run.info.run_id
+        return str(run.info.run_id)
     # requests, sqlalchemy and mlflow raise different errors for this
     except Exception as error:
         raise unreachable(uri, error) from error
@@ -145,17 +145,17 @@ def experiment_id(uri: str, storage: Path, experiment: str) -> str:
     try:
         found = client.get_experiment_by_name(experiment)
         if found is not None:
-            return found.experiment_id
+            return str(found.experiment_id)
         # mlflow's default for sqlite is ./mlruns in the current folder
         location = (storage / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
         try:
-            return client.create_experiment(experiment, artifact_location=location)
+            return str(client.create_experiment(experiment, artifact_location=location))
         except Exception:
             # another training may have created it in the meantime
             found = client.get_experiment_by_name(experiment)
             if found is None:
                 raise
-            return found.experiment_id
+            return str(found.experiment_id)
     except Exception as error:
         raise unreachable(uri, error) from error
 
@@ -212,6 +212,14 @@ def system_metrics(run_id: str) -> Iterator[None]:
         monitor.finish()
 
 
+class Unsent(NamedTuple):
+    """An event that MLflow has not received: "metrics" with Metrics, a "panel" with its Figure, or a "file" with its Path."""
+
+    kind: str
+    step: int
+    value: Any
+
+
 class Tracker:
     """Sender of events to an MLflow run, in order; what the server does not accept is kept and sent again.
 
@@ -227,7 +235,7 @@ class Tracker:
         journal: file of the measurements of earlier parts.
 
     Attributes:
-        waiting: queue of events (kind, step, value) that are not sent yet.
+        waiting: queue of events that are not sent yet.
         history: pairs (step, value) of each metric of the run.
         last_step: latest step of each kind of event.
 
@@ -238,7 +246,7 @@ class Tracker:
 
     def __init__(self, uri: str, run_id: str, ignore_index: int, journal: Path) -> None:
         self.client, self.run_id, self.ignore_index = mlflow.MlflowClient(uri), run_id, ignore_index
-        self.waiting: deque[tuple[str, int, Any]] = deque()
+        self.waiting: deque[Unsent] = deque()
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.last_step: dict[str, int] = {}
         self.next_try = 0.0
@@ -274,7 +282,7 @@ class Tracker:
 
     def _append(self, kind: str, step: int, value: Any) -> None:
         with self.lock:
-            self.waiting.append((kind, step, value))
+            self.waiting.append(Unsent(kind, step, value))
 
     def start(self) -> None:
         """Start a thread that sends the events until `finish`."""
@@ -418,7 +426,7 @@ def is_of_the_server(error: Exception) -> bool:
 def model_location(uri: str, model_id: str) -> str:
     """Return the place of the files of a logged model, whose ID is m-..."""
     use(uri)
-    return mlflow.MlflowClient(uri).get_logged_model(model_id).artifact_location
+    return str(mlflow.MlflowClient(uri).get_logged_model(model_id).artifact_location)
 
 
 def download(uri: str, artifact_uri: str, folder: str) -> Path:

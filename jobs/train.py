@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepskip import networks
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
@@ -22,6 +22,10 @@ from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_in
 from deepskip.jobs import report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
 from deepskip.jobs.training.tracked import log_model, send_late, tracked
+
+if TYPE_CHECKING:
+    # It imports MLflow, which need not be installed.
+    from deepskip.jobs.tracking import Tracker
 
 
 def check(argv: list[str]) -> None:
@@ -188,7 +192,7 @@ def train_here(config: Config, stem: str, argv: list[str] | None = None) -> dict
             return launch(config, stem, partial(here.fit, ranks=ranks), argv)
 
 
-def on_ray(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
+def on_ray(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | None") -> dict[str, Any]:
     """Train on Ray, which is imported only here.
 
     Args:
@@ -206,7 +210,7 @@ def on_ray(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> d
     return fit(config, run, run_id, tracker)
 
 
-Fit = Callable[[Config, runs.Run, str | None, Any], dict[str, Any]]
+Fit = Callable[[Config, runs.Run, str | None, "Tracker | None"], dict[str, Any]]
 
 
 def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -> dict[str, Any]:
@@ -236,7 +240,7 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
         run = runs.claim(folder, config.run.name, stem, settings, data)
     except runs.RunFinished as error:
         print(f"{error.folder} is finished already; this is its result")
-        summary = runs.read_json(error.folder / runs.SUMMARY)
+        summary: dict[str, Any] = runs.read_json(error.folder / runs.SUMMARY)
         report.print_table(summary)
         send_late(error.folder, config)
         return summary

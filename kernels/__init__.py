@@ -63,7 +63,8 @@ def loss_of_sums(
 
         return bce_dice_loss_triton.loss_of_sums(sums, class_weights, beta, eps)
     form = bce_dice_cpu if found == "cpu" else reference
-    return form.loss_of_sums(sums, class_weights, beta, eps)
+    parts: tuple[Tensor, Tensor, Tensor] = form.loss_of_sums(sums, class_weights, beta, eps)
+    return parts
 
 
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
@@ -86,9 +87,11 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
         from deepskip.kernels import deep_skip_triton, subpixel
 
         form = subpixel if backend.uses_next() else deep_skip_triton
-        return form.deep_skip(inputs, weights, mode)
+        fused: Tensor = form.deep_skip(inputs, weights, mode)
+        return fused
     plain = deep_skip_cpu if found == "cpu" else reference
-    return plain.deep_skip(inputs, weights, mode)
+    joined: Tensor = plain.deep_skip(inputs, weights, mode)
+    return joined
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,7 +111,8 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         return conv3_triton.conv3(x, weight, bias)
     form = conv3_cpu if found == "cpu" else reference
-    return form.conv3(x, weight, bias)
+    y: Tensor = form.conv3(x, weight, bias)
+    return y
 
 
 def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +172,8 @@ def batch_norm_relu(
             return batch_norm_triton.batch_norm_relu_of_sums(x, rows, *settings, momentum, eps)
         return batch_norm_triton.batch_norm_relu(x, *settings, training, momentum, eps)
     form = batch_norm_cpu if found == "cpu" else reference
-    return form.batch_norm_relu(x, *settings, training, momentum, eps)
+    y: Tensor = form.batch_norm_relu(x, *settings, training, momentum, eps)
+    return y
 
 
 if __name__ == "kernels":

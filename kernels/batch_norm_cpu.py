@@ -92,7 +92,8 @@ def batch_norm_relu(
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if not (training and narrow and channels_last and x.dtype == torch.float32):
         return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
-    out, mean, variance = _BatchNormReLU.apply(x, weight, bias, eps)
+    out: Tensor
+    out, mean, variance = _BatchNormReLU.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         count = x.numel() // len(weight)
         running_mean.lerp_(mean, momentum)

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
             tiles: tiles of each program.
             most: about how many programs the whole launch may have; programs then take more tiles.
         """
-        wanted = triton.cdiv(self.pixels, self.rows * tiles)
+        wanted: int = triton.cdiv(self.pixels, self.rows * tiles)
         return wanted if most is None else max(1, min(wanted, most // (self.samples * self.blocks)))
 
 
@@ -189,12 +189,12 @@ def _(dy: Tensor, x: Tensor, stats: Tensor, training: bool) -> tuple[Tensor, Ten
     return _like(x), stats.new_empty(x.shape[1]), stats.new_empty(x.shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, _, _, stats, ctx.training = inputs
     ctx.save_for_backward(x, stats)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *_normalise_relu_gradient(dy, *ctx.saved_tensors, ctx.training), None, None
 
 
@@ -289,4 +289,5 @@ def _of(
             stats = _batch_statistics(x if rows is None else None, rows, count, *channels, momentum, eps)
         else:
             stats = _fixed_statistics(*channels, eps)
-    return _normalise_relu(x, weight, bias, stats, training)
+    y: Tensor = _normalise_relu(x, weight, bias, stats, training)
+    return y

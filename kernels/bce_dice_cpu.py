@@ -197,7 +197,9 @@ def bce_dice_sums(
         ValueError: if the target does not fit the logits.
     """
     check_target(logits, target)
-    return _Sums.apply(logits, target, sample_weight, alpha, ignored_label(target.dtype, ignore_index))
+    ignored = ignored_label(target.dtype, ignore_index)
+    sums: Tensor = _Sums.apply(logits, target, sample_weight, alpha, ignored)  # type: ignore[no-untyped-call]
+    return sums
 
 
 class _Loss(torch.autograd.Function):
@@ -250,4 +252,5 @@ def loss_of_sums(
     Returns:
         Loss, BCE and Dice, scalars.
     """
-    return _Loss.apply(sums, class_weights, beta, eps)
+    parts: tuple[Tensor, Tensor, Tensor] = _Loss.apply(sums, class_weights, beta, eps)  # type: ignore[no-untyped-call]
+    return parts

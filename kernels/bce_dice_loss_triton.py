@@ -3,6 +3,8 @@
 As tensor operators they are some forty launches on a few numbers, more time than the pixels take for small images.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -104,16 +106,16 @@ def _(
     return torch.empty_like(sums)
 
 
-def _keep_sums(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    sums, class_weights, ctx.beta, ctx.eps = inputs  # type: ignore[attr-defined]
+def _keep_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    sums, class_weights, ctx.beta, ctx.eps = inputs
     ctx.save_for_backward(sums, class_weights)
     # Materializing a gradient of zeros would cost a launch.
     ctx.set_materialize_grads(False)
 
 
-def _loss_backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple:
-    sums, class_weights = ctx.saved_tensors  # type: ignore[attr-defined]
-    ds = _loss_gradient(*grads, sums, class_weights, ctx.beta, ctx.eps)  # type: ignore[attr-defined]
+def _loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    sums, class_weights = ctx.saved_tensors
+    ds = _loss_gradient(*grads, sums, class_weights, ctx.beta, ctx.eps)
     return ds, None, None, None
 
 
@@ -140,4 +142,5 @@ def loss_of_sums(
         RuntimeError: if a second derivative is computed.
     """
     must_run(sums)
-    return _loss(sums, class_weights, beta, eps)
+    parts: tuple[Tensor, Tensor, Tensor] = _loss(sums, class_weights, beta, eps)
+    return parts

@@ -11,7 +11,7 @@ the same input gives the same sums. Addresses are 64 bits wide. Nothing here wai
 five launches: the rows, their sums, the loss of the sums, the gradient of the sums, the gradient of the logits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -289,7 +289,8 @@ def programs_of_a_sample(at: Layout, block: int) -> int:
         at: layout of logits and target.
         block: pixels that a program holds at a time.
     """
-    return max(1, min(triton.cdiv(at.pixels, block), MAX_PROGRAMS // (at.N * at.V)))
+    blocks: int = triton.cdiv(at.pixels, block)
+    return max(1, min(blocks, MAX_PROGRAMS // (at.N * at.V)))
 
 
 def _added_up(rows: Tensor, V: int, width: int) -> Tensor:
@@ -380,18 +381,18 @@ def _(
     return torch.empty_like(logits)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    logits, target, sample_weight, ctx.alpha, ctx.ignore_index = inputs  # type: ignore[attr-defined]
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, target, sample_weight, ctx.alpha, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, sample_weight)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    logits, target, sample_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-    dz = _gradient(grad, logits, target, sample_weight, ctx.alpha, ctx.ignore_index)  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    logits, target, sample_weight = ctx.saved_tensors
+    dz = _gradient(grad, logits, target, sample_weight, ctx.alpha, ctx.ignore_index)
     return dz, None, None, None, None
 
 
-def no_second_backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple:
+def no_second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Raise the error for a second derivative; every Triton operator's gradient registers this as its backward.
 
     Args:
@@ -453,4 +454,5 @@ def bce_dice_sums(
         RuntimeError: if a second derivative is computed.
     """
     must_run(logits)
-    return _sums(logits, target, sample_weight, alpha, ignore_index)
+    sums: Tensor = _sums(logits, target, sample_weight, alpha, ignore_index)
+    return sums

@@ -118,5 +118,6 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_grad_enabled():
         return convolve(x, weight, bias)
     if bias is None and (_paired(x, len(weight)) or (x.requires_grad and _paired(x, weight.shape[1]))):
-        return _Conv3.apply(x, weight)
+        convolved: Tensor = _Conv3.apply(x, weight)  # type: ignore[no-untyped-call]
+        return convolved
     return F.conv2d(x, weight, bias, padding=1)

@@ -85,7 +85,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Te
     return _gradient_tensors(x, weight, needs)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, *bias = inputs
     ctx.needs = [x.requires_grad, weight.requires_grad]
     ctx.bias = bias[0] is not None and bias[0].requires_grad if bias else None
@@ -93,7 +93,7 @@ def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, grad: Tensor | None, rows_grad: Tensor | None = None) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, rows_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if rows_grad is not None:
         raise RuntimeError("the sums of conv3_with_sums have no gradient; differentiate through its first output")
     x, weight = ctx.saved_tensors
@@ -139,7 +139,8 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     must_run(x)
     if not takes(x, weight):
         return reference.conv3(x, weight, bias)
-    return _conv3(x.to(low_precision(x)), weight, bias)
+    y: Tensor = _conv3(x.to(low_precision(x)), weight, bias)
+    return y
 
 
 def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,4 +164,5 @@ def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"the weight has {K} output and {C} input channels; the limits are {MOST_OUTPUTS} and {MOST_INPUTS}"
         )
-    return _conv3_with_sums(x.to(low_precision(x)), weight)
+    y_and_rows: tuple[Tensor, Tensor] = _conv3_with_sums(x.to(low_precision(x)), weight)
+    return y_and_rows

@@ -268,4 +268,5 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     low = whole and any(low_pays(H // x.shape[-2], len(weights[0])) for x in inputs)
     if not low or inputs[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return reference.deep_skip(inputs, weights, mode)
-    return _DeepSkip.apply(mode, *inputs, *weights)
+    joined: Tensor = _DeepSkip.apply(mode, *inputs, *weights)  # type: ignore[no-untyped-call]
+    return joined

@@ -347,12 +347,12 @@ def _(grad: Tensor, factors: Sequence[int], mode: str) -> list[Tensor]:
     return _gradients(grad, factors)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     own, taps, ctx.mode = inputs
     ctx.factors = [own.shape[2] // x.shape[1] for x in taps]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     own, *taps = _gather(grad, ctx.factors, ctx.mode)
     return own, taps, None
 
@@ -422,4 +422,5 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     if len(inputs) == 1:
         return own
     taps = [taps_of(x, weight, own.dtype) for x, weight in zip(inputs[1:], weights[1:], strict=True)]
-    return _spread(own, taps, mode)
+    joined: Tensor = _spread(own, taps, mode)
+    return joined

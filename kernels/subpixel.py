@@ -117,7 +117,7 @@ def _(
     return [*mine, *taps, *theirs]
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     maps, weights, taps, ctx.slices, ctx.mode = inputs
     ctx.count, ctx.factors = len(maps), [maps[0].shape[2] // x.shape[1] for x in taps]
     ctx.needs = [x.requires_grad for x in (*maps, *weights)]
@@ -129,7 +129,7 @@ def _placed(made: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None
     return [left.pop(0) if asked else None for asked in needs]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     maps, weights = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     made = _stage_gradients(grad, maps, weights, ctx.factors, ctx.slices, ctx.mode, ctx.needs)
     own, theirs = ctx.needs[: ctx.count], ctx.needs[ctx.count :]
@@ -171,4 +171,5 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     dtype = low_precision(inputs[0])
     taps = [deep_skip_triton.taps_of(inputs[i], weights[i], dtype) for i in far]
     maps = [inputs[i].to(dtype) for i in near]
-    return _stage(maps, [weights[i] for i in near], taps, [*near, *far], mode)
+    joined: Tensor = _stage(maps, [weights[i] for i in near], taps, [*near, *far], mode)
+    return joined

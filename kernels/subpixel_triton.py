@@ -254,7 +254,8 @@ def programs_of(N: int, C: int, K: int, H: int, W: int, dtype: torch.dtype) -> i
     """
     cut = branch(W, C, K, dtype)
     per_stripe = cut.groups * (cut.strips + 2)
-    return N * triton.cdiv(H, stripe_of(N, H, per_stripe)) * per_stripe
+    stripes: int = triton.cdiv(H, stripe_of(N, H, per_stripe))
+    return N * stripes * per_stripe
 
 
 def launch_stage(

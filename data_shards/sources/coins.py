@@ -207,7 +207,9 @@ def draw_background(rng: np.random.Generator, photograph: Image.Image, size: int
     if rng.random() < 0.5:
         array = array[:, ::-1]
     mean = array.mean()
-    return (array - mean) * np.float32(rng.uniform(0.75, 1.1)) + mean * np.float32(rng.uniform(0.75, 1.15))
+    contrast, brightness = np.float32(rng.uniform(0.75, 1.1)), np.float32(rng.uniform(0.75, 1.15))
+    changed: np.ndarray = (array - mean) * contrast + mean * brightness
+    return changed
 
 
 def draw_places(rng: np.random.Generator, coins: list[Coin], size: int) -> list[tuple[Coin, float, float, float]]:
@@ -281,7 +283,7 @@ def shade(rng: np.random.Generator, layers: list[Layer], size: int) -> np.ndarra
     for window, _, cover in layers:
         cover_HW[window] = np.maximum(cover_HW[window], cover)
     offset = reach * size * math.sin(angle), reach * size * math.cos(angle)
-    shadow_HW = ndimage.shift(ndimage.gaussian_filter(cover_HW, blur * size), offset, order=1)
+    shadow_HW: np.ndarray = ndimage.shift(ndimage.gaussian_filter(cover_HW, blur * size), offset, order=1)
     return 1 - np.float32(strength) * shadow_HW
 
 

@@ -13,7 +13,7 @@ from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.config import Config
 from deepskip.kernels.bench import measure
-from deepskip.training_step import DataInfo, TrainingStep
+from deepskip.training_step import Batch, DataInfo, TrainingStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)
@@ -30,11 +30,12 @@ def test_checkpoint(benchmark: Any, tmp_path: Path) -> None:
     training = TrainingStep(config, DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}), DEVICE)
     training.distribute()
     N = SIZE[0]
-    batch = {
+    batch: Batch = {
         "image": torch.randn(SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last),
         "mask": (torch.rand(N, *SIZE[2:], device=DEVICE) < 0.1).to(torch.uint8),
         "mean": torch.zeros(N, 3, device=DEVICE), "std": torch.ones(N, 3, device=DEVICE),
         "weight": torch.ones(N, device=DEVICE), "epoch": [0] * N, "sample": list(range(N)),
+        "key": [str(number) for number in range(N)],
     }  # fmt: skip
 
     def step() -> None:

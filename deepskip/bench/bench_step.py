@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +12,7 @@ from deepskip import kernels
 from deepskip.allocator import keep_freed_memory
 from deepskip.config import Config
 from deepskip.kernels.bench import measure
-from deepskip.training_step import DataInfo, TrainingStep
+from deepskip.training_step import Batch, DataInfo, TrainingStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)
@@ -32,12 +32,12 @@ class Step:
         mean, std = (torch.full((N, bands), value) for value in (127.0, 70.0))
         tensors = {"image": image, "mask": mask, "mean": mean, "std": std, "weight": torch.ones(N)}
         self.host = {name: x.pin_memory() if DEVICE.type == "cuda" else x for name, x in tensors.items()}
-        self.numbers = {"epoch": [0] * N, "sample": list(range(N))}
+        self.numbers = {"epoch": [0] * N, "sample": list(range(N)), "key": [str(number) for number in range(N)]}
 
     def copy(self) -> None:
         """Copy the batch to the device."""
         tensors = {name: x.to(DEVICE, non_blocking=True) for name, x in self.host.items()}
-        self.weight, self.batch = tensors["weight"], tensors | self.numbers
+        self.weight, self.batch = tensors["weight"], cast(Batch, tensors | self.numbers)
 
     def prepare(self) -> None:
         """Normalise and augment the batch."""

@@ -60,7 +60,8 @@ class FullyConvolutional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits (N, classes, H, W) of images (N, bands, H, W)."""
-        return self.network(x)["out"]
+        logits: Tensor = self.network(x)["out"]
+        return logits
 
 
 def build_fcn(in_channels: int, num_classes: int, *, backbone: str, channels: Sequence[int]) -> nn.Module:

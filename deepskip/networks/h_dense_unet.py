@@ -171,7 +171,8 @@ class HDenseUNet(nn.Module):
         with single_precision_on_cpus(x):
             deep = self.volume(volume.float() if x.device.type == "cpu" else volume).mean(2)
         deep = self.volume_features(enlarge(deep, size))
-        return self.head(self.fusion(flat + deep))
+        logits: Tensor = self.head(self.fusion(flat + deep))
+        return logits
 
 
 def single_precision_on_cpus(x: Tensor) -> AbstractContextManager[Any]:

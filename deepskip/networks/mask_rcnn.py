@@ -52,7 +52,8 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the maps (N, out_channels, h, w) of images (N, bands, H, W) by name, largest first."""
-        return self.pyramid(OrderedDict((str(i), y) for i, y in enumerate(self.body(x))))
+        maps: dict[str, Tensor] = self.pyramid(OrderedDict((str(i), y) for i, y in enumerate(self.body(x))))
+        return maps
 
 
 class MaskRCNNSegmenter(nn.Module):

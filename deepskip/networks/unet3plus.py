@@ -59,7 +59,8 @@ class UNet3Plus(nn.Module):
             assert isinstance(branches, nn.ModuleList)
             taken = [branch(y) for branch, y in zip(branches, brought, strict=True)]
             maps[u] = self.merges[u](torch.cat(taken, 1))
-        return self.head(maps[0])
+        logits: Tensor = self.head(maps[0])
+        return logits
 
 
 def bring(x: Tensor, size: torch.Size, shrink: int) -> Tensor:

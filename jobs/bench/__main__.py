@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def trained(run: Path, options: list[str]) -> float:
     return statistics.median(batch / speed for speed in speeds[LEFT_OUT:])
 
 
-def table(rows: list[dict], machine: dict, steps: int) -> str:
+def table(rows: list[dict[str, Any]], machine: dict[str, Any], steps: int) -> str:
     """Return the results as Markdown.
 
     Args:

@@ -24,7 +24,7 @@ from deepskip import checkpoint
 from deepskip.allocator import keep_freed_memory
 from deepskip.config import Config
 from deepskip.kernels.bench.measure import cpu_name
-from deepskip.training_step import DataInfo, TrainingStep
+from deepskip.training_step import Batch, DataInfo, TrainingStep
 
 CROP = 128
 SIZES = (1024, 16384, 262144, 2582660, 8388608)
@@ -110,7 +110,7 @@ def time_steps(rank: int, world_size: int, store: str, out: str, images: int, to
     dist.destroy_process_group()
 
 
-def batch_of(images: int) -> dict[str, Any]:
+def batch_of(images: int) -> Batch:
     """Return a batch of random crops with mean 0 and standard deviation 1.
 
     Args:
@@ -118,13 +118,13 @@ def batch_of(images: int) -> dict[str, Any]:
 
     Returns:
         The batch: "image" (N, 3, CROP, CROP) fp32 in channels_last, "mask" (N, CROP, CROP) uint8, "mean" and "std" (N, 3),
-        "weight" (N,), and the lists "epoch" and "sample".
+        "weight" (N,), and the lists "epoch", "sample" and "key".
     """
     return {
         "image": torch.randn(images, 3, CROP, CROP).contiguous(memory_format=torch.channels_last),
         "mask": (torch.rand(images, CROP, CROP) < 0.1).to(torch.uint8),
         "mean": torch.zeros(images, 3), "std": torch.ones(images, 3), "weight": torch.ones(images),
-        "epoch": [0] * images, "sample": list(range(images)),
+        "epoch": [0] * images, "sample": list(range(images)), "key": [str(number) for number in range(images)],
     }  # fmt: skip
 
 

@@ -88,10 +88,12 @@ def main(argv: list[str] | None = None) -> None:
     print(table(found))
 
 
-def untrained() -> dict[str, Any]:
+def untrained() -> checkpoint.NetworkState:
     """Return the checkpoint state of an untrained network of the default size, for three bands and one class."""
     torch.manual_seed(0)
-    data = {"in_channels": 3, "num_classes": 1, "mean": [0.0] * 3, "std": [1.0] * 3}
+    data: checkpoint.DataState = {
+        "in_channels": 3, "num_classes": 1, "ignore_index": 255, "mean": [0.0] * 3, "std": [1.0] * 3, "preparation": {},
+    }  # fmt: skip
     return {"config": asdict(Config()), "data": data, "model": DeepSkipUNet(3, 1).state_dict(), "ema": None}
 
 

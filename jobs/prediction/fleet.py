@@ -14,6 +14,7 @@ import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
+from deepskip.checkpoint import NetworkState
 from deepskip.data_shards import storage
 from deepskip.jobs.prediction.inputs import Item
 from deepskip.jobs.prediction.options import Options
@@ -40,7 +41,7 @@ class Worker:
     """
 
     def __init__(
-        self, state: dict[str, Any], options: Options, out: str, made_by: str, threads: int, processes: int
+        self, state: NetworkState, options: Options, out: str, made_by: str, threads: int, processes: int
     ) -> None:
         torch.set_num_threads(threads)
         self.predictor = PredictionWorker(state, options, Path(out), made_by, processes)
@@ -53,7 +54,7 @@ class Worker:
 
 
 def over_ray(
-    items: Sequence[Item], state: dict[str, Any], options: Options, out: Path, made_by: str
+    items: Sequence[Item], state: NetworkState, options: Options, out: Path, made_by: str
 ) -> Iterator[Outcome]:
     """Segment images on the cluster at RAY_ADDRESS, or on a local Ray instance.
 

@@ -270,7 +270,8 @@ def sample_bytes(folder: str, number: int) -> bytes:
     )
     if storage.is_remote(location):
         fs, path = storage.filesystem(location)
-        return storage.with_retries(location, lambda: fs.cat_file(path, start=start, end=stop))
+        part: bytes = storage.with_retries(location, lambda: fs.cat_file(path, start=start, end=stop))
+        return part
     with Path(location.removeprefix("file://")).open("rb") as file:
         file.seek(start)
         return file.read(stop - start)

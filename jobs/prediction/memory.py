@@ -111,7 +111,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[StorageWeakRef, int] = {}
         self.peak = 0
 
@@ -152,7 +152,7 @@ def budget(options: Options, device: torch.device, processes: int) -> int:
 
 def free_memory() -> int:
     """Return the bytes that are free on this machine, or in its container if that has a smaller limit."""
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()

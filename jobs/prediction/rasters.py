@@ -300,12 +300,14 @@ def apply_palette(raster: Raster, page: Any, nodata: float | None) -> None:
         page: TIFF page with the palette.
         nodata: Index that marks missing pixels, or None.
     """
-    raw, colours = raster.read_raw, (page.colormap >> 8).astype(np.uint8).T
+    raw = raster.read_raw
+    colours: np.ndarray = (page.colormap >> 8).astype(np.uint8).T
 
     def read(rows: slice, columns: slice) -> np.ndarray:
         indices = raw(rows, columns)[..., 0]
         if nodata is None:
-            return colours[indices]
+            coloured: np.ndarray = colours[indices]
+            return coloured
         return np.where((indices == nodata)[..., None], np.nan, colours[indices]).astype(np.float32)
 
     raster.read_raw, raster.bands, raster.dtype = read, 3, np.dtype(np.uint8)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepskip.allocator import give_back_freed_memory
+from deepskip.checkpoint import NetworkState
 from deepskip.data_shards import trouble
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.preparation import band_statistics, resample_bands, shrunk
@@ -117,7 +118,7 @@ class PredictionWorker:
         ValueError: The device of the settings is missing.
     """
 
-    def __init__(self, state: dict[str, Any], options: Options, out: Path, made_by: str, processes: int = 1) -> None:
+    def __init__(self, state: NetworkState, options: Options, out: Path, made_by: str, processes: int = 1) -> None:
         self.device = memory.device_of(options)
         # Returning freed memory costs time, which pays off only under a memory limit.
         if options.memory_gb is not None and self.device.type == "cpu":

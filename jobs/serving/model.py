@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from deepskip import inference
+from deepskip.checkpoint import NetworkState
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
 from deepskip.data_shards.pictures import Reading
 from deepskip.jobs.serving.answers import Answer, encode
@@ -40,7 +41,7 @@ class Model:
     """
 
     def __init__(
-        self, state: dict[str, Any], device: str, max_pixels: int, batch: int, batch_wait: float, threads: int
+        self, state: NetworkState, device: str, max_pixels: int, batch: int, batch_wait: float, threads: int
     ) -> None:
         close_back_door()
         torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from deepskip.checkpoint import State
+from deepskip.checkpoint import NetworkState
 from deepskip.cluster.settings import of_loopback
 from deepskip.jobs.serving.answers import Answer
 from deepskip.jobs.serving.front import Front, Unavailable, answer_in_json
@@ -28,7 +28,7 @@ LINGER_SECONDS = 5.0
 WATCH_SECONDS = 1.0
 
 
-def serve(config: ServeConfig, token: str | None, state: State) -> None:
+def serve(config: ServeConfig, token: str | None, state: NetworkState) -> None:
     """Serve a model until SIGTERM or SIGINT.
 
     Args:
@@ -46,7 +46,7 @@ def serve(config: ServeConfig, token: str | None, state: State) -> None:
 
 
 @contextmanager
-def replicas(config: ServeConfig, state: State) -> Iterator[Any]:
+def replicas(config: ServeConfig, state: NetworkState) -> Iterator[Any]:
     """Start Ray, or join the cluster at RAY_ADDRESS, and run the replicas on it while the block runs.
 
     Args:
@@ -91,7 +91,7 @@ def listen(config: ServeConfig) -> socket.socket:
         stop(f"host {config.host}, port {config.port}: {error.strerror}; choose others, or --port 0 for a free port")
 
 
-def deploy(config: ServeConfig, state: State) -> Any:
+def deploy(config: ServeConfig, state: NetworkState) -> Any:
     """Start the replicas, and wait until they have loaded the model.
 
     Args:
@@ -246,7 +246,8 @@ class Replicas:
         for last in (False, True):
             response = self.handle.segment.remote(body, extension, wanted)
             try:
-                return await response
+                answer: Answer = await response
+                return answer
             except asyncio.CancelledError:
                 response.cancel()
                 raise

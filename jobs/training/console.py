@@ -1,10 +1,14 @@
 """Report a training's events on the terminal, to the MLflow tracker, and in the run's list of bad samples."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deepskip.config import Config
 from deepskip.jobs import journal, report, runs
 from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Warned
+
+if TYPE_CHECKING:
+    # It imports MLflow, which need not be installed.
+    from deepskip.jobs.tracking import Tracker
 
 
 class Console:
@@ -18,10 +22,10 @@ class Console:
         disagreed: whether `report.disagreement` of training and validation metrics was printed; it is printed once.
     """
 
-    def __init__(self, config: Config, run: runs.Run, tracker: Any) -> None:
+    def __init__(self, config: Config, run: runs.Run, tracker: "Tracker | None") -> None:
         self.steps, self.tracker = config.optim.steps, tracker
         self.bad_samples = journal.BadSamples(run.folder)
-        self.training: dict[str, Any] = {}
+        self.training: dict[str, float] = {}
         self.disagreed = False
 
     def take(self, event: Event) -> None:
@@ -55,12 +59,12 @@ class Console:
         return count
 
 
-def note_skipped(bad_samples: journal.BadSamples, about: dict[str, Any]) -> None:
+def note_skipped(bad_samples: journal.BadSamples, about: journal.SkippedSample) -> None:
     """Add a skipped sample to the run's list, and print a warning; each sample is listed and printed once.
 
     Args:
         bad_samples: the run's list.
-        about: the sample's "split", "shard", "key", "epoch" and "reason".
+        about: which sample, and why.
     """
     if bad_samples.add(about):
         print(f"warning: skipped sample {about['key']} in {about['shard']}: {about['reason']}", flush=True)

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import FailureConfig, RunConfig
@@ -17,6 +17,11 @@ from deepskip.jobs.training import allocation, process_group, restarts
 from deepskip.jobs.training import events as told
 from deepskip.jobs.training.console import Console
 from deepskip.jobs.training.worker import train_worker
+from deepskip.trainer import Summary
+
+if TYPE_CHECKING:
+    # It imports MLflow, which need not be installed.
+    from deepskip.jobs.tracking import Tracker
 
 POLL_SECONDS = 0.5
 # A stopped job waits this long for its workers' last checkpoint. It is less than the time that Ray's head leaves the job
@@ -40,10 +45,10 @@ class Driver:
         follower: the thread that runs `follow`.
     """
 
-    def __init__(self, config: Config, run: runs.Run, tracker: Any, queue: Any, elastic: bool) -> None:
+    def __init__(self, config: Config, run: runs.Run, tracker: "Tracker | None", queue: Any, elastic: bool) -> None:
         self.config, self.queue, self.elastic = config, queue, elastic
         self.console = Console(config, run, tracker)
-        self.summary: dict[str, Any] | None = None
+        self.summary: Summary | None = None
         self.fatal: str | None = None
         self.policy = restarts.RestartPolicy(config.cluster, config.run.checkpoint_every)
         self.done, self.stopped = threading.Event(), threading.Event()
@@ -133,7 +138,7 @@ class Driver:
         if self.fatal is not None:
             stop(self.fatal)
         assert self.summary is not None
-        return self.summary | {"bad_samples": bad_samples}
+        return {**self.summary, "bad_samples": bad_samples}
 
     def end(self) -> None:
         """End the follower, and process the remaining events."""
@@ -142,7 +147,7 @@ class Driver:
         self.deliver()
 
 
-def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any) -> dict[str, Any]:
+def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | None") -> dict[str, Any]:
     """Train on Ray, and report the training's progress while it runs.
 
     Args:

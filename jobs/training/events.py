@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from deepskip.jobs.journal import write_down
+import numpy as np
+
+from deepskip.jobs.journal import SkippedSample, write_down
+
+# The queue's process needs no torch.
+if TYPE_CHECKING:
+    from deepskip.trainer import Summary
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,33 @@ class Measured:
     stamp: int = 0
 
 
+class Thumbnail(TypedDict):
+    """A validation image of a panel, reduced by `deepskip.evaluation.thumbnail`.
+
+    Attributes:
+        image: the image (h, w, bands), of three bands at most.
+        mask: true labels (h, w).
+        labels: predicted labels (h, w).
+        key: key of the sample.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+    key: str
+
+
 @dataclass(frozen=True)
 class Panel:
     """Validation images with masks and predictions, reduced in size so that they are cheap to send.
 
     Attributes:
         step: the step after which they were predicted.
-        images: for each its "image", "mask" and "labels" from `deepskip.evaluation.thumbnail`, and its sample's "key".
+        images: the reduced images.
     """
 
     step: int
-    images: list[dict[str, Any]]
+    images: list[Thumbnail]
 
 
 @dataclass(frozen=True)
@@ -62,10 +84,10 @@ class SampleSkipped:
     """A bad sample was skipped.
 
     Attributes:
-        report: the sample's "split", "shard", "key" and "epoch", and the "reason".
+        report: which sample, and why.
     """
 
-    report: dict[str, Any]
+    report: SkippedSample
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,7 @@ class Fatal:
 class Finished:
     """The training is done; `summary` is the trainer's."""
 
-    summary: dict[str, Any]
+    summary: "Summary"
 
 
 Event = Started | Measured | Panel | Warned | SampleSkipped | WorkersFailed | Stopped | Fatal | Finished

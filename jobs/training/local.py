@@ -3,12 +3,12 @@
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,10 @@ from deepskip.jobs.settings import STOPPED, stop
 from deepskip.jobs.training import preemption, share
 from deepskip.jobs.training.console import Console, note_skipped
 from deepskip.jobs.training.events import Event, Measured, SampleSkipped, Started
+
+if TYPE_CHECKING:
+    # It imports MLflow, which need not be installed.
+    from deepskip.jobs.tracking import Tracker
 
 
 @dataclass
@@ -77,7 +81,7 @@ def ranks(config: Config) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: Ranks) -> dict[str, Any]:
+def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | None", ranks: Ranks) -> dict[str, Any]:
     """Train as rank 0, and report the training's progress.
 
     Args:
@@ -114,7 +118,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: Any, ranks: 
 
     agree(ranks, (str(run.folder), run_id))
     summary = train(config, run.folder, run_id, tell, ranks)
-    return summary | {"bad_samples": console.finish()}
+    return {**summary, "bad_samples": console.finish()}
 
 
 def follow(config: Config, ranks: Ranks) -> None:
@@ -162,7 +166,9 @@ def agree(ranks: Ranks, told: tuple[str, str | None] | None) -> tuple[str, str |
     return told_to_all[0]
 
 
-def train(config: Config, folder: Path, run_id: str | None, tell: Any, ranks: Ranks) -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, run_id: str | None, tell: Callable[[Event], None], ranks: Ranks
+) -> trainer.Summary:
     """Train this rank's share of a run.
 
     Args:

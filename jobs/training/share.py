@@ -1,6 +1,6 @@
 """One rank's share of a training on shards, and the events that it sends; it does not depend on Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from deepskip import augment, checkpoint, trainer
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops
-from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.dataset import Batch, Shards, SkipReport
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import train_batches, whole_images
-from deepskip.evaluation import thumbnail
+from deepskip.evaluation import PanelImage, thumbnail
 from deepskip.jobs import runs
 from deepskip.jobs.settings import cache_of
-from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Thumbnail, Warned
 from deepskip.training_step import DataInfo
 
 # Longest side of the images in a panel, in pixels.
@@ -42,7 +42,7 @@ def train(
     device: torch.device,
     threads: int,
     run_id: str | None,
-) -> dict[str, Any]:
+) -> trainer.Summary:
     """Train one rank's share of a run.
 
     Args:
@@ -79,13 +79,13 @@ def train(
         runs.check_writer_lease(folder, lease)
         tell(event_of(kind, step, values))
 
-    def skipped(split: str, report: dict[str, Any]) -> None:
-        tell(SampleSkipped({"split": split} | report))
+    def skipped(split: str, report: SkipReport) -> None:
+        tell(SampleSkipped({"split": split, **report}))
 
     # drawn in the loader's processes, where there are some
     draws = partial(augment.loader_entries, config.augment, config.run.seed, train_shards.index.bands)
 
-    def train_stream(step: int) -> Any:
+    def train_stream(step: int) -> Iterator[Batch]:
         if rank == 0:
             tell(Started(step, world_size))
         stream = train_batches(
@@ -120,19 +120,20 @@ def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel |
     Args:
         kind: "train", "validation", "panel" or "warning".
         step: number of steps done.
-        values: metrics by name; for a panel {"images": list of {"image" (C, H, W), "mask" (H, W), "labels" (H, W), "key"}};
-            for a warning {"text": str}.
+        values: metrics by name; for a panel {"images": list of PanelImage}; for a warning {"text": str}.
     """
     if kind == "panel":
         # The images are reduced, so that the event is cheap to send.
-        shown = [
-            thumbnail(one["image"], {name: one[name] for name in ("mask", "labels")}, PANEL_SIDE) | {"key": one["key"]}
-            for one in values["images"]
-        ]
-        return Panel(step, shown)
+        return Panel(step, [reduced(one) for one in values["images"]])
     if kind == "warning":
         return Warned(values["text"])
     return Measured("train" if kind == "train" else "validation", step, values)
+
+
+def reduced(one: PanelImage) -> Thumbnail:
+    """Return a validation image as it is sent."""
+    small = thumbnail(one["image"], {"mask": one["mask"], "labels": one["labels"]}, PANEL_SIDE)
+    return {"image": small["image"], "mask": small["mask"], "labels": small["labels"], "key": one["key"]}
 
 
 def data_info(index: Index) -> DataInfo:

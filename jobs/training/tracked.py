@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.index import load_index
 from deepskip.jobs import runs
 from deepskip.jobs.settings import cache_of, stop
+
+if TYPE_CHECKING:
+    # It imports MLflow, which need not be installed.
+    from deepskip.jobs.tracking import Tracker
 
 UNSENT = "unsent.json"
 # Time to upload the model, in seconds; if a server takes longer, the next call of the same command uploads it again.
@@ -34,7 +38,7 @@ class Tracked:
 
     uri: str | None
     run_id: str | None
-    tracker: Any
+    tracker: "Tracker | None"
 
 
 @contextmanager
@@ -84,7 +88,7 @@ def tracked(config: Config, run: runs.Run, settings: dict[str, Any], required: b
             finish(tracker, uri, run.folder, status)
 
 
-def tracker_of(tracking: Any, uri: str, run_id: str, config: Config, folder: Path) -> Any:
+def tracker_of(tracking: Any, uri: str, run_id: str, config: Config, folder: Path) -> "Tracker":
     """Return a tracker for a run, which first sends the metrics that are in the run's journal.
 
     Args:
@@ -95,10 +99,11 @@ def tracker_of(tracking: Any, uri: str, run_id: str, config: Config, folder: Pat
         folder: the run's folder.
     """
     validation = load_index(storage.join(config.data.path, "val"), cache_of(config))
-    return tracking.Tracker(uri, run_id, validation.ignore_index, folder / runs.JOURNAL)
+    tracker: Tracker = tracking.Tracker(uri, run_id, validation.ignore_index, folder / runs.JOURNAL)
+    return tracker
 
 
-def finish(tracker: Any, uri: str, folder: Path, status: str) -> bool:
+def finish(tracker: "Tracker", uri: str, folder: Path, status: str) -> bool:
     """Send the remaining events, close the MLflow run, and record in the folder what the server did not receive.
 
     Args:

@@ -47,7 +47,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.get(queue.put.remote(Finished(summary)))
 
 
-def train(settings: dict[str, Any]) -> dict[str, Any]:
+def train(settings: dict[str, Any]) -> trainer.Summary:
     """Train this worker's share.
 
     Args:
