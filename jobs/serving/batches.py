@@ -6,7 +6,9 @@ oldest image with others of the same size and dtype, wherever they are in the qu
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +36,8 @@ class Batches:
             results, one array per image.
         most: largest number of images in a batch.
         pixels: largest number of pixels in a batch of several images; a larger image goes alone.
-        wait: time, in seconds, that the oldest image waits for others while its batch is not full.
+        wait: time, in seconds, that the oldest image waits for others while its batch is not full and others are announced.
+        announced: number of images that are on their way to the queue.
         queue: the images that wait, oldest first.
         worker: the task that computes batches; None or done while the queue is empty.
     """
@@ -43,8 +46,20 @@ class Batches:
         self, forward: Callable[[list[np.ndarray]], list[np.ndarray]], most: int, pixels: int, wait: float
     ) -> None:
         self.forward, self.most, self.pixels, self.wait = forward, most, pixels, wait
+        self.announced = 0
         self.queue: list[Waiting] = []
+        # One thread: OpenMP starts a team for each thread that computes, and teams of one process disturb each other.
+        self.thread = ThreadPoolExecutor(1)
         self.worker: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def announcing(self) -> Iterator[None]:
+        """Announce an image while the block runs, which prepares it; earlier images wait for it."""
+        self.announced += 1
+        try:
+            yield
+        finally:
+            self.announced -= 1
 
     async def run(self, image_HWC: np.ndarray) -> tuple[np.ndarray, int]:
         """Compute the result for one image, in a batch with others.
@@ -70,7 +85,7 @@ class Batches:
             first = self.queue[0]
             most = max(1, min(self.most, self.pixels // (first.image.shape[0] * first.image.shape[1])))
             left = first.since + self.wait - time.monotonic()
-            if left > 0 and sum(kind(each.image) == kind(first.image) for each in self.queue) < most:
+            if left > 0 and self.announced and sum(kind(each.image) == kind(first.image) for each in self.queue) < most:
                 await asyncio.sleep(left)
             batch = [each for each in self.queue if kind(each.image) == kind(first.image)][:most]
             taken = set(map(id, batch))
@@ -83,7 +98,8 @@ class Batches:
     async def compute(self, batch: list[Waiting]) -> None:
         """Compute one batch, and set the result, or the error, of each of its images."""
         try:
-            results = await asyncio.to_thread(self.forward, [each.image for each in batch])
+            images = [each.image for each in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.forward, images)
         except Exception as error:
             for each in batch:
                 if not each.result.done():

@@ -36,7 +36,7 @@ class Model:
         device: "cpu" or "cuda".
         max_pixels: largest number of pixels of an image.
         batch: largest number of images that go through the network together.
-        batch_wait: time, in seconds, that the first image of a batch waits for others.
+        batch_wait: time, in seconds, that the first image of a batch waits for others that are being decoded.
         threads: number of torch's CPU threads, of threads that decode, and of threads that encode.
     """
 
@@ -71,14 +71,16 @@ class Model:
         started = time.perf_counter()
         try:
             # The size of an image is known only after decoding, so each thread may decode one image beyond the room.
-            image = await self.decoders.run(self.read, body, extension, ready=self.room.left)
+            with self.batches.announcing():
+                image = await self.decoders.run(self.read, body, extension, ready=self.room.left)
         except TooLarge as error:
             return Answer(413, reason=f"the image: {error}")
         except ValueError as error:
             return Answer(422, reason=f"the image: {error}")
         with self.room.taken(image.nbytes):
             decoded = time.perf_counter()
-            prepared = await asyncio.to_thread(self.predictor.prepared, image)
+            with self.batches.announcing():
+                prepared = await asyncio.to_thread(self.predictor.prepared, image)
             try:
                 p_VHW, number = await self.batches.run(prepared)
             except torch.OutOfMemoryError:

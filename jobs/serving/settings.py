@@ -44,7 +44,7 @@ class ServeConfig:
     batch: int = setting(8, 1, 1024)
     """largest number of images of one size that go through the network together"""
     batch_wait: float = setting(0.005, 0, 10)
-    """seconds that the first image of a batch waits for others"""
+    """seconds that the first image of a batch waits for others that are being decoded"""
     replicas: int = setting(1, 1, 10_000)
     """copies of the model, over the whole cluster"""
     cpus: int | None = setting(None, 1, 1024)

@@ -88,12 +88,16 @@ def test_a_batch_passes_over_those_who_left_and_survives_an_error() -> None:
         batches = Batches(forward, 5, 100, 0.05)
         images = [np.full((2 + (n == 3), 2, 1), n) for n in range(5)]
         tasks = [asyncio.create_task(batches.run(image)) for image in images]
-        await asyncio.sleep(0.01)
-        tasks[1].cancel()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
+        # The batch waits, as another image is announced.
+        with batches.announcing():
+            await asyncio.sleep(0.01)
+            tasks[1].cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [(int(each[0][0, 0, 0]), each[1]) for each in (found[0], found[2], found[4])] == [(0, 3), (4, 3), (8, 3)]
         assert isinstance(found[1], asyncio.CancelledError)
         assert isinstance(found[3], ValueError)
+        # Without one it does not: this would take a minute.
+        batches.wait = 60.0
         assert (await batches.run(images[4]))[1] == 1
 
     asyncio.run(run())
