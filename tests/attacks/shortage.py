@@ -29,7 +29,7 @@ from deepskip.data_shards.commands import pack_coins
 from tests.jobs.serving import state
 
 LIMIT_SECONDS = 300
-KILLED = "time: killed at any moment"
+KILLED = "time: killed at any moment, four times"
 PYTHON = sys.executable
 
 
@@ -220,11 +220,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
-    rows = [
-        "| command | short of | how it ended; then the same command, undisturbed, equals a run that never was |",
-        "| --- | --- | --- |",
-    ]
-    faults = 0
+    sys.stdout.write(
+        "| command | short of | how it ended; then the same command, undisturbed, equals a run that never was |\n"
+    )
+    found: dict[tuple[str, str], str] = {}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="shortage-") as folder:
         work = Path(folder)
@@ -244,16 +243,27 @@ def main(argv: list[str] | None = None) -> int:
                 if arguments.only not in f"{name} {what}" or not concerns(name, what):
                     continue
                 if what == KILLED:
-                    found = killed(name, command, work, expected, random.Random(arguments.seed), seconds)
+                    ended = killed(name, command, work, expected, random.Random(arguments.seed), seconds)
                 else:
-                    found = tried(name, command, what, SHORTAGES[what], work, expected)
-                faults += found.startswith("FAULT")
-                rows.append(f"| {name} | {what} | {found.replace(str(work), '').replace('|', ' ')} |")
-                sys.stdout.write(f"{rows[-1]}\n")
+                    ended = tried(name, command, what, SHORTAGES[what], work, expected)
+                found[name, what] = ended
+                sys.stdout.write(f"| {name} | {what} | {ended.replace(str(work), '').replace('|', ' ')} |\n")
                 sys.stdout.flush()
-    if arguments.out:
-        arguments.out.write_text("\n".join(rows) + "\n")
-    return faults
+                if arguments.out:
+                    arguments.out.write_text(matrix(found))
+    return sum(ended.startswith("FAULT") for ended in found.values())
+
+
+def matrix(found: dict[tuple[str, str], str]) -> str:
+    """Return a Markdown table with a row for each shortage and a column for each command."""
+    names = list(dict.fromkeys(name for name, _ in found))
+    rows = [f"| short of | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for what in (*SHORTAGES, KILLED):
+        cells = [found.get((name, what), "") for name in names]
+        words = ["FAULT" if x.startswith("FAULT") else "one line" if x.startswith("status") else x for x in cells]
+        if any(cells):
+            rows.append(f"| {what} | {' | '.join(word.split(',')[0] for word in words)} |")
+    return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
