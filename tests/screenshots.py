@@ -5,7 +5,7 @@ narrow and wide, light and dark. What a program can find is printed, and the exi
 repository: content that is wider than the screen, and pictures that do not load. The rest is for eyes.
 
 README's three commands run once, in OUT/work. Nothing is fetched from elsewhere, and every server listens on loopback.
-`--store` writes the pictures that the docs show.
+`--store` writes three of them to docs/pictures, for pages to show.
 """
 
 import argparse
@@ -41,7 +41,7 @@ START_SECONDS = 120
 # Addresses that a page may load from.
 LOCAL = ("file:", "data:", "blob:", "http://127.0.0.1:")
 DOCS = ("index", "tutorials/first-model", "cluster/this-machine", "serve", "kernels", "reference/deepskip")
-# The pictures that pages show, each with the view that it is.
+# The pictures for pages, each with the view that it is.
 STORED = {"serve": "server-answer", "mlflow": "mlflow-metrics", "terminal": "terminal"}
 PICTURES = ROOT / "docs" / "pictures"
 MOST_BYTES = 150_000
@@ -59,7 +59,7 @@ body { max-width: 1012px; margin: auto; padding: 32px; box-sizing: border-box; f
   color: light-dark(#1f2328, #f0f6fc); background: light-dark(#fff, #0d1117); overflow-wrap: break-word; }
 h1, h2 { border-bottom: 1px solid var(--line); padding-bottom: .3em; }
 a { color: light-dark(#0969da, #4493f8); }
-img { max-width: 100%; background: #fff; }
+img { max-width: 100%; background: light-dark(#fff, #0d1117); }
 pre, code { font: 85%/1.45 monospace; background: var(--code); border-radius: 6px; }
 pre { padding: 16px; overflow: auto; } pre code { font-size: 100%; }
 table { display: block; width: max-content; max-width: 100%; overflow: auto; border-collapse: collapse; }
@@ -249,7 +249,7 @@ def take(browser: Any, views: list[View], out: Path) -> Iterator[tuple[bool, str
 
 
 def store(out: Path) -> None:
-    """Write the pictures that pages show to docs/pictures, with few colours, so that they are small."""
+    """Write the pictures for pages to docs/pictures, with few colours, so that they are small."""
     PICTURES.mkdir(exist_ok=True)
     for name, view in STORED.items():
         path = PICTURES / f"{name}.png"
@@ -264,8 +264,10 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder of the pictures")
     parser.add_argument("--only", metavar="WORD", choices=GROUPS, help=f"only one of {', '.join(GROUPS)}")
     parser.add_argument("--steps", type=int, default=600, help="training steps, README's 600 by default")
-    parser.add_argument("--store", action="store_true", help="write the pictures in docs/pictures anew")
+    parser.add_argument("--store", action="store_true", help="write the pictures of docs/pictures anew")
     arguments = parser.parse_args()
+    if arguments.store and arguments.only:
+        parser.error("--store needs all pictures, so it goes without --only")
     work = arguments.out.resolve() / "work"
     work.mkdir(parents=True, exist_ok=True)
     faults: list[tuple[bool, str]] = []
