@@ -11,6 +11,7 @@
 # make test-next   the GPU launches of run.kernels: next, interpreted, built and counted
 # make test-pages   every code block of the pages, and the examples
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
+# make screenshots   README, docs, MLflow, the server's page and a terminal as pictures, by Chromium (Debian: apt-get install chromium)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
@@ -31,7 +32,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages chaos compare-smoke docs test-browser lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -111,6 +112,9 @@ test-pages: setup
 
 test-browser: setup
 	@$(VENV)/bin/python -m pytest -m browser tests/jobs
+
+screenshots: setup
+	@$(VENV)/bin/python -m tests.screenshots build/screenshots $(ARGS)
 
 chaos: setup
 	@$(VENV)/bin/python -m tests.cluster.chaos $(ARGS)

@@ -2,8 +2,6 @@
 
 import io
 import json
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser import chromium, drop
 from tests.jobs.bad_requests import npy, picture, png
 from tests.jobs.serving import Server, serving
 
 pytestmark = pytest.mark.browser
 
 WORD = "20-letters-or-so-long"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-# This script drops a file with the given bytes.
-DROP = """([bytes, name, type]) => {
-  const transfer = new DataTransfer();
-  transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
-  const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
-  for (const kind of ["dragover", "drop"]) document.getElementById("drop").dispatchEvent(new DragEvent(kind, options));
-}"""
 # This script reads the pixels of the picture that is shown.
 PIXELS = """() => {
   const picture = document.getElementById("picture"), canvas = document.createElement("canvas");
@@ -51,13 +35,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def page(server: Server) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    assert browser, "no chromium; on Debian: apt-get install chromium"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=browser, args=FLAGS)
-        opened = started.new_page()
+    with chromium() as browser:
+        opened = browser.new_page()
         faults: list[str] = []
         opened.on(
             "console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None
@@ -70,18 +49,6 @@ def page(server: Server) -> Iterator[Any]:
         yield opened
         own = (f"http://127.0.0.1:{server.port}/", "blob:", "data:")
         assert all(url.startswith(own) for url in elsewhere), elsewhere
-        started.close()
-
-
-def drop(page: Any, data: bytes, name: str) -> str:
-    page.evaluate(DROP, [list(data), name, ""])
-    said = page.locator("#said")
-    # The page's policy forbids what Playwright's own waiting for a function needs.
-    deadline = time.monotonic() + 60
-    while "being segmented" in said.inner_text():
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(50)
-    return said.inner_text()
 
 
 def test_an_image_is_dropped_and_its_overlay_seen(page: Any, server: Server, tmp_path: Path) -> None:
