@@ -236,7 +236,7 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
         head: the head that was started for the job; None for the cluster at RAY_ADDRESS.
 
     Returns:
-        The exit status: 0 if the job succeeded, else 1.
+        The exit status: that of the job, or 1 if Ray ended the job before it could exit.
 
     Raises:
         SubmitError: the job could not be submitted.
@@ -276,12 +276,15 @@ def run_job(module: str, arguments: list[str], head: Head | None) -> int:
             subprocess.run(stop, capture_output=True, timeout=STOP_SECONDS, check=False, start_new_session=True)
         raise
     write(screen.rest())
-    if status != JobStatus.SUCCEEDED:
-        message = client.get_job_info(submission).message or ""
-        # a job that exited has printed the reason; the reason for which Ray ended it is only here
-        if "exited with code" not in message and "failed with exit code" not in message:
-            print(f"error: job {submission} is {status}: {message}", file=sys.stderr)
-    return 0 if status == JobStatus.SUCCEEDED else 1
+    if status == JobStatus.SUCCEEDED:
+        return 0
+    job = client.get_job_info(submission)
+    message = job.message or ""
+    # a job that exited has printed the reason; the reason for which Ray ended it is only here
+    if "exited with code" not in message and "failed with exit code" not in message:
+        print(f"error: job {submission} is {status}: {message}", file=sys.stderr)
+    # Ray gives the number of a signal as a negative status
+    return max(job.driver_exit_code or 0, 0) or 1
 
 
 def hand_over(command: list[str], address: str) -> None:
@@ -318,9 +321,18 @@ async def follow(client: "JobSubmissionClient", submission: str, screen: Screen)
     async for text in client.tail_job_logs(submission):
         *lines, unfinished = (unfinished + text).split("\n")
         for line in lines:
-            write(screen.show(line, time.monotonic()))
+            put(screen, line)
     if unfinished:
-        write(screen.show(unfinished, time.monotonic()))
+        put(screen, unfinished)
+
+
+def put(screen: Screen, line: str) -> None:
+    """Write a line of the job: errors to stderr, as a command that runs without Ray does; all else to stdout."""
+    if line.startswith("error: "):
+        write(screen.rest())
+        print(line, file=sys.stderr, flush=True)
+    else:
+        write(screen.show(line, time.monotonic()))
 
 
 def say(line: str) -> None:

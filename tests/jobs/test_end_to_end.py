@@ -252,12 +252,13 @@ def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) ->
     data = bytearray(shard.read_bytes())
     data[entry.mask.offset + 30] ^= 1
     shard.write_bytes(data)
-    options = ("deepskip.jobs.train", *SMALL, "--data.path", "data/bad", "--optim.steps", "6")
-    done = call(home, *options, "--run.name", "bad")
+    options = (*SMALL, "--data.path", "data/bad", "--optim.steps", "6")
+    # A submitted job's status and error are those of the command.
+    done = call(home, "deepskip.jobs.submit", "train", *options, "--run.name", "bad")
     assert done.returncode == 2
     assert f"sample {entry.key}: has other bytes than when it was indexed" in done.stderr
     assert "Traceback" not in done.stderr
-    done = call(home, *options, "--run.name", "skipping", "--data.on_bad_sample", "skip")
+    done = call(home, "deepskip.jobs.train", *options, "--run.name", "skipping", "--data.on_bad_sample", "skip")
     assert done.returncode == 0, done.stderr
     listed = [json.loads(line) for line in (home / "runs" / "skipping" / "bad_samples.jsonl").read_text().splitlines()]
     assert [(line["split"], line["key"], line["shard"]) for line in listed] == [("train", entry.key, str(shard))]

@@ -1,4 +1,6 @@
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +24,17 @@ def test_elsewhere_progress_comes_now_and_then_and_the_last_line_always() -> Non
     assert text == "step 0\nstep 10\nstep 20\n"
     assert screen.show("done", 25.0) == "step 24\ndone\n"
     assert screen.rest() == ""
+
+
+def test_errors_of_a_job_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    class Client:
+        async def tail_job_logs(self, submission: str) -> AsyncIterator[str]:
+            for text in ("training\nstep 1/", "2\nerr", "or: the disk is full\n", "error: cut"):
+                yield text
+
+    asyncio.run(submit.follow(Client(), "train-1", Screen(terminal=False)))  # type: ignore[arg-type]
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("training\nstep 1/2\n", "error: the disk is full\nerror: cut\n")
 
 
 def test_what_ray_says_first_is_not_shown() -> None:
