@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     except (BadSample, BrokenShard, storage.StorageError) as error:
         stop(f"{error}\nwith on_bad_sample: skip, such samples are skipped and listed in the report")
     except OSError as error:
-        stop(f"out is {folder}: {error}")
+        stop(f"out is {folder}: {trouble.in_words(error) or error}")
     print_result(result)
     print(f"report: {folder}/{REPORT}, with samples.csv, {', '.join(pictures)}")
     if config.track != "none":

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         # the card is written last: if it exists, the folder is complete
         runs.write_json(folder / CARD, runs.without_nan(card))
     except OSError as error:
-        stop(f"out is {folder}: {error}")
+        stop(f"out is {folder}: {trouble.in_words(error) or error}")
     print(f"{folder} holds {', '.join(made)}, README.md, {CARD}")
 
 

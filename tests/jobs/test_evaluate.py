@@ -1,6 +1,7 @@
 """Evaluations on coins and on five bands with classes equal those computed from the model's masks."""
 
 import csv
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,19 @@ def test_classes_of_five_bands_by_a_checkpoint_file_into_a_new_run(home: Path) -
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval-test-flips/class-2/average_precision"] == report["classes"][1]["average_precision"]
     assert run.data.params["evaluate.data"] == "data/scenes/test"
+
+
+def test_a_full_disk_is_named_with_the_cure(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate.runs, "write_json", full)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "runs/coins", "--track", "none", "--out", "full"])
+    said = "error: out is full: the disk is full at full/report.json. Free some space, and the same command resumes.\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
