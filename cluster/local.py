@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -34,6 +35,10 @@ START_SECONDS = 300.0
 STARTS = 3
 STARTED_SLOWLY = "node timed out during startup"
 STOP_SECONDS = 3.0
+# Ray on one machine keeps about this number of files and sockets open.
+LEAST_DESCRIPTORS = 200
+# Measured: with 4 GB of addresses Ray waits for itself in vain, and with 1 GB its processes abort.
+TOO_FEW_ADDRESSES = 4_000_000_000
 
 
 class HeadError(RuntimeError):
@@ -78,6 +83,17 @@ def environment(head: Head) -> dict[str, str]:
     } | past_proxies(os.environ)
 
 
+def lacking() -> str | None:
+    """Return what this process may have too little of to start a Ray, with the remedy, or None."""
+    files, addresses = (resource.getrlimit(what)[0] for what in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS))
+    if 0 <= files < LEAST_DESCRIPTORS:
+        return f"this process may open {files} files, and Ray needs {LEAST_DESCRIPTORS}: allow more (ulimit -n 4096)"
+    # No limit is -1.
+    if 0 <= addresses <= TOO_FEW_ADDRESSES:
+        return f"this process may have {addresses / 1e6:.0f} MB of addresses, and Ray needs more: ulimit -v unlimited"
+    return None
+
+
 def start_head(
     port: int = 0,
     dashboard_port: int = 0,
@@ -96,8 +112,10 @@ def start_head(
 
     Raises:
         PortTaken: A requested port is in use.
-        HeadError: The head ended or was not ready in time.
+        HeadError: The head ended or was not ready in time, or this process may have too little for it.
     """
+    if lack := lacking():
+        raise HeadError(lack)
     for left in reversed(range(STARTS)):
         try:
             return _start_head(port, dashboard_port, num_cpus, num_gpus, die_with_parent)

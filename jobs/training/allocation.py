@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import secrets
 import time
 from contextlib import suppress
@@ -15,15 +14,13 @@ import ray.exceptions
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deepskip.cluster.local import STARTED_SLOWLY, STARTS
+from deepskip.cluster.local import STARTED_SLOWLY, STARTS, lacking
 from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 from deepskip.config import ClusterConfig, workers_range
 from deepskip.data_shards import trouble
 from deepskip.jobs import runs
 from deepskip.jobs.settings import NotHere, stop
 
-# Ray on one machine keeps about this number of files and sockets open.
-LEAST_DESCRIPTORS = 200
 POLL_SECONDS = 0.5
 
 
@@ -55,13 +52,12 @@ def start_ray() -> None:
 
     Raises:
         NotHere: if the cluster at RAY_ADDRESS cannot be joined; an `error:` line is printed.
-        SystemExit: if Ray does not start on this machine, or may open too few files; an `error:` line is printed.
+        SystemExit: if Ray does not start on this machine, or may have too little; an `error:` line is printed.
         Exception: any error that `trouble.in_words` can explain, such as a full disk, for the caller to report.
     """
     settings = own_ray()
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if settings and allowed < LEAST_DESCRIPTORS:
-        stop(f"this process may open {allowed} files, and Ray needs {LEAST_DESCRIPTORS}: allow more (ulimit -n 4096)")
+    if settings and (lack := lacking()):
+        stop(lack)
     try:
         _init_ray(settings)
     # Ray raises errors of many types when its processes lack a resource.

@@ -1,6 +1,8 @@
 """Real Ray heads run on this machine."""
 
 import os
+import re
+import resource
 import socket
 import subprocess
 import sys
@@ -141,6 +143,20 @@ def test_a_start_that_ray_finds_too_slow_is_made_again(monkeypatch: pytest.Monke
     with pytest.raises(HeadError, match=r"ended with status 0\. The end of its log:\nOSError: no space$"):
         start_head()
     assert len(starts) == 1
+
+
+def test_with_too_few_files_or_addresses_no_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_start_head", lambda *_: pytest.fail("it was started"))
+    limits = {resource.RLIMIT_NOFILE: -1, resource.RLIMIT_AS: -1}
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (limits[what], limits[what]))
+    assert local.lacking() is None
+    for files, addresses, said in (
+        (40, -1, "this process may open 40 files, and Ray needs 200: allow more (ulimit -n 4096)"),
+        (1024, 10**9, "this process may have 1000 MB of addresses, and Ray needs more: ulimit -v unlimited"),
+    ):
+        limits |= {resource.RLIMIT_NOFILE: files, resource.RLIMIT_AS: addresses}
+        with pytest.raises(HeadError, match=re.escape(said)):
+            start_head()
 
 
 def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
