@@ -196,12 +196,17 @@ def killed(
         kills += status == -9
         if status not in (0, -9):
             return f"FAULT: status {status}: {said[-200:]}"
+        if status == 0:
+            # It ended before the kill, as the machine does less now; begin anew.
+            shutil.rmtree(out)
+            out.mkdir()
+            seconds *= 0.7
     status, said = run(command, work, out)
     same = command.same(out) == expected
     shutil.rmtree(out, ignore_errors=True)
     return (
         f"killed {kills} times, then as undisturbed"
-        if status == 0 and same
+        if status == 0 and same and kills
         else f"FAULT: after {kills} kills: {status} {said[-200:]}"
     )
 
