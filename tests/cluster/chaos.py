@@ -104,7 +104,7 @@ def one_training(training: Training, rng: random.Random, started: float, done: l
             continue
         done.append(Recovery(time.time() - started, training.name, fault.name, step, workers, seconds))
         say(f"{training.name} step {step}: {fault.name}: {seconds:.1f} s")
-    training.result(seconds=200)
+    training.result()
 
 
 def report(

@@ -46,7 +46,7 @@ def test_a_job_and_a_driver_started_by_hand_have_its_python_and_reach_it(head: H
     code = "import sys; print('by', sys.prefix)"
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment(head)
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--", "python", "-c", code]
-    job = subprocess.run(ray, env=bare, capture_output=True, text=True, timeout=120, check=False)
+    job = subprocess.run(ray, env=bare, capture_output=True, text=True, timeout=600, check=False)
     assert f"by {sys.prefix}" in job.stdout, job.stdout + job.stderr
     driver = (
         "import os\nfrom deepskip.jobs.train import prepare_environment\nprepare_environment(60)\nimport ray\n"
@@ -54,7 +54,7 @@ def test_a_job_and_a_driver_started_by_hand_have_its_python_and_reach_it(head: H
     )
     by_hand = bare | {"RAY_ADDRESS": f"127.0.0.1:{head.port}"}
     found = subprocess.run(
-        [sys.executable, "-c", driver], env=by_hand, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", driver], env=by_hand, capture_output=True, text=True, timeout=600, check=False
     )
     assert "CPUs 1.0" in found.stdout, found.stdout + found.stderr
 
@@ -164,7 +164,7 @@ def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
 
     def cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deepskip.cluster", *arguments]
-        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
 
     assert cluster("status").returncode == 1
     up = cluster("up", "--num_cpus", "1")

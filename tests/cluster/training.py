@@ -75,7 +75,7 @@ class Training:
         hook = {"RAY_TRAIN_CALLBACKS": "tests.cluster.recorder.Recorder", FOLDER: str(self.records)}
         self.process = self.nodes.run(command, self.output, hook | {PACE: str(self.pace)} | self.variables)
 
-    def result(self, seconds: float = 120) -> int:
+    def result(self, seconds: float = 600) -> int:
         """Wait for the job and return its exit status."""
         assert self.process is not None
         try:
@@ -102,7 +102,7 @@ class Training:
         after: float = 0.0,
         world_size: int | None = None,
         other_than: str | None = None,
-        seconds: float = 90,
+        seconds: float = 300,
     ) -> float:
         """Wait for a step after a moment, by `world_size` workers and another group than one; return its time."""
 

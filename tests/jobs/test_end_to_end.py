@@ -56,7 +56,7 @@ def command(home: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
 def call(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     line, options = command(home, *arguments)
     options["env"] |= variables
-    return subprocess.run(line, capture_output=True, timeout=280, check=False, **options)
+    return subprocess.run(line, capture_output=True, timeout=800, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Pa
         if file.is_file() and file.stat().st_size < 1e6:
             assert token.encode() not in file.read_bytes(), file
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=100) == 128 + signal.SIGTERM
+    assert process.wait(timeout=400) == 128 + signal.SIGTERM
     run_id = json.loads((home / "runs" / "stopped" / "run.json").read_text())["mlflow_run_id"]
     assert mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}").get_run(run_id).info.status == "KILLED"
     assert not processes_of(home)

@@ -60,7 +60,7 @@ def test_killed_at_a_random_moment_it_leaves_whole_rows_and_the_page_is_made_of_
 
 def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start(tmp_path, 1000)
-    output, _ = process.communicate(timeout=290)
+    output, _ = process.communicate(timeout=850)
     assert process.returncode == 0, output
     rows = whole_rows(tmp_path)
     assert not [row for row in rows if "failed" in row or "skipped" in row], output
