@@ -49,9 +49,7 @@ def run(folder: Path, part: int, world_size: int, first: int, last: int, kill_at
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Processes are forked from one that has imported torch; each would take seconds for it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=rank_main, args=(str(folder), part, rank, world_size, port, first, last))
         for rank in range(world_size)
