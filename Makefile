@@ -135,7 +135,7 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@mkdir -p build/types/deepskip && ln -sfn $(addprefix $(CURDIR)/,cluster data_shards jobs kernels $(wildcard deepskip/*)) build/types/deepskip/
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/python -m tests.words README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md cluster data_shards deepskip jobs kernels tests
+	@$(VENV)/bin/python -m tests.words README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs cluster data_shards deepskip jobs kernels tests
 	@$(VENV)/bin/bandit -q -r -c pyproject.toml cluster data_shards deepskip jobs kernels
 
 # pins what is new and keeps the other pins; `make lock UPGRADE=--upgrade` pins everything anew. The local version of a cpu
