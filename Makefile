@@ -68,10 +68,11 @@ install = ($(PIP) uv 2>$(VENV)/pip.log && $(UV) $(WHAT) 2>&1 | tee $(VENV)/uv.lo
 train: $(TRAINING)
 	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)
 
-# Two processes take a module at a time, those of the longest folders first: a module's fixtures are made once. (xdist's loadgroup
-# groups nothing with pytest 9.)
+# Two processes take a module at a time, so that its fixtures are made once; the folders that take longest come first.
+# xdist's loadgroup does not group with pytest 9.2.
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
-FOLDERS := $(addprefix tests/,kernels jobs deepskip attacks data_shards golden field cluster) $(wildcard tests/test_*.py)
+LONGEST := $(addprefix tests/,kernels jobs deepskip attacks data_shards)
+FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
 # wait for one another for half as long again

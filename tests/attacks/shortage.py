@@ -2,7 +2,7 @@
 
 Each command runs three times: undisturbed, under a shortage, and again without the shortage. Under the shortage it must
 succeed, or fail with one line that names the cause and the cure. The last results must equal those of the undisturbed
-run. The table is Markdown.
+run. Each ending is printed, and --out gets a table of all in Markdown.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from deepskip.data_shards.commands import pack_coins
 from tests.jobs.serving import state
 
 LIMIT_SECONDS = 300
-KILLED = "time: killed at any moment, four times"
+KILLED = "time: killed at any moment"
 PYTHON = sys.executable
 
 
@@ -197,7 +197,7 @@ def killed(
         if status not in (0, -9):
             return f"FAULT: status {status}: {said[-200:]}"
         if status == 0:
-            # It ended before the kill, as the machine does less now; begin anew.
+            # It ended before the kill, so it is tried again from the beginning, with less time.
             shutil.rmtree(out)
             out.mkdir()
             seconds *= 0.7
