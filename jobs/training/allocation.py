@@ -96,7 +96,12 @@ def own_ray() -> dict[str, Any]:
         # Without a mode, Ray requires a token and uses this one. Setting the mode after Ray was imported has no effect.
         os.environ.pop("RAY_AUTH_MODE", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in (LOOPBACK_ONLY | {"RAY_worker_niceness": NODE_SETTINGS["RAY_worker_niceness"]}).items():
+    settings = LOOPBACK_ONLY | {
+        "RAY_worker_niceness": NODE_SETTINGS["RAY_worker_niceness"],
+        # Nobody drains the only machine, so Ray needs no process that looks for it.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
 

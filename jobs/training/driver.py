@@ -17,11 +17,11 @@ from deepskip.jobs.training import allocation, process_group, restarts
 from deepskip.jobs.training import events as told
 from deepskip.jobs.training.console import Console
 from deepskip.jobs.training.worker import train_worker
-from deepskip.trainer import Summary
 
 if TYPE_CHECKING:
     # It imports MLflow, which need not be installed.
     from deepskip.jobs.tracking import Tracker
+    from deepskip.trainer import Summary
 
 POLL_SECONDS = 0.5
 # A stopped job waits this long for its workers' last checkpoint. It is less than the time that Ray's head leaves the job
@@ -48,7 +48,7 @@ class Driver:
     def __init__(self, config: Config, run: runs.Run, tracker: "Tracker | None", queue: Any, elastic: bool) -> None:
         self.config, self.queue, self.elastic = config, queue, elastic
         self.console = Console(config, run, tracker)
-        self.summary: Summary | None = None
+        self.summary: "Summary | None" = None
         self.fatal: str | None = None
         self.policy = restarts.RestartPolicy(config.cluster, config.run.checkpoint_every)
         self.done, self.stopped = threading.Event(), threading.Event()

@@ -1,18 +1,21 @@
 """One worker of a training on Ray: it trains its rank's share, and sends events to the driver's queue."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train.torch import get_device
 
-from deepskip import trainer
 from deepskip.config import Config
 from deepskip.data_shards import trouble
 from deepskip.jobs import runs
-from deepskip.jobs.training import preemption, share
+from deepskip.jobs.training import preemption
 from deepskip.jobs.training.allocation import cpus_of
 from deepskip.jobs.training.events import Event, Fatal, Finished, Measured, Panel, Stopped, Warned
+
+# The driver imports this module too. The trainer, whose metrics take seconds to import, is imported on the workers alone.
+if TYPE_CHECKING:
+    from deepskip import trainer
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -25,6 +28,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     Raises:
         Exception: any error of `train`, after it was reported to the queue if the driver must know of it.
     """
+    from deepskip import trainer
+    from deepskip.jobs.training import share
+
     queue = settings["queue"]
     # After a failure that a restart would not fix, training again would only fail again.
     if ray.get(queue.is_over.remote()):
@@ -47,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.get(queue.put.remote(Finished(summary)))
 
 
-def train(settings: dict[str, Any]) -> trainer.Summary:
+def train(settings: dict[str, Any]) -> "trainer.Summary":
     """Train this worker's share.
 
     Args:
@@ -59,6 +65,8 @@ def train(settings: dict[str, Any]) -> trainer.Summary:
     Raises:
         Exception: the errors of `share.train`, and Ray's if the queue does not answer within the collective timeout.
     """
+    from deepskip.jobs.training import share
+
     queue = settings["queue"]
     config: Config = settings["config"]
     context = ray.train.get_context()
