@@ -29,10 +29,17 @@ from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.order import Slot
+from deepskip.jobs import runs
+from deepskip.jobs.journal import read_measured
 from deepskip.metrics import SegmentationMetrics
 from tests.jobs.serving import answers_strangers
 
 SMALL = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2", "--optim.warmup_steps", "2"]
+TWELVE = [*SMALL, "--data.crop", "64", "--optim.steps", "12", "--run.log_every", "2", "--run.validate_every", "6"]
+TWELVE += ["--run.checkpoint_every", "4"]
+ROOT = Path(__file__).parents[2]
+# This program runs as on a machine without Ray and MLflow.
+WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from deepskip.jobs.train import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +98,7 @@ def asked_of(proxy: tuple[str, list[bytes]]) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def trained(home: Path, proxy: tuple[str, list[bytes]]) -> tuple[Path, str]:
-    settings = [*SMALL, "--run.name", "small", "--optim.steps", "12", "--run.log_every", "2"]
-    settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
-    done = call(home, "deepskip.jobs.submit", "train", *settings, **behind(proxy))
+    done = call(home, "deepskip.jobs.submit", "train", *TWELVE, "--run.name", "small", **behind(proxy))
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{proxy[1]}"
     return home / "runs" / "small", done.stdout
 
@@ -167,14 +172,28 @@ def test_the_mlflow_run_is_complete(trained: tuple[Path, str], home: Path) -> No
     np.testing.assert_allclose(model.predict(image)[0], expected, atol=1e-5)
 
 
+def test_torchruns_ranks_without_ray_and_mlflow_have_the_same_losses(trained: tuple[Path, str], home: Path) -> None:
+    (home / "alone.py").write_text(WITHOUT)
+    words = ["--standalone", "--nproc_per_node", "2", "alone.py", *TWELVE, "--run.name", "alone"]
+    done = call(home, "torch.distributed.run", *words, "--cluster.cpus_per_worker", "1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = trained[0].parent / "alone"
+    losses, on_ray = ([each[:3] for each in read_measured(run / runs.JOURNAL)] for run in (alone, trained[0]))
+    assert {step for kind, step, _ in losses if kind == "train"} == set(range(2, 13, 2))
+    assert [(kind, step, values["loss"]) for kind, step, values in losses] == [
+        (kind, step, values["loss"]) for kind, step, values in on_ray
+    ]
+    mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (alone, trained[0]))
+    assert mine["val"] == theirs["val"]
+
+
 def test_the_finished_run_answers_again_and_may_grow(
     trained: tuple[Path, str], home: Path, proxy: tuple[str, list[bytes]]
 ) -> None:
     summary = json.loads((trained[0] / "summary.json").read_text())
     state, _ = checkpoint.newest(trained[0])
     assert state is not None
-    settings = [*SMALL, "--run.name", "small", "--optim.steps", "16", "--run.log_every", "2"]
-    settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
+    settings = [*TWELVE, "--run.name", "small", "--optim.steps", "16"]
     wrong = call(home, "deepskip.jobs.train", *settings, "--optim.learning_rate", "0.1")
     assert wrong.returncode == 2
     assert "has other settings (optim.steps, optim.learning_rate)" in wrong.stderr
