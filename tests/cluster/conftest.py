@@ -1,4 +1,4 @@
-"""Fixtures: one cluster of test nodes, and one unbroken training, for the tests of a module: the nodes would slow those of others."""
+"""Fixtures: a cluster of test nodes, and an unbroken training, for a module: the nodes would slow the tests of others."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
