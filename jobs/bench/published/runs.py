@@ -87,7 +87,7 @@ def run(trial: Trial, data: Path, out: Path, table: Path) -> Row:
     config = config_of(trial, data)
     recipe = recipe_of(config)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    key = {
+    key: Row = {
         "set": trial.set,
         "part": trial.part,
         "network": trial.network,
