@@ -63,7 +63,7 @@ def results(rows: Sequence[Row]) -> str:
         first = next(iter(own.values()))
         cells = [theirs(own.get(name)) for name in SET_NAMES]
         size = f"{int(first['parameters']) / 1e6:.2f} M" if first["parameters"] else "-"
-        lines.append(f"| {network} | {size} | 1 | {' | '.join(cells)} | {first['protocol']} |")
+        lines.append(f"| {network} | {size} | - | {' | '.join(cells)} | {first['protocol']} |")
     return "\n".join(lines)
 
 
@@ -126,7 +126,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     error = 100 * deviation(members) if len(members) > 1 else 0.0
                     point(axis, int(parameters), 100 * mean(members, "iou"), error, label, "#d55e00")
             axis.set(xscale="log", xlabel="parameters", ylabel="IoU, %", title=title)
-            axis.margins(x=0.25)
+            axis.margins(x=0.25, y=0.12)
             axis.grid(alpha=0.3)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
