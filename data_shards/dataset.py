@@ -58,7 +58,7 @@ class Batch(TypedDict):
         sample: Number of each sample, N numbers.
         key: Key of each sample, N names.
         bad: Reports of the skipped samples.
-        draws: What `stream.Entries` adds: the changes of each sample, (N, 6 + bands) float32.
+        draws: What `stream.Entries` adds: the changes of each sample, (N, 7 + bands) float32.
         noise_seed: What `stream.Entries` adds: seed of the noise of each sample, N integers.
     """
 

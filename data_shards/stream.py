@@ -24,7 +24,7 @@ class Added(TypedDict):
     """Entries of a batch of N samples that the training draws.
 
     Attributes:
-        draws: The changes of each sample, (N, 6 + bands) float32.
+        draws: The changes of each sample, (N, 7 + bands) float32.
         noise_seed: Seed of the noise of each sample, N integers.
     """
 

@@ -29,6 +29,7 @@ class Draws:
     Attributes:
         matrix: map about the centre, from input to output pixels (x, y), of shape (N, 2, 2).
         gain: factor of all bands, (N, 1).
+        power: exponent of the values of each band, scaled to 0 to 1, (N, 1).
         shift: shift of each band in standard deviations, (N, bands).
         symmetry: number of quarter turns, plus 4 if the sample is mirrored left-right before, (N,) int64. It is the matrix
             without angle and scale.
@@ -37,6 +38,7 @@ class Draws:
 
     matrix: Tensor
     gain: Tensor
+    power: Tensor
     shift: Tensor
     symmetry: Tensor
     noise_seed: list[int]
@@ -46,7 +48,7 @@ class LoaderEntries(TypedDict):
     """The draws of N samples as a batch carries them.
 
     Attributes:
-        draws: what `pack` made of them, (N, 6 + bands) fp32.
+        draws: what `pack` made of them, (N, 7 + bands) fp32.
         noise_seed: seed of the noise of each sample, N integers.
     """
 
@@ -64,7 +66,7 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
         sample: number of each sample, N numbers.
         bands: number of bands of the images.
     """
-    matrices, gains, shifts, symmetries, noise_seeds = [], [], [], [], []
+    matrices, gains, powers, shifts, symmetries, noise_seeds = [], [], [], [], [], []
     for e, s in zip(epoch, sample, strict=True):
         rng = np.random.default_rng([seed, e, s, 1])
         # Draw every number whether it is used or not, so that enabling one change does not alter the others.
@@ -83,9 +85,12 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
         per_band = rng.uniform(-1, 1, bands)
         shifts.append(config.brightness * (2 * bright - 1) + config.band_shift * per_band)
         noise_seeds.append(noise_seed)
+        # Drawn last: the numbers above are those of earlier versions.
+        powers.append([(1 + config.gamma) ** (2 * rng.random() - 1)])
     return Draws(
         torch.tensor(matrices, dtype=torch.float32),
         torch.tensor(gains, dtype=torch.float32),
+        torch.tensor(powers, dtype=torch.float32),
         torch.tensor(np.array(shifts), dtype=torch.float32),
         torch.tensor(symmetries),
         noise_seeds,
@@ -93,13 +98,15 @@ def draw(config: AugmentConfig, seed: int, epoch: list[int], sample: list[int], 
 
 
 def pack(draws: Draws) -> Tensor:
-    """Return the draws as one tensor (N, 6 + bands) fp32, apart from noise_seed: one copy to a device."""
-    return torch.cat([draws.matrix.flatten(1), draws.gain, draws.symmetry[:, None].float(), draws.shift], dim=1)
+    """Return the draws as one tensor (N, 7 + bands) fp32, apart from noise_seed: one copy to a device."""
+    parts = [draws.matrix.flatten(1), draws.gain, draws.symmetry[:, None].float(), draws.power, draws.shift]
+    return torch.cat(parts, dim=1)
 
 
 def unpack(packed: Tensor, noise_seed: list[int]) -> Draws:
-    """Return the draws that `pack` packed into (N, 6 + bands), on the tensor's device."""
-    return Draws(packed[:, :4].unflatten(1, (2, 2)), packed[:, 4:5], packed[:, 6:], packed[:, 5].long(), noise_seed)
+    """Return the draws that `pack` packed into (N, 7 + bands), on the tensor's device."""
+    matrix, gain, symmetry = packed[:, :4].unflatten(1, (2, 2)), packed[:, 4:5], packed[:, 5].long()
+    return Draws(matrix, gain, packed[:, 6:7], packed[:, 7:], symmetry, noise_seed)
 
 
 def loader_entries(config: AugmentConfig, seed: int, bands: int, epoch: list[int], sample: list[int]) -> LoaderEntries:
@@ -169,6 +176,22 @@ def resample(matrix: Tensor, image_NCHW: Tensor, mask_NHW: Tensor, ignore_index:
     return image_NCHW, torch.where(labels == 0, ignore_index, labels - 1).to(mask_NHW.dtype)
 
 
+def raised(image_NCHW: Tensor, power: Tensor) -> Tensor:
+    """Raise each band, scaled to 0 to 1 by its own range, to a power, and scale it back.
+
+    Args:
+        image_NCHW: images (N, bands, H, W).
+        power: exponent for each image, (N, 1).
+
+    Returns:
+        The images (N, bands, H, W); a band without contrast is unchanged.
+    """
+    low, high = image_NCHW.amin((2, 3), keepdim=True), image_NCHW.amax((2, 3), keepdim=True)
+    span = high - low
+    scaled = (image_NCHW - low) / torch.where(span > 0, span, 1)
+    return scaled.pow(power[..., None, None]) * span + low
+
+
 def augment(
     config: AugmentConfig, draws: Draws, image_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -199,6 +222,8 @@ def augment(
         image_NCHW, mask_NHW = resample(draws.matrix.to(device), image_NCHW, mask_NHW, ignore_index)
     elif config.flip or config.rotate90:
         image_NCHW, mask_NHW = permute(draws.symmetry.to(device), image_NCHW, mask_NHW)
+    if config.gamma:
+        image_NCHW = raised(image_NCHW, draws.power.to(device))
     if config.contrast or config.brightness or config.band_shift:
         image_NCHW = image_NCHW * draws.gain.to(device)[..., None, None] + draws.shift.to(device)[..., None, None]
     if config.noise:

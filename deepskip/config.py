@@ -21,7 +21,7 @@ class ModelConfig:
     """The network: DeepSkip (the paper's eq. 1), or any other."""
 
     network: str = "deepskip"
-    """deepskip, plain_unet (the same without deep skips), unet, fcn, pspnet, h_dense_unet, unet3plus, nnunet, mask_rcnn,
+    """deepskip, plain_unet (the same without deep skips), unet, fcn, pspnet, h_dense_unet, unet3plus, nnunet, acm, mask_rcnn,
     smp:ARCH:ENCODER (segmentation_models_pytorch), or one that an installed package adds (docs/networks.md)"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of a network other than DeepSkip: {size: paper}, or single widths; DeepSkip has the settings that follow"""
@@ -54,6 +54,8 @@ class LossConfig:
     """weight of BCE relative to Dice"""
     eps: float = setting(1.0, 1e-12)
     """smoothing of Dice, in pixels"""
+    overlap: Literal["dice", "iou"] = "dice"
+    """overlap term next to BCE: Dice (eq. 7), or soft IoU of the same sums, whose gradient grows as they overlap"""
     class_weights: list[float] | None = None
     """weight of each class in Dice, normalised to sum 1; null weighs them equally"""
 
@@ -102,6 +104,8 @@ class AugmentConfig:
     """shift all bands by up to this many standard deviations"""
     contrast: float = setting(0.0, 0, 0.99)
     """multiply all bands by 1 - c to 1 + c"""
+    gamma: float = setting(0.0, 0, 10)
+    """raise each band, scaled to 0 to 1 in the crop, to a power of 1 / (1 + g) to 1 + g"""
     band_shift: float = setting(0.0, 0, 10)
     """shift each band on its own by up to this many standard deviations"""
     noise: float = setting(0.0, 0, 10)
@@ -110,7 +114,7 @@ class AugmentConfig:
 
 @dataclass
 class OptimConfig:
-    """Muon or AdamW with linear warm-up and cosine decay, counted in steps."""
+    """Muon or AdamW with linear warm-up and decay, counted in steps."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon updates convolutions by orthogonalised momentum and all other weights by Adam"""
@@ -127,6 +131,8 @@ class OptimConfig:
     """steps of linear warm-up"""
     final_learning_rate: float = setting(0.01, 0, 1)
     """final learning rate of the cosine schedule, as a share of the peak"""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """after the warm-up: cosine decay, or a tenth of the peak from half of the steps and a hundredth from three quarters"""
     weight_decay: float = setting(0.1, 0, 10)
     """decoupled weight decay of convolution weights"""
     clip_norm: float = setting(1.0, 0)

@@ -14,7 +14,7 @@ class LossParts(NamedTuple):
     """The loss (eq. 5) and its parts over the global batch, scalars.
 
     Attributes:
-        loss: beta * BCE + Dice.
+        loss: beta * BCE + the overlap term, Dice or soft IoU.
         bce: weighted BCE (eq. 6).
         dice: Dice loss (eq. 7).
     """
@@ -25,7 +25,10 @@ class LossParts(NamedTuple):
 
 
 class BCEDiceLoss(nn.Module):
-    """Compute loss = beta * BCE + Dice, the same number and gradient on any number of workers.
+    """Compute loss = beta * BCE + overlap, the same number and gradient on any number of workers.
+
+    The overlap term is Dice (eq. 7) or soft IoU, J = S / (2 - S) of Dice's score S. For one class that is
+    1 - (I + eps / 2) / (T + O - I + eps / 2), with the sums I of t o, T of t^2 and O of o^2.
 
     The paper's eq. 7 prints log o where o is meant: as printed it has no lower bound.
 
@@ -39,9 +42,10 @@ class BCEDiceLoss(nn.Module):
         class_weights: Q_v of eq. 7, one for each class, normalised to sum 1; equal by default.
         ignore_index: label of pixels that are not counted; None counts all.
         eps: smoothing of Dice, in pixels.
+        overlap: "dice" or "iou".
 
     Raises:
-        ValueError: if alpha, eps or class_weights are out of range.
+        ValueError: if alpha, eps, class_weights or overlap are out of range.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class BCEDiceLoss(nn.Module):
         class_weights: Sequence[float] | None = None,
         ignore_index: int | None = 255,
         eps: float = 1.0,
+        overlap: str = "dice",
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -59,7 +64,10 @@ class BCEDiceLoss(nn.Module):
             raise ValueError(f"eps is {eps}; it must be more than 0, or an empty class divides by 0")
         if class_weights is not None and (min(class_weights) < 0 or sum(class_weights) <= 0):
             raise ValueError(f"class_weights are {list(class_weights)}; none may be negative, one must be positive")
+        if overlap not in ("dice", "iou"):
+            raise ValueError(f'overlap is {overlap!r}; it must be "dice" or "iou"')
         self.alpha, self.beta, self.ignore_index, self.eps = alpha, beta, ignore_index, eps
+        self.overlap = overlap
         self.class_weights = None if class_weights is None else tuple(class_weights)
         self.normalized_weights: Tensor
         if class_weights is not None:
@@ -114,7 +122,11 @@ class BCEDiceLoss(nn.Module):
                 raise ValueError(f"{len(self.class_weights)} class_weights for {V} classes")
             self.normalized_weights = self.normalized_weights.to(sums.device)
             weights = self.normalized_weights.to(sums.dtype)
-        return LossParts(*kernels.loss_of_sums(sums, weights, self.beta, self.eps))
+        parts = LossParts(*kernels.loss_of_sums(sums, weights, self.beta, self.eps))
+        if self.overlap == "iou":
+            # 1 - S / (2 - S), where the Dice loss is 1 - S.
+            return parts._replace(loss=self.beta * parts.bce + 2 * parts.dice / (1 + parts.dice))
+        return parts
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the loss, a scalar.

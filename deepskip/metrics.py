@@ -14,6 +14,8 @@ torchvision_ops.declare()
 from torchmetrics import Metric  # noqa: E402
 from torchmetrics.classification import BinaryStatScores, MulticlassStatScores  # noqa: E402
 
+# A predicted component detects a target if their centroids are less than this many pixels apart.
+CENTROID_DISTANCE = 3.0
 # The probability thresholds that validation tries for the foreground of a binary task.
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
@@ -63,6 +65,77 @@ class ObjectScores(Metric):
             "object_recall": self.found / self.objects,
             "false_alarms_per_image": self.false_alarms / self.images,
         }
+
+
+class TargetScores(Metric):
+    """Count the metrics of infrared small-target detection: Pd, Fa and nIoU, for binary tasks.
+
+    Targets and predictions are 8-connected components. Targets are taken in the order of their first pixels, row by
+    row. Each takes the first predicted component, in the same order, that is free and whose centroid is less than
+    CENTROID_DISTANCE pixels from its own (PD_FA of DNA-Net, Li et al. 2022, TIP). It need not overlap, nor be nearest.
+
+    Fa counts the pixels of every component that no target took. PD_FA skips one whose area equals that of a matched
+    component of the same image, so its Fa can be lower. nIoU is of Dai et al. 2021 (ACM, WACV): the mean of each
+    image's IoU. An image without foreground in target and prediction is not counted; ACM counts it as 0.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("targets", "detected", "false_pixels", "pixels", "images"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("iou_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor, counted: Tensor) -> None:
+        """Add one image.
+
+        Args:
+            prediction: whether a pixel is predicted as foreground, (H, W) bool; false where it is not counted.
+            target: whether a pixel is foreground, (H, W) bool; false where it is not counted.
+            counted: whether a pixel is counted, (H, W) bool.
+        """
+        guess, truth = prediction.cpu().numpy(), target.cpu().numpy()
+        (_, targets), (areas, guesses) = centroids(truth), centroids(guess)
+        is_free = np.ones(len(guesses), bool)
+        for place in targets:
+            near = is_free & (np.linalg.norm(guesses - place, axis=1) < CENTROID_DISTANCE)
+            if near.any():
+                is_free[near.argmax()] = False
+        self.targets += len(targets)
+        self.detected += int((~is_free).sum())
+        self.false_pixels += int(areas[is_free].sum())
+        self.pixels += counted.sum()
+        if either := int((guess | truth).sum()):
+            self.images += 1
+            self.iou_sum += int((guess & truth).sum()) / either
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return "niou", "pd", the share of detected targets, and "fa", false pixels over all counted pixels; scalars.
+
+        A ratio of 0 to 0 is nan.
+        """
+        return {
+            "niou": self.iou_sum / self.images,
+            "pd": self.detected.double() / self.targets,
+            "fa": self.false_pixels.double() / self.pixels,
+        }
+
+
+def centroids(foreground_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the areas (K,) int64 and centroids (K, 2), row and column, of K 8-connected components.
+
+    They are in the order of their first pixels, row by row.
+
+    Args:
+        foreground_HW: whether a pixel is foreground, (H, W) bool.
+    """
+    labels, number = scipy.ndimage.label(foreground_HW, EIGHT_NEIGHBOURS)
+    rows, columns = np.nonzero(labels)
+    found = labels[rows, columns] - 1
+    areas = np.bincount(found, minlength=number)
+    sums = [np.bincount(found, weights=places, minlength=number) for places in (rows, columns)]
+    return areas, np.stack(sums, axis=1) / areas[:, None]
 
 
 class ThresholdScores(Metric):
@@ -152,6 +225,7 @@ class SegmentationMetrics:
             else MulticlassStatScores(num_classes, average="none", **unchecked)
         ).to(device)
         self.objects = ObjectScores().to(device)
+        self.targets = TargetScores().to(device) if num_classes == 1 else None
 
     def update(self, prediction_HW: Tensor, target_HW: Tensor) -> None:
         """Add one image.
@@ -162,13 +236,17 @@ class SegmentationMetrics:
         """
         counted = target_HW != self.ignore_index
         self.pixels.update(prediction_HW[counted].long(), target_HW[counted].long())
-        self.objects.update(torch.where(counted, prediction_HW, 0), torch.where(counted, target_HW, 0))
+        prediction_HW, target_HW = (torch.where(counted, labels, 0) for labels in (prediction_HW, target_HW))
+        self.objects.update(prediction_HW, target_HW)
+        if self.targets is not None:
+            self.targets.update(prediction_HW != 0, target_HW != 0, counted)
 
     def compute(self) -> dict[str, float]:
         """Return the metrics, summed over all ranks of the process group; every rank must call this method.
 
         Returns:
             "iou", "dice", "pixel_accuracy", "precision", "recall", "f1", "object_recall" and "false_alarms_per_image".
+            For a binary task also "niou", "pd" and "fa", see `TargetScores`.
         """
         scores = self.pixels.compute().double().cpu().view(-1, 5)
         tp, fp, tn, fn, _ = scores.T
@@ -187,4 +265,6 @@ class SegmentationMetrics:
             # For pixels, F1 and Dice are the same number.
             "f1": dice,
         }
-        return result | {name: value.item() for name, value in self.objects.compute().items()}
+        for metric in filter(None, (self.objects, self.targets)):
+            result |= {name: value.item() for name, value in metric.compute().items()}
+        return result

@@ -35,7 +35,7 @@ class Batch(TypedDict):
         epoch: epoch of each sample, N numbers.
         sample: number of each sample, N numbers.
         key: key of each sample, N names.
-        draws: those of `augment.LoaderEntries`, (N, 6 + bands) fp32; without them the step draws.
+        draws: those of `augment.LoaderEntries`, (N, 7 + bands) fp32; without them the step draws.
         noise_seed: those of `augment.LoaderEntries`, N integers; there if `draws` are.
     """
 
@@ -148,7 +148,9 @@ class TrainingStep:
         self._parameters = list(self.network.parameters())
         self._averages = _pairs(self.averaged, self.network)
         loss = config.loss
-        self.criterion = BCEDiceLoss(loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps)
+        self.criterion = BCEDiceLoss(
+            loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps, loss.overlap
+        )
         self.step = 0
         self._model: nn.Module = OwnLoss(self.network) if self.own_loss else self.network
 

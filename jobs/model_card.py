@@ -11,7 +11,7 @@ from deepskip import export
 from deepskip.complexity import convolution_weights
 from deepskip.inference import Segmenter
 from deepskip.jobs.models import Found
-from deepskip.jobs.report import METRICS, number
+from deepskip.jobs.report import METRICS, TARGET_METRICS, number
 from deepskip.predictor import Predictor
 
 FLOPS_SIDE = 256
@@ -222,6 +222,9 @@ def to_markdown(card: dict[str, Any]) -> str:
         lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
         for key, name in METRICS.items():
             lines.append(f"| {name} | {' | '.join(number(values[key]) for values in columns.values())} |")
+        for key, (name, form) in TARGET_METRICS.items():
+            if all(key in values for values in columns.values()):
+                lines.append(f"| {name} | {' | '.join(number(values[key], form) for values in columns.values())} |")
     else:
         lines.append("Not known: the checkpoint was written before the first validation.")
     if evaluation and evaluation["threshold"] is not None:

@@ -20,6 +20,8 @@ METRICS = {
     "object_recall": "object recall",
     "false_alarms_per_image": "false alarms per image",
 }
+# of binary tasks, with how they are printed; earlier versions did not compute them
+TARGET_METRICS = {"niou": ("nIoU", ".4f"), "pd": ("Pd", ".4f"), "fa": ("Fa", ".2e")}
 WIDTH = max(len(name) for name in METRICS.values())
 # bounds of `disagreement`: an IoU below the first is near 0, one of the second or more is good
 IOU_NEAR_0, IOU_GOOD = 0.1, 0.5
@@ -63,7 +65,7 @@ def print_table(summary: dict[str, Any]) -> None:
 
 
 def print_metrics(values: dict[str, float | None]) -> None:
-    """Print a line for each metric of METRICS, and the IoU at the best threshold if that is known.
+    """Print a line for each metric of METRICS, and what is known of TARGET_METRICS and of the IoU at the best threshold.
 
     Args:
         values: metrics by name; None and nan are undefined.
@@ -72,6 +74,9 @@ def print_metrics(values: dict[str, float | None]) -> None:
         print(f"  {name:<{WIDTH}}  {number(values[key])}")
         if key == "iou" and (best := values.get("iou_best_threshold")) is not None and not math.isnan(best):
             print(f"  {'IoU, best threshold':<{WIDTH}}  {number(best)} at {values['best_threshold']:.2f}")
+    for key, (name, form) in TARGET_METRICS.items():
+        if key in values:
+            print(f"  {name:<{WIDTH}}  {number(values[key], form)}")
 
 
 def disagreement(step: int, training: dict[str, float], validation: dict[str, float]) -> str | None:

@@ -28,12 +28,15 @@ CURE = "Remove it and run the same command again; checkpoints do not depend on i
 NOT_TRACKED = "none"
 # how trainings behaved before these settings existed
 UNKNOWN_BEFORE = {
+    "augment.gamma": 0.0,
     "data.copy_paste": 0.0,
+    "loss.overlap": "dice",
     "model.enlarge": 1,
     "model.network": "deepskip",
     "model.options": {},
     "optim.momentum": 0.95,
     "run.precision": None,
+    "optim.schedule": "cosine",
 }
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from deepskip.config import ModelConfig
 from deepskip.network import PRIOR_LOGIT, DeepSkipUNet
+from deepskip.networks.acm import build_acm
 from deepskip.networks.enlarged import Enlarged
 from deepskip.networks.fcn import build_fcn
 from deepskip.networks.h_dense_unet import build_h_dense_unet
@@ -132,6 +133,12 @@ REGISTRY: dict[str, Network] = {
         build_nnunet,
         default={"features": (32, 64, 128, 256, 512, 512, 512)},
         paper={"features": (6, 12, 24, 48, 72, 64, 64)},
+        paper_parameters=645_665,
+    ),
+    "acm": Network(
+        build_acm,
+        default={"channels": (8, 16, 32, 64), "blocks": (3, 3, 3)},
+        paper={"channels": (10, 20, 41, 82), "blocks": (3, 3, 3)},
         paper_parameters=645_665,
     ),
 }

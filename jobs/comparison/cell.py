@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from deepskip import checkpoint
 from deepskip.data_shards import storage
 from deepskip.jobs import evaluate, runs
 from deepskip.jobs.comparison.grid import TEST
@@ -17,15 +18,24 @@ from deepskip.jobs.train import train_here
 
 
 def main() -> None:
-    """Train and test the cell of the file that the command line names.
+    """Train and test the cell of the file that the command line names."""
+    complete(Path(sys.argv[1]))
+
+
+def complete(path: Path) -> dict[str, Any]:
+    """Train and test a cell in this process, from where an earlier process stopped, and return the report of its test.
 
     The report in the folder TEST of the run marks the cell as done.
+
+    Args:
+        path: The cell's JSON file, as `grid.write_cell` wrote it.
     """
-    path = Path(sys.argv[1])
     cell, folder = runs.read_json(path), path.parent
     config = configured(cell["config"], str(path))
-    train_here(config, folder.name)
-    options = ["--model", str(folder), "--track", "none", "--flips", str(cell["flips"]).lower(), "--worst", "0"]
+    summary = train_here(config, folder.name)
+    last = cell.get("checkpoint") == "last"
+    model = checkpoint.step_path(folder, summary["steps"]) if last else folder
+    options = ["--model", str(model), "--track", "none", "--flips", str(cell["flips"]).lower(), "--worst", "0"]
     data = config.data
     options += ["--on_bad_sample", data.on_bad_sample, "--cache_dir", data.cache_dir, "--cache_gb", str(data.cache_gb)]
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker or 1)))
@@ -35,7 +45,7 @@ def main() -> None:
         report = test(folder / "threshold", data.path, "val", options)
         if report["threshold"] is not None:
             options += ["--threshold", str(report["classes"][0]["best_threshold"])]
-    test(folder / TEST, data.path, cell["test"], options)
+    return test(folder / TEST, data.path, cell["test"], options)
 
 
 def test(out: Path, data: str, split: str, options: list[str]) -> dict[str, Any]:

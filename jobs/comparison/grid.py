@@ -49,6 +49,8 @@ class Grid:
     """split to test on"""
     threshold: Literal["validation", "half"] = "validation"
     """threshold of models with one class: the best on the validation split, or a probability of 0.5"""
+    checkpoint: Literal["best", "last"] = "best"
+    """checkpoint to test: the best on the validation split, or that of the last step"""
     only: list[str] | None = None
     """names of the networks to train now; null trains all"""
     workers: int = 1
@@ -183,7 +185,8 @@ def content_of(cell: Cell, grid: Grid) -> dict[str, Any]:
     config = asdict(cell.config)
     if config["cluster"]["cpus_per_worker"] is None:
         config["cluster"]["cpus_per_worker"] = threads_of(grid)
-    return {"config": config, "flips": cell.flips, "test": grid.test, "threshold": grid.threshold}
+    tested = {"test": grid.test, "threshold": grid.threshold, "checkpoint": grid.checkpoint}
+    return {"config": config, "flips": cell.flips, **tested}
 
 
 def threads_of(grid: Grid) -> int:
@@ -193,4 +196,6 @@ def threads_of(grid: Grid) -> int:
 
 def read_cell(folder: Path) -> dict[str, Any]:
     """Return the settings of the last process of a cell, or {} if it never ran."""
-    return runs.read_json(folder / CELL)
+    found = runs.read_json(folder / CELL)
+    # Earlier versions tested the best checkpoint.
+    return {"checkpoint": "best"} | found if found else {}

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from skimage.exposure import adjust_gamma, rescale_intensity
 
 from deepskip.augment import augment, draw, loader_entries, pack, unpack
 from deepskip.config import AugmentConfig
@@ -67,6 +68,28 @@ def test_intensity_changes_by_hand() -> None:
             assert abs(shift) <= 0.5 + 1e-4
 
 
+def test_gamma_against_scikit_image() -> None:
+    image, mask = batch(2)
+    # A band without contrast has no range to scale to.
+    image[3, 1] = 0.25
+    config = AugmentConfig(**STILL, gamma=0.5)
+    draws = draw(config, 0, [0] * N, list(range(N)), 2)
+    changed, _ = augment(config, draws, image, mask, 255)
+    assert draws.power.min() >= 1 / 1.5
+    assert draws.power.max() <= 1.5
+    assert draws.power.std() > 0.1
+    for i in range(N):
+        for c in range(2):
+            band = image[i, c].double().numpy()
+            scaled = rescale_intensity(band, out_range=(0.0, 1.0)) if band.std() else np.zeros_like(band)
+            expected = adjust_gamma(scaled, draws.power[i, 0].item()) * np.ptp(band) + band.min()
+            np.testing.assert_allclose(changed[i, c], expected, atol=1e-5)
+    # Without gamma, all other numbers are the same.
+    still = draw(AugmentConfig(**STILL), 0, [0] * N, list(range(N)), 2)
+    assert torch.equal(still.shift, draws.shift)
+    assert still.noise_seed == draws.noise_seed
+
+
 @pytest.mark.parametrize("labels", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("size", [(9, 9), (8, 8), (6, 11)])
 @pytest.mark.parametrize("last", [True, False])
@@ -112,10 +135,10 @@ def test_draws_travel_in_a_batch_bit_for_bit() -> None:
     epochs, ids = [3] * N, list(range(N))
     drawn = draw(config, 7, epochs, ids, 5)
     entries = loader_entries(config, 7, 5, epochs, ids)
-    assert entries["draws"].shape == (N, 6 + 5)
+    assert entries["draws"].shape == (N, 7 + 5)
     assert torch.equal(entries["draws"], pack(drawn))
     come = unpack(entries["draws"], entries["noise_seed"])
-    for name in ("matrix", "gain", "shift", "symmetry"):
+    for name in ("matrix", "gain", "power", "shift", "symmetry"):
         one, other = getattr(come, name), getattr(drawn, name)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)

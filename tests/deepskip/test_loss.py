@@ -127,3 +127,29 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 def test_target_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"target of shape \(1, 4, 5\)"):
         BCEDiceLoss()(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64))
+
+
+def test_soft_iou_is_the_quotient_of_sums_and_its_gradient_autograds() -> None:
+    rng = np.random.default_rng(5)
+    z, target = rng.normal(size=(3, 1, 5, 7)), rng.integers(0, 2, (3, 5, 7))
+    target[rng.random(target.shape) < 0.2] = IGNORE
+    logits = torch.tensor(z, requires_grad=True)
+    beta, eps = 0.7, 3.0
+    found = BCEDiceLoss(beta=beta, eps=eps, overlap="iou").parts(logits, torch.tensor(target))
+    found.loss.backward()
+
+    again = torch.tensor(z, requires_grad=True)
+    counted = torch.tensor(target)[:, None] != IGNORE
+    t, o = torch.tensor(target)[:, None][counted].double(), again.sigmoid()[counted]
+    bce = -0.5 * (t * o.log() + (1 - t) * (1 - o).log()).mean()
+    intersection = (t * o).sum()
+    iou = (intersection + eps / 2) / ((t**2).sum() + (o**2).sum() - intersection + eps / 2)
+    expected = beta * bce + 1 - iou
+    expected.backward()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(logits.grad, again.grad, rtol=1e-9, atol=1e-14)
+    # What is reported as Dice remains Dice.
+    dice = BCEDiceLoss(beta=beta, eps=eps).parts(torch.tensor(z), torch.tensor(target)).dice
+    assert found.dice.item() == dice.item()
+    with pytest.raises(ValueError, match="overlap is 'both'"):
+        BCEDiceLoss(overlap="both")

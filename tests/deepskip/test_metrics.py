@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import skimage.measure
 import torch
 
 from deepskip.metrics import THRESHOLDS, SegmentationMetrics, ThresholdScores
@@ -111,3 +112,76 @@ def test_nothing_to_find_is_nan_and_not_1() -> None:
     assert math.isnan(result["iou"])
     assert math.isnan(result["object_recall"])
     assert result["pixel_accuracy"] == 1
+
+
+def test_pd_fa_and_niou_by_hand() -> None:
+    truth, guess = torch.zeros(20, 20, dtype=torch.long), torch.zeros(20, 20, dtype=torch.long)
+    # Centroids (1, 1) and (1, 3.5): 2.5 pixels apart, so detected without overlap.
+    truth[0:3, 0:3] = 1
+    guess[0:3, 3:5] = 1
+    # Centroids (10, 1) and (10, 4): 3 pixels apart, so missed, and 3 false pixels.
+    truth[10, 0:3] = 1
+    guess[10, 3:6] = 1
+    # Two diagonal pixels are one target. Of two components near it the first is used, and the nearer is false.
+    truth[6, 12] = truth[7, 13] = 1
+    guess[5, 12] = guess[7, 12] = 1
+    # A component that touches its target, but whose centroid is 4 pixels away, is false.
+    truth[15, 2:5] = 1
+    guess[15, 4:10] = 1
+    # An ignored pixel counts nowhere.
+    truth[19, 19] = 255
+    guess[19, 19] = 1
+    metrics = SegmentationMetrics(1, 255)
+    metrics.update(guess, truth)
+    # The second image has no foreground, so it has no IoU.
+    metrics.update(torch.zeros(5, 5, dtype=torch.long), torch.zeros(5, 5, dtype=torch.long))
+    result = metrics.compute()
+    assert result["pd"] == 2 / 4
+    assert result["fa"] == pytest.approx((3 + 1 + 6) / (400 - 1 + 25))
+    assert result["niou"] == pytest.approx(1 / (17 + 17 - 1))
+    third = torch.ones(5, 5, dtype=torch.long)
+    metrics.update(third, third)
+    assert metrics.compute()["niou"] == pytest.approx((1 / 33 + 1) / 2)
+
+
+def target_metrics_by_scikit_image(images: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Compute Pd, Fa and nIoU with scikit-image alone."""
+    targets = detected = false_pixels = pixels = 0
+    ious = []
+    for guess, truth in images:
+        left = skimage.measure.regionprops(skimage.measure.label(guess & (truth != 255), connectivity=2))
+        pixels += int((truth != 255).sum())
+        found = skimage.measure.regionprops(skimage.measure.label(truth == 1, connectivity=2))
+        targets += len(found)
+        for target in found:
+            for place, component in enumerate(left):
+                if math.dist(component.centroid, target.centroid) < 3:
+                    detected += 1
+                    del left[place]
+                    break
+        false_pixels += sum(int(component.area) for component in left)
+        counted = truth != 255
+        ious.append(((guess == 1) & (truth == 1)).sum() / (((guess == 1) & counted) | (truth == 1)).sum())
+    return {"pd": detected / targets, "fa": false_pixels / pixels, "niou": float(np.mean(ious))}
+
+
+def test_pd_fa_and_niou_against_scikit_image() -> None:
+    rng = np.random.default_rng(3)
+    images = []
+    for _ in range(6):
+        guess, truth = np.zeros((2, 60, 70), np.uint8)
+        for _ in range(20):
+            y, x, h, w = (*rng.integers(0, (54, 64)), *rng.integers(1, 5, 2))
+            truth[y : y + h, x : x + w] = 1
+            y, x = (np.array([y, x]) + rng.integers(-3, 4, 2)).clip(0)
+            guess[y : y + rng.integers(1, 5), x : x + rng.integers(1, 5)] = rng.random() < 0.8
+        truth[rng.random(truth.shape) < 0.02] = 255
+        images.append((guess, truth))
+    metrics = SegmentationMetrics(1, 255)
+    for guess, truth in images:
+        metrics.update(torch.tensor(guess).long(), torch.tensor(truth).long())
+    result, expected = metrics.compute(), target_metrics_by_scikit_image(images)
+    assert 0.4 < expected["pd"] < 0.9
+    assert expected["fa"] > 0.005
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert "pd" not in SegmentationMetrics(3, 255).compute()

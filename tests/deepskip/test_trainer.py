@@ -159,6 +159,18 @@ def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
     np.testing.assert_allclose([learning_rate(optim, step) for step in range(50)], expected, rtol=1e-6)
 
 
+def test_the_step_schedule_is_torchs_multi_step() -> None:
+    optim = OptimConfig(steps=40, warmup_steps=0, learning_rate=5e-4, schedule="step")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [20, 30], 0.1)
+    expected = []
+    for _ in range(40):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose([learning_rate(optim, step) for step in range(40)], expected, rtol=1e-12)
+
+
 def test_the_average_is_that_of_tensorflows_decay_by_steps_in_float64() -> None:
     """Compare with TensorFlow's ExponentialMovingAverage(decay, num_updates), of weights and of buffers."""
     settings = config(steps=40)

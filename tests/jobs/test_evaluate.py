@@ -74,6 +74,8 @@ def test_coins_into_the_trainings_own_run(home: Path, capsys: pytest.CaptureFixt
     assert metrics["iou"] == pytest.approx(tp / (tp + fp + fn), rel=1e-6)
     assert metrics["precision"] == pytest.approx(tp / (tp + fp), rel=1e-6)
     assert metrics["recall"] == pytest.approx(tp / (tp + fn), rel=1e-6)
+    assert metrics["niou"] == pytest.approx(np.mean(list(by_key.values())))
+    assert 0 <= metrics["pd"] <= 1
     assert report["confusion"][1] == [fn, tp]
     assert report["confusion"][0][1] == fp
     assert (report["data"]["images"], report["threshold"], report["model"]["step"]) == (8, 0.4, 7)

@@ -22,5 +22,6 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "pspnet": {"backbone": "resnet18", "channels": [8, 16, 16, 16], "pyramid_channels": 16},
     "unet3plus": {"base_channels": 4},
+    "acm": {"channels": [4, 4, 8, 8], "blocks": [1, 1, 1]},
     "nnunet": {"features": [4, 8, 8, 8, 8, 8, 8]},
 }

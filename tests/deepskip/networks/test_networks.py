@@ -111,6 +111,9 @@ def test_default_widths_have_the_published_parameters() -> None:
     assert built["fcn"] == parameters(fcn)
     # Huang et al. 2020, table 1, in millions.
     assert round(built["unet3plus"] / 1e6, 2) == 26.97
+    # Of one band, as BasicIRSTD counts it, in millions.
+    with torch.device("meta"):
+        assert round(parameters(build({"network": "acm"}, 1, 1)) / 1e6, 3) == 0.398
 
 
 def test_plain_unet_is_deepskip_without_deep_skips() -> None:

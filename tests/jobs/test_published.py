@@ -1,0 +1,223 @@
+"""The published benchmarks: sets are packed by their official split, runs are done once, and the table is by hand."""
+
+import csv
+import hashlib
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.measure
+import torch
+import yaml
+from PIL import Image
+
+import deepskip
+from deepskip.config import Config
+from deepskip.data_shards.index import load_index
+from deepskip.jobs.bench.published import data, page, runs
+from deepskip.jobs.bench.published.__main__ import main
+
+TRAIN, TEST = [f"a{i}" for i in range(7)], [f"b{i}" for i in range(4)]
+TINY = {
+    "model": {"base_channels": 4, "levels": 3},
+    "data": {"crop": 32},
+    "optim": {"steps": 3, "warmup_steps": 1, "global_batch_size": 2, "learning_rate": 0.02},
+    "run": {"validate_every": 1},
+    "cluster": {"gpu": False, "cpus_per_worker": 1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_set() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SETS, "sirst_v1", (len(TRAIN), len(TEST)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return two folders of grey images with bright targets, the second with one image, and a CSV of the split."""
+    folders = tuple(tmp_path_factory.mktemp("set") for _ in range(2))
+    rng = np.random.default_rng(0)
+    for stem in [*TRAIN, *TEST, "unused"]:
+        folder = folders[stem == "b3"]
+        mask = np.zeros((40, 48), np.uint8)
+        for _ in range(3):
+            y, x = rng.integers(0, (36, 44))
+            mask[y : y + 3, x : x + 4] = 255
+        image = rng.normal(90, 20, mask.shape) + 0.6 * mask
+        for name, values in (("images", image.clip(0, 255).astype(np.uint8)), ("masks", mask)):
+            (folder / name).mkdir(exist_ok=True)
+            Image.fromarray(values).save(folder / name / f"{stem}.png")
+    return folders[0], folders[1]
+
+
+def write_split(folder: Path, val: list[str]) -> Path:
+    rows = [f"{stem},{'val' if stem in val else 'train'}" for stem in TRAIN] + [f"{stem},test" for stem in TEST]
+    (folder / "split.csv").write_text("\n".join(["stem,split", *rows]) + "\n")
+    return folder / "split.csv"
+
+
+def stems(part: Path) -> dict[str, list[str]]:
+    found = {}
+    for folder in sorted(part.iterdir()):
+        index = load_index(folder)
+        found[folder.name] = sorted(entry.key for entry in index.entries(range(index.num_samples)))
+    return found
+
+
+def test_parts_of_a_marked_split(images: tuple[Path, Path], tmp_path: Path) -> None:
+    split = write_split(tmp_path, ["a2", "a5"])
+    (tmp_path / "near.txt").write_text("a0\na5\n")
+    data.pack("sirst_v1", images, split, tmp_path / "out", near_duplicates=tmp_path / "near.txt")
+    fewer = [stem for stem in TRAIN if stem not in ("a2", "a5")]
+    assert stems(tmp_path / "out" / "search") == {"train": fewer, "val": ["a2", "a5"]}
+    assert stems(tmp_path / "out" / "official") == {"train": TRAIN, "val": ["a2", "a5"], "test": TEST}
+    assert stems(tmp_path / "out" / "distinct") == {
+        "train": [stem for stem in TRAIN if stem not in ("a0", "a5")], "val": ["a2"], "test": TEST,
+    }  # fmt: skip
+
+
+def test_validation_images_are_drawn_by_the_seed_from_lists(images: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "train_SIRST.txt").write_text("\n".join(TRAIN))
+    (tmp_path / "test_SIRST.txt").write_text("\n".join(TEST))
+    drawn = set()
+    for seed in range(4):
+        out = tmp_path / f"out-{seed}"
+        data.pack("sirst_v1", images, tmp_path, out, val_share=0.3, seed=seed)
+        parts = stems(out / "search")
+        assert len(parts["val"]) == 2
+        assert sorted(parts["train"] + parts["val"]) == TRAIN
+        drawn.add(tuple(parts["val"]))
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stem,split\na0,train\nb0,test\n", "has 1 training and 1 test images; sirst_v1 has 7 and 4"),
+        ("stem,split\na0,valid\n", "it needs stem,split with train, val or test"),
+        (None, "does not exist"),
+    ],
+)
+def test_splits_that_are_not_the_official_one(
+    images: tuple[Path, Path], tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = tmp_path / "split.csv"
+    if content:
+        split.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["pack", "sirst_v1", "--folder", str(images[0]), "--split", str(split), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_done_once_and_its_metrics_are_scikit_images(
+    images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.pack("sirst_v1", images, write_split(tmp_path, ["a2"]), tmp_path / "data")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY))
+    table = tmp_path / "table" / "runs.csv"
+    arguments = ["run", "sirst_v1", "--data", str(tmp_path / "data"), "--recipe", str(tmp_path / "recipe.yaml"),
+                 "--out", str(tmp_path / "runs"), "--table", str(table), "--seeds", "5"]  # fmt: skip
+    main(arguments)
+    (row,) = csv.DictReader(table.open())
+    (folder,) = (tmp_path / "runs" / "sirst_v1-official").glob("deepskip-*/seed-5")
+    checkpoint = folder / "checkpoints" / "step-00000003.pt"
+    model = deepskip.load(checkpoint)
+    both = either = targets = detected = false_pixels = pixels = 0
+    ious = []
+    for stem in TEST:
+        image, mask = (
+            np.asarray(Image.open(images[stem == "b3"] / kind / f"{stem}.png")) for kind in ("images", "masks")
+        )
+        guess, truth = model.predict(image) == 1, mask > 0
+        both, either = both + (guess & truth).sum(), either + (guess | truth).sum()
+        ious.append((guess & truth).sum() / (guess | truth).sum())
+        left = skimage.measure.regionprops(skimage.measure.label(guess, connectivity=2))
+        found = skimage.measure.regionprops(skimage.measure.label(truth, connectivity=2))
+        for target in found:
+            near = [c for c in left if math.dist(c.centroid, target.centroid) < 3][:1]
+            detected, left = detected + len(near), [c for c in left if c not in near]
+        targets, pixels = targets + len(found), pixels + truth.size
+        false_pixels += sum(component.area for component in left)
+    assert min(both, detected) > 0
+    assert float(row["iou"]) == pytest.approx(both / either, rel=1e-6)
+    assert float(row["niou"]) == pytest.approx(np.mean(ious))
+    assert float(row["pd"]) == pytest.approx(detected / targets)
+    assert float(row["fa"]) == pytest.approx(false_pixels / pixels)
+    assert (row["steps"], row["images"], row["seed"], row["network"]) == ("3", "4", "5", "deepskip")
+    weights = torch.load(checkpoint, weights_only=True)["ema"]
+    digest = hashlib.sha256()
+    for name, values in sorted(weights.items()):
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode() + values.contiguous().numpy().tobytes())
+    assert row["weights_sha256"] == digest.hexdigest()
+    assert str(tmp_path) not in row["command"]
+    recipe = json.loads((table.parent / "recipes" / f"{row['recipe']}.json").read_text())
+    assert (recipe["optim.steps"], recipe["data.crop"]) == (3, 32)
+
+    # The row is enough, also after the run is gone.
+    capsys.readouterr()
+    record = (folder / "summary.json").read_bytes()
+    main(arguments)
+    assert "has this run" in capsys.readouterr().out
+    assert len(table.read_text().splitlines()) == 2
+    # A process that died before the row was written is completed, and trains nothing again.
+    table.unlink()
+    main(arguments)
+    assert (folder / "summary.json").read_bytes() == record
+    assert list(csv.DictReader(table.open())) == [row]
+    # Another network by the same recipe; trials are tested on validation images.
+    main([*arguments, "--network", "plain_unet", "--part", "search"])
+    other = list(csv.DictReader(table.open()))[-1]
+    assert (other["recipe"], other["network"], other["images"]) == (row["recipe"], "plain_unet", "1")
+
+
+def test_a_recipe_is_what_is_trained_by_and_new_settings_that_are_off_do_not_count() -> None:
+    config = Config()
+    before = runs.recipe_of(config)
+    config.model.network, config.run.seed, config.data.path, config.run.storage = "acm", 3, "elsewhere", "there"
+    assert runs.recipe_of(config) == before
+    assert "augment.gamma" not in before
+    config.augment.gamma = 0.2
+    assert runs.recipe_of(config) == before | {"augment.gamma": 0.2}
+
+
+def row_of(network: str, seed: int, iou: float, **changed: str) -> dict[str, str]:
+    row = {
+        "set": "nudt_sirst",
+        "part": "official",
+        "network": network,
+        "model": "{}",
+        "seed": str(seed),
+        "recipe": "new",
+    }
+    row |= {"iou": str(iou), "niou": "0.5", "pd": "0.98", "fa": "4e-6", "parameters": "645521"}
+    return row | changed
+
+
+def test_the_table_by_hand() -> None:
+    ious = [0.90, 0.92, 0.91]
+    rows = [row_of("deepskip", 0, 0.1, recipe="old"), *(row_of("deepskip", i, iou) for i, iou in enumerate(ious))]
+    rows += [row_of("deepskip", 0, 0.3, part="search"), row_of("deepskip", 0, 0.8, part="distinct")]
+    rows += [row_of("acm", 0, 0.7, set="sirst_v1", parameters="397655")]
+    lines = page.results(rows).splitlines()
+    spread = 100 * statistics.stdev(ious)
+    assert lines[2] == "| **ACM, trained here** | 0.40 M | 0 / 1 | - | 70.0 / 50.0 / 98.0 / 4.0 | ours |"
+    assert f"| **DeepSkip** | 0.65 M | 3 / 0 | 91.0 ± {spread:.1f} / 50.0 / 98.0 / 4.0 | - | ours |" in lines
+    assert "| **DeepSkip, no near-duplicates** | 0.65 M | 1 / 0 | 80.0 / 50.0 / 98.0 / 4.0 | - | ours |" in lines
+    assert "| DNA-Net | 4.70 M | - | 94.2 / - / 99.3 / 2.4 | 74.8 / - / 93.5 / 38.3 | A |" in lines
+    assert not any("30.0" in line or "10.0" in line for line in lines)
+
+
+def test_the_page_is_up_to_date(tmp_path: Path) -> None:
+    text, rows = page.PAGE.read_text(), runs.read_rows(page.RUNS)
+    assert page.filled(text, rows) == text
+    assert page.FIGURE.is_file()
+    main(["page", "--out", str(tmp_path)])
+    assert (tmp_path / "results.md").read_text().strip() in text
+    assert "<svg" in (tmp_path / "iou.svg").read_text()
