@@ -159,6 +159,11 @@ class Index:
         end = int(self._ends[shard])
         return range(end - self.shards[shard].samples, end)
 
+    def shards_of(self, samples: list[int]) -> list[int]:
+        """Return the numbers of the shards that hold samples, each once, in ascending order."""
+        found: list[int] = np.unique(np.searchsorted(self._ends, samples, side="right")).tolist()
+        return found
+
     def shard_location(self, shard: int) -> str:
         """Return the path or URL of a shard."""
         return storage.join(self.base or self.location, self.shards[shard].name)
