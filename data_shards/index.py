@@ -154,6 +154,11 @@ class Index:
     def _keys(self) -> Any:
         return self.samples["key"]
 
+    @property
+    def digests(self) -> np.ndarray:
+        """Return the digest of each sample: (samples,) uint64."""
+        return self._columns["digest"]
+
     def shard_range(self, shard: int) -> range:
         """Return the sample numbers of a shard."""
         end = int(self._ends[shard])

@@ -66,10 +66,11 @@ class Lane:
         ends = np.cumsum(sizes)
         # The last window may have fewer pieces.
         self.window_ends = np.append(ends[window - 1 : -1 : window], ends[-1:])
+        self.num_samples = int(ends[-1]) if len(ends) else 0
         self.shuffled = lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:
-        return int(self.window_ends[-1]) if len(self.window_ends) else 0
+        return self.num_samples
 
     def window_at(self, place: int) -> int:
         """Return the number of the window that holds a place."""
@@ -129,15 +130,16 @@ class EpochOrder:
         self.first_numbers = np.cumsum(self.sizes) - self.sizes
         self.shards = np.random.default_rng([seed] if fixed else [seed, epoch]).permutation(len(self.sizes))
         self.ends = np.cumsum(self.sizes[self.shards])
+        self.num_samples = int(self.ends[-1]) if len(self.ends) else 0
         self.lane = lru_cache(maxsize=None)(self._lane)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.num_samples
 
     def lane_size(self, number: int) -> int:
         """Return the number of samples in a lane; lanes differ by at most 1."""
         # These are the positions p below the epoch's length with p % lanes == number.
-        return (len(self) - number + self.lanes - 1) // self.lanes
+        return (self.num_samples - number + self.lanes - 1) // self.lanes
 
     def _lane(self, number: int) -> Lane:
         # Lanes of one sample more come first.
@@ -193,15 +195,17 @@ def rank_share(order: EpochOrder, batch: int, global_batch_size: int, rank: int,
         A stretch of each of the rank's lanes; empty where the lane has ended.
     """
     lanes, start, stop = order.lanes, batch * global_batch_size, (batch + 1) * global_batch_size
+    per_rank = -(-global_batch_size // world_size)
+    low, high = min(rank * per_rank, global_batch_size), min((rank + 1) * per_rank, global_batch_size)
+    if lanes == 1:
+        return [Stretch(0, min(start + low, len(order)), min(start + high, len(order)))]
 
     def before(lane: int) -> int:
-        # Number of the batch's places in all lanes before this one. Each turn through the lanes takes one place of each.
+        # Number of the batch's places in all earlier lanes. Each turn through the lanes takes one place of each.
         return (stop // lanes - start // lanes) * lane + min(stop % lanes, lane) - min(start % lanes, lane)
 
-    per_rank = -(-global_batch_size // world_size)
-    low, high = (min(edge * per_rank, global_batch_size) for edge in (rank, rank + 1))
     stretches = []
-    lane = bisect_right(range(lanes), low, key=before) - 1
+    lane = bisect_right(range(1, lanes), low, key=before)
     while low < high:
         end = min(before(lane + 1), high)
         # The lane's first place in the batch, and those that earlier ranks take.
