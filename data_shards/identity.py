@@ -13,6 +13,7 @@ from deepskip.data_shards.index import Index, plain_labels, plain_number
 # By the names of the entries of `identity_of`.
 Identity = Mapping[str, str | int]
 COUNTED = ("samples", "shards", "bands", "num_classes", "ignore_index")
+SHAPING = {"bands", "num_classes"}
 DIGESTED = ("contents", "statistics", "reading")
 
 
@@ -52,29 +53,39 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Identity]) -> str:
-    """Return what differs between the data of a run, by split, and that at the same location now; empty if nothing does.
+def differing(before: Mapping[str, Any], now: Mapping[str, Identity]) -> dict[str, list[str]]:
+    """Return the names of the entries that differ, by split, without the splits in which none does.
 
     Args:
         before: Identities as a run recorded them. Runs of an earlier version recorded a digest of the shards for each split,
             which is compared with the entry "tars" if that is there.
         now: Identities by split.
     """
-    found = []
+    found = {}
     for split, identity in now.items():
         earlier = before.get(split)
-        if not isinstance(earlier, Mapping):
-            if earlier is not None and "tars" in identity and earlier != identity["tars"]:
-                found.append(f"{split} has other shards")
-            continue
-        differing = [key for key in (*COUNTED, *DIGESTED) if key in earlier and earlier[key] != identity[key]]
-        if differing:
-            words = [
-                f"{key} {identity[key]} instead of {earlier[key]}" if key in COUNTED else f"other {key}"
-                for key in differing
-            ]
-            found.append(f"{split} has {', '.join(words)}")
-    return "; ".join(found)
+        if isinstance(earlier, Mapping):
+            found[split] = [key for key in (*COUNTED, *DIGESTED) if key in earlier and earlier[key] != identity[key]]
+        else:
+            found[split] = ["tars"] if earlier is not None and identity.get("tars", earlier) != earlier else []
+    return {split: keys for split, keys in found.items() if keys}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Identity]) -> str:
+    """Return in words what differs between the data of a run and that at the same location now; empty if nothing does.
+
+    Args:
+        before: As for `differing`.
+        now: Identities by split.
+    """
+    return "; ".join(
+        f"{split} has "
+        + ", ".join(
+            f"{key} {now[split][key]} instead of {before[split][key]}" if key in COUNTED else f"other {key}"
+            for key in keys
+        )
+        for split, keys in differing(before, now).items()
+    )
 
 
 def name_of(data: Mapping[str, Identity]) -> str:
@@ -86,11 +97,14 @@ def refusal(before: Mapping[str, Any], now: Mapping[str, Identity], accepted: st
     """Return why a run cannot resume on the data as it is now, and how it can on purpose; None if nothing is against it.
 
     Args:
-        before: As for `changes`.
+        before: As for `differing`.
         now: Identities by split.
         accepted: Name of changed data on which the run may resume.
     """
-    differing = changes(before, now)
-    if not differing or accepted == name_of(now):
+    keys = {key for found in differing(before, now).values() for key in found}
+    if not keys or (accepted == name_of(now) and not keys & SHAPING):
         return None
-    return f"was trained on other data ({differing}); to resume on the data as it is now, give --data.accept {name_of(now)}"
+    reason = f"was trained on other data ({changes(before, now)})"
+    if keys & SHAPING:
+        return f"{reason}, which its network does not fit"
+    return f"{reason}; to resume on the data as it is now, give --data.accept {name_of(now)}"

@@ -203,6 +203,10 @@ class BrokenIndex(ValueError):
     """An index that cannot be read."""
 
 
+class NewerIndex(BrokenIndex):
+    """An index that a later DeepSkip wrote: it is not broken."""
+
+
 def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
     """Build the Arrow table of samples, in their order, with format columns that refer to FORMATS."""
     rows = [
@@ -231,7 +235,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
 
     Raises:
         MissingIndex: If there is no index; says what is there and which command makes one.
-        BrokenIndex: If the index is damaged or of another version; says why.
+        BrokenIndex: If the index is damaged or of another version; says why. A NewerIndex if a later DeepSkip wrote it.
         OSError: If the location cannot be read.
     """
     location = str(folder)
@@ -243,6 +247,10 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
     try:
         raw = json.loads(text)
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
+            version = raw.get("version") if isinstance(raw, dict) and raw.get("format") == FORMAT else None
+            if isinstance(version, int) and version > VERSION:
+                # A new index would lose what the later version added.
+                raise NewerIndex(f"{path} has version {version}; this reads up to {VERSION}. Install a later DeepSkip.")
             said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "not an object"
             raise ValueError(f"it is {said[:200]}, this reads {FORMAT} version {VERSION}")
         index_check.check_index(raw, FORMATS)
@@ -252,6 +260,8 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
             raw["preparation"], tuple(raw["formats"]), labels_of(raw["labels"]), raw["base"],
             raw["source"], location, reading_of(raw.get("reading")),
         )  # fmt: skip
+    except NewerIndex:
+        raise
     except (ValueError, RecursionError, FileNotFoundError, storage.ChangedFile) as error:
         raise BrokenIndex(
             f"{path} cannot be read: {error}. Make a new one: deepskip index {location}, or pack again."

@@ -85,17 +85,17 @@ def check_data(
         found: list[Any] = [None] * world_size
         dist.all_gather_object(found, dict(splits))
         for number, other in enumerate(found):
-            if differing := identity.changes(found[0], other):
+            if changes := identity.changes(found[0], other):
                 raise identity.OtherData(
-                    f"the data was changed while the ranks started: on rank {number} {differing}. Run the same command again"
+                    f"the data was changed while the ranks started: on rank {number} {changes}. Run the same command again"
                 )
     if state is None:
         return None
     before, step = state["data"].get("splits", {}), state["step"]
     if refusal := identity.refusal(before, splits, accepted):
         raise identity.OtherData(f"the checkpoint of step {step} {refusal}")
-    differing = identity.changes(before, splits)
-    return f"resuming at step {step} on changed data: {differing}" if differing else None
+    changes = identity.changes(before, splits)
+    return f"resuming at step {step} on changed data: {changes}" if changes else None
 
 
 def broadcast_bytes(data: bytes, rank: int, device: torch.device) -> bytes:

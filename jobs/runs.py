@@ -263,9 +263,9 @@ def check_data(folder: Path, now: Mapping[str, Identity]) -> None:
         OtherData: the data was changed in between.
     """
     noted = read_record(folder).get("data")
-    if isinstance(noted, dict) and (differing := identity.changes(noted, now)):
+    if isinstance(noted, dict) and (changes := identity.changes(noted, now)):
         raise identity.OtherData(
-            f"the data was changed while the training of {folder} started: {differing}. Run the same command again"
+            f"the data was changed while the training of {folder} started: {changes}. Run the same command again"
         )
 
 
