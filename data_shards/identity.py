@@ -65,7 +65,11 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Identity]) -> dict[st
     for split, identity in now.items():
         earlier = before.get(split)
         if isinstance(earlier, Mapping):
-            found[split] = [key for key in (*COUNTED, *DIGESTED) if key in earlier and earlier[key] != identity[key]]
+            found[split] = [
+                key
+                for key in (*COUNTED, *DIGESTED)
+                if key in earlier and key in identity and earlier[key] != identity[key]
+            ]
         else:
             found[split] = ["tars"] if earlier is not None and identity.get("tars", earlier) != earlier else []
     return {split: keys for split, keys in found.items() if keys}

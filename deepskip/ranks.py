@@ -89,7 +89,7 @@ def check_data(
                 raise identity.OtherData(
                     f"the data was changed while the ranks started: on rank {number} {changes}. Run the same command again"
                 )
-    if state is None:
+    if state is None or not splits:
         return None
     before, step = state["data"].get("splits", {}), state["step"]
     if refusal := identity.refusal(before, splits, accepted):

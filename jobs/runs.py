@@ -219,7 +219,7 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:
         mlflow_run_id: MLflow run; None if the run is not tracked.
     """
     run.mlflow_run_id = mlflow_run_id
-    chosen = {} if run.lanes is None else {"lanes": run.lanes}
+    chosen = {"lanes": run.lanes} if flatten(config).get(LANES) == "auto" and run.lanes else {}
     write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id, "data": run.data} | chosen)
     (run.folder / SUMMARY).unlink(missing_ok=True)
 
@@ -230,7 +230,9 @@ def lanes_of(earlier: dict[str, Any]) -> int | None:
     Args:
         earlier: the run's record; {} if there is none.
     """
-    lanes = earlier.get("lanes") or flatten(earlier.get("config", {})).get(LANES)
+    if not earlier:
+        return None
+    lanes = earlier.get("lanes") or flatten(earlier["config"]).get(LANES, UNKNOWN_BEFORE[LANES])
     return lanes if isinstance(lanes, int) else None
 
 
