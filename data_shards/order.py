@@ -261,18 +261,18 @@ def rank_windows(order: EpochOrder, stretches: Sequence[Stretch]) -> list[Stretc
     return found
 
 
-def shards_ahead(order: EpochOrder, following: EpochOrder, windows: Sequence[Stretch]) -> list[int]:
+def shards_ahead(order: EpochOrder, following: EpochOrder | None, windows: Sequence[Stretch]) -> list[int]:
     """Return the shards to have at hand: those of the windows in use, then those of each lane's next window.
 
     Args:
         order: The order of the epoch.
-        following: The order of the next epoch, whose first windows follow the last of this one.
+        following: The order of the next epoch, whose first windows follow the last of this one; None if there is none.
         windows: The windows in use, from `rank_windows`.
     """
     found = [order.lane(lane).window_shards(n) for lane, start, stop in windows for n in range(start, stop)]
     for lane, _, stop in windows:
         after = order.lane(lane).window_shards(stop)
-        found.append(after if len(after) else following.lane(lane).window_shards(0))
+        found.append(following.lane(lane).window_shards(0) if following is not None and not len(after) else after)
     # A shard that is cut can be in two lanes.
     return list(dict.fromkeys(np.concatenate(found).tolist())) if found else []
 

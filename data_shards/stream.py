@@ -1,5 +1,6 @@
 """Batches of a split: each rank's share of every global batch, from any step, and the images of a validation split."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,8 +113,9 @@ def train_batches(
     lanes: int = 1,
     fixed_lanes: bool = False,
     ranks_here: int = 1,
+    last_step: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the global batches first_step, first_step + 1, ... without end.
+    """Yield this rank's share of the global batches first_step, first_step + 1, ...
 
     Args:
         shards: The split.
@@ -128,6 +130,7 @@ def train_batches(
         lanes: Number of lanes, of which each rank reads its share.
         fixed_lanes: Whether a lane has the same samples in every epoch.
         ranks_here: Number of ranks that share this machine's cache.
+        last_step: Step before which to end, as a training does; None yields batches without end.
 
     Yields:
         Batches with the additional entries.
@@ -140,26 +143,27 @@ def train_batches(
     check_cache(shards, window, lanes_here(lanes, global_batch_size, world_size, ranks_here))
     ahead = ReadAhead(shards) if storage.is_remote(shards.index.base or shards.folder) else None
 
-    # This epoch and the next.
-    order_of = lru_cache(maxsize=2)(
-        lambda epoch: EpochOrder(seed, epoch, shards.index.shard_sizes, window, lanes, fixed_lanes)
-    )
+    per_epoch = steps_per_epoch(len(shards), global_batch_size)
+
+    # The epochs of this step and of the next.
+    @lru_cache(maxsize=2)
+    def order_of(epoch: int) -> EpochOrder:
+        return EpochOrder(seed, epoch, shards.index.shard_sizes, window, lanes, fixed_lanes)
 
     def slots() -> Iterator[list[Slot]]:
-        per_epoch = steps_per_epoch(len(shards), global_batch_size)
-        epoch, batch = divmod(first_step, per_epoch)
-        in_use: list[Stretch] = []
-        while True:
-            order = order_of(epoch)
-            for t in range(batch, per_epoch):
-                if ahead is not None:
-                    windows = rank_windows(order, rank_share(order, t, global_batch_size, rank, world_size))
-                    # At the end of an epoch a rank may have nothing left to read.
-                    if windows and (t == batch or windows != in_use):
-                        in_use = windows
-                        ahead.want(shards_ahead(order, order_of(epoch + 1), windows))
-                yield rank_slots(order, t, global_batch_size, rank, world_size)
-            epoch, batch = epoch + 1, 0
+        in_use: tuple[int, list[Stretch]] | None = None
+        for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
+            epoch, batch = divmod(step, per_epoch)
+            if ahead is not None:
+                windows = rank_windows(
+                    order_of(epoch), rank_share(order_of(epoch), batch, global_batch_size, rank, world_size)
+                )
+                # At the end of an epoch a rank may have nothing left to read.
+                if windows and in_use != (epoch, windows):
+                    in_use = epoch, windows
+                    ends = last_step is not None and last_step <= (epoch + 1) * per_epoch
+                    ahead.want(shards_ahead(order_of(epoch), None if ends else order_of(epoch + 1), windows))
+            yield rank_slots(order_of(epoch), batch, global_batch_size, rank, world_size)
 
     try:
         if loader_workers:
@@ -188,11 +192,11 @@ def lanes_here(lanes: int, global_batch_size: int, world_size: int, ranks_here: 
         world_size: Number of ranks.
         ranks_here: Number of ranks on the machine.
     """
-    divided = (
-        global_batch_size % lanes == 0 and global_batch_size % world_size == 0 and lanes * ranks_here % world_size == 0
-    )
-    # Otherwise it shares a lane at either end with others, or these move with the batches.
-    return min(lanes, -(-lanes * ranks_here // world_size) + (0 if divided else 2))
+    steady = global_batch_size % lanes == 0
+    divided = steady and global_batch_size % world_size == 0 and lanes * ranks_here % world_size == 0
+    # Otherwise it shares lanes at either end with others, and these may move with the batches.
+    shared = 0 if divided else 2 + (0 if steady else -(-4 * lanes // global_batch_size))
+    return min(lanes, -(-lanes * ranks_here // world_size) + shared)
 
 
 def with_entries(entries: Entries | None, batch: Batch) -> Batch:

@@ -97,7 +97,7 @@ def train(
             tell(Started(step, world_size))
         stream = train_batches(
             train_shards, config.run.seed, config.optim.global_batch_size, step, rank, world_size, loader_workers,
-            data.shuffle_window, draws, lanes, data.fixed_lanes, ranks_here,
+            data.shuffle_window, draws, lanes, data.fixed_lanes, ranks_here, config.optim.steps,
         )  # fmt: skip
         for batch in stream:
             for report in batch.pop("bad"):

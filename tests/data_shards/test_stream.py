@@ -233,6 +233,11 @@ def test_what_a_rank_reads_ahead(
             assert set(index.shards_of(batch["sample"])) <= set(wanted[-1])
         # The last step of the epoch prefetched what the first of the next one reads.
         assert set(index.shards_of(batch["sample"])) <= {*wanted[-2], *(wanted[-1] if lanes == 1 else ())}
+        # The last epoch is followed by none.
+        wanted.clear()
+        assert len(list(train_batches(shards, 3, 8, 0, rank, 2, window=1, lanes=lanes, last_step=12))) == 12
+        if lanes > 1:
+            assert len({number for numbers in wanted for number in numbers}) == 12
     assert bool(seen[0] & seen[1]) == (lanes == 1)
 
 
