@@ -27,7 +27,8 @@ from deepskip.data_shards.stream import train_batches
 from deepskip.data_shards.writer import write_shards
 
 DELAY = 0.02
-SHARDS, PER_SHARD, SIDE = 256, 8, 64
+# These are divided neither by the lanes nor by the batch.
+SHARDS, PER_SHARD, SIDE = 250, 8, 64
 BATCH = 64
 MACHINES = (1, 2, 4)
 # Lanes, and shards in a window of each: about as many shards in use in all.
