@@ -59,7 +59,7 @@ class ReadAhead:
         self.asked: OrderedDict[int, Future[Path]] = OrderedDict()
 
     def want(self, numbers: Sequence[int]) -> None:
-        """Fetch shards in the given order, and cancel waiting fetches of all others.
+        """Fetch shards in the given order, keep them in the cache, and cancel waiting fetches of all others.
 
         An error is not raised here, but when the shard is read.
 
@@ -67,7 +67,8 @@ class ReadAhead:
             numbers: Shards of the windows in use and of the next ones.
         """
         for number in numbers:
-            if number not in self.asked:
+            # What is in the cache is touched, so that the cache removes other copies first.
+            if number not in self.asked or self.asked[number].done():
                 self.asked[number] = self.pool.submit(self.shards.local_path, number)
         wanted = set(numbers)
         for number in [n for n in self.asked if n not in wanted]:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepskip import checkpoint
+from deepskip import checkpoint, identity
 from deepskip.checkpoint import State
-from deepskip.data_shards import identity, storage
-from deepskip.data_shards.identity import Identity
+from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
+from deepskip.identity import Identity
 
 # Steps between a vote and the use of its result, which has arrived by then, so that no rank waits.
 VOTE_STEPS = 2

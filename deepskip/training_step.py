@@ -61,7 +61,7 @@ class DataInfo:
         mean: mean of each band over the training set.
         std: standard deviation of each band over the training set.
         preparation: how the images were prepared when they were packed: "bands", "longest_side", "nodata".
-        splits: identity of each split, as `data_shards.identity.identity_of` makes it; empty if it is not known.
+        splits: identity of each split, as `deepskip.identity` compares it; empty if it is not known.
     """
 
     in_channels: int

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from deepskip import identity
 from deepskip.config import Config, is_free
-from deepskip.data_shards import identity, storage
-from deepskip.data_shards.identity import Identity
+from deepskip.data_shards import storage
 from deepskip.data_shards.order import automatic_lanes
+from deepskip.identity import Identity
 from deepskip.jobs import journal
 from deepskip.jobs.journal import BadSamples, BrokenFile, read_measured
 from deepskip.jobs.settings import differences, flatten

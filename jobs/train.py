@@ -18,8 +18,9 @@ from deepskip import networks
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage, trouble
-from deepskip.data_shards.identity import Identity, identity_of
+from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
+from deepskip.identity import TARS, Identity
 from deepskip.jobs import report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
 from deepskip.jobs.training.tracked import log_model, send_late, tracked
@@ -72,7 +73,7 @@ def recorded(split: Index) -> Identity:
     """Return what a run's record holds of a split: its identity, and the digest that earlier versions recorded alone."""
     shards = [[shard.sha256, shard.samples] for shard in split.shards]
     text = json.dumps([split.bands, split.num_classes, split.ignore_index, shards])
-    return identity_of(split) | {"tars": hashlib.sha256(text.encode()).hexdigest()}
+    return identity_of(split) | {TARS: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_data(config: Config) -> dict[str, Identity] | None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from deepskip import augment, checkpoint, trainer
+from deepskip import augment, checkpoint, identity, trainer
 from deepskip.config import Config
-from deepskip.data_shards import identity, storage
+from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Batch, Shards, SkipReport
+from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
@@ -74,7 +75,7 @@ def train(
     options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config)}
     train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
     validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
-    splits = {"train": identity.identity_of(train_shards.index), "val": identity.identity_of(validation_shards.index)}
+    splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}
     if rank == 0:
         # The trainer compares those of the other ranks with this one.
         runs.check_data(folder, splits)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from deepskip.data_shards.command_line import main
-from deepskip.data_shards.identity import changes, identity_of, name_of, refusal
+from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import load_index, save_index
 from deepskip.data_shards.labels import Labels
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
+from deepskip.identity import changes, name_of, refusal
 
 
 def packed(folder: Path, count: int = 8, first: int = 0, per_shard: int = 4) -> Path:

@@ -17,7 +17,7 @@ from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointError, CheckpointNotWritten, CheckpointTooNew
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.data_shards import storage
-from deepskip.data_shards.identity import OtherData
+from deepskip.identity import OtherData
 from deepskip.ranks import agreed_start, check_data
 from tests.jobs.serving import state as model
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from deepskip.config import Config
-from deepskip.data_shards.identity import OtherData, name_of
+from deepskip.identity import OtherData, name_of
 from deepskip.jobs import runs
 
 
