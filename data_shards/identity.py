@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from deepskip.data_shards.index import Index, plain_labels, plain_number
@@ -23,7 +24,7 @@ def identity_of(index: Index) -> dict[str, str | int]:
     """
     contents = xxhash.xxh3_128(index.shard_sizes.tobytes())
     if index.num_samples:
-        contents.update(index.digests.tobytes())
+        contents.update(index.digests.data)
     reading = asdict(index.reading) | {"nodata": plain_number(index.reading.nodata)}
     return {
         "samples": index.num_samples,
@@ -32,7 +33,8 @@ def identity_of(index: Index) -> dict[str, str | int]:
         "num_classes": index.num_classes,
         "ignore_index": index.ignore_index,
         "contents": contents.hexdigest(),
-        "statistics": digest([index.mean, index.std]),
+        # As images are normalised by them: sums in another order give the same.
+        "statistics": digest(np.array([index.mean, index.std], np.float32).tolist()),
         "reading": digest([index.dtype, index.preparation["bands"], plain_labels(index.labels), reading]),
     }
 
