@@ -168,7 +168,8 @@ def table(rows: list[Row], shards: int, total: int) -> str:
         "# Machines that train together from one S3 endpoint",
         "",
         f"`python -m deepskip.data_shards.bench.machines`: {shards} shards, {total / 1e6:.0f} MB, batches of {BATCH}, "
-        f"{DELAY * 1000:.0f} ms a request, an empty cache for each machine; the largest of all machines. Allowed is "
+        f"{DELAY * 1000:.0f} ms a request, an empty cache for each machine, which read one after another; the "
+        "largest of all machines. Allowed is "
         "1 / machines + 2 / lanes. With several lanes these are fixed, and the cache keeps what it has.",
         "",
         f"| {' | '.join(rows[0])} |",
