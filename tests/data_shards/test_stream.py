@@ -1,9 +1,11 @@
 import io
 import itertools
 import tarfile
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -239,6 +241,17 @@ def test_what_a_rank_reads_ahead(
         if lanes > 1:
             assert len({number for numbers in wanted for number in numbers}) == 12
     assert bool(seen[0] & seen[1]) == (lanes == 1)
+
+
+def test_shards_in_use_are_touched_when_others_are_fetched() -> None:
+    """Check that the cache, which removes what was touched first, keeps the shards that are still wanted."""
+    touched: list[int] = []
+    ahead = ReadAhead(cast(Shards, SimpleNamespace(local_path=touched.append)))
+    for wanted in ([1, 2], [2, 3], [4]):
+        ahead.want(wanted)
+        wait(ahead.asked.values())
+    ahead.close()
+    assert sorted(touched) == [1, 2, 2, 3, 4]
 
 
 def test_validation_takes_each_image_once_and_whole(tmp_path: Path) -> None:
