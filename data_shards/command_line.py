@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     which = commands.add_parser(
         "order",
         aliases=["plan"],
-        help="print which samples a rank takes in each step, from the index alone, as JSON lines",
+        help="print which samples and shards a rank reads in each step, from the index alone, as JSON lines",
     )
     which.add_argument("path", metavar="INDEX", help="one split, or its index.json")
     for option, default, text in (
@@ -103,8 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("--steps", 1, "number of steps"),
         ("--seed", 0, "run.seed of the training"),
         ("--window", 16, "data.shuffle_window of the training, shards"),
+        ("--lanes", 1, "data.lanes of the training"),
     ):
         which.add_argument(option, type=int, default=default, help=f"{text} ({default})")
+    which.add_argument("--fixed-lanes", action="store_true", help="data.fixed_lanes of the training")
     which.set_defaults(run="run_plan")
     return parser
 

@@ -173,7 +173,18 @@ def run_preview(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     """Print the samples of a rank as one JSON line for each step."""
     folder = arguments.path.removesuffix(f"/{FILE}") if arguments.path != FILE else "."
-    names = ("seed", "window", "global_batch_size", "world_size", "rank", "epoch", "from_step", "steps")
+    names = (
+        "seed",
+        "window",
+        "global_batch_size",
+        "world_size",
+        "rank",
+        "epoch",
+        "from_step",
+        "steps",
+        "lanes",
+        "fixed_lanes",
+    )
     for line in plan(load_index(folder), **{name: getattr(arguments, name) for name in names}):
         print(json.dumps(line))
 

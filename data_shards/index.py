@@ -154,10 +154,20 @@ class Index:
     def _keys(self) -> Any:
         return self.samples["key"]
 
+    @property
+    def digests(self) -> np.ndarray:
+        """Return the digest of each sample: (samples,) uint64."""
+        return self._columns["digest"]
+
     def shard_range(self, shard: int) -> range:
         """Return the sample numbers of a shard."""
         end = int(self._ends[shard])
         return range(end - self.shards[shard].samples, end)
+
+    def shards_of(self, samples: list[int]) -> list[int]:
+        """Return the numbers of the shards that hold samples, each once, in ascending order."""
+        found: list[int] = np.unique(np.searchsorted(self._ends, samples, side="right")).tolist()
+        return found
 
     def shard_location(self, shard: int) -> str:
         """Return the path or URL of a shard."""
@@ -193,6 +203,10 @@ class BrokenIndex(ValueError):
     """An index that cannot be read."""
 
 
+class NewerIndex(BrokenIndex):
+    """An index that a later DeepSkip wrote: it is not broken."""
+
+
 def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
     """Build the Arrow table of samples, in their order, with format columns that refer to FORMATS."""
     rows = [
@@ -221,7 +235,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
 
     Raises:
         MissingIndex: If there is no index; says what is there and which command makes one.
-        BrokenIndex: If the index is damaged or of another version; says why.
+        BrokenIndex: If the index is damaged or of another version; says why. A NewerIndex if a later DeepSkip wrote it.
         OSError: If the location cannot be read.
     """
     location = str(folder)
@@ -233,6 +247,10 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
     try:
         raw = json.loads(text)
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
+            version = raw.get("version") if isinstance(raw, dict) and raw.get("format") == FORMAT else None
+            if isinstance(version, int) and version > VERSION:
+                # A new index would lose what the later version added.
+                raise NewerIndex(f"{path} has version {version}; this reads up to {VERSION}. Install a later DeepSkip.")
             said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "not an object"
             raise ValueError(f"it is {said[:200]}, this reads {FORMAT} version {VERSION}")
         index_check.check_index(raw, FORMATS)
@@ -242,6 +260,8 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
             raw["preparation"], tuple(raw["formats"]), labels_of(raw["labels"]), raw["base"],
             raw["source"], location, reading_of(raw.get("reading")),
         )  # fmt: skip
+    except NewerIndex:
+        raise
     except (ValueError, RecursionError, FileNotFoundError, storage.ChangedFile) as error:
         raise BrokenIndex(
             f"{path} cannot be read: {error}. Make a new one: deepskip index {location}, or pack again."

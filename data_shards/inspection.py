@@ -144,23 +144,26 @@ def describe(index: Index, found: Contents) -> str:
 
 def plan(
     index: Index, *, seed: int, window: int, global_batch_size: int, world_size: int, rank: int,
-    epoch: int, from_step: int, steps: int,
+    epoch: int, from_step: int, steps: int, lanes: int = 1, fixed_lanes: bool = False,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Yield what a rank takes in each step, from the index alone.
 
     Args:
         index: The index of the split.
         seed: Seed of the order.
-        window: Number of shards that are shuffled together.
+        window: Number of shards of a lane that are shuffled together.
         global_batch_size: Number of samples in a step over all ranks.
         world_size: Number of ranks.
         rank: Rank, 0 to world_size - 1.
         epoch: Epoch of the first step, counted from 0.
         from_step: First step, counted within the epoch from 0.
         steps: Number of steps; after the last step of an epoch comes step 0 of the next.
+        lanes: Number of lanes.
+        fixed_lanes: Whether a lane has the same samples in every epoch.
 
     Yields:
-        {"epoch", "step", "keys", "repeats"}: keys of samples of weight 1, and repeats of weight 0 that only fill the batch.
+        {"epoch", "step", "keys", "repeats", "shards"}: keys of samples of weight 1, repeats of weight 0 that only fill the
+        batch, and the names of the shards that the rank reads for both.
 
     Raises:
         ValueError: If a number is out of range; names the option.
@@ -172,19 +175,21 @@ def plan(
         ("epoch", epoch, 0, None),
         ("from-step", from_step, 0, steps_per_epoch(index.num_samples, max(global_batch_size, 1)) - 1),
         ("steps", steps, 0, None),
+        ("lanes", lanes, 1, None),
     ):
         if value < low or (high is not None and value > high):
             allowed = f"{low} to {high}" if high is not None else f"{low} or more"
             raise ValueError(f"--{name} is {value}; it must be {allowed}")
     per_epoch = steps_per_epoch(index.num_samples, global_batch_size)
-    order = EpochOrder(seed, epoch, index.shard_sizes, window)
+    order = EpochOrder(seed, epoch, index.shard_sizes, window, lanes, fixed_lanes)
     for number in range(from_step, from_step + steps):
         ahead, step = divmod(number, per_epoch)
         if order.epoch != epoch + ahead:
-            order = EpochOrder(seed, epoch + ahead, index.shard_sizes, window)
+            order = EpochOrder(seed, epoch + ahead, index.shard_sizes, window, lanes, fixed_lanes)
         slots = rank_slots(order, step, global_batch_size, rank, world_size)
         keys, repeats = (index.keys([s.sample for s in slots if s.weight == weight]) for weight in (1, 0))
-        yield {"epoch": order.epoch, "step": step, "keys": keys, "repeats": repeats}
+        shards = [index.shards[number].name for number in index.shards_of([s.sample for s in slots])]
+        yield {"epoch": order.epoch, "step": step, "keys": keys, "repeats": repeats, "shards": shards}
 
 
 def preview(folder: str | Path, out: Path, count: int, cache: storage.Cache | None = None) -> None:

@@ -1,9 +1,10 @@
 """Batches of a split: each rank's share of every global batch, from any step, and the images of a validation split."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -14,7 +15,16 @@ from torch.utils.data import DataLoader
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Batch, Shards, SkipReport
-from deepskip.data_shards.order import EpochOrder, Slot, rank_slots, steps_per_epoch
+from deepskip.data_shards.order import (
+    EpochOrder,
+    Slot,
+    Stretch,
+    rank_share,
+    rank_slots,
+    rank_windows,
+    shards_ahead,
+    steps_per_epoch,
+)
 
 # Remote shards that are fetched at the same time.
 FETCHES = 8
@@ -49,17 +59,19 @@ class ReadAhead:
         self.asked: OrderedDict[int, Future[Path]] = OrderedDict()
 
     def want(self, numbers: Sequence[int]) -> None:
-        """Fetch shards in the given order, and cancel waiting fetches of all others.
+        """Fetch shards in the given order, keep them in the cache, and cancel waiting fetches of all others.
 
         An error is not raised here, but when the shard is read.
 
         Args:
-            numbers: Shards of the window in use and of the next one.
+            numbers: Shards of the windows in use and of the next ones.
         """
         for number in numbers:
-            if number not in self.asked:
+            # What is in the cache is touched, so that the cache removes other copies first.
+            if number not in self.asked or self.asked[number].done():
                 self.asked[number] = self.pool.submit(self.shards.local_path, number)
-        for number in [n for n in self.asked if n not in numbers]:
+        wanted = set(numbers)
+        for number in [n for n in self.asked if n not in wanted]:
             self.asked.pop(number).cancel()
 
     def close(self) -> None:
@@ -67,22 +79,24 @@ class ReadAhead:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_cache(shards: Shards, window: int) -> None:
-    """Raise ValueError if the cache cannot hold two windows of the largest shards of a remote split.
+def check_cache(shards: Shards, window: int, lanes: int = 1) -> None:
+    """Raise ValueError if the cache cannot hold two windows of the largest shards of a remote split for each lane.
 
     Args:
         shards: The split; nothing is checked if it is local or has no cache.
         window: Number of shards that are shuffled together.
+        lanes: Number of lanes that the ranks of this machine read.
 
     Raises:
         ValueError: If the shards do not fit; names both sizes and the settings to change.
     """
     if shards.cache is None or not storage.is_remote(shards.index.base or shards.folder):
         return
-    largest = sum(sorted((shard.bytes for shard in shards.index.shards), reverse=True)[: 2 * window])
+    largest = sum(sorted((shard.bytes for shard in shards.index.shards), reverse=True)[: 2 * window * lanes])
     if largest > shards.cache.limit:
+        where = f" in each of this machine's {lanes} lanes" if lanes > 1 else ""
         raise ValueError(
-            f"two windows of {window} shards of {shards.folder} have {largest / 1e9:.2f} GB, but the cache at "
+            f"two windows of {window} shards{where} of {shards.folder} have {largest / 1e9:.2f} GB, but the cache at "
             f"{shards.cache.folder} holds {shards.cache.limit / 1e9:.2f} GB; raise data.cache_gb or lower data.shuffle_window"
         )
 
@@ -97,8 +111,12 @@ def train_batches(
     loader_workers: int = 0,
     window: int = 16,
     entries: Entries | None = None,
+    lanes: int = 1,
+    fixed_lanes: bool = False,
+    ranks_here: int = 1,
+    last_step: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the global batches first_step, first_step + 1, ... without end.
+    """Yield this rank's share of the global batches first_step, first_step + 1, ...
 
     Args:
         shards: The split.
@@ -108,31 +126,45 @@ def train_batches(
         rank: Rank, 0 to world_size - 1.
         world_size: Number of ranks.
         loader_workers: Number of processes that decode samples; 0 decodes in this process.
-        window: Number of shards that are shuffled together.
+        window: Number of shards of a lane that are shuffled together.
         entries: Makes additional entries of each batch where the batch is made. It is pickled for loader processes.
+        lanes: Number of lanes, of which each rank reads its share.
+        fixed_lanes: Whether a lane has the same samples in every epoch.
+        ranks_here: Number of ranks that share this machine's cache.
+        last_step: Step before which to end, as a training does; None yields batches without end.
 
     Yields:
         Batches with the additional entries.
 
     Raises:
-        ValueError: If the split has no samples, or the cache is too small for two windows.
+        ValueError: If the split has no samples, or the cache is too small for two windows of each lane.
     """
     if len(shards) == 0:
         raise ValueError(f"{shards.folder} holds no samples")
-    check_cache(shards, window)
+    check_cache(shards, window, lanes_here(lanes, global_batch_size, world_size, ranks_here))
     ahead = ReadAhead(shards) if storage.is_remote(shards.index.base or shards.folder) else None
 
+    per_epoch = steps_per_epoch(len(shards), global_batch_size)
+
+    # The epochs of this step and of the next.
+    @lru_cache(maxsize=2)
+    def order_of(epoch: int) -> EpochOrder:
+        return EpochOrder(seed, epoch, shards.index.shard_sizes, window, lanes, fixed_lanes)
+
     def slots() -> Iterator[list[Slot]]:
-        per_epoch = steps_per_epoch(len(shards), global_batch_size)
-        epoch, batch = divmod(first_step, per_epoch)
-        while True:
-            order = EpochOrder(seed, epoch, shards.index.shard_sizes, window)
-            for t in range(batch, per_epoch):
-                if ahead is not None:
-                    number = order.window_at(t * global_batch_size)
-                    ahead.want([*order.window_shards(number).tolist(), *order.window_shards(number + 1).tolist()])
-                yield rank_slots(order, t, global_batch_size, rank, world_size)
-            epoch, batch = epoch + 1, 0
+        in_use: tuple[int, list[Stretch]] | None = None
+        for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
+            epoch, batch = divmod(step, per_epoch)
+            if ahead is not None:
+                windows = rank_windows(
+                    order_of(epoch), rank_share(order_of(epoch), batch, global_batch_size, rank, world_size)
+                )
+                # At the end of an epoch a rank may have nothing left to read.
+                if windows and in_use != (epoch, windows):
+                    in_use = epoch, windows
+                    ends = last_step is not None and last_step <= (epoch + 1) * per_epoch
+                    ahead.want(shards_ahead(order_of(epoch), None if ends else order_of(epoch + 1), windows))
+            yield rank_slots(order_of(epoch), batch, global_batch_size, rank, world_size)
 
     try:
         if loader_workers:
@@ -150,6 +182,22 @@ def train_batches(
     finally:
         if ahead is not None:
             ahead.close()
+
+
+def lanes_here(lanes: int, global_batch_size: int, world_size: int, ranks_here: int) -> int:
+    """Return how many lanes the ranks of one machine read at most.
+
+    Args:
+        lanes: Number of lanes.
+        global_batch_size: Number of samples in a step, over all ranks.
+        world_size: Number of ranks.
+        ranks_here: Number of ranks on the machine.
+    """
+    steady = global_batch_size % lanes == 0
+    divided = steady and global_batch_size % world_size == 0 and lanes * ranks_here % world_size == 0
+    # Otherwise it shares lanes at either end with others, and these may move with the batches.
+    shared = 0 if divided else 2 + (0 if steady else -(-4 * lanes // global_batch_size))
+    return min(lanes, -(-lanes * ranks_here // world_size) + shared)
 
 
 def with_entries(entries: Entries | None, batch: Batch) -> Batch:

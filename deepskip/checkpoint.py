@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class DataState(TypedDict):
     mean: list[float]
     std: list[float]
     preparation: dict[str, Any]
+    splits: NotRequired[dict[str, dict[str, str | int]]]
 
 
 class RandomState(TypedDict):

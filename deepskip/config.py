@@ -66,6 +66,8 @@ class DataConfig:
 
     path: str = "data/coins"
     """folder or URL (s3://, gs://, http://) that holds train/ and val/, each with an index.json"""
+    accept: str | None = setting(None, free=True)
+    """name of changed data on which a run may resume; the error that refuses the data prints it"""
     builtin: Literal["coins"] | None = setting(None, free=True)
     """built-in data to pack into `path` if it does not exist"""
     crop: int = setting(128, 16, 65536)
@@ -77,7 +79,12 @@ class DataConfig:
     normalize: Literal["image", "dataset", "none"] = "image"
     """scale each band to mean 0 and standard deviation 1 by its own or the training set's statistics; none keeps raw values"""
     shuffle_window: int = setting(16, 1)
-    """number of shards that are shuffled together; a reader has this many open, and twice as many in its cache"""
+    """number of shards of a lane that are shuffled together; a reader has this many open, and twice as many in its cache"""
+    lanes: int | Literal["auto"] = setting(1, 1)
+    """stretches into which the shards of an epoch are divided, so that each machine fetches only those of its own; auto takes 1
+    on one machine, else 4 to 8 a machine, and a resumed run keeps the number"""
+    fixed_lanes: bool = False
+    """whether a lane has the same shards in every epoch, so that a machine fetches its share once if its cache can hold it"""
     on_bad_sample: Literal["error", "skip"] = setting("error", free=True)
     """whether an unusable sample ends the training, or is skipped and listed in bad_samples.jsonl"""
     loader_workers: int | None = setting(None, 0, 1024, free=True)
@@ -233,6 +240,9 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
             faults += faults_of(value, f"{name}.")
             continue
         low, high = each.metadata.get("low"), each.metadata.get("high")
+        # A word, such as "auto", has no bounds.
+        if isinstance(value, str):
+            continue
         # The comparison is negated, so that it is true for nan too.
         if low is not None and value is not None and not low <= value <= (value if high is None else high):
             faults.append(
@@ -260,6 +270,10 @@ def check_values(config: Config) -> None:
     faults = faults_of(config)
     if (asked := workers_range(config.cluster.workers)) and not 1 <= asked[0] <= asked[1]:
         faults.append(f"cluster.workers is {config.cluster.workers}; it must be 1 or more, or [fewest, most]")
+    lanes, batch = config.data.lanes, config.optim.global_batch_size
+    if isinstance(lanes, int) and lanes > batch:
+        # Ranks would read all lanes in turn.
+        faults.append(f"data.lanes is {lanes}; it must be at most optim.global_batch_size, which is {batch}")
     if config.run.name is not None and not is_folder_name(config.run.name):
         faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
     if faults:

@@ -1,26 +1,34 @@
 """Agree among all ranks of a process group on the checkpoint to resume from, and on when to stop."""
 
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepskip import checkpoint
+from deepskip import checkpoint, identity
 from deepskip.checkpoint import State
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
+from deepskip.identity import Identity
 
 # Steps between a vote and the use of its result, which has arrived by then, so that no rank waits.
 VOTE_STEPS = 2
 
 
 def agreed_start(
-    run: Location, rank: int, world_size: int, device: torch.device, warn: Callable[[str], None]
+    run: Location,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    warn: Callable[[str], None],
+    splits: Mapping[str, Identity] = MappingProxyType({}),
+    accepted: str | None = None,
 ) -> State | None:
-    """Return the newest complete checkpoint of a run, the same on every rank, or None.
+    """Return the newest complete checkpoint of a run, the same on every rank, or None, and check the data of all ranks.
 
     Rank 0 alone reads the storage, because ranks on other machines may see older files. It removes the leftovers of
     killed writers and renames broken checkpoints.
@@ -30,10 +38,13 @@ def agreed_start(
         rank: rank of this process.
         world_size: number of ranks.
         device: device for the broadcast.
-        warn: function that is called with a message for each broken checkpoint.
+        warn: function that is called on rank 0 with a message for each broken checkpoint, and about changed data.
+        splits: identity of each split, as this rank has loaded it.
+        accepted: name of changed data on which the training may resume.
 
     Raises:
         checkpoint.CheckpointTooNew: if a later DeepSkip wrote a checkpoint.
+        identity.OtherData: on every rank, if two ranks have other data, or the checkpoint has and that is not accepted.
         OSError: if the storage cannot be read.
     """
     data, state = b"", None
@@ -48,7 +59,43 @@ def agreed_start(
         data = broadcast_bytes(data, rank, device)
         if rank != 0 and data:
             state = checkpoint.unpack(data, run)
+    if (text := check_data(state, splits, accepted, world_size)) and rank == 0:
+        warn(text)
     return state
+
+
+def check_data(
+    state: State | None, splits: Mapping[str, Identity], accepted: str | None, world_size: int
+) -> str | None:
+    """Check that all ranks have loaded the same data, and that it is the data of the checkpoint.
+
+    Args:
+        state: the checkpoint to resume from, or None. One of an earlier version does not know its data.
+        splits: identity of each split, as this rank has loaded it.
+        accepted: name of changed data on which the training may resume.
+        world_size: number of ranks.
+
+    Returns:
+        A warning if the training resumes on changed data.
+
+    Raises:
+        identity.OtherData: see `agreed_start`.
+    """
+    if world_size > 1:
+        found: list[Any] = [None] * world_size
+        dist.all_gather_object(found, dict(splits))
+        for number, other in enumerate(found):
+            if changes := identity.changes(found[0], other):
+                raise identity.OtherData(
+                    f"the data was changed while the ranks started: on rank {number} {changes}. Run the same command again"
+                )
+    if state is None or not splits:
+        return None
+    before, step = state["data"].get("splits", {}), state["step"]
+    if refusal := identity.refusal(before, splits, accepted):
+        raise identity.OtherData(f"the checkpoint of step {step} {refusal}")
+    changes = identity.changes(before, splits)
+    return f"resuming at step {step} on changed data: {changes}" if changes else None
 
 
 def broadcast_bytes(data: bytes, rank: int, device: torch.device) -> bytes:

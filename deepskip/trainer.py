@@ -206,7 +206,7 @@ def train(
 
     Raises:
         NonFiniteLoss, Preempted: if a loss or a weight is nan or infinite; if a stop was requested.
-        checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew: see there.
+        checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData: see there.
         OSError: if the storage cannot be read.
     """
     device, run = torch.device(device), storage.locate(run)
@@ -217,7 +217,7 @@ def train(
         keep_freed_memory()
 
     training = TrainingStep(config, data, device, world_size)
-    state = agreed_start(run, rank, world_size, device, lambda text: observe("warning", 0, {"text": text}))
+    state = agreed_start(run, rank, world_size, device, warner(observe), data.splits, config.data.accept)
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
@@ -274,6 +274,11 @@ def train(
         "images_per_second": window.rate(),
         "seconds": record.total_seconds(),
     }
+
+
+def warner(observe: Callable[[str, int, dict[str, Any]], None]) -> Callable[[str], None]:
+    """Return a function that passes a message to `observe` as a warning before the first step."""
+    return lambda text: observe("warning", 0, {"text": text})
 
 
 def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:

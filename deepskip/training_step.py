@@ -3,7 +3,7 @@
 The trainer, the benchmarks and every comparison run this step. A checkpoint holds its state.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
@@ -62,6 +62,7 @@ class DataInfo:
         mean: mean of each band over the training set.
         std: standard deviation of each band over the training set.
         preparation: how the images were prepared when they were packed: "bands", "longest_side", "nodata".
+        splits: identity of each split, as `deepskip.identity` compares it; empty if it is not known.
     """
 
     in_channels: int
@@ -70,6 +71,7 @@ class DataInfo:
     mean: list[float]
     std: list[float]
     preparation: dict[str, Any]
+    splits: dict[str, dict[str, str | int]] = field(default_factory=dict)
 
 
 class StepResult(NamedTuple):

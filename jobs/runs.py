@@ -5,12 +5,16 @@ import itertools
 import json
 import math
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from deepskip.config import is_free
+from deepskip import identity
+from deepskip.config import Config, is_free
 from deepskip.data_shards import storage
+from deepskip.data_shards.order import automatic_lanes
+from deepskip.identity import Identity
 from deepskip.jobs import journal
 from deepskip.jobs.journal import BadSamples, BrokenFile, read_measured
 from deepskip.jobs.settings import differences, flatten
@@ -22,6 +26,7 @@ PEN = ".pen"
 JOURNAL = journal.MEASURED
 MACHINES = "machines.json"
 FINISHED = "is finished"
+LANES = "data.lanes"
 GOES_ON = "the same command resumes from the last checkpoint, which is intact"
 CURE = "Remove it and run the same command again; checkpoints do not depend on it"
 # value of run.tracking_uri for a training without an MLflow run
@@ -31,6 +36,8 @@ UNKNOWN_BEFORE = {
     "augment.gamma": 0.0,
     "data.copy_paste": 0.0,
     "loss.overlap": "dice",
+    "data.fixed_lanes": False,
+    "data.lanes": 1,
     "model.enlarge": 1,
     "model.network": "deepskip",
     "model.options": {},
@@ -64,13 +71,15 @@ class Run:
         folder: folder of the run.
         mlflow_run_id: MLflow run of an earlier part of the training; None if there is none.
         lock: the locked file; closing it releases the run.
-        data: digest of each split; None if the data is not packed yet.
+        data: identity of each split; None if the data is not packed yet.
+        lanes: number of lanes of an earlier part of the training, or that was chosen now; None if there is none.
     """
 
     folder: Path
     mlflow_run_id: str | None
     lock: IO[bytes]
-    data: dict[str, str] | None = None
+    data: Mapping[str, Identity] | None = None
+    lanes: int | None = None
 
     @property
     def name(self) -> str:
@@ -79,7 +88,11 @@ class Run:
 
 
 def claim(
-    folder_of_runs: Path, name: str | None, stem: str, config: dict[str, Any], data: dict[str, str] | None = None
+    folder_of_runs: Path,
+    name: str | None,
+    stem: str,
+    config: dict[str, Any],
+    data: Mapping[str, Identity] | None = None,
 ) -> Run:
     """Find or create the folder of a training, and lock it for as long as this process lives.
 
@@ -91,7 +104,7 @@ def claim(
         name: name of the run; None takes `stem`, with a number if another run has that name.
         stem: default name.
         config: settings of the training by section.
-        data: digest of each split; None if the data is not packed yet.
+        data: identity of each split; None if the data is not packed yet.
 
     Returns:
         The run, locked.
@@ -123,20 +136,20 @@ def claim(
             raise RunError(str(error)) from error
         refusal = reason_against(folder, earlier, config, grow=name is not None, data=data)
         if refusal is None:
-            return Run(folder, earlier.get("mlflow_run_id"), lock, data)
+            return Run(folder, earlier.get("mlflow_run_id"), lock, data, lanes_of(earlier))
         lock.close()
         if name:
             raise refused(folder, refusal)
     raise AssertionError("names do not end")
 
 
-def check_name(folder: Path, config: dict[str, Any], data: dict[str, str] | None) -> None:
+def check_name(folder: Path, config: dict[str, Any], data: Mapping[str, Identity] | None) -> None:
     """Raise RunError if a named run cannot be trained; nothing is created, locked or repaired.
 
     Args:
         folder: folder of the run, which may not exist.
         config: settings of the training by section.
-        data: digest of each split; None if the data is not packed yet.
+        data: identity of each split; None if the data is not packed yet.
 
     Raises:
         RunError: the run has other settings or data, or its record cannot be read.
@@ -162,7 +175,11 @@ def refused(folder: Path, refusal: str) -> RunError:
 
 
 def reason_against(
-    folder: Path, earlier: dict[str, Any], config: dict[str, Any], grow: bool, data: dict[str, str] | None = None
+    folder: Path,
+    earlier: dict[str, Any],
+    config: dict[str, Any],
+    grow: bool,
+    data: Mapping[str, Identity] | None = None,
 ) -> str | None:
     """Return why a training cannot start or resume in a folder.
 
@@ -171,7 +188,7 @@ def reason_against(
         earlier: the run's record; {} if there is none.
         config: settings of the training by section.
         grow: whether optim.steps may be larger than in the record.
-        data: digest of each split; None if it is not known.
+        data: identity of each split; None if it is not known.
 
     Returns:
         The reason, FINISHED for a finished run with the same settings, or None if the training can start.
@@ -179,6 +196,9 @@ def reason_against(
     if not earlier:
         return None
     before, now = UNKNOWN_BEFORE | flatten(earlier["config"]), flatten(config)
+    before[LANES] = lanes_of(earlier) or before[LANES]
+    if now.get(LANES) == "auto":
+        now[LANES] = before[LANES]
     changed = [
         key for key in differences(earlier["config"], config) if not is_free(key) and before.get(key) != now.get(key)
     ]
@@ -186,9 +206,10 @@ def reason_against(
     may_grow = grow and longer and changed == ["optim.steps"]
     if changed and not may_grow:
         return f"has other settings ({', '.join(changed)})"
-    # earlier versions did not record the data
-    if data and (noted := earlier.get("data")) and noted != data:
-        return "was trained on other shards at the same data.path"
+    # the earliest versions did not record the data
+    noted, accepted = earlier.get("data"), config.get("data", {}).get("accept")
+    if data and isinstance(noted, dict) and (refusal := identity.refusal(noted, data, accepted)):
+        return refusal
     if may_grow:
         return None
     return FINISHED if (folder / SUMMARY).is_file() else None
@@ -203,8 +224,56 @@ def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:
         mlflow_run_id: MLflow run; None if the run is not tracked.
     """
     run.mlflow_run_id = mlflow_run_id
-    write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id, "data": run.data})
+    chosen = {"lanes": run.lanes} if flatten(config).get(LANES) == "auto" and run.lanes else {}
+    write_json(run.folder / RECORD, {"config": config, "mlflow_run_id": mlflow_run_id, "data": run.data} | chosen)
     (run.folder / SUMMARY).unlink(missing_ok=True)
+
+
+def lanes_of(earlier: dict[str, Any]) -> int | None:
+    """Return the number of lanes of a run, which does not change when it is resumed; None if it is not chosen yet.
+
+    Args:
+        earlier: the run's record; {} if there is none.
+    """
+    if not earlier:
+        return None
+    lanes = earlier.get("lanes") or flatten(earlier["config"]).get(LANES, UNKNOWN_BEFORE[LANES])
+    return lanes if isinstance(lanes, int) else None
+
+
+def choose_lanes(run: Run, config: Config, machines: int) -> None:
+    """Replace data.lanes: auto by a number, in place, and record it before any rank starts; other values are kept.
+
+    Args:
+        run: the run, whose earlier number is kept if it has one.
+        config: settings of the training.
+        machines: number of machines with ranks.
+    """
+    if config.data.lanes != "auto":
+        return
+    settings = asdict(config)
+    if run.lanes is None:
+        run.lanes = automatic_lanes(machines, config.optim.global_batch_size)
+        print(f"data.lanes is {run.lanes}, for {machines} machine{'s' * (machines > 1)}", flush=True)
+        record(run, settings, run.mlflow_run_id)
+    config.data.lanes = run.lanes
+
+
+def check_data(folder: Path, now: Mapping[str, Identity]) -> None:
+    """Raise OtherData if a rank has loaded other data than the process that started the training.
+
+    Args:
+        folder: folder of the run.
+        now: identity of each split, as the rank has loaded it.
+
+    Raises:
+        OtherData: the data was changed in between.
+    """
+    noted = read_record(folder).get("data")
+    if isinstance(noted, dict) and (changes := identity.changes(noted, now)):
+        raise identity.OtherData(
+            f"the data was changed while the training of {folder} started: {changes}. Run the same command again"
+        )
 
 
 class LeaseLost(RuntimeError):

@@ -239,6 +239,11 @@ def explain(message: str, keys: Sequence[str] = KEYS) -> str:
         return f"--config: {' '.join(found[1].split())}"
     if found := re.search(r'Parser key "([\w.]+)":\s*(.*)Got value: (.*)', message, re.DOTALL):
         return f"{found[1]} is {found[3].strip()!r}; it must be {allowed_types(found[2])}"
+    union = r'Parser key "([\w.]+)":\s*Does not validate .*Subtypes: \[(.*)\]\s*Errors:.*Given value: (.*)'
+    if found := re.search(union, message, re.DOTALL):
+        # A comma within brackets belongs to one of the types.
+        types = re.sub(r", (?![^\[]*\])", " or ", allowed_types(found[2]))
+        return f"{found[1]} is {found[3].strip()!r}; it must be {types}"
     unknown = (
         re.search(r"Group '(?P<group>\w+)' does not accept option '(?P<key>[\w.]+)'", message)
         or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)

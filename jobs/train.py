@@ -18,7 +18,9 @@ from deepskip import networks
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage, trouble
+from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
+from deepskip.identity import TARS, Identity
 from deepskip.jobs import report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
 from deepskip.jobs.training.tracked import log_model, send_late, tracked
@@ -67,20 +69,21 @@ def absolute_paths(config: Config) -> Path:
     return folder
 
 
-def digest_of(split: Index) -> str:
-    """Return a digest of the content of a split, which is the same after packing the same samples again."""
+def recorded(split: Index) -> Identity:
+    """Return what a run's record holds of a split: its identity, and the digest that earlier versions recorded alone."""
     shards = [[shard.sha256, shard.samples] for shard in split.shards]
-    return hashlib.sha256(json.dumps([split.bands, split.num_classes, split.ignore_index, shards]).encode()).hexdigest()
+    text = json.dumps([split.bands, split.num_classes, split.ignore_index, shards])
+    return identity_of(split) | {TARS: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def check_data(config: Config) -> dict[str, str] | None:
+def check_data(config: Config) -> dict[str, Identity] | None:
     """Check that the shards exist and fit the settings.
 
     Args:
         config: settings of the training.
 
     Returns:
-        The digest of each split, or None if the built-in data is not packed yet.
+        The identity of each split, or None if the built-in data is not packed yet.
 
     Raises:
         SystemExit: status 2 if the shards do not fit the settings; NotHere if there are none.
@@ -119,7 +122,7 @@ def check_data(config: Config) -> dict[str, str] | None:
     if faults:
         stop("\n".join(faults))
     check_network(config, train.bands, train.num_classes)
-    return {"train": digest_of(train), "val": digest_of(validation)}
+    return {"train": recorded(train), "val": recorded(validation)}
 
 
 def check_network(config: Config, bands: int, num_classes: int) -> None:

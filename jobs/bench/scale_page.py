@@ -22,13 +22,15 @@ from deepskip.cluster.scale import (
     strong,
     weak,
 )
+from deepskip.data_shards.order import automatic_lanes
+from deepskip.jobs.bench.fetching import simulate
 
 ROOT = Path(__file__).parents[2]
 PAGE, PLOT = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.svg"
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 NS = [2**power for power in range(11)]
 # rows of the table
-SHOWN = (1, 8, 64, 256, 1024)
+SHOWN = (1, 64, 256, 1024)
 # counted by torch's FlopCounterMode: forward and backward of the default network, a 3 x 128 x 128 image
 FLOPS_128 = 3.3557e9
 # Crops of 512 x 512 pixels, relative to 128 x 128.
@@ -124,7 +126,7 @@ def faults_table() -> str:
         "| GPUs | faults a day | best interval, s | goodput | every 30 min | spot: faults a day | best interval, s | goodput |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for n in (8, 64, 256, 1024):
+    for n in (8, 64, 1024):
         cells = []
         for faults in (STEADY, SPOT):
             mtbf = faults.mtbf(n // 8)
@@ -137,6 +139,24 @@ def faults_table() -> str:
     return "\n".join(lines)
 
 
+# 100 TB
+SHARDS, SHARD_GB, SHARD_SAMPLES, LANES_BATCH = 100_000, 1.0, 1000, 8192
+
+
+def lanes_table() -> str:
+    """Return the table of what a machine reads in an epoch, with one lane and with automatic ones."""
+    lines = [
+        "| machines | lanes | shards fetched | opened | GB in cache |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    many = automatic_lanes(1024, LANES_BATCH)
+    for machines, lanes, window in ((1024, 1, 16), (1024, many, 2), (1000, many, 2)):
+        found = simulate(machines, SHARDS, SHARD_SAMPLES, LANES_BATCH, window, lanes)
+        cells = (machines, lanes, found.fetched, found.opened, found.cached * SHARD_GB)
+        lines.append(f"| {' | '.join(f'{cell:,.0f}' for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Return every generated part of the page by its name."""
     results = read_results()
@@ -144,6 +164,7 @@ def tables() -> dict[str, str]:
         "check": check_table(results),
         "scaling": scaling_table(),
         "faults": faults_table(),
+        "lanes": lanes_table(),
     }
 
 

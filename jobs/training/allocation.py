@@ -34,6 +34,7 @@ class WorkerAllocation:
         gpu: whether each worker has a GPU.
         fitting: number of workers that the machines now alive have resources for.
         description: the cluster's resources, as words for messages.
+        machines: number of machines that the largest number of workers takes, if all are like the largest one now.
     """
 
     fewest: int
@@ -41,6 +42,7 @@ class WorkerAllocation:
     gpu: bool
     fitting: int
     description: str
+    machines: int = 1
 
     def __str__(self) -> str:
         many = str(self.most) if self.fewest == self.most else f"{self.fewest} to {self.most}"
@@ -121,13 +123,14 @@ def allocation(requested: ClusterConfig) -> WorkerAllocation:
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     gpu = requested.gpu if requested.gpu is not None else gpus > 0
     # A worker does not span machines, so whole workers are counted on each machine.
-    fitting = sum(
+    room = [
         int(min(node.get("CPU", 0) // cpus_of(requested), node.get("GPU", 0) if gpu else math.inf)) for node in nodes
-    )
+    ]
+    fitting = sum(room)
     by_default = int(gpus) if gpu else max(1, min(2, int(cpus // cpus_of(requested))))
     fewest, most = workers_range(requested.workers) or (by_default, by_default)
     machines = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} machines, room for {fitting}"
-    return WorkerAllocation(fewest, most, gpu, fitting, machines)
+    return WorkerAllocation(fewest, most, gpu, fitting, machines, -(-most // max([1, *room])))
 
 
 def resources(requested: ClusterConfig) -> WorkerAllocation:

@@ -167,6 +167,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
     # Ray has replaced our SIGTERM handler by its own, which would abort the process 3 s after the signal.
     listen_to_sigterm()
     allocated = allocation.resources(requested)
+    runs.choose_lanes(run, config, allocated.machines)
     queue = ray.remote(told.EventQueue).options(**allocation.beside_driver()).remote(run.folder / runs.JOURNAL)
     trainer = TorchTrainer(
         train_worker,

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from deepskip.jobs.tracking import Tracker
 
 
+# A run's folder, its MLflow run id, and its number of lanes.
+Told = tuple[str, str | None, Any]
+
+
 @dataclass
 class Ranks:
     """This process's place among the ranks that train together.
@@ -34,6 +38,7 @@ class Ranks:
         rank: number of this process, from 0.
         world_size: number of ranks.
         device: where this rank trains.
+        neighbours: number of ranks on this machine.
         threads: number of CPU threads of this rank.
         told: whether rank 0 has sent the run's folder to all ranks, or that there is no training.
     """
@@ -41,6 +46,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    neighbours: int
     threads: int
     told: bool = False
 
@@ -68,9 +74,8 @@ def ranks(config: Config) -> Iterator[Ranks]:
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    found = Ranks(
-        rank, world_size, device, int(config.cluster.cpus_per_worker or len(os.sched_getaffinity(0)) / neighbours)
-    )
+    threads = int(config.cluster.cpus_per_worker or len(os.sched_getaffinity(0)) / neighbours)
+    found = Ranks(rank, world_size, device, neighbours, threads)
     if world_size == 1:
         yield found
         return
@@ -116,7 +121,8 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
             )
         console.take(event)
 
-    agree(ranks, (str(run.folder), run_id))
+    runs.choose_lanes(run, config, -(-ranks.world_size // ranks.neighbours))
+    agree(ranks, (str(run.folder), run_id, config.data.lanes))
     summary = train(config, run.folder, run_id, tell, ranks)
     return {**summary, "bad_samples": console.finish()}
 
@@ -124,7 +130,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
 def follow(config: Config, ranks: Ranks) -> None:
     """Train as a rank other than 0, in the folder that rank 0 has claimed; return at once if rank 0 reports no training."""
     if told := agree(ranks, None):
-        folder, run_id = told
+        folder, run_id, config.data.lanes = told
         bad_samples = journal.BadSamples(Path(folder))
 
         def tell(event: Event) -> None:
@@ -148,12 +154,13 @@ def others_told(ranks: Ranks) -> Iterator[None]:
             agree(ranks, None)
 
 
-def agree(ranks: Ranks, told: tuple[str, str | None] | None) -> tuple[str, str | None] | None:
-    """Broadcast the run's folder and MLflow run id from rank 0 to all ranks; every rank must call this.
+def agree(ranks: Ranks, told: Told | None) -> Told | None:
+    """Broadcast what the ranks must know of a run from rank 0 to all ranks; every rank must call this.
 
     Args:
         ranks: this process's place among the ranks; its `told` is set.
-        told: on rank 0 the folder and the MLflow run id, or None if there is no training. Other ranks pass None.
+        told: on rank 0 the folder, the MLflow run id and the number of lanes, or None if there is no training. Other ranks
+            pass None.
 
     Returns:
         What rank 0 passed.
@@ -189,8 +196,8 @@ def train(
     try:
         summary = share.train(
             config, folder, tell, preemption.asked,
-            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, threads=ranks.threads,
-            run_id=run_id,
+            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, ranks_here=ranks.neighbours,
+            threads=ranks.threads, run_id=run_id,
         )  # fmt: skip
         if ranks.world_size > 1:
             # After this, all ranks have listed the samples that they skipped.

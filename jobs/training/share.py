@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from deepskip import augment, checkpoint, trainer
+from deepskip import augment, checkpoint, identity, trainer
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Batch, Shards, SkipReport
+from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
@@ -27,7 +28,7 @@ PANEL_SIDE = 512
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
-    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew,
+    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData,
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def train(
     rank: int,
     world_size: int,
     device: torch.device,
+    ranks_here: int,
     threads: int,
     run_id: str | None,
 ) -> trainer.Summary:
@@ -53,6 +55,7 @@ def train(
         rank: number of this rank, from 0.
         world_size: number of ranks.
         device: where this rank trains.
+        ranks_here: number of ranks on this machine, which share its cache.
         threads: number of torch's CPU threads; at least 1 is used.
         run_id: the MLflow run's id, stored in checkpoints; None without MLflow.
 
@@ -66,11 +69,16 @@ def train(
     """
     torch.set_num_threads(max(1, threads))
     lease = runs.acquire_writer_lease(folder) if rank == 0 else ""
-    data = config.data
+    data, lanes = config.data, config.data.lanes
+    assert lanes != "auto", "the driver chooses"
     crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
     options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config)}
     train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
     validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
+    splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}
+    if rank == 0:
+        # The trainer compares those of the other ranks with this one.
+        runs.check_data(folder, splits)
     loader_workers = data.loader_workers
     if loader_workers is None:
         loader_workers = 4 if device.type == "cuda" else 0
@@ -90,7 +98,7 @@ def train(
             tell(Started(step, world_size))
         stream = train_batches(
             train_shards, config.run.seed, config.optim.global_batch_size, step, rank, world_size, loader_workers,
-            data.shuffle_window, draws,
+            data.shuffle_window, draws, lanes, data.fixed_lanes, ranks_here, config.optim.steps,
         )  # fmt: skip
         for batch in stream:
             for report in batch.pop("bad"):
@@ -99,7 +107,7 @@ def train(
 
     return trainer.train(
         config,
-        data_info(train_shards.index),
+        data_info(train_shards.index, splits),
         run=folder,
         train_batches=train_stream,
         validation_images=lambda: whole_images(
@@ -136,8 +144,13 @@ def reduced(one: PanelImage) -> Thumbnail:
     return {"image": small["image"], "mask": small["mask"], "labels": small["labels"], "key": one["key"]}
 
 
-def data_info(index: Index) -> DataInfo:
-    """Return what the trainer must know about the data, from a split's index."""
+def data_info(index: Index, splits: dict[str, dict[str, str | int]]) -> DataInfo:
+    """Return what the trainer must know about the data.
+
+    Args:
+        index: index of the training split.
+        splits: identity of each split.
+    """
     return DataInfo(
-        index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation
+        index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation, splits
     )

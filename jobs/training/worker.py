@@ -83,6 +83,6 @@ def train(settings: dict[str, Any]) -> "trainer.Summary":
 
     return share.train(
         config, Path(settings["run"]), tell, preemption.requested,
-        rank=rank, world_size=world_size, device=get_device(),
+        rank=rank, world_size=world_size, device=get_device(), ranks_here=context.get_local_world_size(),
         threads=int(cpus_of(config.cluster)), run_id=settings["run_id"],
     )  # fmt: skip

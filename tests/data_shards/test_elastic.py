@@ -25,11 +25,11 @@ pytestmark = pytest.mark.slow
 SAMPLES, G = 103, 12
 
 
-def rank_main(folder: str, part: int, rank: int, world_size: int, port: int, first: int, last: int) -> None:
+def rank_main(folder: str, lanes: int, part: int, rank: int, world_size: int, port: int, first: int, last: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     shards = Shards(Path(folder) / "train", "none", Crops(16, 0.5, 0))
     log = (Path(folder) / f"log-{part}-{rank}.jsonl").open("w")
-    stream = train_batches(shards, 7, G, first, rank, world_size, loader_workers=rank % 2 + 1, window=2)
+    stream = train_batches(shards, 7, G, first, rank, world_size, rank % 2 + 1, 2, lanes=lanes)
     for step, batch in zip(range(first, last), stream, strict=False):
         weight = batch["weight"].sum()
         dist.all_reduce(weight)
@@ -45,13 +45,13 @@ def rank_main(folder: str, part: int, rank: int, world_size: int, port: int, fir
     os._exit(0)
 
 
-def run(folder: Path, part: int, world_size: int, first: int, last: int, kill_at: int | None) -> None:
+def run(folder: Path, lanes: int, part: int, world_size: int, first: int, last: int, kill_at: int | None) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=rank_main, args=(str(folder), part, rank, world_size, port, first, last))
+        context.Process(target=rank_main, args=(str(folder), lanes, part, rank, world_size, port, first, last))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -67,7 +67,8 @@ def run(folder: Path, part: int, world_size: int, first: int, last: int, kill_at
         assert process.exitcode == (0 if kill_at is None else -signal.SIGKILL)
 
 
-def test_killed_and_restarted_in_another_number_no_sample_is_lost_or_taken_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_killed_and_restarted_in_another_number_no_sample_is_lost_or_taken_twice(tmp_path: Path, lanes: int) -> None:
     rng = np.random.default_rng(0)
     made = [
         Sample(f"k{i:03d}", rng.integers(0, 255, (16, 16, 3), np.uint8), np.eye(16, dtype=np.uint8))
@@ -78,7 +79,7 @@ def test_killed_and_restarted_in_another_number_no_sample_is_lost_or_taken_twice
     (tmp_path / "done").write_text("0")
     parts = [(3, 4), (2, per_epoch + 3), (5, None)]
     for part, (world_size, kill_at) in enumerate(parts):
-        run(tmp_path, part, world_size, int((tmp_path / "done").read_text()), 2 * per_epoch, kill_at)
+        run(tmp_path, lanes, part, world_size, int((tmp_path / "done").read_text()), 2 * per_epoch, kill_at)
 
     taken: dict[int, list[str]] = {}
     for part, (world_size, _) in enumerate(parts):
@@ -100,6 +101,7 @@ def test_killed_and_restarted_in_another_number_no_sample_is_lost_or_taken_twice
         keys = [key for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for key in taken[step]]
         assert Counter(keys) == Counter(alone.index.keys(list(range(SAMPLES))))
     # The samples are those of one process without loader processes.
-    for step, batch in zip(range(2 * per_epoch), train_batches(alone, 7, G, 0, 0, 1, window=2), strict=False):
+    stream = train_batches(alone, 7, G, 0, 0, 1, window=2, lanes=lanes)
+    for step, batch in zip(range(2 * per_epoch), stream, strict=False):
         assert taken[step] == [key for key, w in zip(batch["key"], batch["weight"], strict=True) if w]
     assert not torch.distributed.is_initialized()

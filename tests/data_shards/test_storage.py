@@ -195,6 +195,30 @@ def test_the_cache_is_bounded_and_drops_the_oldest(tmp_path: Path, http: tuple[s
         next(stream_of)
 
 
+def test_the_cache_must_hold_the_lanes_of_its_machine(tmp_path: Path, http: tuple[str, dict[str, int]]) -> None:
+    url, _ = http
+    folder = packed(tmp_path / "www" / "train", per_shard=2)
+    size = (folder / "shard-000000.tar").stat().st_size
+
+    def starts(lanes: int, rank: int, world_size: int, here: int, held: int) -> bool:
+        shards = Shards(f"{url}/train", crops=Crops(16, 0, 0), cache=Cache(tmp_path / f"{rank}", held * size))
+        stream = train_batches(shards, 0, 8, 0, rank, world_size, window=1, lanes=lanes, ranks_here=here, last_step=1)
+        try:
+            return len(list(stream)) == 1
+        except ValueError as error:
+            return "two windows of 1 shards in each of this machine's" not in str(error)
+
+    # Two windows of a shard in each lane: 8 lanes alone, 4 of them on two machines, and 8 if both ranks are on one.
+    for lanes, rank, world_size, here, needed in (
+        (8, 0, 1, 1, 16),
+        (8, 1, 2, 1, 8),
+        (8, 1, 2, 2, 16),
+        (8, 2, 3, 1, 10),
+    ):
+        assert not starts(lanes, rank, world_size, here, needed - 1)
+        assert starts(lanes, rank, world_size, here, needed)
+
+
 def test_a_copy_that_goes_before_it_is_opened_is_fetched_again(
     tmp_path: Path, http: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

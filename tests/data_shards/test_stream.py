@@ -1,9 +1,11 @@
 import io
 import itertools
 import tarfile
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_in
 from deepskip.data_shards.inspection import verify
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.sample import BadSample, Sample
-from deepskip.data_shards.stream import train_batches, whole_images
+from deepskip.data_shards.storage import Cache
+from deepskip.data_shards.stream import ReadAhead, train_batches, whole_images
 from deepskip.data_shards.writer import write_shards
 
 
@@ -110,6 +113,10 @@ def test_missing_and_broken_indexes(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(MissingIndex, match=r"holds 1 \.tar files but no index"):
         load_index(tmp_path / "train")
+    path.write_text(text.replace('"version": 2', '"version": 3'))
+    # "Make a new one" would lose what that version added.
+    with pytest.raises(BrokenIndex, match=r"index\.json has version 3; this reads up to 2\. Install a later DeepSkip"):
+        load_index(tmp_path / "train")
     for broken in (text[:50], "{}", text.replace("deepskip-shards", "else"), text.replace("shard-000000", "../../etc")):
         path.write_text(broken)
         with pytest.raises(BrokenIndex, match=r"index\.json cannot be read"):
@@ -164,31 +171,87 @@ def numbered(epoch: list[int], sample: list[int]) -> dict[str, Any]:
 
 
 def collected(
-    folder: Path, rank: int, world_size: int, first: int, steps: int, workers: int = 0, paste: float = 0.0
+    folder: Path,
+    rank: int,
+    world_size: int,
+    first: int,
+    steps: int,
+    workers: int = 0,
+    paste: float = 0.0,
+    lanes: int = 1,
 ) -> list[dict]:
     shards = Shards(folder, "image", Crops(16, 0.5, 0, paste))
-    stream = train_batches(shards, 0, 4, first, rank, world_size, workers, entries=numbered)
+    stream = train_batches(shards, 0, 4, first, rank, world_size, workers, entries=numbered, lanes=lanes)
     return list(itertools.islice(stream, steps))
 
 
-@pytest.mark.parametrize("paste", [0.0, 0.5])
-def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path, paste: float) -> None:
+@pytest.mark.parametrize(("paste", "lanes"), [(0.0, 1), (0.5, 1), (0.5, 2)])
+def test_global_batches_are_the_same_from_any_step_on_any_layout(tmp_path: Path, paste: float, lanes: int) -> None:
     packed(tmp_path / "train", samples(10))
-    alone = collected(tmp_path / "train", 0, 1, 0, 7, paste=paste)
+    alone = collected(tmp_path / "train", 0, 1, 0, 7, paste=paste, lanes=lanes)
     # There are 10 samples in batches of 4, so the third batch of an epoch holds 2, and 2 of weight 0.
     assert [batch["weight"].sum().item() for batch in alone] == [4, 4, 2, 4, 4, 2, 4]
-    later = collected(tmp_path / "train", 0, 1, 4, 3, paste=paste)
-    halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank, paste=paste) for rank in range(2)]
+    later = collected(tmp_path / "train", 0, 1, 4, 3, paste=paste, lanes=lanes)
+    halves = [collected(tmp_path / "train", rank, 2, 0, 7, workers=rank, paste=paste, lanes=lanes) for rank in range(2)]
     for t, batch in enumerate(alone):
         # The draws belong to the batch, in whichever process it is made.
         assert batch["draws"].tolist() == [list(pair) for pair in zip(batch["epoch"], batch["sample"], strict=True)]
         assert batch["noise_seed"] == [7 * number for number in batch["sample"]]
+        # With lanes, each rank repeats samples of its own.
+        compared, of_halves = (w >= (lanes > 1) for w in (batch["weight"], torch.cat([h[t]["weight"] for h in halves])))
         for name in ("image", "mask", "mean", "std", "weight", "draws"):
-            assert torch.equal(batch[name], torch.cat([half[t][name] for half in halves])), name
+            both = torch.cat([half[t][name] for half in halves])
+            assert torch.equal(batch[name][compared], both[of_halves]), name
             if t >= 4:
                 assert torch.equal(batch[name], later[t - 4][name])
-        assert batch["key"] == [key for half in halves for key in half[t]["key"]]
+        keys = [key for half in halves for key in half[t]["key"]]
+        assert list(itertools.compress(batch["key"], compared)) == list(itertools.compress(keys, of_halves))
     assert sorted(alone[0]["key"] + alone[1]["key"] + alone[2]["key"][:2]) == [f"s{i:03d}" for i in range(10)]
+
+
+@pytest.mark.parametrize(("lanes", "shares"), [(1, [16, 16]), (4, [10, 10])])
+def test_what_a_rank_reads_ahead(
+    tmp_path: Path, lanes: int, shares: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check what two machines prefetch of 24 shards of 4 samples, in windows of 1 shard and batches of 8."""
+    index = packed(tmp_path / "train", samples(96, size=16))
+    save_index(replace(index, base="s3://nowhere"), tmp_path / "train")
+    wanted: list[list[int]] = []
+    monkeypatch.setattr(ReadAhead, "want", lambda self, numbers: wanted.append(numbers))
+    seen = []
+    for rank in range(2):
+        shards = Shards(tmp_path / "train", "none", Crops(16, 0.0, 0), cache=Cache(tmp_path / "cache", 10**6))
+        shards.local_path = lambda number: tmp_path / "train" / index.shards[number].name  # type: ignore[method-assign]
+        wanted.clear()
+        stream = train_batches(shards, 3, 8, 0, rank, 2, window=1, lanes=lanes)
+        for batch in itertools.islice(stream, 8):
+            assert set(index.shards_of(batch["sample"])) <= set(wanted[-1])
+        # Two thirds of the epoch are read: of one lane 16 windows, of which the other rank needs the last or first alone,
+        # of two lanes 4 windows each. The next of each lane is prefetched.
+        seen.append({number for numbers in wanted for number in numbers})
+        assert len(seen[rank]) == shares[rank]
+        wanted.clear()
+        for batch in itertools.islice(stream, 5):
+            assert set(index.shards_of(batch["sample"])) <= set(wanted[-1])
+        # The last step of the epoch prefetched what the first of the next one reads.
+        assert set(index.shards_of(batch["sample"])) <= {*wanted[-2], *(wanted[-1] if lanes == 1 else ())}
+        # The last epoch is followed by none.
+        wanted.clear()
+        assert len(list(train_batches(shards, 3, 8, 0, rank, 2, window=1, lanes=lanes, last_step=12))) == 12
+        if lanes > 1:
+            assert len({number for numbers in wanted for number in numbers}) == 12
+    assert bool(seen[0] & seen[1]) == (lanes == 1)
+
+
+def test_shards_in_use_are_touched_when_others_are_fetched() -> None:
+    """Check that the cache, which removes what was touched first, keeps the shards that are still wanted."""
+    touched: list[int] = []
+    ahead = ReadAhead(cast(Shards, SimpleNamespace(local_path=touched.append)))
+    for wanted in ([1, 2], [2, 3], [4]):
+        ahead.want(wanted)
+        wait(ahead.asked.values())
+    ahead.close()
+    assert sorted(touched) == [1, 2, 2, 3, 4]
 
 
 def test_validation_takes_each_image_once_and_whole(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointError, CheckpointNotWritten, CheckpointTooNew
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.data_shards import storage
-from deepskip.ranks import agreed_start
+from deepskip.identity import OtherData
+from deepskip.ranks import agreed_start, check_data
 from tests.jobs.serving import state as model
 
 
@@ -39,6 +41,23 @@ def test_newest_whole_one_wins_and_broken_ones_are_named(tmp_path: Path) -> None
     assert found is not None
     assert found["step"] == 20
     assert [str(newest) in faults[0], str(older) in faults[1]] == [True, True]
+
+
+def test_ranks_that_loaded_other_data_stop_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"train": {"samples": 8, "contents": "a"}}
+    others = {"train": {"samples": 9, "contents": "b"}}
+    for place, found in ((1, [mine, others]), (2, [mine, mine, others])):
+        monkeypatch.setattr(
+            dist, "all_gather_object", lambda into, own, found=found: into.__setitem__(slice(None), found)
+        )
+        # Each rank sees the same list, and so raises the same error.
+        for own in (mine, others):
+            with pytest.raises(
+                OtherData, match=f"while the ranks started: on rank {place} train has samples 9 instead of 8"
+            ):
+                check_data(None, own, None, len(found))
+    monkeypatch.setattr(dist, "all_gather_object", lambda into, own: into.__setitem__(slice(None), [own, own]))
+    assert check_data(None, mine, None, 2) is None
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:

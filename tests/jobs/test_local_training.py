@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,8 @@ def test_torchruns_ranks_train_together(coins: Path) -> None:
         "group",
         "--optim.momentum",
         "0",
+        "--data.lanes",
+        "4",
     ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "deepskip.jobs.train"]
     two = run([*torchrun, "--run.name", "two", *settings], coins)
@@ -77,6 +80,45 @@ def test_torchruns_ranks_train_together(coins: Path) -> None:
     again = run([*torchrun, "--run.name", "two", *settings], coins)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "is finished already" in again.stdout
+
+
+def test_changed_data_is_refused_and_accepted_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    for folder, count in (("data", 8), ("more", 12)):
+        pack_coins(tmp_path / folder, {"train": count, "val": 2})
+    config = deepskip.Config()
+    config.data.path, config.data.crop, config.data.lanes = str(data), 64, "auto"
+    config.run.storage, config.run.name, config.run.tracking_uri = str(tmp_path), "mine", "none"
+    config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 2
+    deepskip.train(config)
+    record = tmp_path / "mine" / runs.RECORD
+    first = checkpoint.read(checkpoint.step_path(tmp_path / "mine", 2))["data"]["splits"]
+    assert {split: known["samples"] for split, known in first.items()} == {"train": 8, "val": 2}
+    assert runs.read_json(record)["lanes"] == 1
+    data.rename(tmp_path / "former")
+    (tmp_path / "more").rename(data)
+    config.optim.steps = 4
+    changed = r"was trained on other data \(train has samples 12 instead of 8, other contents, other statistics\)"
+    with pytest.raises(ValueError, match=rf"run mine .* {changed}; .* --data\.accept (\w+); choose") as refused:
+        deepskip.train(config)
+    # Without a record of its own, a run is known by its checkpoint.
+    runs.write_json(record, {**runs.read_json(record), "data": None})
+    with pytest.raises(ValueError, match=f"the checkpoint of step 2 {changed}"):
+        deepskip.train(config)
+    [config.data.accept] = re.findall(r"--data\.accept (\w+)", str(refused.value))
+    capsys.readouterr()
+    assert deepskip.train(config)["steps"] == 4
+    assert "warning: resuming at step 2 on changed data: train has samples 12 instead of 8" in capsys.readouterr().out
+    # From then on it is the data of the run.
+    config.data.accept, config.optim.steps = None, 5
+    assert deepskip.train(config)["steps"] == 5
+    data.rename(tmp_path / "more")
+    (tmp_path / "former").rename(data)
+    config.optim.steps = 6
+    with pytest.raises(ValueError, match=r"other data \(train has samples 8 instead of 12"):
+        deepskip.train(config)
 
 
 def test_stopped_by_sigterm_it_goes_on_where_it_was(coins: Path) -> None:

@@ -1,8 +1,11 @@
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deepskip.config import Config
+from deepskip.identity import OtherData, name_of
 from deepskip.jobs import runs
 
 
@@ -78,24 +81,78 @@ def test_how_often_a_run_looks_up_may_change(tmp_path: Path) -> None:
         runs.claim(tmp_path, "mine", "x", config() | {"run": {"name": None, **other, "seed": 1}})
 
 
-def test_other_shards_at_the_same_path_are_another_run(tmp_path: Path) -> None:
-    mine, other = {"train": "a", "val": "b"}, {"train": "a", "val": "c"}
-    # A run of an earlier version has recorded no data.
+def identities(samples: int = 8, tars: str = "a") -> dict[str, dict[str, str | int]]:
+    counts = {"samples": samples, "shards": 2, "bands": 3, "num_classes": 1, "ignore_index": 255}
+    split = {**counts, "contents": f"{samples}", "statistics": "s", "reading": "r", "tars": tars}
+    return {"train": split, "val": split | {"samples": 2}}
+
+
+def test_other_data_at_the_same_path_is_another_run(tmp_path: Path) -> None:
+    mine, other = identities(), identities(9)
+    # A run of an earlier version has recorded no data, and one of a later a digest.
     trained(tmp_path, "mine", config(), finish=True)
     run = runs.claim(tmp_path, "mine", "x", config(steps=20), mine)
-    runs.record(run, config(steps=20), "mlflow-id")
-    run.lock.close()
-    for steps in (20, 30):
-        with pytest.raises(runs.RunError, match=r"was trained on other shards at the same data\.path"):
-            runs.claim(tmp_path, "mine", "x", config(steps), other)
-        with pytest.raises(runs.RunError, match="was trained on other shards"):
-            runs.check_name(tmp_path / "mine", config(steps), other)
-        runs.check_name(tmp_path / "mine", config(steps), mine)
-        runs.claim(tmp_path, "mine", "x", config(steps), mine).lock.close()
-    # A name that is chosen here gets a number.
-    run = runs.claim(tmp_path, None, "mine", config(steps=20), other)
-    assert run.name == "mine-2"
-    run.lock.close()
+    for recorded in (mine, {"train": "a", "val": "a"}):
+        run.data = recorded  # type: ignore[assignment]
+        runs.record(run, config(steps=20), "mlflow-id")
+        run.lock.close()
+        found = identities(9, tars="b")
+        differing = "samples 9 instead of 8, other contents" if recorded is mine else "other tars"
+        for steps in (20, 30):
+            with pytest.raises(runs.RunError, match=rf"was trained on other data \(train has {differing}") as fault:
+                runs.claim(tmp_path, "mine", "x", config(steps), found)
+            assert f"give --data.accept {name_of(other)}; choose another run.name or remove" in str(fault.value)
+            with pytest.raises(runs.RunError, match="was trained on other data"):
+                runs.check_name(tmp_path / "mine", config(steps), found)
+            runs.check_name(tmp_path / "mine", config(steps), mine)
+            runs.claim(tmp_path, "mine", "x", config(steps), mine).lock.close()
+        # A name that is chosen here gets a number.
+        run = runs.claim(tmp_path, None, "mine", config(steps=20), found)
+        assert run.name == "mine-2"
+        run.lock.close()
+        # On purpose: then the record has the new data, which needs no word the next time.
+        run = runs.claim(tmp_path, "mine", "x", config(20) | {"data": {"accept": name_of(other)}}, found)
+        runs.record(run, config(steps=20), "mlflow-id")
+        run.lock.close()
+        run = runs.claim(tmp_path, "mine", "x", config(steps=20), found)
+
+
+def test_a_rank_that_loaded_other_data_than_the_job(tmp_path: Path) -> None:
+    run = runs.claim(tmp_path, "mine", "x", config(), identities())
+    runs.check_data(run.folder, identities(9))
+    runs.record(run, config(), None)
+    runs.check_data(run.folder, identities())
+    with pytest.raises(OtherData, match=r"changed while the training .* started: train has samples 9 instead of 8"):
+        runs.check_data(run.folder, identities(9))
+
+
+def test_lanes_are_chosen_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def settings(lanes: int | str) -> Config:
+        made = Config()
+        made.optim.global_batch_size, made.data.lanes = 48, lanes  # type: ignore[assignment]
+        return made
+
+    def part(lanes: int | str, machines: int) -> int | str:
+        asked = settings(lanes)
+        run = runs.claim(tmp_path, "mine", "x", asdict(asked))
+        runs.record(run, asdict(asked), None)
+        runs.choose_lanes(run, asked, machines)
+        run.lock.close()
+        return asked.data.lanes
+
+    assert part("auto", 2) == 8
+    assert capsys.readouterr().out == "data.lanes is 8, for 2 machines\n"
+    # It may resume on any number of machines, and with the number itself.
+    assert (part("auto", 4), part(8, 1), part("auto", 1)) == (8, 8, 8)
+    assert capsys.readouterr().out == ""
+    for lanes in (1, 16):
+        with pytest.raises(runs.RunError, match=r"has other settings \(data\.lanes\)"):
+            part(lanes, 2)
+    # A run of an earlier version has one lane.
+    trained(tmp_path, "old", config(), finish=False)
+    assert runs.claim(tmp_path, "old", "x", config() | {"data": {"lanes": "auto", "fixed_lanes": False}}).lanes == 1
+    with pytest.raises(runs.RunError, match=r"has other settings \(data\.lanes\)"):
+        runs.claim(tmp_path, "old", "x", config() | {"data": {"lanes": 8}})
 
 
 def test_a_look_at_a_name_leaves_nothing(tmp_path: Path) -> None:

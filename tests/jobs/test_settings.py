@@ -36,6 +36,16 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     )
 
 
+def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, value in (("auto", "auto"), ("4", 4)):
+        config, *_ = parse("train", ["--data.lanes", text, "--data.accept", "d1234567890"])
+        assert (config.data.lanes, config.data.accept) == (value, "d1234567890")
+    for key, types in (("data.lanes", "int or one of 'auto'"), ("cluster.workers", "int or tuple[int, int] or null")):
+        with pytest.raises(SystemExit):
+            parse("train", [f"--{key}", "many"])
+        assert capsys.readouterr().err == f"error: {key} is 'many'; it must be {types}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "said"),
     [

@@ -62,6 +62,8 @@ def test_waiting_for_machines_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ClusterConfig(workers=(4, 8), recovery_seconds=60)
     found = allocation.allocation(asked)
     assert (found.fewest, found.most, found.fitting, found.gpu) == (4, 8, 3, False)
+    # Eight workers take three machines of three CPUs.
+    assert found.machines == 3
     assert str(replace(found, most=4)) == "4 CPU workers"
     watch = restarts.RestartPolicy(asked, checkpoint_every=10)
     watch.started(0)
