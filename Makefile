@@ -77,7 +77,7 @@ FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,
 # what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
 # wait for one another for half as long again
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
-	$(addprefix jobs/test_,compare end_to_end local_training preemption) $(addprefix jobs/prediction/test_,memory resuming)))
+	$(addprefix jobs/test_,compare end_to_end preemption) $(addprefix jobs/prediction/test_,resuming)))
 
 test: setup lint
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) $(addprefix --ignore=,$(ALONE)) $(FOLDERS)

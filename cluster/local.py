@@ -39,6 +39,9 @@ STOP_SECONDS = 3.0
 LEAST_DESCRIPTORS = 200
 # Measured: with 4 GB of addresses Ray waits for itself in vain, and with 1 GB its processes abort.
 TOO_FEW_ADDRESSES = 4_000_000_000
+# Ray's logs and sockets are here: the paths of its sockets may have at most 107 characters.
+TEMPORARY = "/tmp"  # noqa: S108 - the folder in it has a random name
+LEAST_DISK = 20_000_000
 
 
 class HeadError(RuntimeError):
@@ -83,14 +86,22 @@ def environment(head: Head) -> dict[str, str]:
     } | past_proxies(os.environ)
 
 
-def lacking() -> str | None:
-    """Return what this process may have too little of to start a Ray, with the remedy, or None."""
+def lacking(folder: str = TEMPORARY) -> str | None:
+    """Return what this process may have too little of to start a Ray, with the remedy, or None.
+
+    Args:
+        folder: Where the Ray has its logs and sockets.
+    """
     files, addresses = (resource.getrlimit(what)[0] for what in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS))
     if 0 <= files < LEAST_DESCRIPTORS:
         return f"this process may open {files} files, and Ray needs {LEAST_DESCRIPTORS}: allow more (ulimit -n 4096)"
     # No limit is -1.
     if 0 <= addresses <= TOO_FEW_ADDRESSES:
         return f"this process may have {addresses / 1e6:.0f} MB of addresses, and Ray needs more: ulimit -v unlimited"
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_DISK:
+        need = f"and it needs {LEAST_DISK / 1e6:.0f}: free some"
+        return f"{free / 1e6:.1f} MB are free in {folder}, where Ray has its logs, {need}"
     return None
 
 
@@ -146,8 +157,7 @@ def _start_head(
         "--min-worker-port": 0,
         "--max-worker-port": 0,
     }
-    # The name is short, because the paths of Ray's sockets may have at most 107 characters.
-    temporary = tempfile.mkdtemp(prefix="ds-", dir="/tmp")
+    temporary = tempfile.mkdtemp(prefix="ds-", dir=TEMPORARY)
     token = secrets.token_hex(32)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--temp-dir={temporary}"]

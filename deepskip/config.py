@@ -165,6 +165,9 @@ class RunConfig:
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "next", "reference"] = setting("auto", free=True)
     """operators: auto takes Triton kernels on GPUs that can run them, optimised forms on CPUs, else plain PyTorch"""
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    """number format: null takes bfloat16 on GPUs and float32 on CPUs; auto also takes bfloat16 on CPUs that multiply it in
+    hardware. Losses on another number of workers then agree less closely. A resumed training keeps its format"""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting("none", free=True)
     """mode of torch.compile for the training step's network; the last two replay it as CUDA graphs. Crops have one size, so
     it is compiled once; validation is not compiled unless ema_decay is 0"""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deepskip.inference import normalize, predict_logits, to_labels
 from deepskip.loss import BCEDiceLoss
 from deepskip.metrics import SegmentationMetrics, ThresholdScores
+from deepskip.precision import autocast
 from deepskip.training_step import Batch
 
 
@@ -39,6 +40,7 @@ def evaluate(
     images: Iterable[Batch],
     device: torch.device,
     panels: int = 0,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[dict[str, float], list[PanelImage]]:
     """Measure the network on whole images.
 
@@ -50,6 +52,7 @@ def evaluate(
         images: this rank's share, one image a batch; only "image", "mask", "mean", "std" and "key" are read.
         device: where the network is.
         panels: number of images to return with their labels.
+        precision: torch.float32, or torch.bfloat16 for autocast.
 
     Returns:
         The metrics over all ranks, and this rank's first `panels` images.
@@ -70,7 +73,7 @@ def evaluate(
     for batch in images:
         image = normalize(batch["image"].to(device), batch["mean"].to(device), batch["std"].to(device))
         mask = batch["mask"].to(device).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device, precision):
             logits = predict_logits(network, image.contiguous(memory_format=torch.channels_last)).float()
         labels = to_labels(logits, 0).long()
         sums += criterion.sums(logits, mask).double()

@@ -23,6 +23,7 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 from deepskip.evaluation import evaluate
 from deepskip.optimizer import learning_rate
+from deepskip.precision import agreed_precision
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
@@ -220,6 +221,8 @@ def train(
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
+    recorded = None if state is None else state["config"]["run"].get("precision")
+    training.precision = agreed_precision(settings.precision, recorded, device, world_size)
     training.distribute()
     writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
     stop_vote = StopVote(stop_requested, world_size, device)
@@ -299,8 +302,9 @@ def validate(
         share_buffers(training.averaged)
     data, panels = training.data, training.config.run.panels
     metrics, panel = evaluate(
-        training.averaged, training.criterion, data.num_classes, data.ignore_index, images, training.device, panels
-    )
+        training.averaged, training.criterion, data.num_classes, data.ignore_index, images, training.device, panels,
+        training.precision,
+    )  # fmt: skip
     if rank == 0:
         observe("validation", training.step, metrics)
         observe("panel", training.step, {"images": panel})

@@ -20,6 +20,7 @@ from deepskip.inference import normalize, to_labels
 from deepskip.loss import BCEDiceLoss, LossParts
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
+from deepskip.precision import NAMES, autocast
 
 
 class Batch(TypedDict):
@@ -126,6 +127,7 @@ class TrainingStep:
         world_size: number of ranks.
 
     Attributes:
+        precision: torch.float32, or torch.bfloat16 for autocast.
         network: the network, in channels-last memory on the device.
         averaged: its moving average, or the network itself if config.optim.ema_decay is 0.
         criterion: the loss.
@@ -134,6 +136,7 @@ class TrainingStep:
 
     def __init__(self, config: Config, data: DataInfo, device: torch.device, world_size: int = 1) -> None:
         self.config, self.data, self.device, self.world_size = config, data, device, world_size
+        self.precision = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(config.run.seed)
         network = networks.build(asdict(config.model), data.in_channels, data.num_classes)
         # Only 2-D convolutions: others have no such memory format.
@@ -162,8 +165,10 @@ class TrainingStep:
         bfloat16 needs no gradient scaler. The learning rate and the augmentation are functions of the step.
         """
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        config = asdict(self.config)
+        config["run"]["precision"] = NAMES[self.precision]
         return {
-            "config": asdict(self.config), "data": cast(DataState, asdict(self.data)), "model": self.network.state_dict(),
+            "config": config, "data": cast(DataState, asdict(self.data)), "model": self.network.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "step": self.step,
         }  # fmt: skip
@@ -215,12 +220,12 @@ class TrainingStep:
         return image.contiguous(memory_format=torch.channels_last), mask
 
     def forward(self, image: Tensor) -> Tensor:
-        """Compute the logits (N, V, H, W), in bf16 autocast on a GPU.
+        """Compute the logits (N, V, H, W).
 
         Args:
             image: normalised images (N, bands, H, W).
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with autocast(self.device, self.precision):
             logits: Tensor = self._model(image)
         return logits
 
@@ -295,7 +300,7 @@ class TrainingStep:
         Returns:
             The mean loss over the ranks; all else is 0.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with autocast(self.device, self.precision):
             # torch's own losses take labels of 64 bits
             loss = self._model(image, mask.long(), weight)
         loss.backward()

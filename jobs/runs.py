@@ -40,6 +40,7 @@ UNKNOWN_BEFORE = {
     "model.network": "deepskip",
     "model.options": {},
     "optim.momentum": 0.95,
+    "run.precision": None,
 }
 
 

@@ -28,7 +28,9 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         C = len(weight)
         wide = _wide(x)
-        means, variances = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
+        # The statistics of a bf16 map are in bf16, unless running ones in fp32 are updated; those are not kept.
+        running = [torch.zeros(ROW) for _ in range(2)] if x.dtype == torch.bfloat16 else [None, None]
+        means, variances = torch.ops.aten.batch_norm_update_stats(wide, *running, 0.0)
         mean = means.view(-1, C).mean(0)
         variance = (variances.view(-1, C) + (means.view(-1, C) - mean).square()).mean(0)
         settings = [_repeated(values) for values in (weight, bias, mean, variance)]
@@ -55,10 +57,12 @@ class _BatchNormReLU(torch.autograd.Function):
         slope = -scale * inverse * d_weight / count
         shift = -scale * d_bias / count - slope * mean
         channels = (1, ROW, 1, 1)
-        d_x = torch.addcmul(_repeated(shift).view(channels), g, _repeated(scale).view(channels), out=g)
+        # With numbers of bf16 the sum is in fp32, and rounded once.
+        in_place = {"out": g} if g.dtype == torch.float32 else {}
+        d_x = torch.addcmul(_repeated(shift).view(channels), g, _repeated(scale).view(channels), **in_place)
         d_x.addcmul_(wide, _repeated(slope).view(channels))
         N, _, H, W = x.shape
-        return d_x.permute(0, 2, 3, 1).view(N, H, W, C).permute(0, 3, 1, 2), d_weight, d_bias, None
+        return d_x.to(x.dtype).permute(0, 2, 3, 1).view(N, H, W, C).permute(0, 3, 1, 2), d_weight, d_bias, None
 
 
 def batch_norm_relu(
@@ -73,7 +77,7 @@ def batch_norm_relu(
 ) -> Tensor:
     """Normalize a map over all axes but its channels, then apply ReLU; arguments as in `torch.nn.functional.batch_norm`.
 
-    Channels-last fp32 maps with few channels in training take the fast path; others use `reference.batch_norm_relu`.
+    Channels-last maps in fp32 or bf16 with few channels in training take the fast path; others use `reference.batch_norm_relu`.
 
     Args:
         x: map (N, C, H, W).
@@ -90,7 +94,7 @@ def batch_norm_relu(
     """
     narrow = len(weight) < 16 and ROW % len(weight) == 0 and x.numel() % ROW == 0
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if not (training and narrow and channels_last and x.dtype == torch.float32):
+    if not (training and narrow and channels_last and x.dtype in (torch.float32, torch.bfloat16)):
         return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
     out: Tensor
     out, mean, variance = _BatchNormReLU.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepskip.kernels import cpu_types
+
 # Vector lanes of fp32.
 LANES = 16
 
@@ -103,7 +105,8 @@ class _Conv3(torch.autograd.Function):
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve a map with 3x3 weights and zero padding 1, as `torch.nn.functional.conv2d`; once differentiable.
 
-    Other dtypes than fp32, autocast, a learned bias, and shapes that it is faster for use `conv2d` itself.
+    Under autocast to bf16 it computes in bf16. Other dtypes than fp32, a learned bias, and shapes that it is faster for use
+    `conv2d` itself.
 
     Args:
         x: map (N, C, H, W).
@@ -113,8 +116,10 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Map (N, K, H, W).
     """
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    dtype = cpu_types.working_type(x)
+    if dtype is None:
         return F.conv2d(x, weight, bias, padding=1)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
         return convolve(x, weight, bias)
     if bias is None and (_paired(x, len(weight)) or (x.requires_grad and _paired(x, weight.shape[1]))):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepskip.kernels import conv3_cpu, interpolation, reference
+from deepskip.kernels import conv3_cpu, cpu_types, interpolation, reference
 
 # The low-resolution weight, and what the first and the last column add to it.
 Made = tuple[Tensor, list[tuple[int, Tensor]]]
@@ -68,6 +68,12 @@ def _side_weights(weight: Tensor, s: int, w: int, mode: str) -> list[tuple[int, 
     return sides
 
 
+def _made(weight: Tensor, s: int, w: int, mode: str, dtype: torch.dtype) -> Made:
+    """Return the low-resolution weight and its sides, computed in the weight's own type."""
+    sides = _side_weights(weight, s, w, mode)
+    return _wide_weight(weight, s, mode).to(dtype), [(column, side.to(dtype)) for column, side in sides]
+
+
 class _Low:
     """A deeper map convolved at its own resolution, then upsampled a block of samples at a time."""
 
@@ -75,7 +81,7 @@ class _Low:
         N, C, h, w = x.shape
         K = len(weight)
         self.size = h * s, block, w * s, K
-        self.made = _wide_weight(weight, s, mode), _side_weights(weight, s, w, mode)
+        self.made = _made(weight, s, w, mode, x.dtype)
         y = F.conv2d(x, self.made[0], padding=(0, 1))
         self.y = y.permute(0, 2, 3, 1).view(N, h, w, 3, s * K)
         for column, wide in self.made[1]:
@@ -85,7 +91,8 @@ class _Low:
         rows = y.new_zeros(h + 2, 3, block, w, s * K)
         row = block * w * s * K
         self.inner, self.windows = rows[1:-1], rows.as_strided((h, 9, row), (3 * row, row, 1))
-        self.taps = interpolation.row_taps(h, s, mode).view(h, s, 9)
+        # Weights of interpolation are the same numbers in bf16.
+        self.taps = interpolation.row_taps(h, s, mode).view(h, s, 9).to(x.dtype)
         self.out = y.new_empty(h, s, row)
 
     def branch(self, samples: slice) -> Tensor:
@@ -94,7 +101,7 @@ class _Low:
         Args:
             samples: samples of the block.
         """
-        self.inner.copy_(self.y[samples].permute(1, 3, 0, 2, 4))
+        cpu_types.copy(self.inner, self.y[samples].permute(1, 3, 0, 2, 4))
         torch.bmm(self.taps, self.windows, out=self.out)
         return self.out.view(self.size).transpose(0, 1)
 
@@ -104,7 +111,7 @@ class _Plain:
 
     def __init__(self, x: Tensor, weight: Tensor, size: torch.Size, mode: str) -> None:
         x = x if x.shape[-2:] == size else reference.upsample(x, size, mode)
-        self.out = conv3_cpu.convolve(x, weight).permute(0, 2, 3, 1)
+        self.out = conv3_cpu.convolve(x, weight.to(x.dtype)).permute(0, 2, 3, 1)
 
     def branch(self, samples: slice) -> Tensor:
         """Return the branch of a block as (samples, H, W, K).
@@ -122,12 +129,12 @@ class _LowGradient:
         N, _, h, w = x.shape
         K = len(weight)
         self.x, self.weight, self.s, self.mode = x, weight, s, mode
-        self.made = made or (_wide_weight(weight, s, mode), _side_weights(weight, s, w, mode))
+        self.made = made or _made(weight, s, w, mode, x.dtype)
         # There are s more rows above and below, which the matrices multiply by 0.
         rows = x.new_zeros((h + 2) * s, block, w * s, K)
         row = block * w * s * K
         self.inner, self.windows = rows[s:-s], rows.as_strided((h, 3 * s, row), (s * row, row, 1))
-        self.taps = interpolation.gathered_taps(h, s, mode)
+        self.taps = interpolation.gathered_taps(h, s, mode).to(x.dtype)
         self.out = x.new_empty(h, 3, row)
         self.d_y = x.new_empty(N, h, w, 3, s * K)
 
@@ -139,9 +146,9 @@ class _LowGradient:
             grad: gradient (samples, H, W, K).
         """
         _, h, w, _, wide = self.d_y.shape
-        self.inner.copy_(grad.transpose(0, 1))
+        cpu_types.copy(self.inner, grad.transpose(0, 1))
         torch.bmm(self.taps, self.windows, out=self.out)
-        self.d_y[samples] = self.out.view(h, 3, -1, w, wide).permute(2, 0, 3, 1, 4)
+        cpu_types.copy(self.d_y[samples], self.out.view(h, 3, -1, w, wide).permute(2, 0, 3, 1, 4))
 
     def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """Compute the gradients of x and weight.
@@ -159,14 +166,14 @@ class _LowGradient:
         d_x, d_wide, _ = torch.ops.aten.convolution_backward(
             d_y, x, self.made[0], None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [*needs, False]
         )
-        d_weight = _narrow_gradient(d_wide, weight.shape, s, mode) if needs[1] else None
+        d_weight = _narrow_gradient(d_wide.to(weight.dtype), weight.shape, s, mode) if needs[1] else None
         for column, wide in self.made[1]:
             d_more = d_y[..., column].permute(0, 2, 1).reshape(N * h, 3 * s * K)
             if d_x is not None:
                 d_x[..., column] += (d_more @ wide.T).view(N, h, C).transpose(1, 2)
             if d_weight is not None:
                 x_side = x[..., column].permute(0, 2, 1).reshape(N * h, C)
-                d_side = (x_side.T @ d_more).view(C, 3, s, K)
+                d_side = (x_side.T @ d_more).to(weight.dtype).view(C, 3, s, K)
                 d_weight += torch.einsum("cdpk,pe->kcde", d_side, _side_taps(s, w, column, mode))
         return d_x, d_weight
 
@@ -186,7 +193,7 @@ class _PlainGradient:
             samples: samples of the block.
             grad: gradient (samples, H, W, K).
         """
-        self.grad[samples] = grad
+        cpu_types.copy(self.grad[samples], grad)
 
     def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """Compute the gradients of x and weight.
@@ -197,7 +204,9 @@ class _PlainGradient:
         Returns:
             Gradients (N, C, H, W) and (K, C, 3, 3); None for one that is not needed.
         """
-        return conv3_cpu.gradients(self.grad.permute(0, 3, 1, 2), self.x, self.weight, needs)
+        weight = self.weight.to(self.x.dtype)
+        d_x, d_weight = conv3_cpu.gradients(self.grad.permute(0, 3, 1, 2), self.x, weight, needs)
+        return d_x, None if d_weight is None else d_weight.to(self.weight.dtype)
 
 
 def _block(N: int, elements: int) -> int:
@@ -222,10 +231,11 @@ class _DeepSkip(torch.autograd.Function):
             branches.append(_Low(x, weight, s, mode, block) if low else _Plain(x, weight, inputs[0].shape[-2:], mode))
         # These are small and depend on the weights only, so backward reuses them.
         ctx.made = [one.made if isinstance(one, _Low) else None for one in branches]
-        out = torch.empty(N, H, W, len(inputs), K)
+        out = inputs[0].new_empty(N, H, W, len(inputs), K)
         for n in range(0, N, block):
             samples = slice(n, n + block)
-            torch.stack([one.branch(samples) for one in branches], 3, out=out[samples])
+            into, *parts = cpu_types.wide(out[samples], *(one.branch(samples) for one in branches))
+            torch.stack(parts, 3, out=into)
         return out.view(N, H, W, -1).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -252,8 +262,8 @@ class _DeepSkip(torch.autograd.Function):
 def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Concatenate the linear 3x3 convolutions of a decoder level's upsampled inputs (eq. 1), as `reference.deep_skip`.
 
-    It is once differentiable. Other dtypes than fp32, factors that are not whole, autocast, and levels that the plain
-    implementation is faster for use the latter.
+    It is once differentiable. Under autocast to bf16 it computes in bf16, with the weights' sums in fp32. Other dtypes than
+    fp32, factors that are not whole, and levels that the plain implementation is faster for use the latter.
 
     Args:
         inputs: the level's own map (N, C_0, H, W) first, then deeper maps (N, C_i, H / s_i, W / s_i).
@@ -266,7 +276,10 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     H, W = inputs[0].shape[-2:]
     whole = all(x.shape[-1] * (H // x.shape[-2]) == W and H % x.shape[-2] == 0 for x in inputs)
     low = whole and any(low_pays(H // x.shape[-2], len(weights[0])) for x in inputs)
-    if not low or inputs[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    dtype = cpu_types.working_type(inputs[0])
+    if not low or dtype is None:
         return reference.deep_skip(inputs, weights, mode)
-    joined: Tensor = _DeepSkip.apply(mode, *inputs, *weights)  # type: ignore[no-untyped-call]
+    # The sums of weights are computed in the weights' own type.
+    with torch.autocast("cpu", enabled=False):
+        joined: Tensor = _DeepSkip.apply(mode, *(x.to(dtype) for x in inputs), *weights)  # type: ignore[no-untyped-call]
     return joined

@@ -1,4 +1,5 @@
-"""Print words and reading level of the pages, before and after: `python -m tests.reading COMMIT`; needs textstat.
+"""Print words and reading level of the pages, before and after: `python -m tests.reading COMMIT`; needs textstat
+0.7.8, which downloads nothing.
 
 The level is Flesch's reading ease, from 0 to 100, and a higher level is easier. It counts prose alone, without code and
 tables.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,38 +10,59 @@ from torch import Tensor, nn
 from deepskip import BCEDiceLoss, DeepSkipUNet, kernels
 from deepskip.allocator import keep_freed_memory
 from deepskip.kernels.bench import measure
+from deepskip.precision import autocast, multiplies_bf16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (32, 3, 512, 512) if DEVICE.type == "cuda" else (8, 3, 128, 128)
 ROUNDS = 30 if DEVICE.type == "cuda" else 12
 
 
-def networks() -> dict[str, tuple[nn.Module, str, torch.memory_format]]:
-    """Build every network, with its kernels and memory layout; libraries that are not installed are skipped."""
-    last, first = torch.channels_last, torch.contiguous_format
-    made: dict[str, tuple[nn.Module, str, torch.memory_format]] = {
-        "deepskip": (DeepSkipUNet(3, 1), "auto", last),
-        "plain, channels last": (DeepSkipUNet(3, 1), "reference", last),
-        "plain, contiguous": (DeepSkipUNet(3, 1), "reference", first),
-        "plain, torch.compile": (torch.compile(DeepSkipUNet(3, 1)), "reference", last),  # type: ignore[dict-item]
+class Contender(NamedTuple):
+    """A network that is timed.
+
+    Attributes:
+        network: the network.
+        kernels: its run.kernels.
+        layout: memory layout of its images and weights.
+        precision: torch.float32, or torch.bfloat16 for autocast.
+    """
+
+    network: nn.Module
+    kernels: str = "auto"
+    layout: torch.memory_format = torch.channels_last
+    precision: torch.dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def networks() -> dict[str, Contender]:
+    """Build every contender; libraries that are not installed are skipped."""
+    made = {
+        "deepskip": Contender(DeepSkipUNet(3, 1)),
+        "plain, channels last": Contender(DeepSkipUNet(3, 1), "reference"),
+        "plain, contiguous": Contender(DeepSkipUNet(3, 1), "reference", torch.contiguous_format),
+        "plain, torch.compile": Contender(torch.compile(DeepSkipUNet(3, 1)), "reference"),  # type: ignore[arg-type]
+        "without deep skips": Contender(DeepSkipUNet(3, 1, deep_skips=False)),
     }
     try:
         from monai.networks.nets import BasicUNet
 
-        made["MONAI BasicUNet, widths 8 to 128"] = (BasicUNet(2, 3, 1, features=(8, 16, 32, 64, 128, 8)), "auto", last)
-        made["MONAI BasicUNet"] = (BasicUNet(2, 3, 1), "auto", last)
+        made["MONAI BasicUNet, widths 8 to 128"] = Contender(BasicUNet(2, 3, 1, features=(8, 16, 32, 64, 128, 8)))
+        made["MONAI BasicUNet"] = Contender(BasicUNet(2, 3, 1))
         import segmentation_models_pytorch as smp
 
-        made["smp U-Net, ResNet-18"] = (smp.Unet("resnet18", encoder_weights=None), "auto", last)
+        made["smp U-Net, ResNet-18"] = Contender(smp.Unet("resnet18", encoder_weights=None))
     except ImportError:
         pass
     if DEVICE.type == "cuda":
         # CUDA graphs exclude the host's launch overhead. A search of kernels (max-autotune) did not finish in 230 s.
         for name in ("deepskip", "plain, channels last", "MONAI BasicUNet"):
             if name in made:
-                network, kind, form = made[name]
-                compiled = torch.compile(copy.deepcopy(network), mode="reduce-overhead")
-                made[f"{name}, CUDA graphs"] = (compiled, kind, form)  # type: ignore[assignment]
+                compiled = torch.compile(copy.deepcopy(made[name].network), mode="reduce-overhead")
+                made[f"{name}, CUDA graphs"] = made[name]._replace(network=compiled)  # type: ignore[arg-type]
+    elif multiplies_bf16(DEVICE):
+        for name in ("deepskip", "plain, channels last", "without deep skips", "MONAI BasicUNet, widths 8 to 128"):
+            if name in made:
+                copied = copy.deepcopy(made[name].network)
+                made[f"{name}, bf16"] = made[name]._replace(network=copied, precision=torch.bfloat16)
     return made
 
 
@@ -55,22 +76,19 @@ def test_network(benchmark: Any) -> None:
     mask = (torch.rand(SIZE[0], *SIZE[2:], device=DEVICE) < 0.1).to(torch.uint8)
     criterion = BCEDiceLoss()
     made = networks()
-    for network, _, form in made.values():
-        network.to(DEVICE, memory_format=form)  # type: ignore[call-overload]
+    for each in made.values():
+        each.network.to(DEVICE, memory_format=each.layout)  # type: ignore[call-overload]
 
     def run(name: str, training: bool) -> Tensor:
-        network, kind, form = made[name]
-        x = image.contiguous(memory_format=form)
-        network.train(training)
-        kernels.backend.choose(kind)
-        with (
-            torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"),
-            torch.set_grad_enabled(training),
-        ):
-            logits = network(x)
+        each = made[name]
+        x = image.contiguous(memory_format=each.layout)
+        each.network.train(training)
+        kernels.backend.choose(each.kernels)
+        with autocast(DEVICE, each.precision), torch.set_grad_enabled(training):
+            logits = each.network(x)
         kernels.backend.choose("auto")
         if training:
-            network.zero_grad()
+            each.network.zero_grad()
             criterion(logits, mask).backward()
         return logits
 
@@ -78,7 +96,7 @@ def test_network(benchmark: Any) -> None:
         return lambda: run(name, training)
 
     with torch.no_grad():
-        made["plain, channels last"][0].load_state_dict(made["deepskip"][0].state_dict())
+        made["plain, channels last"].network.load_state_dict(made["deepskip"].network.state_dict())
     plain, ours = run("plain, channels last", False), run("deepskip", False)
     assert (plain - ours).norm() <= (1e-5 if DEVICE.type == "cpu" else 2e-2) * plain.norm()
     inference = measure.in_turns({name: call(name, False) for name in made}, ROUNDS, DEVICE)
@@ -86,13 +104,13 @@ def test_network(benchmark: Any) -> None:
     rows = [
         {
             "size": "x".join(map(str, SIZE)), "implementation": name,
-            "dtype": "float32" if DEVICE.type == "cpu" else "bfloat16 autocast",
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "dtype": "bfloat16 autocast" if each.precision == torch.bfloat16 else "float32",
+            "parameters": sum(p.numel() for p in each.network.parameters()),
             "train": SIZE[0] / train[name], "train_ratio": train[name] / train["deepskip"],
             "inference": SIZE[0] / inference[name], "inference_ratio": inference[name] / inference["deepskip"],
             "peak_bytes": measure.peak_bytes(call(name, True), DEVICE),
         }
-        for name, (network, *_) in made.items()
+        for name, each in made.items()
     ]  # fmt: skip
     benchmark.extra_info |= {"suite": "network", "rows": rows}
     benchmark.pedantic(call("deepskip", True), rounds=3)

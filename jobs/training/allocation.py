@@ -14,7 +14,7 @@ import ray.exceptions
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deepskip.cluster.local import STARTED_SLOWLY, STARTS, lacking
+from deepskip.cluster.local import STARTED_SLOWLY, STARTS, TEMPORARY, lacking
 from deepskip.cluster.settings import LOOPBACK_ONLY, NODE_SETTINGS, past_proxies
 from deepskip.config import ClusterConfig, workers_range
 from deepskip.data_shards import trouble
@@ -58,7 +58,7 @@ def start_ray() -> None:
         Exception: any error that `trouble.in_words` can explain, such as a full disk, for the caller to report.
     """
     settings = own_ray()
-    if settings and (lack := lacking()):
+    if settings and (lack := lacking(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or TEMPORARY)):
         stop(lack)
     try:
         _init_ray(settings)

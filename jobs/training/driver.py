@@ -48,7 +48,7 @@ class Driver:
     def __init__(self, config: Config, run: runs.Run, tracker: "Tracker | None", queue: Any, elastic: bool) -> None:
         self.config, self.queue, self.elastic = config, queue, elastic
         self.console = Console(config, run, tracker)
-        self.summary: "Summary | None" = None
+        self.summary: Summary | None = None
         self.fatal: str | None = None
         self.policy = restarts.RestartPolicy(config.cluster, config.run.checkpoint_every)
         self.done, self.stopped = threading.Event(), threading.Event()

@@ -153,11 +153,11 @@ def count_rows(part: tuple[int, int]) -> list[dict[str, Any]]:
     return list(counts.rows(architecture, counts.PARTS[place]))
 
 
-def lines(suites: list[str]) -> Iterator[str]:
+def lines(suites: list[str], architectures: list[int]) -> Iterator[str]:
     """Yield a line for each variant and architecture."""
     wanted = [
         (suite, name, architecture)
-        for architecture in counts.ARCHITECTURES
+        for architecture in architectures
         for suite in suites
         for name in SUITES[suite]()
     ]
@@ -172,12 +172,15 @@ def main() -> None:
     """Print the variants' lines, or write the rows of the counts."""
     parser = argparse.ArgumentParser(prog="python -m deepskip.kernels.bench.builds", description=__doc__)
     parser.add_argument("suites", nargs="*", default=list(SUITES), help=f"of {', '.join(SUITES)}; all by default")
+    parser.add_argument(
+        "--architectures", nargs="+", type=int, choices=counts.ARCHITECTURES, default=list(counts.ARCHITECTURES)
+    )
     parser.add_argument("--json", type=Path, help="write the counts of the benchmark's launches there instead")
     arguments = parser.parse_args()
     if unknown := set(arguments.suites) - set(SUITES):
         parser.error(f"unknown suite {', '.join(unknown)}; suites are {', '.join(SUITES)}")
     if arguments.json is None:
-        for line in lines(arguments.suites):
+        for line in lines(arguments.suites, arguments.architectures):
             print(line, flush=True)
         return
     parts = [(architecture, place) for architecture in counts.ARCHITECTURES for place in range(len(counts.PARTS))]

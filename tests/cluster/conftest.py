@@ -1,4 +1,4 @@
-"""Fixtures: one cluster of test nodes, and one unbroken training, for all tests that need them."""
+"""Fixtures: a cluster of test nodes, and an unbroken training, for a module: the nodes would slow the tests of others."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.cluster.training import SAMPLES, Training
 STEPS = 60
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     pack_coins(folder / "data", {"train": SAMPLES, "val": 2})
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nodes(home: Path) -> Iterator[Nodes]:
     cluster = Nodes(home / "nodes")
     try:
@@ -31,7 +31,7 @@ def nodes(home: Path) -> Iterator[Nodes]:
         cluster.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def unbroken(nodes: Nodes, home: Path) -> Training:
     training = Training(nodes, home, "unbroken", STEPS, pace=0.0)
     training.submit()

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -145,7 +146,7 @@ def test_a_start_that_ray_finds_too_slow_is_made_again(monkeypatch: pytest.Monke
     assert len(starts) == 1
 
 
-def test_with_too_few_files_or_addresses_no_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_too_few_files_addresses_or_disk_no_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "_start_head", lambda *_: pytest.fail("it was started"))
     limits = {resource.RLIMIT_NOFILE: -1, resource.RLIMIT_AS: -1}
     monkeypatch.setattr(resource, "getrlimit", lambda what: (limits[what], limits[what]))
@@ -157,6 +158,11 @@ def test_with_too_few_files_or_addresses_no_ray_is_started(monkeypatch: pytest.M
         limits |= {resource.RLIMIT_NOFILE: files, resource.RLIMIT_AS: addresses}
         with pytest.raises(HeadError, match=re.escape(said)):
             start_head()
+    limits |= {resource.RLIMIT_NOFILE: -1, resource.RLIMIT_AS: -1}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free={"/tmp": 120_000}[folder]))
+    said = "0.1 MB are free in /tmp, where Ray has its logs, and it needs 20: free some"
+    with pytest.raises(HeadError, match=re.escape(said)):
+        start_head()
 
 
 def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:

@@ -27,19 +27,37 @@ from deepskip.cluster.local import MARK
 from deepskip.complexity import conv_weights
 from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.dataset import Shards
-from deepskip.data_shards.index import load_index
+from deepskip.data_shards.index import SampleEntry, load_index
 from deepskip.data_shards.order import Slot
+from deepskip.jobs import runs
+from deepskip.jobs.journal import read_measured
 from deepskip.metrics import SegmentationMetrics
 from tests.jobs.serving import answers_strangers
 
 SMALL = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2", "--optim.warmup_steps", "2"]
+TWELVE = [*SMALL, "--data.crop", "64", "--optim.steps", "12", "--run.log_every", "2", "--run.validate_every", "6"]
+TWELVE += ["--run.checkpoint_every", "4", "--data.on_bad_sample", "skip"]
+ROOT = Path(__file__).parents[2]
+# This program runs as on a machine without Ray and MLflow.
+WITHOUT = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from deepskip.jobs.train import main; main()"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     pack_coins(folder / "data" / "coins", {"train": 24, "val": 6})
+    entry, shard = bad_sample(folder)
+    data = bytearray(shard.read_bytes())
+    data[entry.mask.offset + 30] ^= 1
+    shard.write_bytes(data)
     return folder
+
+
+def bad_sample(home: Path) -> tuple[SampleEntry, Path]:
+    """Return the place of the training sample that is damaged, and its shard."""
+    folder = home / "data" / "coins" / "train"
+    index = load_index(folder)
+    return index.entries([3])[0], folder / index.shards[0].name
 
 
 def command(home: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
@@ -91,9 +109,7 @@ def asked_of(proxy: tuple[str, list[bytes]]) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def trained(home: Path, proxy: tuple[str, list[bytes]]) -> tuple[Path, str]:
-    settings = [*SMALL, "--run.name", "small", "--optim.steps", "12", "--run.log_every", "2"]
-    settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
-    done = call(home, "deepskip.jobs.submit", "train", *settings, **behind(proxy))
+    done = call(home, "deepskip.jobs.submit", "train", *TWELVE, "--run.name", "small", **behind(proxy))
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{proxy[1]}"
     return home / "runs" / "small", done.stdout
 
@@ -107,6 +123,21 @@ def test_the_terminal(trained: tuple[Path, str]) -> None:
         assert any(line.startswith(f"  {name} ") for line in lines), name
     for start in ("MLflow page:", "resume:", "predict:"):
         assert any(line.startswith(start) for line in lines), start
+
+
+def test_a_bad_sample_is_left_out_and_listed_or_ends_the_training(trained: tuple[Path, str], home: Path) -> None:
+    entry, shard = bad_sample(home)
+    listed = [json.loads(line) for line in (trained[0] / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["key"], line["shard"]) for line in listed] == [("train", entry.key, str(shard))]
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    assert summary["bad_samples"] == 1
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}")
+    assert "bad_samples.jsonl" in [file.path for file in client.list_artifacts(summary["mlflow_run_id"])]
+    # A submitted job's status and error are those of the command.
+    done = call(home, "deepskip.jobs.submit", "train", *SMALL, "--run.name", "bad")
+    assert done.returncode == 2
+    assert f"sample {entry.key}: has other bytes than when it was indexed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("trained")
@@ -167,14 +198,28 @@ def test_the_mlflow_run_is_complete(trained: tuple[Path, str], home: Path) -> No
     np.testing.assert_allclose(model.predict(image)[0], expected, atol=1e-5)
 
 
+def test_torchruns_ranks_without_ray_and_mlflow_have_the_same_losses(trained: tuple[Path, str], home: Path) -> None:
+    (home / "alone.py").write_text(WITHOUT)
+    words = ["--standalone", "--nproc_per_node", "2", "alone.py", *TWELVE, "--run.name", "alone"]
+    done = call(home, "torch.distributed.run", *words, "--cluster.cpus_per_worker", "1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = trained[0].parent / "alone"
+    losses, on_ray = ([each[:3] for each in read_measured(run / runs.JOURNAL)] for run in (alone, trained[0]))
+    assert {step for kind, step, _ in losses if kind == "train"} == set(range(2, 13, 2))
+    assert [(kind, step, values["loss"]) for kind, step, values in losses] == [
+        (kind, step, values["loss"]) for kind, step, values in on_ray
+    ]
+    mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (alone, trained[0]))
+    assert mine["val"] == theirs["val"]
+
+
 def test_the_finished_run_answers_again_and_may_grow(
     trained: tuple[Path, str], home: Path, proxy: tuple[str, list[bytes]]
 ) -> None:
     summary = json.loads((trained[0] / "summary.json").read_text())
     state, _ = checkpoint.newest(trained[0])
     assert state is not None
-    settings = [*SMALL, "--run.name", "small", "--optim.steps", "16", "--run.log_every", "2"]
-    settings += ["--run.validate_every", "6", "--run.checkpoint_every", "4", "--data.crop", "64"]
+    settings = [*TWELVE, "--run.name", "small", "--optim.steps", "16"]
     wrong = call(home, "deepskip.jobs.train", *settings, "--optim.learning_rate", "0.1")
     assert wrong.returncode == 2
     assert "has other settings (optim.steps, optim.learning_rate)" in wrong.stderr
@@ -243,31 +288,6 @@ def test_more_than_the_machine_has_and_a_tracker_that_is_away(home: Path) -> Non
     assert "Traceback" not in away.stderr
 
 
-def test_a_bad_sample_ends_the_training_or_is_left_out_and_listed(home: Path) -> None:
-    folder = home / "data" / "bad" / "train"
-    pack_coins(home / "data" / "bad", {"train": 8, "val": 2})
-    index = load_index(folder)
-    entry = index.entries([3])[0]
-    shard = folder / index.shards[0].name
-    data = bytearray(shard.read_bytes())
-    data[entry.mask.offset + 30] ^= 1
-    shard.write_bytes(data)
-    options = (*SMALL, "--data.path", "data/bad", "--optim.steps", "6")
-    # A submitted job's status and error are those of the command.
-    done = call(home, "deepskip.jobs.submit", "train", *options, "--run.name", "bad")
-    assert done.returncode == 2
-    assert f"sample {entry.key}: has other bytes than when it was indexed" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = call(home, "deepskip.jobs.train", *options, "--run.name", "skipping", "--data.on_bad_sample", "skip")
-    assert done.returncode == 0, done.stderr
-    listed = [json.loads(line) for line in (home / "runs" / "skipping" / "bad_samples.jsonl").read_text().splitlines()]
-    assert [(line["split"], line["key"], line["shard"]) for line in listed] == [("train", entry.key, str(shard))]
-    summary = json.loads((home / "runs" / "skipping" / "summary.json").read_text())
-    assert summary["bad_samples"] == 1
-    client = mlflow.MlflowClient(f"sqlite:///{home / 'runs' / 'mlflow.db'}")
-    assert "bad_samples.jsonl" in [file.path for file in client.list_artifacts(summary["mlflow_run_id"])]
-
-
 def ask(process: psutil.Process, what: str, *arguments: str) -> list[Any]:
     # Ray starts and ends processes in the meantime.
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -286,7 +306,7 @@ def stays_for_nobody(home: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("stays_for_nobody")
 def test_nothing_listens_beyond_loopback_and_once_stopped_nothing_stays(home: Path) -> None:
     line, options = command(
-        home, "deepskip.jobs.submit", "train", *SMALL, "--optim.steps", "100000", "--run.name", "stopped"
+        home, "deepskip.jobs.submit", "train", *TWELVE, "--optim.steps", "100000", "--run.name", "stopped"
     )
     process = subprocess.Popen(line, stdout=subprocess.PIPE, **options)
     assert process.stdout is not None

@@ -26,30 +26,29 @@ def case(b: int, factors: tuple[int, ...], H: int, W: int, dtype: torch.dtype, N
 
 
 # Each size is tested with each pair of a type, a mode and a layout.
+FORMS = [
+    (torch.float32, "bilinear", torch.channels_last), (torch.float32, "nearest", torch.contiguous_format),
+    (torch.float16, "bilinear", torch.contiguous_format), (torch.float16, "nearest", torch.channels_last),
+    (torch.bfloat16, "bilinear", torch.channels_last), (torch.bfloat16, "nearest", torch.contiguous_format),
+]  # fmt: skip
+SMALL = [(20, (2,), 6, 62), (64, (4, 2), 4, 8), (5, (2, 2), 2, 2)]
+# These take 10 to 20 s each, so each has three of the six forms: every dtype, both modes and both layouts.
+LARGE = [((8, (2, 4, 8, 2), 16, 40), (0, 3, 5)), ((4, (2, 4, 8, 16, 2), 16, 32), (1, 2, 4))]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "mode", "layout"),
-    [
-        (torch.float32, "bilinear", torch.channels_last), (torch.float32, "nearest", torch.contiguous_format),
-        (torch.float16, "bilinear", torch.contiguous_format), (torch.float16, "nearest", torch.channels_last),
-        (torch.bfloat16, "bilinear", torch.channels_last), (torch.bfloat16, "nearest", torch.contiguous_format),
-    ],
+    ("size", "form"),
+    [(size, form) for size in SMALL for form in FORMS]
+    + [pytest.param(size, FORMS[i], marks=pytest.mark.slow) for size, some in LARGE for i in some],
     ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize(
-    ("b", "factors", "H", "W"),
-    [
-        pytest.param(8, (2, 4, 8, 2), 16, 40, marks=pytest.mark.slow),
-        pytest.param(4, (2, 4, 8, 16, 2), 16, 32, marks=pytest.mark.slow),
-        (20, (2,), 6, 62),
-        (64, (4, 2), 4, 8),
-        (5, (2, 2), 2, 2),
-    ],
 )
 def test_values_and_gradients(
-    triton_deep_skip: ModuleType, b: int, factors: tuple[int, ...], H: int, W: int, mode: str, dtype: torch.dtype,
-    layout: torch.memory_format,
-) -> None:  # fmt: skip
-    inputs, weights = case(b, factors, H, W, dtype)
+    triton_deep_skip: ModuleType,
+    size: tuple[int, tuple[int, ...], int, int],
+    form: tuple[torch.dtype, str, torch.memory_format],
+) -> None:
+    dtype, mode, layout = form
+    inputs, weights = case(*size, dtype)
     exact = [[x.double().requires_grad_() for x in one] for one in (inputs, weights)]
     ours = [[x.contiguous(memory_format=layout).requires_grad_() for x in one] for one in (inputs, weights)]
     expected = reference.deep_skip(*exact, mode)
