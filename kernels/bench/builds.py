@@ -156,10 +156,7 @@ def count_rows(part: tuple[int, int]) -> list[dict[str, Any]]:
 def lines(suites: list[str], architectures: list[int]) -> Iterator[str]:
     """Yield a line for each variant and architecture."""
     wanted = [
-        (suite, name, architecture)
-        for architecture in architectures
-        for suite in suites
-        for name in SUITES[suite]()
+        (suite, name, architecture) for architecture in architectures for suite in suites for name in SUITES[suite]()
     ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for found in pool.map(builds_of, *zip(*wanted, strict=True)):
