@@ -230,7 +230,7 @@ def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: 
         ThresholdCurve(model.num_classes, index.ignore_index),
         np.zeros((max(2, model.num_classes),) * 2, np.int64),
     )
-    with tqdm(total=len(shards), unit="image", desc=shards.folder[-40:], dynamic_ncols=True) as bar:
+    with tqdm(total=len(shards), unit="image", desc=shards.folder[-40:], dynamic_ncols=True, disable=None) as bar:
 
         def left_out(report: SkipReport) -> None:
             scores.bad.append(report)

@@ -21,6 +21,8 @@ NEWCOMER = "make newcomer runs it"
 KINDS = ("console", "bash", "python", "yaml", "toml", "json", "text")
 MARK = re.compile(r"<!-- no-run: (.+) -->")
 END = "@@@ end of command"
+# Stands in outputs for the folder in which the blocks were run.
+READER = "/home/you/deepskip"
 
 
 class Block(NamedTuple):
@@ -109,7 +111,7 @@ def updated(page: Path, outputs: dict[int, list[str]], clean: Callable[[str], st
 def last_state(text: str) -> str:
     """Keep what a terminal shows in the end: of each line, what follows its last carriage return."""
     lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.splitlines()]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip("\n")
 
 
 def main() -> None:
@@ -123,7 +125,9 @@ def main() -> None:
         wanted = [b for b in blocks(page) if b.kind in ("console", "bash", "python") and b.reason in ("", NEWCOMER)]
         found = run_all(wanted, arguments.folder)
         if arguments.update:
-            page.write_text(updated(page, {b.line: found[i] for i, b in enumerate(wanted)}, last_state))
+            folder = str(arguments.folder.resolve())
+            outputs = {b.line: found[i] for i, b in enumerate(wanted)}
+            page.write_text(updated(page, outputs, lambda text: last_state(text).replace(folder, READER)))
 
 
 if __name__ == "__main__":
