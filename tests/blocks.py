@@ -121,11 +121,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--update", action="store_true")
     arguments = parser.parse_args()
+    folder = str(arguments.folder.resolve())
     for page in arguments.pages:
         wanted = [b for b in blocks(page) if b.kind in ("console", "bash", "python") and b.reason in ("", NEWCOMER)]
         found = run_all(wanted, arguments.folder)
         if arguments.update:
-            folder = str(arguments.folder.resolve())
             outputs = {b.line: found[i] for i, b in enumerate(wanted)}
             page.write_text(updated(page, outputs, lambda text: last_state(text).replace(folder, READER)))
 
