@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from deepskip.checkpoint import State
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -20,16 +22,17 @@ def multiplies_bf16(device: torch.device) -> bool:
     return wide and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def agreed_precision(asked: str | None, recorded: str | None, device: torch.device, world_size: int) -> torch.dtype:
+def agreed_precision(asked: str | None, state: State | None, device: torch.device, world_size: int) -> torch.dtype:
     """Return the format in which all ranks train.
 
     Args:
         asked: run.precision: "float32", "bfloat16", "auto" for bf16 if all ranks multiply it in hardware, or None for bf16
             on GPUs and fp32 on CPUs.
-        recorded: what the checkpoint to resume from was trained in, which stays; None at the start.
+        state: the checkpoint to resume from, whose format stays; None at the start.
         device: where this rank trains.
         world_size: number of ranks; with several, each must call.
     """
+    recorded = None if state is None else state["config"]["run"].get("precision")
     if name := recorded or (asked if asked in DTYPES else None):
         return DTYPES[name]
     if asked is None:

@@ -210,8 +210,7 @@ def train(
         OSError: if the storage cannot be read.
     """
     device, run = torch.device(device), storage.locate(run)
-    optim, settings = config.optim, config.run
-    record = Record()
+    optim, settings, record = config.optim, config.run, Record()
     kernels.backend.choose(settings.kernels)
     if device.type == "cpu":
         keep_freed_memory()
@@ -221,8 +220,7 @@ def train(
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
-    recorded = None if state is None else state["config"]["run"].get("precision")
-    training.precision = agreed_precision(settings.precision, recorded, device, world_size)
+    training.precision = agreed_precision(settings.precision, state, device, world_size)
     training.distribute()
     writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
     stop_vote = StopVote(stop_requested, world_size, device)

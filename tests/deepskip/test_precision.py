@@ -1,6 +1,7 @@
 """The number format of a training: which is taken, that it stays, and that bf16 is resumed bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,10 @@ def test_what_is_taken(
     taken: torch.dtype,
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: able)
-    assert precision.agreed_precision(asked, recorded, device, 1) == taken
+    state: Any = None if recorded is None else {"config": {"run": {"precision": recorded}}}
+    assert precision.agreed_precision(asked, state, device, 1) == taken
+    # Checkpoints of earlier versions have no such entry.
+    assert recorded or precision.agreed_precision(asked, {"config": {"run": {}}}, device, 1) == taken  # type: ignore[typeddict-item]
 
 
 def test_a_training_in_bf16_resumes_bit_for_bit_and_is_near_that_in_fp32(
