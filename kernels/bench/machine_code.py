@@ -20,7 +20,7 @@ KINDS = {
     "shared memory": ("LDS", "STS", "LDSM", "STSM", "ATOMS", "MOVM"),
     "special function": ("MUFU",),
     "conversion": ("F2F", "F2FP", "F2I", "F2IP", "I2F", "I2FP", "I2I", "FRND"),
-    "move": ("MOV", "UMOV", "PRMT", "UPRMT", "SEL", "USEL", "FSEL", "CS2R", "S2R", "S2UR", "R2UR", "P2R", "R2P", "LDC",
+    "move": ("MOV", "UMOV", "PRMT", "UPRMT", "SEL", "USEL", "FSEL", "CS2R", "S2R", "S2UR", "R2UR", "P2R", "UP2UR", "R2P", "LDC",
              "ULDC", "SHFL", "VOTE", "VOTEU", "MOVS"),
     "control": ("BRA", "EXIT", "BAR", "DEPBAR", "NOP", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "WARPSYNC", "SYNCS", "MEMBAR",
                 "FENCE", "ELECT", "DEPBAR", "ERRBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "NANOSLEEP", "YIELD"),

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from deepskip.kernels.bench.counts import CARDS, NEXT, SCHEDULERS
 
 COUNTS, PICTURE = Path("kernels/bench/results/counts.json"), Path("docs/kernels.svg")
+# The loss of its sums is one program, whatever the image's size.
+SMALLEST = 0.01
 ARCHITECTURE, CARD = "sm_90", "H100"
 # Two colours of deepskip.figures, which kernels may not import.
 BLUE, VERMILION = (0.0, 0.45, 0.7), (0.84, 0.37, 0.0)
@@ -34,7 +36,7 @@ class Work(NamedTuple):
 
 
 def works(rows: list[dict[str, Any]]) -> dict[str, tuple[Work, Work]]:
-    """Return the work of the established and of the new launches, for each name that has both.
+    """Return the work of the established and of the new launches, for each name that has both and that is seen.
 
     Args:
         rows: rows of `counts`.
@@ -46,11 +48,12 @@ def works(rows: list[dict[str, Any]]) -> dict[str, tuple[Work, Work]]:
             found[row["launch"]] = Work(
                 before.instructions + row["warp_instructions_per_pixel"], before.moved + row["bytes_per_pixel"]
             )
-    return {name: (work, found[name + NEXT]) for name, work in found.items() if name + NEXT in found}
+    seen = {name: work for name, work in found.items() if work.instructions > SMALLEST}
+    return {name: (work, found[name + NEXT]) for name, work in seen.items() if name + NEXT in found}
 
 
 def draw(pairs: dict[str, tuple[Work, Work]]) -> Figure:
-    """Draw bars of instructions and bytes, and the roofline with an arrow from each established launch to the new one.
+    """Draw bars of instructions and bytes, and the roofline with each launch's number, established and new.
 
     Args:
         pairs: work of the established and of the new launches, by name.
@@ -66,7 +69,7 @@ def draw(pairs: dict[str, tuple[Work, Work]]) -> Figure:
             values = [getattr(pair[which], field) for pair in pairs.values()]
             bars = axis.barh(places + shift, values, 0.4, color=colour, label=name)
             axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
-        axis.set_yticks(places, list(pairs))
+        axis.set_yticks(places, [f"{name}  {number}" for number, name in enumerate(pairs, 1)])
         axis.set(xscale="log", xlabel=label)
         axis.margins(x=0.2)
         axis.invert_yaxis()
@@ -75,13 +78,18 @@ def draw(pairs: dict[str, tuple[Work, Work]]) -> Figure:
     intensities = np.geomspace(0.03, 3, 100)
     axis.plot(intensities, np.minimum(issue, intensities * card.bandwidth) / 1e9, color="0.4")
     axis.axvline(ridge, color="0.4", linestyle=":")
-    for name, pair in pairs.items():
+    for number, pair in enumerate(pairs.values(), 1):
         (x, y), (to_x, to_y) = ((one.instructions / one.moved, 0.0) for one in pair)
         y, to_y = (min(issue, each * card.bandwidth) / 1e9 for each in (x, to_x))
-        axis.annotate("", (to_x, to_y), (x, y), arrowprops={"arrowstyle": "->", "color": "0.5"})
         axis.plot(x, y, "o", color=VERMILION)
         axis.plot(to_x, to_y, "s", color=BLUE)
-        axis.annotate(name, (to_x, to_y), xytext=(7, -10), textcoords="offset points", fontsize=8)
+        # Points lie together, so their numbers go out to the side, one after another.
+        away = 8 + 9 * (number - 1)
+        for place, shift in (((x, y), (-away - 4, 2)), ((to_x, to_y), (away, -7))):
+            axis.annotate(
+                str(number), place, xytext=shift, textcoords="offset points", fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": "0.7", "shrinkA": 0, "shrinkB": 2},
+            )  # fmt: skip
     axis.text(0.035, issue / 1.2e9, "bound by memory", fontsize=9, color="0.3")
     axis.text(ridge * 1.1, issue / 1.2e9, "bound by instruction issue", fontsize=9, color="0.3")
     axis.set(

@@ -335,12 +335,13 @@ def _whole_of(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
 def _pack_predicates(warp: WarpState, i: Instruction, mask: Lanes) -> bool:
     name, _, source, bits_name = i.operands
     x, bits = warp.value(source), warp.value(bits_name)
-    if x is None or bits is None or i.opcode != "P2R":
+    if x is None or bits is None or i.opcode not in ("P2R", "UP2UR"):
         return False
+    kind = "UP" if i.name == "UP2UR" else "P"
     result = x & ~bits
     for k in range(7):
         if int(bits[0]) >> k & 1:
-            p = warp.truth(f"P{k}")
+            p = warp.truth(f"{kind}{k}")
             if p is None:
                 return False
             result = result | p.astype(np.uint32) << np.uint32(k)
@@ -415,6 +416,6 @@ HANDLERS: dict[str, Callable[[WarpState, Instruction, Lanes], bool]] = {
     "ISETP": _set_predicate, "UISETP": _set_predicate, "SEL": _select, "USEL": _select, "IMNMX": _least,
     "UIMNMX": _least, "VIMNMX": _least, "VIADDMNMX": _least, "PRMT": _permute, "UPRMT": _permute, "SGXT": _extend_sign,
     "USGXT": _extend_sign, "IABS": _absolute, "I2F": _float_of, "MUFU": _reciprocal, "F2I": _whole_of,
-    "P2R": _pack_predicates, "R2P": _unpack_predicates, "LDG": _global_memory, "STG": _global_memory,
+    "P2R": _pack_predicates, "UP2UR": _pack_predicates, "R2P": _unpack_predicates, "LDG": _global_memory, "STG": _global_memory,
     "LDGSTS": _global_memory, "RED": _global_memory, "LDL": _local_memory, "STL": _local_memory, "SYNCS": _always,
 }  # fmt: skip
