@@ -21,6 +21,7 @@ from deepskip.loss import BCEDiceLoss, LossParts
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 from deepskip.precision import NAMES, autocast
+from deepskip.sync_batch_norm import SyncBatchNorm2d
 
 
 class Batch(TypedDict):
@@ -32,6 +33,7 @@ class Batch(TypedDict):
         mean: what is subtracted from each band of each image, (N, bands) fp32.
         std: what each band is then divided by, (N, bands) fp32.
         weight: weights of the samples, (N,) fp32; 0 for repeats.
+        padded: whether any weight is 0; without it, some may be.
         epoch: epoch of each sample, N numbers.
         sample: number of each sample, N numbers.
         key: key of each sample, N names.
@@ -44,6 +46,7 @@ class Batch(TypedDict):
     mean: Tensor
     std: Tensor
     weight: Tensor
+    padded: NotRequired[bool]
     epoch: list[int]
     sample: list[int]
     key: list[str]
@@ -149,6 +152,7 @@ class TrainingStep:
         # walked through once, not with every step
         self._parameters = list(self.network.parameters())
         self._averages = _pairs(self.averaged, self.network)
+        self._synchronised = [module for module in self.network.modules() if isinstance(module, SyncBatchNorm2d)]
         loss = config.loss
         self.criterion = BCEDiceLoss(
             loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps, loss.overlap
@@ -275,6 +279,9 @@ class TrainingStep:
             batch: batch with its tensors on the device.
         """
         image, mask = self.prepare(batch)
+        for norm in self._synchronised:
+            # Without repeats, a lone rank keeps the fast forms of batch norm.
+            norm.weights = batch["weight"] if self.world_size > 1 or batch.get("padded", True) else None
         if not isinstance(self.network, DeepSkipUNet):
             # Random numbers of a network (dropout, sampled boxes) depend on the step alone: a resumed run draws the same.
             torch.manual_seed(self.config.run.seed + self.step)
