@@ -54,6 +54,7 @@ class Batch(TypedDict):
         mean: Mean of each band of each image, or that of the index, (N, bands) float32.
         std: Standard deviation likewise, (N, bands) float32.
         weight: Weights of the samples, (N,) float32; 0 for repeats.
+        padded: Whether any weight is 0.
         epoch: Epoch of each sample, N numbers.
         sample: Number of each sample, N numbers.
         key: Key of each sample, N names.
@@ -67,6 +68,7 @@ class Batch(TypedDict):
     mean: Tensor
     std: Tensor
     weight: Tensor
+    padded: NotRequired[bool]
     epoch: list[int]
     sample: list[int]
     key: list[str]
@@ -158,6 +160,7 @@ class Shards(Dataset[Batch]):
             "mean": torch.from_numpy(means),
             "std": torch.from_numpy(stds),
             "weight": torch.tensor(weights),
+            "padded": 0.0 in weights,
             "epoch": [slot.epoch for slot in slots],
             "sample": [slot.sample for slot in slots],
             "key": [entry.key for entry in entries],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepskip.config import AugmentConfig
+from deepskip.copies import to_device
 
 # tables of symmetries that are kept: a training has crops of one size
 TABLES = 4
@@ -228,5 +229,5 @@ def augment(
         image_NCHW = image_NCHW * draws.gain.to(device)[..., None, None] + draws.shift.to(device)[..., None, None]
     if config.noise:
         noise = [torch.randn(C, H, W, generator=torch.Generator().manual_seed(s)) for s in draws.noise_seed]
-        image_NCHW = image_NCHW + config.noise * torch.stack(noise).to(device)
+        image_NCHW = image_NCHW + config.noise * to_device(torch.stack(noise), device)
     return image_NCHW, mask_NHW

@@ -31,8 +31,9 @@ class ModelConfig:
     """depth, B, 3 to 6; the lowest level works at 1 / 2^(B-1) of the input's height and width"""
     encoder: Literal["vgg16", "resnet34"] = "vgg16"
     """encoder family: two convolutions a level, or ResNet-34's basic blocks"""
-    norm: Literal["batch", "instance-batch", "group"] = "batch"
-    """normalisation; "instance-batch" is half instance, half batch norm, "group" gives the same on any number of workers"""
+    norm: Literal["batch", "sync-batch", "instance-batch", "group"] = "batch"
+    """normalisation; "sync-batch" is batch norm over all workers, "instance-batch" half instance, half batch norm; with
+    "sync-batch" and "group" results do not depend on the number of workers"""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
     """how deeper maps are upsampled to a level's size"""
     enlarge: int = setting(1, 1, 4)

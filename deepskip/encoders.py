@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from deepskip import kernels
 from deepskip.instance_batch_norm import InstanceBatchNorm
+from deepskip.sync_batch_norm import SyncBatchNorm2d
 
 # ResNet-34's number of basic blocks at levels 2, 3, ...; a sixth level repeats the last number.
 RESNET34_BLOCKS = (3, 4, 6, 3, 3)
@@ -14,7 +15,7 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
     """Build the normalisation of a block.
 
     Args:
-        kind: "batch", "instance-batch", or "group" (4 channels in a group).
+        kind: "batch", "sync-batch" (batch norm over all ranks), "instance-batch", or "group" (4 channels in a group).
         channels: channels of the maps.
 
     Raises:
@@ -22,11 +23,13 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
     """
     if kind == "batch":
         return nn.BatchNorm2d(channels)
+    if kind == "sync-batch":
+        return SyncBatchNorm2d(channels)
     if kind == "instance-batch":
         return InstanceBatchNorm(channels)
     if kind == "group":
         return nn.GroupNorm(max(1, channels // 4), channels)
-    raise ValueError(f'norm is {kind!r}; it must be "batch", "instance-batch" or "group"')
+    raise ValueError(f'norm is {kind!r}; it must be "batch", "sync-batch", "instance-batch" or "group"')
 
 
 class ConvNormReLU(nn.Sequential):
@@ -35,7 +38,7 @@ class ConvNormReLU(nn.Sequential):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the result.
-        norm: "batch", "instance-batch" or "group".
+        norm: "batch", "sync-batch", "instance-batch" or "group".
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
@@ -49,7 +52,7 @@ class ConvNormReLU(nn.Sequential):
         """Compute the maps (N, out_channels, H, W) of x (N, in_channels, H, W)."""
         conv, norm, relu = self
         weight = conv.get_parameter("weight")
-        if not isinstance(norm, nn.BatchNorm2d):
+        if not isinstance(norm, nn.BatchNorm2d) or (isinstance(norm, SyncBatchNorm2d) and not norm.is_plain()):
             plain: Tensor = relu(norm(kernels.conv3(x, weight)))
             return plain
         gain, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
@@ -70,7 +73,7 @@ class BasicBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the result.
-        norm: "batch", "instance-batch" or "group".
+        norm: "batch", "sync-batch", "instance-batch" or "group".
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepskip import kernels
+from deepskip.sync_batch_norm import in_group
 
 
 class LossParts(NamedTuple):
@@ -22,6 +23,23 @@ class LossParts(NamedTuple):
     loss: Tensor
     bce: Tensor
     dice: Tensor
+
+
+def total_over_ranks(numbers: Tensor, carried: Tensor | None = None) -> Tensor:
+    """Add up numbers over all ranks, by one all-reduce, without a gradient.
+
+    Args:
+        numbers: numbers of this rank, (S,).
+        carried: other numbers to add up with them, in place, (n,), which spares them a collective of their own.
+    """
+    numbers = numbers.detach()
+    if not in_group():
+        return numbers
+    total = numbers.clone() if carried is None else torch.cat([numbers, carried.to(numbers.dtype)])
+    dist.all_reduce(total)
+    if carried is not None:
+        carried.copy_(total[len(numbers) :])
+    return total[: len(numbers)]
 
 
 class BCEDiceLoss(nn.Module):
@@ -78,20 +96,21 @@ class BCEDiceLoss(nn.Module):
                 persistent=False,
             )
 
-    def parts(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossParts:
+    def parts(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, carried: Tensor | None = None
+    ) -> LossParts:
         """Compute the loss and its two parts.
 
         Args:
             logits: tensor (N, V, H, W).
             target: labels (N, H, W), or (N, V, H, W) for independent labels.
             sample_weight: weights of the samples, (N,); samples of weight 0 are not counted.
+            carried: other numbers to add up over all ranks, in place, (n,); see `total_over_ranks`.
         """
         sums = self.sums(logits, target, sample_weight)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            others = sums.detach().clone()
-            dist.all_reduce(others)
+        if in_group():
             # The value is that of the global sums, the gradient that of the local ones.
-            sums = sums + (others - sums.detach())
+            sums = sums + (total_over_ranks(sums, carried) - sums.detach())
         return self.from_sums(sums)
 
     def sums(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ class DecoderLevel(nn.Module):
     Args:
         input_channels: channels of each input.
         channels: C_u, channels of the level's output.
-        norm: "batch", "instance-batch" or "group".
+        norm: "batch", "sync-batch", "instance-batch" or "group".
         upsample: "bilinear" or "nearest".
     """
 
@@ -58,7 +58,7 @@ class DeepSkipUNet(nn.Module):
         base_channels: b; level u has b * 2^(u-1) channels.
         levels: B, 3 to 6.
         encoder: "vgg16" or "resnet34".
-        norm: "batch", "instance-batch" (half of the channels each) or "group".
+        norm: "batch", "sync-batch" (over all ranks), "instance-batch" (half of the channels each) or "group".
         upsample: "bilinear" (align_corners=False) or "nearest".
         deep_skips: False leaves a plain U-Net of the same widths, the paper's baseline: level u then joins E_u and
             D_{u+1} only.

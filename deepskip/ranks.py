@@ -15,7 +15,7 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 from deepskip.identity import Identity
 
-# Steps between a vote and the use of its result, which has arrived by then, so that no rank waits.
+# Steps between a request to stop and the stop: one that carries it to all ranks, and one more, so that no rank waits for it.
 VOTE_STEPS = 2
 
 
@@ -128,66 +128,55 @@ def share_buffers(network: nn.Module) -> None:
 
 
 class Vote(NamedTuple):
-    """A vote on its way.
+    """The outcome of a vote on its way to the host.
 
     Attributes:
-        result: 1 if any rank was asked to stop, else 0, a scalar; valid once the rest is done.
-        work: the all-reduce, or None on a GPU, whose queue waits for it.
+        ranks: number of ranks that were asked to stop, a scalar; valid once it is copied.
         copied: end of the copy to the host, or None on a CPU.
     """
 
-    result: Tensor
-    work: dist.Work | None
+    ranks: Tensor
     copied: torch.cuda.Event | None
 
 
 class StopVote:
     """Let all ranks learn at the same step that some rank was asked to stop; every rank calls it once a step.
 
-    With one rank the decision is immediate. With several, every step starts an all-reduce of one number. Its result is
-    read VOTE_STEPS later, so that no step waits for it.
+    With one rank the decision is immediate. With several, each step's sums carry what its rank was asked before it, and the
+    outcome is read a step later: the ranks stop VOTE_STEPS after the request, and no step has a collective for it or waits.
 
     Args:
         stop_requested: returns whether this rank was asked to stop; None, on all ranks, never stops.
         world_size: number of ranks.
-        device: device for the all-reduce.
+
+    Attributes:
+        asked: whether this rank was asked to stop, for the next step to carry.
     """
 
-    def __init__(self, stop_requested: Callable[[], bool] | None, world_size: int, device: torch.device) -> None:
-        self.stop_requested, self.world_size, self.device = stop_requested, world_size, device
+    def __init__(self, stop_requested: Callable[[], bool] | None, world_size: int) -> None:
+        self.stop_requested, self.world_size, self.asked = stop_requested, world_size, False
         self.votes: deque[Vote] = deque()
 
-    def __call__(self) -> bool:
-        """Vote, and return whether the ranks stop after this step."""
+    def __call__(self, ranks: Tensor) -> bool:
+        """Vote, and return whether the ranks stop after this step.
+
+        Args:
+            ranks: number of ranks that were asked to stop before this step, a scalar.
+        """
         if self.stop_requested is None:
             return False
-        asked = bool(self.stop_requested())
+        self.asked = bool(self.stop_requested())
         if self.world_size == 1:
-            return asked
-        # Fill it on the device: a copy to it would wait for all work queued there.
-        vote = torch.full((), float(asked), device=self.device)
-        work = dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True)
-        done = None
-        if self.device.type == "cuda":
-            # On a GPU this only queues the wait, and the host continues.
-            work.wait()
-            vote = torch.empty((), pin_memory=True).copy_(vote, non_blocking=True)
-            work, done = None, torch.cuda.Event()
-            done.record()
-        self.votes.append(Vote(vote, work, done))
-        if len(self.votes) <= VOTE_STEPS:
+            return self.asked
+        copied = None
+        if ranks.is_cuda:
+            ranks = torch.empty_like(ranks, device="cpu", pin_memory=True).copy_(ranks, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self.votes.append(Vote(ranks, copied))
+        if len(self.votes) < VOTE_STEPS:
             return False
-        return self._result()
-
-    def close(self) -> None:
-        """Wait for the pending votes: a rank that exits earlier would break them for the others."""
-        while self.votes:
-            self._result()
-
-    def _result(self) -> bool:
-        vote, work, done = self.votes.popleft()
-        if work is not None:
-            work.wait()
-        if done is not None:
-            done.synchronize()
-        return bool(vote)
+        vote = self.votes.popleft()
+        if vote.copied is not None:
+            vote.copied.synchronize()
+        return bool(vote.ranks)

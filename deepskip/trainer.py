@@ -19,6 +19,7 @@ from deepskip.checkpoint import RecordState, State
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
 from deepskip.config import Config, RunConfig
+from deepskip.copies import to_device
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 from deepskip.evaluation import evaluate
@@ -153,13 +154,15 @@ class Window:
         Raises:
             NonFiniteLoss: on every rank, if a loss or a weight is nan or infinite.
         """
-        losses = torch.stack([torch.stack(one[:3]) for one in self.steps]).double().cpu()
+        losses = torch.stack([torch.stack(one[:3]) for one in self.steps])
         counts = torch.stack(
             [*torch.stack([one.overlap for one in self.steps]).sum(0), broken_weights(training.network)]
         )
         if training.world_size > 1:
             dist.all_reduce(counts)
-        tp, fp, fn, broken = counts.tolist()
+        # One copy to the host. fp64 holds counts exactly up to 2^53.
+        numbers = torch.cat([losses.double().flatten(), counts.double()]).cpu()
+        losses, (tp, fp, fn, broken) = numbers[: -len(counts)].view(-1, 3), numbers[-len(counts) :].tolist()
         # Check before anything is written.
         stop_if_not_finite(losses[:, 0], broken > 0, training.step, self.keys, training.world_size, writer)
         images, took = len(self.steps) * training.config.optim.global_batch_size, time.perf_counter() - self.clock
@@ -223,17 +226,17 @@ def train(
     training.precision = agreed_precision(settings.precision, state, device, world_size)
     training.distribute()
     writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
-    stop_vote = StopVote(stop_requested, world_size, device)
+    stop_vote = StopVote(stop_requested, world_size)
     window = Window()
     batches = on_device(train_batches(training.step), device)
     training.network.train()
     with writer:
         while training.step < optim.steps and not record.out_of_patience(settings.patience):
             batch = next(batches)
-            window.steps.append(training(batch))
+            window.steps.append(training(batch, stop_vote.asked))
             window.keys.append(batch["key"])
             writer.check()
-            stopping = stop_vote() and training.step < optim.steps
+            stopping = stop_vote(training.votes) and training.step < optim.steps
             log, validation, save = due(settings, training.step, optim.steps)
             if not (log or validation or save or stopping):
                 continue
@@ -253,14 +256,12 @@ def train(
                 writer.save(snapshot, step=save, best=better)
             if stopping:
                 writer.wait()
-                stop_vote.close()
                 if world_size > 1:
                     # A rank that exits ends the others, so all wait until rank 0 has written.
                     dist.barrier()
                 raise Preempted(training.step)
             window.clock = time.perf_counter()
 
-    stop_vote.close()
     if record.best is None:
         record.take(validate(training, validation_images(), rank, observe), training.step)
     return {
@@ -310,12 +311,12 @@ def validate(
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches with their tensors on the device; pinned ones are copied while the last batch is computed."""
+    """Yield batches with their tensors on the device, copied while the last batch is computed."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:
         # With a stream of None the context does nothing.
         with torch.cuda.stream(stream):
-            moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            moved = {k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if stream is not None:
             now = torch.cuda.current_stream(device)
             now.wait_stream(stream)

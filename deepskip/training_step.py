@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -16,11 +15,14 @@ from torch.optim.swa_utils import AveragedModel
 from deepskip import augment, networks
 from deepskip.checkpoint import DataState, StepState
 from deepskip.config import Config
+from deepskip.copies import to_device
 from deepskip.inference import normalize, to_labels
-from deepskip.loss import BCEDiceLoss, LossParts
+from deepskip.instance_batch_norm import InstanceBatchNorm
+from deepskip.loss import BCEDiceLoss, LossParts, total_over_ranks
 from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 from deepskip.precision import NAMES, autocast
+from deepskip.sync_batch_norm import SyncBatchNorm2d
 
 
 class Batch(TypedDict):
@@ -32,6 +34,7 @@ class Batch(TypedDict):
         mean: what is subtracted from each band of each image, (N, bands) fp32.
         std: what each band is then divided by, (N, bands) fp32.
         weight: weights of the samples, (N,) fp32; 0 for repeats.
+        padded: whether any weight is 0; without it, some may be.
         epoch: epoch of each sample, N numbers.
         sample: number of each sample, N numbers.
         key: key of each sample, N names.
@@ -44,6 +47,7 @@ class Batch(TypedDict):
     mean: Tensor
     std: Tensor
     weight: Tensor
+    padded: NotRequired[bool]
     epoch: list[int]
     sample: list[int]
     key: list[str]
@@ -132,6 +136,7 @@ class TrainingStep:
         averaged: its moving average, or the network itself if config.optim.ema_decay is 0.
         criterion: the loss.
         step: number of steps done.
+        votes: number of ranks that were asked to stop before the last step, a scalar on the device.
     """
 
     def __init__(self, config: Config, data: DataInfo, device: torch.device, world_size: int = 1) -> None:
@@ -149,11 +154,13 @@ class TrainingStep:
         # walked through once, not with every step
         self._parameters = list(self.network.parameters())
         self._averages = _pairs(self.averaged, self.network)
+        self._synchronised = [module for module in self.network.modules() if isinstance(module, SyncBatchNorm2d)]
         loss = config.loss
         self.criterion = BCEDiceLoss(
             loss.alpha, loss.beta, loss.class_weights, data.ignore_index, loss.eps, loss.overlap
         )
         self.step = 0
+        self.votes = torch.zeros((), device=device)
         self._model: nn.Module = OwnLoss(self.network) if self.own_loss else self.network
 
     @property
@@ -198,7 +205,10 @@ class TrainingStep:
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Other networks may have weights that get no gradient from a batch.
             reached = isinstance(self.network, DeepSkipUNet)
-            self._model = DistributedDataParallel(self._model, device_ids=devices, find_unused_parameters=not reached)
+            self._model = DistributedDataParallel(
+                self._model, device_ids=devices, find_unused_parameters=not reached, gradient_as_bucket_view=True,
+                broadcast_buffers=not has_own_statistics(self.network),
+            )  # fmt: skip
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalise and augment a batch.
@@ -217,7 +227,7 @@ class TrainingStep:
             drawn = augment.loader_entries(
                 settings, self.config.run.seed, self.data.in_channels, batch["epoch"], batch["sample"]
             )
-        draws = augment.unpack(drawn["draws"].to(self.device, non_blocking=True), drawn["noise_seed"])
+        draws = augment.unpack(to_device(drawn["draws"], self.device), drawn["noise_seed"])
         image, mask = augment.augment(settings, draws, image, mask, self.data.ignore_index)
         return image.contiguous(memory_format=torch.channels_last), mask
 
@@ -268,20 +278,27 @@ class TrainingStep:
         if counters:
             torch._foreach_copy_(counters, counted)
 
-    def __call__(self, batch: Batch) -> StepResult:
+    def __call__(self, batch: Batch, stop_asked: bool = False) -> StepResult:
         """Train on a batch; in a process group every rank calls with its share.
 
         Args:
             batch: batch with its tensors on the device.
+            stop_asked: whether this rank was asked to stop; `votes` is then how many ranks were.
         """
+        # Filled on the device: a copy to it might wait.
+        votes = torch.full((1,), float(stop_asked), device=self.device)
+        self.votes = votes[0]
         image, mask = self.prepare(batch)
+        for norm in self._synchronised:
+            # Without repeats, a lone rank keeps the fast forms of batch norm.
+            norm.weights = batch["weight"] if self.world_size > 1 or batch.get("padded", True) else None
         if not isinstance(self.network, DeepSkipUNet):
             # Random numbers of a network (dropout, sampled boxes) depend on the step alone: a resumed run draws the same.
             torch.manual_seed(self.config.run.seed + self.step)
-        result = self.gradients_of_own_loss(image, mask, batch["weight"]) if self.own_loss else None
+        result = self.gradients_of_own_loss(image, mask, batch["weight"], votes) if self.own_loss else None
         if result is None:
             logits = self.forward(image)
-            parts = self.criterion.parts(logits, mask, batch["weight"])
+            parts = self.criterion.parts(logits, mask, batch["weight"], carried=votes)
             self.backward(parts)
             overlap = overlap_counts(logits.detach(), mask, batch["weight"], self.data.ignore_index)
             result = StepResult(parts.loss.detach(), parts.bce.detach(), parts.dice.detach(), overlap)
@@ -291,13 +308,14 @@ class TrainingStep:
         self.step += 1
         return result
 
-    def gradients_of_own_loss(self, image: Tensor, mask: Tensor, weight: Tensor) -> StepResult:
+    def gradients_of_own_loss(self, image: Tensor, mask: Tensor, weight: Tensor, votes: Tensor) -> StepResult:
         """Compute the gradient of the network's own loss; over several ranks it is the mean of the ranks' gradients.
 
         Args:
             image: normalised images (N, bands, H, W).
             mask: labels (N, H, W).
             weight: weights of the samples, (N,).
+            votes: added up over all ranks, in place, (1,).
 
         Returns:
             The mean loss over the ranks; all else is 0.
@@ -306,12 +324,21 @@ class TrainingStep:
             # torch's own losses take labels of 64 bits
             loss = self._model(image, mask.long(), weight)
         loss.backward()
-        mean = loss.detach().float()
-        if self.world_size > 1:
-            mean = mean / self.world_size
-            dist.all_reduce(mean)
+        mean = total_over_ranks(loss.detach().float()[None] / self.world_size, votes)[0]
         zero = torch.zeros_like(mean)
         return StepResult(mean, zero, zero, torch.zeros(3, dtype=torch.long, device=self.device))
+
+
+def has_own_statistics(network: nn.Module) -> bool:
+    """Return whether a network's only buffers are running statistics of norms, which no training step reads.
+
+    Each rank may then keep its own: those of rank 0 are shared before a validation, and saved.
+
+    Args:
+        network: the network.
+    """
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, InstanceBatchNorm)
+    return all(isinstance(module, norms) or not [*module.buffers(False)] for module in network.modules())
 
 
 def _pairs(averaged: nn.Module, network: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], ...]:

@@ -60,7 +60,7 @@ def make_batch(config: Config, step: int) -> Batch:
         "image": image.contiguous(memory_format=torch.channels_last),
         "mask": (torch.rand(N, H, W, generator=generator) < 0.1).to(torch.uint8),
         "mean": torch.full((N, bands), 127.0), "std": torch.full((N, bands), 70.0), "weight": torch.ones(N),
-        "epoch": [0] * N, "sample": samples, "key": [str(sample) for sample in samples],
+        "padded": False, "epoch": [0] * N, "sample": samples, "key": [str(sample) for sample in samples],
         **augment.loader_entries(config.augment, config.run.seed, bands, [0] * N, samples),
     }  # fmt: skip
 

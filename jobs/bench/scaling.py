@@ -94,7 +94,7 @@ def time_steps(rank: int, world_size: int, store: str, out: str, images: int, to
     else:
         criterion = training.criterion
         # Without the all-reduce, the loss is that of this rank alone.
-        training.criterion.parts = lambda *inputs: criterion.from_sums(criterion.sums(*inputs))  # type: ignore[method-assign]
+        training.criterion.parts = lambda *inputs, **_: criterion.from_sums(criterion.sums(*inputs))  # type: ignore[method-assign]
     batch = batch_of(images)
 
     def step() -> None:

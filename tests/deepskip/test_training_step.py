@@ -1,14 +1,18 @@
 """A single training step: how it handles a batch, and how many operators it starts."""
 
+from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from deepskip import augment
+from deepskip import augment, kernels
 from deepskip.bench import step_launches
 from deepskip.config import AugmentConfig, Config
-from deepskip.training_step import DataInfo, TrainingStep, overlap_counts
+from deepskip.ranks import StopVote
+from deepskip.training_step import DataInfo, TrainingStep, has_own_statistics, overlap_counts
+from tests.deepskip.test_trainer import on_ranks
 
 DATA = DataInfo(2, 1, 255, [0.0, 0.0], [1.0, 1.0], {})
 
@@ -98,3 +102,42 @@ def test_a_step_starts_no_more_operators_than_it_did() -> None:
         for phase in ("normalise and augment", "clip", "moving average"):
             assert mine[phase].waits == 0, phase
     assert found["default"]["optimizer"].waits == 0
+
+
+COLLECTIVES = ("allreduce_", "broadcast_", "allgather_")
+
+
+def counted_steps(folder: Path, rank: int, world_size: int) -> dict[str, Counter[str]]:
+    # The forms for CPUs read numbers, which are on the host there.
+    kernels.backend.choose("reference")
+    found = {}
+    for norm in ("batch", "sync-batch"):
+        config = Config()
+        config.model.norm = norm
+        training = TrainingStep(config, DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}), torch.device("cpu"), world_size)
+        training.distribute()
+        vote = StopVote(lambda: False, world_size)
+        for step in range(4):
+            with step_launches.Operators() as operators:
+                training(step_launches.make_batch(config, step), vote.asked)
+            with step_launches.Operators() as voting:
+                vote(training.votes)
+        names = (*COLLECTIVES, *step_launches.WAITS)
+        found[norm] = Counter({name: operators.seen[name] for name in names if operators.seen[name]})
+        # An outcome that has arrived is read, and nothing else is done.
+        assert voting.seen == {"_local_scalar_dense": 1}
+    return found
+
+
+@pytest.mark.slow
+def test_the_collectives_and_waits_of_a_step(tmp_path: Path) -> None:
+    # Before, there were six: two broadcasts of buffers, one for the vote, one for the sums of the loss, two buckets.
+    for found in on_ranks(2, tmp_path, counted_steps):
+        assert found["batch"] == {"allreduce_": 3}
+        # Each of the 18 norms has one collective forward and one backward.
+        assert found["sync-batch"] == {"allreduce_": 3 + 18, "allgather_": 18}
+
+
+def test_only_statistics_of_norms_stay_with_their_rank() -> None:
+    assert has_own_statistics(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1)))
+    assert not has_own_statistics(torch.nn.utils.spectral_norm(torch.nn.Conv2d(1, 1, 1)))
