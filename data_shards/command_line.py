@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_sources(commands.add_parser("pack", help="make shards").add_subparsers(required=True, metavar="SOURCE"))
 
-    index = commands.add_parser("index", help="make the index of .tar shards that others wrote")
+    index = commands.add_parser(
+        "index", help="make the index of .tar shards that others wrote, or upgrade an older one"
+    )
     index.add_argument("path", help="folder or URL (s3://, gs://, http://) of the shards")
     index.add_argument("--out", help="folder or URL to write the index to (the folder of the shards)")
     index.add_argument("--shards", help="names of the shards, if the location cannot be listed: 'a-{000..099}.tar'")

@@ -23,9 +23,16 @@ from deepskip.data_shards.sources.coco import pack_coco
 from deepskip.data_shards.sources.coins import coins
 from deepskip.data_shards.sources.folder import pack_folder
 from deepskip.data_shards.sources.split import SPLITS, PackError, read_colours
+from deepskip.data_shards.upgrading import can_upgrade, upgrade
 from deepskip.data_shards.writer import write_shards
 
 CACHE_GB = 50
+# Options of `index` with which an older index is upgraded; others ask for a new one.
+NEW_INDEX = {
+    "out": None, "shards": None, "image": None, "mask": None, "labels": "auto", "num_classes": None, "ignore_label": None,
+    "alpha": "auto", "orientation": "auto", "nodata": None, "threshold": None, "colors": None, "white_is_zero": "ask",
+    "bands": None, "on_bad_sample": "error",
+}  # fmt: skip
 
 
 def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = COINS_SEED) -> None:
@@ -113,12 +120,17 @@ def show(path: Path | str, cache: storage.Cache | None = None) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    """Make an index of shards that another program wrote, and print a summary."""
+    """Make an index of shards that another program wrote, or upgrade an older index, and print a summary."""
     names = ("image", "mask", "labels", "num_classes", "ignore_label", "bands", "on_bad_sample", "workers")
     options = {name: getattr(arguments, name) for name in names}
     shards = list(braceexpand(arguments.shards)) if arguments.shards else None
     options |= {"reading": reading_of(arguments), "values": values_of(arguments), "say": print}
-    index = index_shards(arguments.path, arguments.out, shards=shards, progress=progress("shards"), **options)
+    told = {name: value for name, value in vars(arguments).items() if name not in ("run", "path", "workers")}
+    if all(value == NEW_INDEX[name] for name, value in told.items()) and can_upgrade(arguments.path):
+        print(f"{storage.join(arguments.path, FILE)} is of an earlier version: adding the statistics of each image")
+        index = upgrade(arguments.path, cache_of(arguments), arguments.workers, progress("shards"))
+    else:
+        index = index_shards(arguments.path, arguments.out, shards=shards, progress=progress("shards"), **options)
     print(
         f"{storage.join(index.location, FILE)}: {index.num_samples} samples in {len(index.shards)} shards, "
         f"{index.bands} bands, {index.dtype}, {'binary' if index.num_classes == 1 else f'{index.num_classes} classes'}"

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deepskip.data_shards import storage
+from deepskip.data_shards.bands import choose_bands
 from deepskip.data_shards.crops import Crops, Item, donor_of, pasted, random_crop
 from deepskip.data_shards.decoding import decode_image, decode_mask, npy_header
-from deepskip.data_shards.index import Index, SampleEntry, load_index
+from deepskip.data_shards.entries import SampleEntry
+from deepskip.data_shards.index import Index, load_index
 from deepskip.data_shards.labels import AS_LABELS
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.pictures import filled, without_values
@@ -90,8 +92,10 @@ class Shards(Dataset[Batch]):
         num_classes: Number of classes of the model; that of the index by default.
         on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in its place and reports the sample in the batch.
         cache: Where copies of remote shards are kept; required for a URL.
+        bands: Numbers and ranges of the bands to take, as in `bands.chosen_bands`; None takes all.
 
     Raises:
+        BandError: If the images do not have these bands.
         ValueError: If normalize or on_bad_sample is unknown.
         MissingIndex: If there is no index at `folder`.
         BrokenIndex: If the index cannot be read.
@@ -107,6 +111,7 @@ class Shards(Dataset[Batch]):
         num_classes: int | None = None,
         on_bad_sample: str = "error",
         cache: storage.Cache | None = None,
+        bands: Sequence[int | str] | None = None,
     ) -> None:
         for name, value, allowed in (
             ("normalize", normalize, NORMALIZATIONS),
@@ -116,7 +121,7 @@ class Shards(Dataset[Batch]):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         self.folder, self.normalize, self.crops, self.cache = str(folder), normalize, crops, cache
         self.on_bad_sample = on_bad_sample
-        self.index: Index = load_index(folder, cache)
+        self.index: Index = choose_bands(load_index(folder, cache), bands)
         self.num_classes = num_classes or self.index.num_classes
         paste = crops is not None and crops.paste > 0
         # uint8 cannot hold an object's values after they are scaled to another image's contrast.
@@ -136,7 +141,7 @@ class Shards(Dataset[Batch]):
         read = self.read_straight(entries)
         if read is not None:
             images, masks = read
-            means, stds = self.batch_statistics(images)
+            means, stds = self.batch_statistics(images, entries)
         else:
             items: list[Item | None] = []
             for slot, entry in zip(slots, entries, strict=True):
@@ -180,7 +185,10 @@ class Shards(Dataset[Batch]):
             Images (N, H, W, bands) and masks (N, H, W) uint8, with H = W = crops.size. None if the samples are of another kind
             or if anything is wrong with one of them: reading them one by one then finds out what.
         """
-        if self.crops is None or self.crops.paste or self.index.labels is not None or self.index.reading.missing:
+        index = self.index
+        if self.crops is None or self.crops.paste or index.labels is not None or index.reading.missing:
+            return None
+        if index.chosen is not None:
             return None
         if any((entry.image.format, entry.mask.format) != ("npy", "npy") for entry in entries):
             return None
@@ -192,7 +200,7 @@ class Shards(Dataset[Batch]):
         gap = bytearray(MAX_GAP)
         header_found, mask_header_found = bytearray(len(image_header)), bytearray(len(mask_header))
         try:
-            for i, (_, image, mask, expected, shard) in enumerate(entries):
+            for i, (_, image, mask, expected, shard, _) in enumerate(entries):
                 between = mask.offset - image.offset - image.length
                 if (image.length, mask.length) != (image_length, mask_length) or not 0 <= between <= MAX_GAP:
                     return None
@@ -246,7 +254,7 @@ class Shards(Dataset[Batch]):
             BrokenShard: If the shard cannot be opened.
         """
         image, mask = self.read(entry)
-        mean, std = self.statistics(image)
+        mean, std = self.statistics(image, entry)
         if self.index.reading.missing:
             image = filled(image, mean if self.normalize != "none" else self.mean)
         return Item(image, mask, mean, std)
@@ -389,22 +397,34 @@ class Shards(Dataset[Batch]):
             raise ValueError(f"{location} is remote: reading it needs a cache")
         return self.cache.fetch(location, shard.bytes, shard.sha256)
 
-    def batch_statistics(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def batch_statistics(self, images_NHWC: np.ndarray, entries: list[SampleEntry]) -> tuple[np.ndarray, np.ndarray]:
         """Return the statistics of each image of a batch (N, H, W, bands): mean and std, each (N, bands) float32."""
         if self.normalize != "image":
             N = len(images_NHWC)
-            mean, std = self.statistics(images_NHWC[0])
+            mean, std = self.statistics(images_NHWC[0], entries[0])
             return np.repeat(mean[None], N, 0), np.repeat(std[None], N, 0)
-        found = [self.statistics(image) for image in images_NHWC]
+        if self.index.has_statistics:
+            return self.index.statistics_of([entry.number for entry in entries])
+        found = [self.statistics(image, entry) for image, entry in zip(images_NHWC, entries, strict=True)]
         return np.stack([mean for mean, _ in found]), np.stack([std for _, std in found])
 
-    def statistics(self, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the statistics that normalise an image (H, W, bands): mean and std of each band, each (bands,) float32."""
+    def statistics(self, image_HWC: np.ndarray, entry: SampleEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Return the statistics that normalise an image.
+
+        Args:
+            image_HWC: The whole image (H, W, bands).
+            entry: Its entry in the index, which may hold its statistics.
+
+        Returns:
+            Mean and std of each band, each (bands,) float32.
+        """
         bands = image_HWC.shape[2]
         if self.normalize == "none":
             return np.zeros(bands, np.float32), np.ones(bands, np.float32)
         if self.normalize == "dataset":
             return self.mean, self.std
+        if self.index.has_statistics and entry.number >= 0:
+            return self.index.statistics_of(entry.number)
         mean, std = band_statistics(image_HWC)
         return mean.astype(np.float32), std.astype(np.float32)
 
@@ -437,15 +457,17 @@ def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np
             raise ValueError(f"ends after {len(part)} of {member.length} bytes")
     if digest(parts) != entry.digest:
         raise ValueError("has other bytes than when it was indexed (xxh3 differs)")
-    bands = index.bands if index.preparation["bands"] is None else None
+    bands = index.stored_bands if index.preparation["bands"] is None else None
     image = decode_image(entry.image.format, parts[0], bands=bands, reading=index.reading)
     mask = decode_mask(entry.mask.format, parts[1], index.labels.values if index.labels else AS_LABELS)
     if image.shape[:2] != mask.shape:
         raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
-    if image.shape[2] != index.bands:
-        if index.preparation["bands"] != index.bands:
-            raise ValueError(f"has {image.shape[2]} bands; the index says {index.bands}")
-        image = resample_bands(image, index.bands)
+    if image.shape[2] != index.stored_bands:
+        if index.preparation["bands"] != index.stored_bands:
+            raise ValueError(f"has {image.shape[2]} bands; the index says {index.stored_bands}")
+        image = resample_bands(image, index.stored_bands)
+    if index.chosen is not None:
+        image = np.take(image, index.chosen, axis=2)
     if index.labels is not None:
         mask = index.labels.apply(mask)
     if not index.reading.missing:

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from deepskip.data_shards import png, tiff
-from deepskip.data_shards.index import FORMATS
+from deepskip.data_shards.entries import FORMATS
 from deepskip.data_shards.labels import AS_LABELS, Values
 from deepskip.data_shards.pictures import AS_IT_COMES, ORIENTATION_TAG, Picture, Reading, image_of
 

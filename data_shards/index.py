@@ -9,70 +9,24 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from deepskip.data_shards import index_check, storage
+from deepskip.data_shards.entries import FORMATS, SCHEMA, STATISTICS, Member, SampleEntry, schema_of
 from deepskip.data_shards.labels import AS_LABELS, Labels, Values
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 
 FILE = "index.json"
 FORMAT = "deepskip-shards"
-VERSION = 2
-FORMATS = ("png", "jpg", "jpeg", "tif", "tiff", "npy", "npz", "bmp", "gif")
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.large_string()),
-        ("image_offset", pa.int64()),
-        ("image_length", pa.uint32()),
-        ("mask_offset", pa.int64()),
-        ("mask_length", pa.uint32()),
-        # Positions in the index's list of formats.
-        ("image_format", pa.uint8()),
-        ("mask_format", pa.uint8()),
-        # xxh3_64 of the image's bytes followed by the mask's.
-        ("digest", pa.uint64()),
-    ]
-)
-
-
-class Member(NamedTuple):
-    """One file of a sample inside its tar.
-
-    Attributes:
-        format: File format, such as "png".
-        offset: Offset of its first byte in the tar.
-        length: Length in bytes.
-    """
-
-    format: str
-    offset: int
-    length: int
-
-
-class SampleEntry(NamedTuple):
-    """One sample in the index.
-
-    Attributes:
-        key: Key of the sample.
-        image: Where its image lies.
-        mask: Where its mask lies.
-        digest: xxh3_64 of the bytes of image and mask.
-        shard: Number of its shard; -1 if not known yet.
-    """
-
-    key: str
-    image: Member
-    mask: Member
-    digest: int
-    shard: int = -1
+VERSION = 3
+# Version 2 has no statistics of single images.
+READABLE = (2, VERSION)
 
 
 @dataclass(frozen=True)
@@ -98,7 +52,7 @@ class Index:
 
     Attributes:
         shards: The tar files.
-        samples: Arrow table of SCHEMA, one row for each sample.
+        samples: Arrow table of `schema_of`, one row for each sample.
         bands: Number of bands of every image.
         dtype: "uint8" if every image is uint8, else "float32".
         num_classes: 1 for binary, else the number of classes, where class 0 is background.
@@ -113,6 +67,7 @@ class Index:
         source: Fingerprint of the files and options that the split was packed from.
         location: Where the index was read from.
         reading: How images are read.
+        chosen: Numbers of the bands that are taken of each image (`bands.choose_bands`); None takes all.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -130,6 +85,12 @@ class Index:
     source: str | None = None
     location: str = field(default="", compare=False)
     reading: Reading = AS_IT_COMES
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def stored_bands(self) -> int:
+        """Return the number of bands of every image before some are chosen."""
+        return self.bands if self.chosen is None else int(self.preparation["of"])
 
     @property
     def num_samples(self) -> int:
@@ -153,6 +114,32 @@ class Index:
     @cached_property
     def _keys(self) -> Any:
         return self.samples["key"]
+
+    @cached_property
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if not len(self.samples) or STATISTICS[0] not in self.samples.column_names:
+            return None
+        shape = len(self.samples), self.stored_bands
+        mean, std = (self.samples[name].chunk(0).flatten().to_numpy().reshape(shape) for name in STATISTICS)
+        return mean, std
+
+    @property
+    def has_statistics(self) -> bool:
+        """Return whether the index holds the statistics of each image."""
+        return self._statistics is not None
+
+    def statistics_of(self, samples: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean and standard deviation of each band of one image, or of N images.
+
+        Args:
+            samples: Number of a sample, or N numbers, in an index that holds them.
+
+        Returns:
+            Mean and standard deviation, each (bands,) or (N, bands) float32.
+        """
+        assert self._statistics is not None
+        mean, std = (values[samples] for values in self._statistics)
+        return (mean, std) if self.chosen is None else (mean[..., self.chosen], std[..., self.chosen])
 
     @property
     def digests(self) -> np.ndarray:
@@ -192,7 +179,7 @@ class Index:
             )
             for kind in ("image", "mask")
         )
-        return list(map(SampleEntry, self.keys(samples), images, masks, taken["digest"], shards))
+        return list(map(SampleEntry, self.keys(samples), images, masks, taken["digest"], shards, samples))
 
 
 class MissingIndex(FileNotFoundError):
@@ -205,25 +192,6 @@ class BrokenIndex(ValueError):
 
 class NewerIndex(BrokenIndex):
     """An index that a later DeepSkip wrote: it is not broken."""
-
-
-def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
-    """Build the Arrow table of samples, in their order, with format columns that refer to FORMATS."""
-    rows = [
-        (
-            e.key,
-            e.image.offset,
-            e.image.length,
-            e.mask.offset,
-            e.mask.length,
-            FORMATS.index(e.image.format),
-            FORMATS.index(e.mask.format),
-            e.digest,
-        )
-        for e in entries
-    ]
-    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
 def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
@@ -246,7 +214,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
         raise MissingIndex(f"no shards at {location}: {_what_is_there(location)}") from error
     try:
         raw = json.loads(text)
-        if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("version") not in READABLE:
             version = raw.get("version") if isinstance(raw, dict) and raw.get("format") == FORMAT else None
             if isinstance(version, int) and version > VERSION:
                 # A new index would lose what the later version added.
@@ -281,7 +249,7 @@ def save_index(index: Index, folder: str | Path) -> None:
     location = str(folder)
     sink = pa.BufferOutputStream()
     table = index.samples.combine_chunks()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
+    with pa.ipc.new_file(sink, table.schema) as writer:
         # A single batch, so that each column is one piece of memory.
         writer.write_table(table, max_chunksize=max(1, len(table)))
     data = sink.getvalue().to_pybytes()
@@ -397,7 +365,7 @@ def _table_of(path: Path, raw: dict[str, Any], known: bool) -> pa.Table:
     # Arrow raises MemoryError and OSError for some damaged files.
     except (pa.ArrowException, MemoryError, OSError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
-    if table.schema != SCHEMA:
+    if table.schema not in (SCHEMA, schema_of(raw["bands"])):
         raise ValueError(f"{name} has other columns than expected: {table.schema.names}")
     if not checked:
         index_check.check_table(table, raw)

@@ -211,7 +211,12 @@ def check_table(table: pa.Table, raw: dict[str, Any]) -> None:
         )
     if not len(table):
         return
-    columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
+    lists = [name for name in table.column_names if pa.types.is_fixed_size_list(table.schema.field(name).type)]
+    for name in lists:
+        values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[name].chunks])
+        if not np.isfinite(values).all() or (name == "std" and values.min() < 0):
+            raise ValueError(f"{raw['samples']['file']} has statistics that are not finite, or negative")
+    columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("key", *lists)}
     for kind in ("image", "mask"):
         if columns[f"{kind}_format"].max() >= len(raw["formats"]):
             raise ValueError(f"{raw['samples']['file']} names an unknown format")

@@ -16,16 +16,8 @@ import pyarrow.compute as pc
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.decoding import read_image, read_mask
-from deepskip.data_shards.index import (
-    SCHEMA,
-    Index,
-    SampleEntry,
-    ShardEntry,
-    plain_number,
-    sample_table,
-    save_index,
-    tars_in,
-)
+from deepskip.data_shards.entries import SCHEMA, SampleEntry, sample_table, with_statistics
+from deepskip.data_shards.index import Index, ShardEntry, plain_number, save_index, tars_in
 from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, Seen, Values, decide_labels, listed
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
 from deepskip.data_shards.preparation import band_statistics, resample_bands
@@ -41,6 +33,7 @@ class IndexingError(ValueError):
 
 
 Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
+Statistics = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -52,6 +45,7 @@ class ShardReport:
         samples: Arrow table of its good samples.
         bad: Faulty samples: {"shard", "key", "reason"}, with an empty key for a fault of the whole shard.
         dtypes: Names of the images' dtypes.
+        statistics: With transparency kept or dropped: mean and std of each band of each good sample, (bands,) each.
         moments: With transparency kept ("keep") or dropped ("drop"): for each band the number of pixels, their sum and the
             sum of their squares, (bands,) each.
         seen: Values of its masks.
@@ -62,6 +56,7 @@ class ShardReport:
     samples: pa.Table = field(default_factory=lambda: sample_table([]))
     bad: list[dict[str, str]] = field(default_factory=list)
     dtypes: set[str] = field(default_factory=set)
+    statistics: dict[str, list[Statistics]] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
     survey: Survey = field(default_factory=Survey)
@@ -153,17 +148,19 @@ def measure(report: ShardReport, picture: Picture, reading: Reading, bands: int 
         bands: Number of bands that every image is resampled to, or None.
     """
     found: Moments | None = None
+    one: Statistics | None = None
     for way in ("keep", "drop"):
-        if found is None or picture.alpha:
+        if found is None or one is None or picture.alpha:
             image = image_of(picture, replace(reading, alpha=way))
             report.dtypes.add(image.dtype.name)
             if bands is not None:
                 image = resample_bands(image, bands)
-            mean, std = band_statistics(image)
+            mean, std = one = band_statistics(image)
             pixels = np.full(len(mean), image.shape[0] * image.shape[1])
             if image.dtype.kind == "f":
                 pixels -= np.isnan(image).sum((0, 1))
             found = pixels, pixels * mean, pixels * (std**2 + mean**2)
+        report.statistics.setdefault(way, []).append(one)
         before = report.moments.setdefault(way, (np.zeros(1, int), np.zeros(1), np.zeros(1)))
         # Images with differing numbers of bands are rejected at the end.
         if len(before[0]) in (1, len(found[0])):
@@ -334,6 +331,7 @@ def merge(
     except ValueError as error:
         raise IndexingError(str(error)) from error
     way = "keep" if reading.alpha == "keep" else "drop"
+    statistics = [one for report in whole for one in report.statistics.get(way, [])]
     moments = [report.moments[way] for report in whole if way in report.moments]
     pixels = np.maximum(np.sum([m[0] for m in moments], axis=0), 1)
     mean = np.sum([m[1] for m in moments], axis=0) / pixels
@@ -341,7 +339,9 @@ def merge(
     as_they_stand = ignore_label in (None, IGNORE_INDEX) and (not how.binary or max(seen.pixels, default=0) <= 1)
     index = Index(
         shards=tuple(report.shard for report in whole if report.shard is not None),
-        samples=pa.concat_tables([report.samples for report in whole]).combine_chunks(),
+        samples=with_statistics(
+            pa.concat_tables([report.samples for report in whole]), *map(np.stack, zip(*statistics, strict=True))
+        ),
         bands=bands or next(iter(counts)),
         dtype="uint8" if set().union(*(r.dtypes for r in whole)) == {"uint8"} else "float32",
         num_classes=how.num_classes,
@@ -374,5 +374,9 @@ def repeated_keys(reports: list[ShardReport]) -> list[dict[str, str]]:
             if not keep[-1]:
                 bad.append({"shard": report.shard.name, "key": key, "reason": f"the key is also in {first[key]}"})
         report.samples = report.samples.filter(pa.array(keep))
+        report.statistics = {
+            way: [one for one, kept in zip(found, keep, strict=True) if kept]
+            for way, found in report.statistics.items()
+        }
         report.shard = ShardEntry(report.shard.name, report.shard.bytes, report.shard.sha256, len(report.samples))
     return bad

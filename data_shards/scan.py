@@ -10,7 +10,7 @@ from typing import BinaryIO
 import xxhash
 
 from deepskip.data_shards import tar
-from deepskip.data_shards.index import Member, SampleEntry
+from deepskip.data_shards.entries import Member, SampleEntry
 from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.sample import EXTENSIONS, BadSample
 

@@ -14,18 +14,11 @@ import numpy as np
 import webdataset
 
 from deepskip.data_shards import storage
-from deepskip.data_shards.index import (
-    BrokenIndex,
-    Index,
-    MissingIndex,
-    SampleEntry,
-    ShardEntry,
-    load_index,
-    sample_table,
-    save_index,
-)
+from deepskip.data_shards.entries import SampleEntry, sample_table, with_statistics
+from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, ShardEntry, load_index, save_index
 from deepskip.data_shards.labels import IGNORE_INDEX
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
+from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sample import Sample, encode_image, encode_mask
 from deepskip.data_shards.scan import sample_entry, scan_tar
 
@@ -114,6 +107,7 @@ def _write(
     keys: set[str] = set()
     bands, dtypes, missing = 0, set(), False
     pixels, total, squares = np.zeros(0), np.zeros(0), np.zeros(0)
+    statistics: list[tuple[np.ndarray, np.ndarray]] = []
     writer: webdataset.TarWriter | None = None
     try:
         for number, sample in enumerate(samples):
@@ -132,6 +126,7 @@ def _write(
                 flat[nowhere] = 0
             total += flat.sum(0)
             squares += (flat**2).sum(0)
+            statistics.append(band_statistics(image))
             if number % samples_per_shard == 0:
                 if writer is not None:
                     writer.close()
@@ -160,7 +155,7 @@ def _write(
         entries += found
     return Index(
         shards=tuple(shards),
-        samples=sample_table(entries),
+        samples=with_statistics(sample_table(entries), *map(np.stack, zip(*statistics, strict=True))),
         bands=bands,
         dtype="uint8" if dtypes == {np.dtype(np.uint8)} else "float32",
         num_classes=num_classes,

@@ -122,9 +122,30 @@ def check_data(data: Mapping[str, Any]) -> None:
     for name, high in (("bands", 2**16), ("longest_side", 2**31)):
         if prepared.get(name) is not None and not is_whole(prepared[name], 1, high):
             raise Unsound(f"preparation.{name} is {prepared[name]!r:.100}; it must be 1 to {high}, or null")
+    if "chosen" in prepared or "of" in prepared:
+        check_chosen(prepared, data["in_channels"])
     told = prepared.get("nodata")
     if told not in (None, "nan") and (isinstance(told, bool) or not isinstance(told, int | float)):
         raise Unsound(f"preparation.nodata is {told!r:.100}; it must be a number, nan or null")
+
+
+def check_chosen(prepared: Mapping[str, Any], in_channels: int) -> None:
+    """Check which bands of an image the network sees.
+
+    Args:
+        prepared: preparation of the images, with "chosen" and "of".
+        in_channels: bands of the network's input.
+
+    Raises:
+        Unsound: if they are not that number of different bands of an image.
+    """
+    chosen, of = prepared.get("chosen"), prepared.get("of")
+    if not isinstance(of, int) or not is_whole(of, 1, 2**16):
+        raise Unsound(f"preparation.of is {of!r:.100}; it must be 1 to {2**16}")
+    if not isinstance(chosen, list) or not all(is_whole(band, 0, of - 1) for band in chosen):
+        raise Unsound(f"preparation.chosen is {chosen!r:.100}; it must be a list of bands, 0 to {of - 1}")
+    if len(chosen) != in_channels or len(set(chosen)) != in_channels:
+        raise Unsound(f"preparation.chosen must name {in_channels} different bands")
 
 
 def expected_shapes(model: Mapping[str, Any], in_channels: int, num_classes: int) -> dict[str, torch.Size]:

@@ -77,6 +77,8 @@ class DataConfig:
     """share of training crops placed around a foreground pixel, 0 to 1"""
     copy_paste: float = setting(0.0, 0, 1)
     """share of training crops onto which the objects of another sample of the same shard are pasted, 0 to 1"""
+    bands: list[int | str] | None = None
+    """bands that the network sees, numbered from 0, in this order: [0, 5, 10-40]; null takes all"""
     normalize: Literal["image", "dataset", "none"] = "image"
     """scale each band to mean 0 and standard deviation 1 by its own or the training set's statistics; none keeps raw values"""
     shuffle_window: int = setting(16, 1)

@@ -41,6 +41,8 @@ class Predictor:
 
     Attributes:
         bands: number of bands of the network's input.
+        chosen: numbers of the bands that the network sees (`data.bands`), or None if it sees all.
+        image_bands: number of bands of an image before any are chosen.
         num_classes: 1 for binary, else exclusive classes.
         preparation: "bands" and "longest_side" of the training images, or None each.
         nodata: value that marks missing values in the training images, or None.
@@ -61,6 +63,8 @@ class Predictor:
         data = state["data"]
         self.bands, self.num_classes = data["in_channels"], data["num_classes"]
         self.preparation: dict[str, Any] = {"bands": None, "longest_side": None} | (data.get("preparation") or {})
+        self.chosen: list[int] | None = self.preparation.get("chosen")
+        self.image_bands: int = self.bands if self.chosen is None else self.preparation["of"]
         told = self.preparation.get("nodata")
         self.nodata = None if told is None else float(told)
         self.flips, self.precision = flips, precision
@@ -107,13 +111,16 @@ class Predictor:
         labels = to_labels(self._of_images(image, flips, nodata), threshold)
         return self._as_given(labels.to(torch.uint8), image)
 
-    def predict_proba(self, image: Image, flips: bool | None = None, nodata: float | None = None) -> Any:
+    def predict_proba(
+        self, image: Image, flips: bool | None = None, nodata: float | None = None, chosen: bool = False
+    ) -> Any:
         """Compute the probabilities of an image, or of several of one size.
 
         Args:
             image: see `predict`.
             flips: see `predict`.
             nodata: see `predict`.
+            chosen: the image holds only the bands that the network sees, in their order.
 
         Returns:
             Probabilities fp32 in the image's layout: (H, W, V) for numpy, (V, H, W) for torch, V = num_classes. Several
@@ -123,7 +130,7 @@ class Predictor:
             TypeError: as in `predict`.
             ValueError: as in `predict`.
         """
-        p_NVHW = self._of_images(image, flips, nodata)
+        p_NVHW = self._of_images(image, flips, nodata, chosen)
         return self._as_given(p_NVHW.permute(0, 2, 3, 1) if isinstance(image, np.ndarray) else p_NVHW, image)
 
     def prepared(self, image_HWC: np.ndarray) -> np.ndarray:
@@ -138,12 +145,27 @@ class Predictor:
         Raises:
             ValueError: if the bands are not the network's afterwards.
         """
-        bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
-        if bands is not None:
-            image_HWC = resample_bands(image_HWC, bands)
-        if image_HWC.shape[2] != self.bands:
-            raise ValueError(f"has {image_HWC.shape[2]} bands; the model takes {self.bands}")
+        longest_side = self.preparation["longest_side"]
+        image_HWC = self.of_network_bands(image_HWC)
         return image_HWC if longest_side is None else resize_longest_side(image_HWC, None, longest_side)[0]
+
+    def of_network_bands(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Resample an image as the training images were, and take the bands that the network sees.
+
+        Args:
+            image_HWC: image (H, W, bands).
+
+        Returns:
+            The image (H, W, network's bands).
+
+        Raises:
+            ValueError: if the image has another number of bands than the training images.
+        """
+        if self.preparation["bands"] is not None:
+            image_HWC = resample_bands(image_HWC, self.preparation["bands"])
+        if image_HWC.shape[2] != self.image_bands:
+            raise ValueError(f"has {image_HWC.shape[2]} bands; the model takes {self.image_bands}")
+        return image_HWC if self.chosen is None else np.take(image_HWC, self.chosen, axis=2)
 
     @torch.inference_mode()
     def probabilities(self, raw_NCHW: Tensor, flips: bool | None = None) -> Tensor:
@@ -178,14 +200,15 @@ class Predictor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return (predict_logits(network, x) if in_tiles else network(x)).float()
 
-    def _checked(self, image: Image, nodata: float | None) -> Tensor:
-        """Check an image and convert it to (N, C, H, W) fp32 on its own device, with nan for missing values."""
-        C = f"{self.bands}" if self.preparation["bands"] is None else "bands"
+    def _taken(self, image: Image, chosen: bool) -> Image:
+        """Check the type and shape of an image, and take the network's bands unless it must be resampled first."""
+        wanted = self.bands if chosen else self.image_bands
+        C = f"{wanted}" if chosen or self.preparation["bands"] is None else "bands"
         if isinstance(image, np.ndarray):
             if image.dtype.kind not in "biuf":
                 raise TypeError(f"the image has dtype {image.dtype}; it must be of integers or real numbers")
             shown, layout, place = image.shape, f"arrays (height, width, {C}) or (N, height, width, {C})", -1
-            if image.ndim == 2 and (self.bands == 1 or C == "bands"):
+            if image.ndim == 2 and (wanted == 1 or C == "bands"):
                 image = image[..., None]
         elif isinstance(image, Tensor):
             if image.is_complex() or image.is_quantized:
@@ -193,10 +216,18 @@ class Predictor:
             shown, layout, place = tuple(image.shape), f"tensors ({C}, height, width) or (N, {C}, height, width)", -3
         else:
             raise TypeError(f"the image is a {type(image).__name__}; it must be a numpy array or a torch tensor")
-        if image.ndim not in (3, 4) or (C != "bands" and image.shape[place] != self.bands):
+        if image.ndim not in (3, 4) or (C != "bands" and image.shape[place] != wanted):
             raise ValueError(f"the image has shape {tuple(shown)}; the model takes {layout}")
         if 0 in image.shape:
             raise ValueError(f"the image has shape {tuple(shown)}: no pixels")
+        if chosen or self.chosen is None or C == "bands":
+            return image
+        if isinstance(image, np.ndarray):
+            return np.take(image, self.chosen, axis=place)
+        return image.index_select(image.ndim + place, torch.tensor(self.chosen, device=image.device))
+
+    def _checked(self, image: Image, nodata: float | None) -> Tensor:
+        """Convert an image to (N, C, H, W) fp32 on its own device, with nan for missing values, and check the values."""
         if isinstance(image, np.ndarray):
             batch = image if image.ndim == 4 else image[None]
             # Values beyond fp32 become infinite, which is reported below.
@@ -215,15 +246,21 @@ class Predictor:
             )
         return torch.where(missing, math.nan, x) if bool(missing.any()) else x
 
-    def _of_images(self, image: Image, flips: bool | None, nodata: float | None) -> Tensor:
+    def _of_images(self, image: Image, flips: bool | None, nodata: float | None, chosen: bool = False) -> Tensor:
         """Return the probabilities (N, V, H, W) of one image or several, in their own size."""
+        image = self._taken(image, chosen)
         x = self._checked(image, self.nodata if nodata is None else nodata)
         H, W = x.shape[-2:]
-        bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
-        if (bands or x.shape[1]) != x.shape[1] or max(H, W) > (longest_side or max(H, W)):
+        longest_side = self.preparation["longest_side"]
+        # Of an image that is not resampled, the bands have been taken.
+        resampled = not chosen and self.preparation["bands"] is not None
+        unready = resampled and (self.chosen is not None or x.shape[1] != self.bands)
+        if unready or max(H, W) > (longest_side or max(H, W)):
             # Prepare it in its own dtype: integers stay integers, as in packed images.
             given = as_arrays(image) if not bool(x.isnan().any()) else as_arrays(x.permute(0, 2, 3, 1).cpu().numpy())
-            images = [self.prepared(one) for one in given]
+            images = [self.of_network_bands(one) if resampled else one for one in given]
+            if longest_side is not None:
+                images = [resize_longest_side(one, None, longest_side)[0] for one in images]
             x = torch.from_numpy(np.stack([np.moveaxis(one, 2, 0).astype(np.float32) for one in images]))
         # As many images at a time as together have the pixels of one large image.
         few = max(1, inference.most_pixels(self.network) // (x.shape[2] * x.shape[3]))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from deepskip import figures
 from deepskip.data_shards import storage, trouble
+from deepskip.data_shards.bands import BandError
 from deepskip.data_shards.dataset import Shards, SkipReport
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.sample import BadSample
@@ -187,14 +188,21 @@ def open_data(config: EvaluateConfig, model: Predictor) -> Shards:
     cache = storage.Cache(Path(config.cache_dir), int(config.cache_gb * 1e9))
     try:
         # the model normalizes its input itself
-        shards = Shards(path, "none", num_classes=model.num_classes, on_bad_sample=config.on_bad_sample, cache=cache)
-    except (MissingIndex, BrokenIndex, storage.StorageError) as error:
+        shards = Shards(
+            path,
+            "none",
+            num_classes=model.num_classes,
+            on_bad_sample=config.on_bad_sample,
+            cache=cache,
+            bands=model.chosen,
+        )
+    except (MissingIndex, BrokenIndex, BandError, storage.StorageError) as error:
         stop(f"data is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     index = shards.index
-    if (index.bands, index.num_classes) != (model.bands, model.num_classes):
+    if (index.stored_bands, index.num_classes) != (model.image_bands, model.num_classes):
         stop(
-            f"data is {path}, with {index.bands} bands and num_classes {index.num_classes}; "
-            f"the model takes {model.bands} bands and has num_classes {model.num_classes}"
+            f"data is {path}, with {index.stored_bands} bands and num_classes {index.num_classes}; "
+            f"the model takes {model.image_bands} bands and has num_classes {model.num_classes}"
         )
     if index.num_samples == 0:
         stop(f"data is {path}: it holds no samples")
@@ -238,7 +246,7 @@ def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: 
 
         for batch in whole_images(shards, 0, 1, left_out):
             image = batch["image"][0]
-            p_VHW = model.predict_proba(image).numpy()
+            p_VHW = model.predict_proba(image, chosen=True).numpy()
             labels = to_labels(p_VHW, config.threshold).astype(np.uint8)
             add_row(add(scores, batch["key"][0], image, batch["mask"][0].numpy(), p_VHW, labels, config.worst))
             bar.update()

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepskip import export
 from deepskip.complexity import convolution_weights
+from deepskip.data_shards.bands import shown_bands
 from deepskip.inference import Segmenter
 from deepskip.jobs.models import Found
 from deepskip.jobs.report import METRICS, TARGET_METRICS, number
@@ -152,6 +153,11 @@ def limits(model: Predictor, normalization: str, names: dict[str, int]) -> list[
     found = [
         f"It takes {model.bands} bands, in the order and the units of its training images; it cannot detect a wrong order."
     ]
+    if model.chosen is not None:
+        found.append(
+            f"They are bands {shown_bands(model.chosen)} of the {model.image_bands} of an image, counted from 0. The exported "
+            "files take these alone; deepskip predict, deepskip serve and deepskip.load take whole images."
+        )
     if bands is not None:
         found.append(
             f"The training images were converted to {bands} bands (deepskip pack --bands), and new ones must be too; "

@@ -36,6 +36,7 @@ UNKNOWN_BEFORE = {
     "augment.gamma": 0.0,
     "data.copy_paste": 0.0,
     "loss.overlap": "dice",
+    "data.bands": None,
     "data.fixed_lanes": False,
     "data.lanes": 1,
     "model.enlarge": 1,

@@ -18,6 +18,7 @@ from deepskip import networks
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage, trouble
+from deepskip.data_shards.bands import BandError, choose_bands
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.identity import TARS, Identity
@@ -97,6 +98,10 @@ def check_data(config: Config) -> dict[str, Identity] | None:
     except (MissingIndex, BrokenIndex, storage.StorageError) as error:
         stop(f"data.path is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     faults = []
+    try:
+        train, validation = (choose_bands(split, config.data.bands) for split in (train, validation))
+    except BandError as error:
+        faults.append(f"data.bands is {config.data.bands}: {error}")
     for key, asked, found in (
         ("model.in_channels", config.model.in_channels, train.bands),
         ("model.num_classes", config.model.num_classes, train.num_classes),

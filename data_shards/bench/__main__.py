@@ -24,7 +24,8 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.bench import readers, samples
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
-from deepskip.data_shards.index import SCHEMA, ShardEntry, load_index, save_index
+from deepskip.data_shards.entries import SCHEMA
+from deepskip.data_shards.index import ShardEntry, load_index, save_index
 from deepskip.data_shards.indexing import index_shards
 from deepskip.data_shards.stream import train_batches
 

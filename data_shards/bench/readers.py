@@ -49,7 +49,7 @@ def mapped_without_shuffling(folder: Path, kind: str, workers: int, epoch: int) 
         part = entries[first : first + BATCH]
         images = np.empty((len(part), SIDE, SIDE, 3), np.uint8)
         masks = np.empty((len(part), SIDE, SIDE), np.uint8)
-        for i, (_, image, mask, _, shard) in enumerate(part):
+        for i, (_, image, mask, _, shard, _) in enumerate(part):
             tar = maps[shard]
             # numpy's header of these arrays has 128 bytes.
             images[i] = tar[image.offset + 128 : image.offset + image.length].reshape(SIDE, SIDE, 3)

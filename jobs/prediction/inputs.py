@@ -12,7 +12,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from deepskip.data_shards import index, storage, trouble
 from deepskip.data_shards.decoding import decode_image
-from deepskip.data_shards.index import FORMATS, Index
+from deepskip.data_shards.entries import FORMATS
+from deepskip.data_shards.index import Index
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.sources.elsewhere import how_to_convert, kind_of
 from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster

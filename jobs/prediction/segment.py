@@ -16,7 +16,7 @@ from deepskip.allocator import give_back_freed_memory
 from deepskip.checkpoint import NetworkState
 from deepskip.data_shards import trouble
 from deepskip.data_shards.pictures import Reading
-from deepskip.data_shards.preparation import band_statistics, resample_bands, shrunk
+from deepskip.data_shards.preparation import band_statistics, shrunk
 from deepskip.inference import filled, normalize, to_probabilities, without_values
 from deepskip.jobs.prediction import memory
 from deepskip.jobs.prediction.done import is_done
@@ -192,9 +192,10 @@ class PredictionWorker:
         open_files = contextlib.ExitStack()
         try:
             bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
-            raster = open_files.enter_context(opened(item, None if bands else self.segmenter.bands, self.reading))
-            if not bands and raster.bands != self.segmenter.bands:
-                raise ValueError(f"has {raster.bands} bands; the model takes {self.segmenter.bands}")
+            wanted = self.predictor.image_bands
+            raster = open_files.enter_context(opened(item, None if bands else wanted, self.reading))
+            if not bands and raster.bands != wanted:
+                raise ValueError(f"has {raster.bands} bands; the model takes {wanted}")
             ready = raster.whole
             if ready is None and longest_side and max(raster.height, raster.width) > longest_side:
                 shape, columns = (raster.height, raster.width, raster.bands), slice(0, raster.width)
@@ -253,8 +254,7 @@ class PredictionWorker:
         if image.ready is not None:
             return image.ready[rows, columns]
         window = image.raster.read(rows, columns)
-        bands = self.preparation["bands"]
-        return resample_bands(window, bands) if bands else window
+        return self.predictor.of_network_bands(window)
 
     @torch.inference_mode()
     def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ class Model:
         close_back_door()
         torch.set_num_threads(threads)
         self.predictor = Predictor(state, device)
-        bands = self.predictor.bands
+        bands = self.predictor.image_bands
         self.limits = Limits(max_pixels, max_pixels * max(bands, 3) * VALUE_BYTES)
         # Decoding waits for memory that encoding frees, so each has threads of its own; shared threads could deadlock.
         self.decoders, self.encoders = Slots(threads), Slots(threads)
@@ -108,11 +108,11 @@ class Model:
             ValueError: if the file cannot be decoded, has other bands than the model, or values beyond LARGEST_VALUE.
             TooLarge: if the image has too many pixels or bytes; it is a ValueError.
         """
-        bands = self.predictor.bands if self.predictor.preparation["bands"] is None else None
+        bands = self.predictor.image_bands if self.predictor.preparation["bands"] is None else None
         reading = Reading(missing=True, nodata=self.predictor.nodata)
         image = decode_image(extension, body, self.limits, bands, reading)
-        if self.predictor.preparation["bands"] is None and image.shape[2] != self.predictor.bands:
-            raise ValueError(f"has {image.shape[2]} bands; the model takes {self.predictor.bands}")
+        if self.predictor.preparation["bands"] is None and image.shape[2] != bands:
+            raise ValueError(f"has {image.shape[2]} bands; the model takes {bands}")
         if image.dtype.kind == "f" and np.abs(image).max(initial=0, where=~np.isnan(image)) > LARGEST_VALUE:
             raise ValueError(f"has values beyond {LARGEST_VALUE:g}")
         return image
@@ -143,7 +143,7 @@ class Model:
     async def describe(self) -> dict[str, Any]:
         """Return {"bands", "classes"} of the model; bands is None if images with any number of bands are resampled."""
         resampled = self.predictor.preparation["bands"] is not None
-        return {"bands": None if resampled else self.predictor.bands, "classes": self.predictor.num_classes}
+        return {"bands": None if resampled else self.predictor.image_bands, "classes": self.predictor.num_classes}
 
 
 class Slots:

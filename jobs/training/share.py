@@ -72,7 +72,7 @@ def train(
     data, lanes = config.data, config.data.lanes
     assert lanes != "auto", "the driver chooses"
     crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
-    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config)}
+    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
     train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
     validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
     splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}

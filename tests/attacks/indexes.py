@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deepskip.data_shards.index import SCHEMA
+from deepskip.data_shards.entries import SCHEMA
 
 VALUES: list[Any] = [
     None, -1, 0, 1.5, 10**30, 1e308, float("nan"), "x", "../../etc", [], {}, [None], True, [[]], "é\0", -(2**63), 2**31,
@@ -75,12 +75,12 @@ class Folder:
         n, columns = len(self.table), [column.chunk(0) for column in self.table.columns]
         for name, value in (
             ("image_offset", -1), ("image_offset", 2**62), ("image_offset", 2**63 - 1), ("image_length", 2**32 - 1),
-            ("mask_offset", -5), ("mask_length", 2**31), ("image_format", 200), ("mask_format", 9), ("image_offset", None),
+            ("mask_offset", -5), ("mask_length", 2**31), ("image_format", 200), ("mask_format", 10), ("image_offset", None),
         ):  # fmt: skip
             made = list(columns)
             field = SCHEMA.get_field_index(name)
             made[field] = pa.array([value] * n, SCHEMA.field(name).type)
-            yield f"{name} {value}", file_of(made)
+            yield f"{name} {value}", file_of(made, self.table.schema)
         offsets = np.frombuffer(columns[0].buffers()[1], np.int64)[: n + 1]
         at = self.samples.index(offsets.tobytes())
         for name, values in {
@@ -92,8 +92,8 @@ class Folder:
         not_text = pa.LargeStringArray.from_buffers(
             n, pa.py_buffer(np.arange(n + 1, dtype=np.int64)), pa.py_buffer(b"\xff" * n)
         )
-        yield "keys: not UTF-8", file_of([not_text, *columns[1:]])
-        yield "fewer rows", file_of([column.slice(1) for column in columns])
+        yield "keys: not UTF-8", file_of([not_text, *columns[1:]], self.table.schema)
+        yield "fewer rows", file_of([column.slice(1) for column in columns], self.table.schema)
         yield "other columns", file_of(columns[:3], pa.schema(list(SCHEMA)[:3]))
 
     def damaged(self, rng: random.Random) -> bytes:
@@ -108,7 +108,7 @@ class Folder:
         return bytes(data)
 
 
-def file_of(columns: list[Any], schema: pa.Schema = SCHEMA) -> bytes:
+def file_of(columns: list[Any], schema: pa.Schema) -> bytes:
     """Return columns as the bytes of a samples file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:

@@ -14,6 +14,7 @@ import webdataset
 
 from deepskip.data_shards.crops import Crops, Item, pasted, random_crop
 from deepskip.data_shards.dataset import BrokenShard, Shards
+from deepskip.data_shards.entries import SCHEMA
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
 from deepskip.data_shards.inspection import verify
 from deepskip.data_shards.order import Slot
@@ -113,9 +114,9 @@ def test_missing_and_broken_indexes(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(MissingIndex, match=r"holds 1 \.tar files but no index"):
         load_index(tmp_path / "train")
-    path.write_text(text.replace('"version": 2', '"version": 3'))
+    path.write_text(text.replace('"version": 3', '"version": 4'))
     # "Make a new one" would lose what that version added.
-    with pytest.raises(BrokenIndex, match=r"index\.json has version 3; this reads up to 2\. Install a later DeepSkip"):
+    with pytest.raises(BrokenIndex, match=r"index\.json has version 4; this reads up to 3\. Install a later DeepSkip"):
         load_index(tmp_path / "train")
     for broken in (text[:50], "{}", text.replace("deepskip-shards", "else"), text.replace("shard-000000", "../../etc")):
         path.write_text(broken)
@@ -154,7 +155,8 @@ def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
     index = packed(tmp_path / "train", samples(2))
     with tarfile.open(tmp_path / "train" / index.shards[0].name) as tar:
         assert len(tar.getmembers()) == 4
-    save_index(replace(index, bands=4, mean=(0.0,) * 4, std=(1.0,) * 4), tmp_path / "train")
+    plain = index.samples.select(SCHEMA.names)
+    save_index(replace(index, bands=4, mean=(0.0,) * 4, std=(1.0,) * 4, samples=plain), tmp_path / "train")
     with pytest.raises(BadSample, match="has 3 bands; the index says 4"):
         Shards(tmp_path / "train")[[Slot(0, 0, 1)]]
     made = samples(1)

@@ -12,7 +12,7 @@ from deepskip.config import Config
 from deepskip.data_shards.preparation import resize_longest_side
 
 
-def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation: int | None) -> dict[str, Any]:
+def state_of(in_channels: int, classes: int, norm: str = "batch", **preparation: Any) -> dict[str, Any]:
     config = Config()
     config.model.levels, config.model.base_channels, config.model.norm = 3, 4, norm  # type: ignore[assignment]
     torch.manual_seed(in_channels)
@@ -82,6 +82,49 @@ def test_large_images_are_shrunk_as_the_training_images_were(dtype: type) -> Non
     )[0]
     np.testing.assert_allclose(model.predict_proba(image)[..., 0], found[0], atol=2e-3)
     assert model.predict(torch.from_numpy(image.transpose(2, 0, 1).copy())).shape == (70, 101)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_bands_that_the_network_sees_are_taken(dtype: type) -> None:
+    image = (np.random.default_rng(0).random((24, 20, 9)) * 4000).astype(dtype)
+    tensor = torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1).copy())
+    model = deepskip.Predictor(state_of(3, 1, chosen=[7, 0, 4], of=9))
+    assert (model.bands, model.image_bands, model.chosen) == (3, 9, [7, 0, 4])
+    few = np.ascontiguousarray(image[..., [7, 0, 4]])
+    expected = by_hand(model, few)[0]
+    np.testing.assert_allclose(model.predict_proba(image)[..., 0], expected, atol=1e-5)
+    np.testing.assert_allclose(model.predict_proba(tensor[None])[0, 0], expected, atol=1e-5)
+    np.testing.assert_array_equal(model.predict_proba(few, chosen=True), model.predict_proba(image))
+    with pytest.raises(ValueError, match=r"\(24, 20, 3\); the model takes arrays \(height, width, 9\)"):
+        model(few)
+    # Bands that the network does not see may hold anything.
+    if dtype == np.float32:
+        image[..., 1] = np.nan
+        np.testing.assert_allclose(model.predict_proba(image)[..., 0], expected, atol=1e-5)
+        image = np.nan_to_num(image)
+    # Bands are numbered after resampling.
+    model = deepskip.Predictor(state_of(2, 1, bands=3, chosen=[2, 0], of=3))
+    thirds = image.astype(np.float64).reshape(24, 20, 3, 3).mean(3)
+    thirds = (thirds if dtype == np.float32 else np.rint(thirds)).astype(dtype)[..., [2, 0]]
+    expected = by_hand(model, thirds)[0]
+    np.testing.assert_allclose(model.predict_proba(image)[..., 0], expected, atol=1e-5)
+    np.testing.assert_allclose(model.predict_proba(thirds, chosen=True)[..., 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"chosen": [0, 1, 9], "of": 9}, "must be a list of bands, 0 to 8"),
+        ({"chosen": [0, 1, 1], "of": 9}, "must name 3 different bands"),
+        ({"chosen": [0, 1], "of": 9}, "must name 3 different bands"),
+        ({"chosen": "012", "of": 9}, "must be a list of bands"),
+        ({"chosen": [0, 1, 2]}, "preparation.of is None"),
+    ],
+)
+def test_a_checkpoint_with_an_impossible_choice_of_bands(tmp_path: Path, told: dict[str, Any], said: str) -> None:
+    checkpoint.save(state_of(3, 1, **told), tmp_path / "odd.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=said):
+        deepskip.load(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])

@@ -31,7 +31,7 @@ NEW_KEYS |= {"/config/run/precision"}
 NEW_METRICS = {"niou", "pd", "fa"}
 NEW_KEYS |= {f"/best/{name}" for name in ("best_threshold", "iou_best_threshold", *NEW_METRICS)}
 IDENTITY = ("samples", "shards", "bands", "num_classes", "ignore_index", "contents", "statistics", "reading")
-NEW_KEYS |= {f"/config/data/{key}" for key in ("accept", "lanes", "fixed_lanes")}
+NEW_KEYS |= {f"/config/data/{key}" for key in ("accept", "bands", "lanes", "fixed_lanes")}
 NEW_KEYS |= {f"/data/splits/{split}/{key}" for split in ("train", "val") for key in IDENTITY}
 # This share of pixels must agree. A few of those on the threshold may change sides.
 ALIKE = 0.999

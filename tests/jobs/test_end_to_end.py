@@ -27,7 +27,8 @@ from deepskip.cluster.local import MARK
 from deepskip.complexity import conv_weights
 from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.dataset import Shards
-from deepskip.data_shards.index import SampleEntry, load_index
+from deepskip.data_shards.entries import SampleEntry
+from deepskip.data_shards.index import load_index
 from deepskip.data_shards.order import Slot
 from deepskip.jobs import runs
 from deepskip.jobs.journal import read_measured

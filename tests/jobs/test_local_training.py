@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ import deepskip
 from deepskip import checkpoint
 from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.index import load_index
-from deepskip.jobs import models, report, runs, train
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.writer import write_shards
+from deepskip.jobs import evaluate, models, report, runs, train
 from deepskip.jobs.journal import read_measured
 from deepskip.jobs.training import tracked
 from tests.deepskip.networks.small import SMALL as NETWORK_SIZES
@@ -172,6 +175,50 @@ def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     config.optim.steps = 0
     with pytest.raises(ValueError, match=r"optim\.steps is 0"):
         deepskip.train(config)
+
+
+def test_a_training_on_some_bands_is_one_on_a_set_that_has_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    masks = (rng.random((6, 64, 64)) < 0.1).astype(np.uint8)
+    images = rng.normal(size=(6, 64, 64, 5)).astype(np.float32) + masks[..., None]
+    for name, bands in (("all", range(5)), ("few", [4, 1, 2])):
+        for split, part in (("train", slice(4)), ("val", slice(4, 6))):
+            made = zip(images[part], masks[part], strict=True)
+            samples = (Sample(f"s{i}", image[..., bands], mask) for i, (image, mask) in enumerate(made))
+            write_shards(samples, tmp_path / name / split, num_classes=1)
+    found, states = {}, {}
+    for name in ("all", "few"):
+        arguments = ["--local", "--data.path", name, "--run.name", name, *SMALL, "--run.tracking_uri", "none"]
+        train.main(
+            [*arguments, *(["--data.bands", "[4, 1-2]"] if name == "all" else []), "--data.normalize", "dataset"]
+        )
+        found[name], states[name] = (
+            losses(tmp_path / "runs" / name),
+            torch.load(tmp_path / "runs" / name / "checkpoints/best.pt"),
+        )
+    assert found["all"] == found["few"]
+    assert all(torch.equal(weight, states["few"]["model"][key]) for key, weight in states["all"]["model"].items())
+    assert states["all"]["data"]["preparation"] == {"bands": None, "longest_side": None, "chosen": [4, 1, 2], "of": 5}
+    assert states["all"]["data"]["mean"] == states["few"]["data"]["mean"]
+    # The evaluation takes the same bands by itself.
+    reports = []
+    for name in ("all", "few"):
+        evaluate.main(["--model", f"runs/{name}", "--out", f"{name}-report", "--track", "none"])
+        reports.append(json.loads((tmp_path / f"{name}-report" / "report.json").read_text()))
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert reports[0]["confusion"] == reports[1]["confusion"]
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "runs/all", "--data", "few/val", "--out", "no"])
+    assert "3 bands" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--local", "--data.path", "all", "--run.name", "odd", *SMALL, "--data.bands", "[1, 5]"])
+    assert "data.bands is [1, 5]: there is no band 5: the images have 5 bands, 0 to 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--local", "--data.path", "all", "--run.name", "all", *SMALL, "--data.bands", "[0, 1-2]"])
+    assert "data.bands" in capsys.readouterr().err
 
 
 def test_a_model_that_mlflow_takes_too_slowly_is_sent_by_the_same_command(

@@ -122,6 +122,16 @@ def test_the_training_datas_preparation_is_done_first() -> None:
     assert answer.coverage == pytest.approx((large > 0.5).mean())
 
 
+def test_the_networks_bands_are_taken_of_an_image() -> None:
+    image = np.random.default_rng(0).normal(size=(30, 20, 6)).astype(np.float32)
+    told = {"bands": None, "longest_side": None, "chosen": [5, 1], "of": 6}
+    model = Model(state(2, 1, told), "cpu", 10_000, 4, 0, 1)
+    good, few = ask(model, [image, image[..., [5, 1]]])
+    close(mask_of(good), model, image[..., [5, 1]])
+    assert (few.status, few.reason) == (422, "the image: has 2 bands; the model takes 6")
+    assert asyncio.run(model.describe()) == {"bands": 6, "classes": 1}
+
+
 def test_what_the_model_cannot_take_is_said() -> None:
     model = Model(state(3, 1), "cpu", 600, 4, 0, 1)
     good, wide, four = np.zeros((30, 20, 3)), np.zeros((30, 21, 3)), np.zeros((30, 20, 4))

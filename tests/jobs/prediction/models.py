@@ -19,6 +19,7 @@ def save_model(
     normalize: str = "image",
     seed: int = 0,
     longest_side: int | None = None,
+    **preparation: Any,
 ) -> Path:
     """Write the best checkpoint of a run."""
     torch.manual_seed(seed)
@@ -43,7 +44,8 @@ def save_model(
         "mean": [100.0] * bands,
         "std": [60.0] * bands,
         # Images with other numbers of bands are resampled if they are also to be shrunk.
-        "preparation": {"bands": bands if longest_side else None, "longest_side": longest_side},
+        "preparation": {"bands": bands if longest_side and not preparation else None, "longest_side": longest_side}
+        | preparation,
     }
     state = {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
     checkpoint.save(state, run / checkpoint.FOLDER / checkpoint.BEST)

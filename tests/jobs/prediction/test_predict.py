@@ -294,6 +294,26 @@ def test_images_are_prepared_as_the_training_data_was(tmp_path: Path, monkeypatc
     assert (streamed != whole).mean() < 0.01
 
 
+@pytest.mark.parametrize("longest_side", [None, 100])
+def test_the_networks_bands_are_taken_of_each_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest_side: int | None
+) -> None:
+    told = {"chosen": [7, 0, 4, 3], "of": 9}
+    model = save_model(tmp_path / "run", 4, longest_side=longest_side, **told)
+    cube = picture(210, 150, 9, np.float32)
+    np.save(tmp_path / "cube.npy", cube)
+    expected = deepskip.load(model).predict_proba(cube)
+    # The same network on these bands alone.
+    alone = deepskip.load(save_model(tmp_path / "alone", 4, longest_side=longest_side))
+    np.testing.assert_allclose(expected, alone.predict_proba(cube[..., [7, 0, 4, 3]]), atol=1e-5)
+    arguments = ["--checkpoint", model, "--images", tmp_path / "cube.npy", "--overlays", "false", *TILE]
+    for name in ("whole", "streamed"):
+        run(*arguments, "--out", tmp_path / name, "--probabilities", "true")
+        found = np.load(tmp_path / name / "probabilities" / "cube.npy")
+        np.testing.assert_allclose(found, expected[..., 0], atol=1e-4)
+        monkeypatch.setattr(rasters, "WHOLE_BYTES", 0)
+
+
 def test_bad_images_are_named_and_the_rest_goes_on(
     three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
