@@ -85,9 +85,9 @@ def draw(pairs: dict[str, tuple[Work, Work]]) -> Figure:
         axis.plot(to_x, to_y, "s", color=BLUE)
         # Points lie together, so their numbers go out to the side, one after another.
         away = 8 + 9 * (number - 1)
-        for place, shift in (((x, y), (-away - 4, 2)), ((to_x, to_y), (away, -7))):
+        for place, offset in (((x, y), (-away - 4, 2)), ((to_x, to_y), (away, -7))):
             axis.annotate(
-                str(number), place, xytext=shift, textcoords="offset points", fontsize=9,
+                str(number), place, xytext=offset, textcoords="offset points", fontsize=9,
                 arrowprops={"arrowstyle": "-", "color": "0.7", "shrinkA": 0, "shrinkB": 2},
             )  # fmt: skip
     axis.text(0.035, issue / 1.2e9, "bound by memory", fontsize=9, color="0.3")
