@@ -133,6 +133,9 @@ class OptimConfig:
     """optimizer steps of the whole training"""
     global_batch_size: int = setting(8, 1)
     """samples in one step over all workers; neither their choice nor their augmentation depends on the number of workers"""
+    micro_batch: int | Literal["auto"] | None = setting(None, 1, free=True)
+    """largest number of samples of a worker that pass through the network together; larger shares are computed in parts, which
+    takes less memory and more time. auto takes a worker's share at the most of cluster.workers; null takes all at once"""
     learning_rate: float = setting(4e-3, 0, 10)
     """peak learning rate of Adam; Muon's is five times that"""
     momentum: float = setting(0.95, 0, 0.99999999)
@@ -229,6 +232,15 @@ def workers_range(workers: int | tuple[int, int] | None) -> tuple[int, int] | No
     return (workers, workers) if isinstance(workers, int) else workers and (workers[0], workers[1])
 
 
+def part_size(config: Config) -> int | None:
+    """Return the largest number of samples that pass through the network together, or None for all of a worker's."""
+    asked, most = config.optim.micro_batch, workers_range(config.cluster.workers)
+    if asked == "auto":
+        # check_values refuses auto without workers.
+        return -(-config.optim.global_batch_size // most[1]) if most else None
+    return asked
+
+
 def faults_of(settings: Any, section: str = "") -> list[str]:
     """Return a message for each setting that is out of bounds: its key, its value and what is allowed.
 
@@ -277,6 +289,16 @@ def check_values(config: Config) -> None:
     if isinstance(lanes, int) and lanes > batch:
         # Ranks would read all lanes in turn.
         faults.append(f"data.lanes is {lanes}; it must be at most optim.global_batch_size, which is {batch}")
+    if (parts := config.optim.micro_batch) is not None:
+        given = f"optim.micro_batch is {parts}"
+        if parts == "auto" and asked is None:
+            faults.append(
+                f"{given}; it takes a worker's share at the most workers, so set cluster.workers: [fewest, most]"
+            )
+        if config.model.norm == "sync-batch":
+            faults.append(
+                f'{given}; with model.norm "sync-batch" all samples of a step are normalised together: set it to null'
+            )
     if config.run.name is not None and not is_folder_name(config.run.name):
         faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
     if faults:

@@ -3,6 +3,7 @@
 The trainer, the benchmarks and every comparison run this step. A checkpoint holds its state.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -12,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import AveragedModel
 
-from deepskip import augment, networks
+from deepskip import augment, micro_batches, networks
 from deepskip.checkpoint import DataState, StepState
-from deepskip.config import Config
+from deepskip.config import Config, part_size
 from deepskip.copies import to_device
 from deepskip.inference import normalize, to_labels
 from deepskip.instance_batch_norm import InstanceBatchNorm
@@ -130,11 +131,15 @@ class TrainingStep:
         device: device on which to train.
         world_size: number of ranks.
 
+    Raises:
+        ValueError: if optim.micro_batch is set and the network has its own loss.
+
     Attributes:
         precision: torch.float32, or torch.bfloat16 for autocast.
         network: the network, in channels-last memory on the device.
         averaged: its moving average, or the network itself if config.optim.ema_decay is 0.
         criterion: the loss.
+        part_size: largest number of samples that pass through the network together, or None for all of the rank's.
         step: number of steps done.
         votes: number of ranks that were asked to stop before the last step, a scalar on the device.
     """
@@ -147,6 +152,12 @@ class TrainingStep:
         # Only 2-D convolutions: others have no such memory format.
         self.network: nn.Module = convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
         self.own_loss = networks.brings_loss(network)
+        self.part_size = part_size(config)
+        if self.own_loss and self.part_size is not None:
+            raise ValueError(
+                f"optim.micro_batch is {config.optim.micro_batch}; {config.model.network} has its own loss, which is not a "
+                "function of sums, so its batches cannot be computed in parts: set optim.micro_batch to null"
+            )
         self.optimizer = build_optimizer(config.optim, self.network)
         self.ema: AveragedModel | None = None
         if config.optim.ema_decay:
@@ -292,21 +303,46 @@ class TrainingStep:
         for norm in self._synchronised:
             # Without repeats, a lone rank keeps the fast forms of batch norm.
             norm.weights = batch["weight"] if self.world_size > 1 or batch.get("padded", True) else None
-        if not isinstance(self.network, DeepSkipUNet):
-            # Random numbers of a network (dropout, sampled boxes) depend on the step alone: a resumed run draws the same.
-            torch.manual_seed(self.config.run.seed + self.step)
+        self.seed()
         result = self.gradients_of_own_loss(image, mask, batch["weight"], votes) if self.own_loss else None
         if result is None:
-            logits = self.forward(image)
-            parts = self.criterion.parts(logits, mask, batch["weight"], carried=votes)
-            self.backward(parts)
-            overlap = overlap_counts(logits.detach(), mask, batch["weight"], self.data.ignore_index)
-            result = StepResult(parts.loss.detach(), parts.bce.detach(), parts.dice.detach(), overlap)
+            result = self.gradients(image, mask, batch["weight"], votes)
         self.clip()
         self.update()
         self.average()
         self.step += 1
         return result
+
+    def gradients(self, image: Tensor, mask: Tensor, weight: Tensor, votes: Tensor) -> StepResult:
+        """Compute the gradient of the global batch, a part at a time if this rank's share has more samples than a part.
+
+        Args:
+            image: normalised images (N, bands, H, W).
+            mask: labels (N, H, W).
+            weight: weights of the samples, (N,).
+            votes: added up over all ranks, in place, (1,).
+        """
+        if self.part_size is not None and len(image) > self.part_size:
+            parts, overlap = micro_batches.gradients(self, image, mask, weight, votes)
+        else:
+            logits = self.forward(image)
+            parts = self.criterion.parts(logits, mask, weight, carried=votes)
+            self.backward(parts)
+            overlap = self.overlap(logits, mask, weight)
+        return StepResult(parts.loss.detach(), parts.bce.detach(), parts.dice.detach(), overlap)
+
+    def overlap(self, logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Count this rank's foreground pixels (3,), as `overlap_counts` does."""
+        return overlap_counts(logits.detach(), mask, weight, self.data.ignore_index)
+
+    def seed(self) -> None:
+        """Make a network's random numbers (dropout, sampled boxes) depend on the step alone: a resumed run draws the same."""
+        if not isinstance(self.network, DeepSkipUNet):
+            torch.manual_seed(self.config.run.seed + self.step)
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Return a context in which gradients are accumulated on this rank and not yet added up over all ranks."""
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
 
     def gradients_of_own_loss(self, image: Tensor, mask: Tensor, weight: Tensor, votes: Tensor) -> StepResult:
         """Compute the gradient of the network's own loss; over several ranks it is the mean of the ranks' gradients.

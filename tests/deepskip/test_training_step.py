@@ -131,7 +131,7 @@ def counted_steps(folder: Path, rank: int, world_size: int) -> dict[str, Counter
 
 @pytest.mark.slow
 def test_the_collectives_and_waits_of_a_step(tmp_path: Path) -> None:
-    # Before, there were six: two broadcasts of buffers, one for the vote, one for the sums of the loss, two buckets.
+    # Before, there were six: two broadcasts of buffers, the sums of the loss, two buckets and the vote.
     for found in on_ranks(2, tmp_path, counted_steps):
         assert found["batch"] == {"allreduce_": 3}
         # Each of the 18 norms has one collective forward and one backward.

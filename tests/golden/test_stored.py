@@ -27,7 +27,7 @@ STORED = Path(__file__).parent / "stored"
 VALUES: dict[str, Any] = json.loads((STORED / "values.json").read_text())
 # These keys did not exist then. Those in /best are of binary tasks.
 NEW_KEYS = {"/config/model/network", "/config/augment/gamma", "/config/loss/overlap", "/config/optim/schedule"}
-NEW_KEYS |= {"/config/run/precision"}
+NEW_KEYS |= {"/config/run/precision", "/config/optim/micro_batch"}
 NEW_METRICS = {"niou", "pd", "fa"}
 NEW_KEYS |= {f"/best/{name}" for name in ("best_threshold", "iou_best_threshold", *NEW_METRICS)}
 IDENTITY = ("samples", "shards", "bands", "num_classes", "ignore_index", "contents", "statistics", "reading")
