@@ -18,7 +18,7 @@ def chosen_bands(choice: Sequence[int | str], bands: int) -> tuple[int, ...]:
         bands: Number of bands of the images.
 
     Raises:
-        BandError: If the choice is empty, is not of numbers and ranges, or names a band twice or one that is missing.
+        BandError: If the choice is empty, is not of numbers and ranges, or names a band twice or one that images lack.
     """
     found: list[int] = []
     seen: set[int] = set()

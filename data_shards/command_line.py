@@ -170,7 +170,7 @@ def add_sources(pack: Any) -> None:
     add_split(arrays)
     add_labels(arrays)
     arrays.add_argument("--bands", type=int, help="resample every image to this number of bands")
-    arrays.add_argument("--samples_per_shard", type=int, default=256, help="samples in a shard (256)")
+    add_storing(arrays)
     arrays.add_argument("--nodata", type=float, help="pixel value that means no data in images; nan too")
     add_values(arrays)
     arrays.set_defaults(run="run_pack_arrays")
@@ -198,7 +198,25 @@ def add_preparation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--longest_side", type=int, help="shrink larger images so that the longer side has this many pixels"
     )
+    add_storing(parser)
+
+
+def add_storing(parser: argparse.ArgumentParser) -> None:
+    """Add the options that define how samples are stored."""
     parser.add_argument("--samples_per_shard", type=int, default=256, help="samples in a shard (256)")
+    parser.add_argument(
+        "--tile",
+        type=tile_side,
+        help="store images with a longer side, and those of more than 4 bands, as TIFF in tiles of this many pixels a side, of "
+        "which a crop or some bands are read alone: a multiple of 16, such as 256 (off)",
+    )
+
+
+def tile_side(text: str) -> int:
+    """Parse the side of a tile."""
+    if not text.isdigit() or int(text) % 16 or not 16 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 16 from 16 to 4096")
+    return int(text)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:

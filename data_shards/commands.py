@@ -84,7 +84,7 @@ def run_pack_arrays(arguments: argparse.Namespace) -> None:
 
 def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the named options together with those that all sources share."""
-    common = ("split", "val_share", "seed", "samples_per_shard")
+    common = ("split", "val_share", "seed", "samples_per_shard", "tile")
     return {name: getattr(arguments, name) for name in (*common, *names)} | {
         "progress": progress("samples"),
         "say": print,

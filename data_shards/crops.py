@@ -42,42 +42,75 @@ class Item(NamedTuple):
 def random_crop(
     image_HWC: np.ndarray, mask_HW: np.ndarray, crops: Crops, ignore_index: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a random square crop out of an image and its mask.
-
-    A smaller image is padded at the bottom and right: the image with its edge values, the mask with ignore_index.
-    With probability crops.foreground the crop holds a random pixel of a random foreground class of the image.
+    """Cut a random square crop out of an image and its mask, at `crop_place` and by `cut`.
 
     Args:
         image_HWC: Image (H, W, bands).
         mask_HW: Labels (H, W).
         crops: Size and share of foreground crops.
         ignore_index: Label of ignored pixels.
-        rng: Source of random numbers; each call draws the same number of values, whatever the image holds.
+        rng: Source of random numbers.
 
     Returns:
         Image (size, size, bands) and mask (size, size), views where no padding was needed.
     """
+    rows, columns = crop_place(mask_HW, crops, ignore_index, rng)
+    return cut(image_HWC[rows, columns], mask_HW[rows, columns], crops.size, ignore_index)
+
+
+def cut(image_hwC: np.ndarray, mask_hw: np.ndarray, size: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad a window of an image, and of its mask, to a square at the bottom and right.
+
+    Args:
+        image_hwC: Window (h, w, bands), which is padded with its edge values.
+        mask_hw: Window (h, w), which is padded with ignore_index.
+        size: Side of the square in pixels, at least h and w.
+        ignore_index: Label of ignored pixels.
+
+    Returns:
+        Image (size, size, bands) and mask (size, size), the windows themselves if they are large enough.
+    """
+    h, w = mask_hw.shape
+    if (h, w) == (size, size):
+        return image_hwC, mask_hw
+    pad = ((0, size - h), (0, size - w))
+    return np.pad(image_hwC, (*pad, (0, 0)), mode="edge"), np.pad(mask_hw, pad, constant_values=ignore_index)
+
+
+def crop_place(mask_HW: np.ndarray, crops: Crops, ignore_index: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Draw the place of a random square crop.
+
+    With probability crops.foreground the crop holds a random pixel of a random foreground class of the image.
+
+    Args:
+        mask_HW: Labels (H, W) uint8.
+        crops: Size and share of foreground crops.
+        ignore_index: Label of ignored pixels.
+        rng: Source of random numbers; each call draws the same number of values, whatever the image holds.
+
+    Returns:
+        Rows and columns within the image; fewer than the crop's size where the image is smaller.
+    """
     size = crops.size
-    H, W = mask_HW.shape
-    if size > H or size > W:
-        pad = ((0, max(0, size - H)), (0, max(0, size - W)))
-        image_HWC = np.pad(image_HWC, (*pad, (0, 0)), mode="edge")
-        mask_HW = np.pad(mask_HW, pad, constant_values=ignore_index)
-        H, W = mask_HW.shape
+    height, width = mask_HW.shape
+    # A smaller image is padded at the bottom and right.
+    H, W = max(height, size), max(width, size)
     # All numbers are drawn whether used or not, so that the image's contents do not shift the random stream.
     around, share, y, x = rng.random(4)
     which = rng.random()
     top, left = int(y * (H - size + 1)), int(x * (W - size + 1))
     if around < crops.foreground:
-        classes = [label for label in np.unique(mask_HW) if label not in (0, ignore_index)]
-        if classes:
-            pixels = np.flatnonzero(mask_HW == classes[int(which * len(classes))])
-            row, column = divmod(int(pixels[int(share * len(pixels))]), W)
+        # Objects are small, so all but a few pixels are passed over once.
+        places = np.flatnonzero((mask_HW != 0) & (mask_HW != ignore_index))
+        labels = mask_HW.reshape(-1)[places]
+        classes = np.flatnonzero(np.bincount(labels, minlength=256))
+        if len(classes):
+            pixels = places[labels == classes[int(which * len(classes))]]
+            row, column = divmod(int(pixels[int(share * len(pixels))]), width)
             # The pixel lies anywhere in the crop with equal probability, as far as the image's border allows.
             top = min(max(row - int(y * size), 0), H - size)
             left = min(max(column - int(x * size), 0), W - size)
-    window = slice(top, top + size), slice(left, left + size)
-    return image_HWC[window], mask_HW[window]
+    return slice(top, min(top + size, height)), slice(left, min(left + size, width))
 
 
 def donor_of(sample: int, shard: range, share: float, rng: np.random.Generator) -> int | None:

@@ -2,7 +2,8 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -12,23 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, tiles
 from deepskip.data_shards.bands import choose_bands
-from deepskip.data_shards.crops import Crops, Item, donor_of, pasted, random_crop
-from deepskip.data_shards.decoding import decode_image, decode_mask, npy_header
+from deepskip.data_shards.crops import Crops, Item, crop_place, cut, donor_of, pasted, random_crop
+from deepskip.data_shards.decoding import npy_header
 from deepskip.data_shards.entries import SampleEntry
 from deepskip.data_shards.index import Index, load_index
-from deepskip.data_shards.labels import AS_LABELS
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.pictures import filled, without_values
-from deepskip.data_shards.preparation import band_statistics, resample_bands
+from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard, digest
+from deepskip.data_shards.stored import MAX_GAP, StoredSample, read_stored
 
 NORMALIZATIONS = ("image", "dataset", "none")
 OPEN_SHARDS = 64
-# Largest number of bytes between image and mask that are read along in the same call.
-MAX_GAP = 65536
 
 
 class SkipReport(TypedDict):
@@ -228,21 +227,16 @@ class Shards(Dataset[Batch]):
             BadSample: If the sample, or its donor with on_bad_sample "error", cannot be used.
             BrokenShard: If the shard cannot be opened.
         """
-        item = self.whole(entry)
         if self.crops is None:
-            return item
+            return self.whole(entry)
         crops, place = self.crops, [self.crops.seed, slot.epoch, slot.sample]
-        if item.mask.shape != (crops.size, crops.size):
-            item = self.cropped(item, crops, np.random.default_rng([*place, 0]))
+        item = self.cropped(entry, crops, np.random.default_rng([*place, 0]))
         if crops.paste:
             # Stream 1 of random numbers belongs to the augmentation.
             rng = np.random.default_rng([*place, 2])
             donor = donor_of(slot.sample, self.index.shard_range(entry.shard), crops.paste, rng)
-            if donor is not None and (other := self.donor(donor)) is not None:
-                turn = int(rng.integers(8))
-                # The donor is cropped around its objects.
-                if other.mask.shape != (crops.size, crops.size):
-                    other = self.cropped(other, replace(crops, foreground=1.0), rng)
+            turn = int(rng.integers(8))
+            if donor is not None and (other := self.donor(donor, crops, rng)) is not None:
                 item = pasted(item, other, self.index.ignore_index, turn)
         return item
 
@@ -259,26 +253,53 @@ class Shards(Dataset[Batch]):
             image = filled(image, mean if self.normalize != "none" else self.mean)
         return Item(image, mask, mean, std)
 
-    def cropped(self, item: Item, crops: Crops, rng: np.random.Generator) -> Item:
-        """Return a sample cut to the crops' size."""
-        image, mask = random_crop(item.image, item.mask, crops, self.index.ignore_index, rng)
+    def cropped(self, entry: SampleEntry, crops: Crops, rng: np.random.Generator) -> Item:
+        """Return one sample cut to the crops' size; of an image in tiles, only those that the crop touches are read.
+
+        Args:
+            entry: Index entry of the sample.
+            crops: How the crop is cut.
+            rng: Source of random numbers; none are drawn for an image of the crops' size.
+
+        Raises:
+            BadSample: If the sample cannot be used.
+            BrokenShard: If the shard cannot be opened.
+        """
+        ignore_index = self.index.ignore_index
+        # The labels of pixels without a value, and an image's own statistics, need the whole image.
+        alone = not self.index.reading.missing and (self.normalize != "image" or self.index.has_statistics)
+        if entry.image.format == tiles.FORMAT and alone:
+            with self.reading(entry) as stored:
+                if stored.mask.shape == (crops.size, crops.size):
+                    rows = columns = slice(0, crops.size)
+                else:
+                    rows, columns = crop_place(stored.mask, crops, ignore_index, rng)
+                window = stored.window(rows, columns)
+                image, mask = cut(window, stored.mask[rows, columns], crops.size, ignore_index)
+            return Item(image, mask, *self.statistics(image, entry))
+        item = self.whole(entry)
+        if item.mask.shape == (crops.size, crops.size):
+            return item
+        image, mask = random_crop(item.image, item.mask, crops, ignore_index, rng)
         return item._replace(image=image, mask=mask)
 
-    def donor(self, sample: int) -> Item | None:
-        """Return a whole sample to take objects from.
+    def donor(self, sample: int, crops: Crops, rng: np.random.Generator) -> Item | None:
+        """Return a sample to take objects from, cropped around them.
 
         Args:
             sample: Number of the sample.
+            crops: Size of the crop.
+            rng: Source of random numbers.
 
         Returns:
-            The sample, or None for a bad sample that is skipped; it is reported when its own place in the order comes.
+            The crop, or None for a bad sample that is skipped; it is reported when its own place in the order comes.
 
         Raises:
             BadSample: If the sample cannot be used and on_bad_sample is "error".
             BrokenShard: If the shard cannot be opened.
         """
         try:
-            return self.whole(self.index.entries([sample])[0])
+            return self.cropped(self.index.entries([sample])[0], replace(crops, foreground=1.0), rng)
         except BadSample:
             if self.on_bad_sample == "error":
                 raise
@@ -310,19 +331,39 @@ class Shards(Dataset[Batch]):
             BadSample: If the sample cannot be decoded, has changed or has a label that num_classes does not allow.
             BrokenShard: If the shard cannot be opened.
         """
+        with self.reading(entry) as stored:
+            image, mask = stored.whole(), stored.mask
+            if self.index.reading.missing:
+                mask = without_values(image, mask, self.index.ignore_index)
+        return image, mask
+
+    @contextmanager
+    def reading(self, entry: SampleEntry) -> Iterator[StoredSample]:
+        """Read one sample and check its labels; what is wrong with it, also with what is read of it later, is a BadSample.
+
+        Args:
+            entry: Index entry of the sample.
+
+        Yields:
+            The sample.
+
+        Raises:
+            BadSample: If the sample cannot be decoded, has changed or has a label that num_classes does not allow.
+            BrokenShard: If the shard cannot be opened.
+        """
         descriptor = self.open_shard(entry.shard)
         try:
-            image, mask = decode_sample(descriptor, entry, self.index)
+            stored = read_stored(descriptor, entry, self.index)
             highest = 1 if self.num_classes == 1 else self.num_classes - 1
-            if mask.max() > highest:
-                wrong = mask[(mask > highest) & (mask != self.index.ignore_index)]
+            if stored.mask.max() > highest:
+                wrong = stored.mask[(stored.mask > highest) & (stored.mask != self.index.ignore_index)]
                 if wrong.size:
                     raise ValueError(
                         f"has label {wrong.max()}; with {self.num_classes} classes the highest is {highest}"
                     )
+            yield stored
         except (ValueError, MemoryError) as error:
             raise BadSample(self.index.shard_location(entry.shard), entry.key, str(error)) from error
-        return image, mask
 
     def open_shard(self, number: int) -> int:
         """Open a shard and keep it open; a remote one is fetched first.
@@ -427,49 +468,3 @@ class Shards(Dataset[Batch]):
             return self.index.statistics_of(entry.number)
         mean, std = band_statistics(image_HWC)
         return mean.astype(np.float32), std.astype(np.float32)
-
-
-def decode_sample(descriptor: int, entry: SampleEntry, index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """Read and decode one sample from an open tar.
-
-    Args:
-        descriptor: File descriptor of the tar.
-        entry: Index entry of the sample.
-        index: The index, which defines bands, labels and how files are read.
-
-    Returns:
-        Image (H, W, bands) and mask (H, W) uint8 labels.
-
-    Raises:
-        ValueError: If bytes are missing or changed, a file does not decode, sizes differ or the bands are wrong.
-    """
-    kinds = entry.image, entry.mask
-    start = min(member.offset for member in kinds)
-    span = max(member.offset + member.length for member in kinds) - start
-    # Image and mask mostly lie next to each other: one read for both.
-    if span <= entry.image.length + entry.mask.length + MAX_GAP:
-        data = memoryview(os.pread(descriptor, span, start))
-        parts = [data[m.offset - start : m.offset - start + m.length] for m in kinds]
-    else:
-        parts = [memoryview(os.pread(descriptor, m.length, m.offset)) for m in kinds]
-    for member, part in zip(kinds, parts, strict=True):
-        if len(part) != member.length:
-            raise ValueError(f"ends after {len(part)} of {member.length} bytes")
-    if digest(parts) != entry.digest:
-        raise ValueError("has other bytes than when it was indexed (xxh3 differs)")
-    bands = index.stored_bands if index.preparation["bands"] is None else None
-    image = decode_image(entry.image.format, parts[0], bands=bands, reading=index.reading)
-    mask = decode_mask(entry.mask.format, parts[1], index.labels.values if index.labels else AS_LABELS)
-    if image.shape[:2] != mask.shape:
-        raise ValueError(f"the image is {image.shape[:2]}, its mask {mask.shape} (height, width)")
-    if image.shape[2] != index.stored_bands:
-        if index.preparation["bands"] != index.stored_bands:
-            raise ValueError(f"has {image.shape[2]} bands; the index says {index.stored_bands}")
-        image = resample_bands(image, index.stored_bands)
-    if index.chosen is not None:
-        image = np.take(image, index.chosen, axis=2)
-    if index.labels is not None:
-        mask = index.labels.apply(mask)
-    if not index.reading.missing:
-        return image, mask.astype(np.uint8, copy=False)
-    return image, without_values(image, mask.astype(np.uint8), index.ignore_index)

@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from deepskip.data_shards import png, tiff
+from deepskip.data_shards import png, tiff, tiles
 from deepskip.data_shards.entries import FORMATS
 from deepskip.data_shards.labels import AS_LABELS, Values
 from deepskip.data_shards.pictures import AS_IT_COMES, ORIENTATION_TAG, Picture, Reading, image_of
@@ -55,6 +55,11 @@ class Limits:
         """Raise TooLarge if an image has more pixels than allowed."""
         if height * width > self.pixels:
             raise TooLarge(f"has {height} x {width} pixels; at most {self.pixels} are read")
+
+    def check_image(self, height: int, width: int, count: int) -> None:
+        """Raise TooLarge if an image has more pixels or bytes than allowed."""
+        self.check(height, width)
+        self.check_bytes(count)
 
     def check_bytes(self, count: int) -> None:
         """Raise TooLarge if an array has more bytes than allowed."""
@@ -167,6 +172,9 @@ def _decode(extension: str, data: Data, labels: bool, keys: tuple[str, ...], lim
             return _read_tiff(data, labels, limits)
         if extension == "npy":
             return Picture(_read_npy(data))
+        if extension == tiles.FORMAT:
+            array = tiles.decode(data, limits.check_image)
+            return Picture(array[..., 0] if array.shape[2] == 1 else array)
         if extension == "npz":
             return Picture(read_npz(io.BytesIO(data), keys, limits))
     except TooLarge as error:

@@ -8,6 +8,9 @@ import pyarrow as pa
 
 FORMATS = ("png", "jpg", "jpeg", "tif", "tiff", "npy", "npz", "bmp", "gif")
 
+# Formats of an index: also images in tiles, which as files of their own are TIFF.
+STORED = (*FORMATS, "tiles")
+
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -92,7 +95,7 @@ def with_statistics(samples: pa.Table, mean: np.ndarray, std: np.ndarray) -> pa.
 
 
 def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
-    """Build the Arrow table of samples, in their order, with format columns that refer to FORMATS."""
+    """Build the Arrow table of samples, in their order, with format columns that refer to STORED."""
     rows = [
         (
             e.key,
@@ -100,8 +103,8 @@ def sample_table(entries: Iterable[SampleEntry]) -> pa.Table:
             e.image.length,
             e.mask.offset,
             e.mask.length,
-            FORMATS.index(e.image.format),
-            FORMATS.index(e.mask.format),
+            STORED.index(e.image.format),
+            STORED.index(e.mask.format),
             e.digest,
         )
         for e in entries

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from deepskip.data_shards import index_check, storage
-from deepskip.data_shards.entries import FORMATS, SCHEMA, STATISTICS, Member, SampleEntry, schema_of
+from deepskip.data_shards.entries import SCHEMA, STATISTICS, STORED, Member, SampleEntry, schema_of
 from deepskip.data_shards.labels import AS_LABELS, Labels, Values
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 
@@ -79,7 +79,7 @@ class Index:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preparation: dict[str, Any]
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] = STORED
     labels: Labels | None = None
     base: str | None = None
     source: str | None = None
@@ -221,7 +221,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
                 raise NewerIndex(f"{path} has version {version}; this reads up to {VERSION}. Install a later DeepSkip.")
             said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "not an object"
             raise ValueError(f"it is {said[:200]}, this reads {FORMAT} version {VERSION}")
-        index_check.check_index(raw, FORMATS)
+        index_check.check_index(raw, STORED)
         return Index(
             tuple(ShardEntry(**shard) for shard in raw["shards"]), _load_samples(location, raw, cache), raw["bands"],
             raw["dtype"], raw["num_classes"], raw["ignore_index"], tuple(raw["mean"]), tuple(raw["std"]),

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from deepskip.data_shards import tar
+from deepskip.data_shards import tar, tiles
 from deepskip.data_shards.entries import Member, SampleEntry
 from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.sample import EXTENSIONS, BadSample
@@ -216,6 +216,8 @@ def format_of(suffix: str, data: bytes) -> str:
     Raises:
         ValueError: If neither is known.
     """
+    if tiles.is_tiled(data):
+        return tiles.FORMAT
     for magic, name in (
         (b"\x89PNG", "png"),
         (b"\xff\xd8\xff", "jpg"),
@@ -265,4 +267,6 @@ def sample_entry(
         data = os.pread(descriptor, length, offset)
         kinds.append(Member(format_of(suffix, data), offset, length))
         contents.append(data)
-    return SampleEntry(key, kinds[0], kinds[1], digest(contents)), contents
+    # The head holds the digest of each tile.
+    checked = tiles.head_bytes(contents[0]) if kinds[0].format == tiles.FORMAT else contents[0]
+    return SampleEntry(key, kinds[0], kinds[1], digest((checked, contents[1]))), contents

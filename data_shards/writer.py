@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from deepskip.data_shards import storage
+from deepskip.data_shards import storage, tiles
 from deepskip.data_shards.entries import SampleEntry, sample_table, with_statistics
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, ShardEntry, load_index, save_index
 from deepskip.data_shards.labels import IGNORE_INDEX
@@ -23,6 +23,8 @@ from deepskip.data_shards.sample import Sample, encode_image, encode_mask
 from deepskip.data_shards.scan import sample_entry, scan_tar
 
 LOCK = ".lock"
+# Side in pixels of the tiles of large masks.
+MASK_TILE = 1024
 
 
 def write_shards(
@@ -34,6 +36,7 @@ def write_shards(
     preparation: dict[str, Any] | None = None,
     samples_per_shard: int = 256,
     source: str | None = None,
+    tile: int | None = None,
 ) -> Index:
     """Write the shards and the index of a split.
 
@@ -47,6 +50,8 @@ def write_shards(
         ignore_index: Label of ignored pixels.
         preparation: What was done to the source images, for the index.
         samples_per_shard: Number of samples in a shard.
+        tile: Side in pixels of the tiles in which larger images and those of many bands are stored (`tiles`); None stores
+            every image in one piece.
         source: Fingerprint of what the shards are made of. If `folder` has the same one, it is not changed.
 
     Returns:
@@ -65,7 +70,9 @@ def write_shards(
         raise FileExistsError(f"{folder} exists already; remove it or pack to another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with half_written(folder) as temporary:
-        index = _write(iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source)
+        index = _write(
+            iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source, tile
+        )
         save_index(index, temporary)
         (temporary / LOCK).unlink()
         temporary.chmod(0o755)
@@ -102,6 +109,7 @@ def _write(
     preparation: dict[str, Any] | None,
     samples_per_shard: int,
     source: str | None,
+    tile: int | None,
 ) -> Index:
     paths: list[Path] = []
     keys: set[str] = set()
@@ -134,8 +142,8 @@ def _write(
                 # Plain headers without time stamps: the same samples give the same bytes.
                 writer = webdataset.TarWriter(str(paths[-1]), mtime=0, encoder=False)
             assert writer is not None
-            image_extension, image_bytes = sample.stored_image or encode_image(image)
-            mask_extension, mask_bytes = encode_mask(mask)
+            image_extension, image_bytes = encoded(sample, tile)
+            mask_extension, mask_bytes = encoded_mask(mask, tile)
             writer.write(
                 {"__key__": sample.key, f"image.{image_extension}": image_bytes, f"mask.{mask_extension}": mask_bytes}
             )
@@ -166,6 +174,38 @@ def _write(
         source=source,
         reading=Reading(missing=True, nodata=math.nan) if missing else AS_IT_COMES,
     )
+
+
+def encoded(sample: Sample, tile: int | None) -> tuple[str, bytes]:
+    """Return the extension and contents of a sample's image, as it goes into the shard.
+
+    Args:
+        sample: The sample.
+        tile: Side in pixels of the tiles in which larger images, and those of many bands, are stored; None for none.
+    """
+    image = sample.image_HWC
+    if tile is not None and tiles.can_tile(image):
+        H, W, bands = image.shape
+        if max(H, W) > tile or bands > tiles.MOST_TOGETHER:
+            return "tif", tiles.encode(image, tile)
+    return sample.stored_image or encode_image(image)
+
+
+def encoded_mask(mask_HW: np.ndarray, tile: int | None) -> tuple[str, bytes]:
+    """Return the extension and contents of a mask, as it goes into the shard.
+
+    A mask is read whole. Large ones are stored as images in tiles are, since PNG takes several times as long to decode.
+
+    Args:
+        mask_HW: Integer labels (H, W).
+        tile: Side of tiles in pixels, or None for none.
+
+    Raises:
+        ValueError: If a label is not 0 to 255.
+    """
+    if tile is None or max(mask_HW.shape) <= tile or mask_HW.min() < 0 or mask_HW.max() > 255:
+        return encode_mask(mask_HW)
+    return "tif", tiles.encode(mask_HW.astype(np.uint8)[..., None], MASK_TILE)
 
 
 def own_entries(path: Path) -> list[SampleEntry]:

@@ -35,6 +35,7 @@ def pack_arrays(
     reading: Reading = AS_IT_COMES,
     values: Values = AS_LABELS,
     samples_per_shard: int = 256,
+    tile: int | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
@@ -57,6 +58,7 @@ def pack_arrays(
         reading: How images are read, as in `pack_folder`.
         values: How masks are read, as in `pack_folder`.
         samples_per_shard: Number of samples in a shard.
+        tile: Side in pixels of the tiles of larger images, and of those of many bands; None stores them in one piece.
         progress: Wraps the samples that are examined and written.
         say: Called with each line about what was decided.
 
@@ -106,6 +108,7 @@ def pack_arrays(
         longest_side=None,
         nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
+        tile=tile,
         progress=progress,
     )
 

@@ -72,6 +72,7 @@ def pack_coco(
     on_bad_annotation: str = "error",
     reading: Reading = AS_IT_COMES,
     samples_per_shard: int = 256,
+    tile: int | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
@@ -96,6 +97,7 @@ def pack_coco(
         on_bad_annotation: "error", or "skip" to skip and list annotations without a valid outline.
         reading: How images are read, as in `pack_folder`.
         samples_per_shard: Number of samples in a shard.
+        tile: Side in pixels of the tiles of larger images, and of those of many bands; None stores them in one piece.
         progress: Wraps the images that are examined and written.
         say: Called with each line about what was decided.
 
@@ -132,6 +134,7 @@ def pack_coco(
         longest_side=longest_side,
         nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
+        tile=tile,
         progress=progress,
     )
 

@@ -54,6 +54,7 @@ def pack_folder(
     reading: Reading = AS_IT_COMES,
     values: Values = AS_LABELS,
     samples_per_shard: int = 256,
+    tile: int | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
@@ -80,6 +81,7 @@ def pack_folder(
         reading: How images are read.
         values: How masks are read.
         samples_per_shard: Number of samples in a shard.
+        tile: Side in pixels of the tiles of larger images, and of those of many bands; None stores them in one piece.
         progress: Wraps the pairs that are examined and the samples that are written.
         say: Called with each line about what was decided for which group of files.
 
@@ -107,6 +109,7 @@ def pack_folder(
         longest_side=longest_side,
         nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
+        tile=tile,
         progress=progress,
     )
 

@@ -62,6 +62,7 @@ def write_splits(
     longest_side: int | None,
     nodata: float | None = None,
     samples_per_shard: int,
+    tile: int | None = None,
     progress: Progress,
 ) -> dict[str, int]:
     """Write the members of each split into out/SPLIT.
@@ -79,6 +80,7 @@ def write_splits(
         longest_side: Longest side that images are shrunk to, for the index.
         nodata: No-data value that the user named, for the index.
         samples_per_shard: Number of samples in a shard.
+        tile: Side in pixels of the tiles of larger images, and of those of many bands; None stores them in one piece.
         progress: Wraps the samples.
 
     Returns:
@@ -92,6 +94,8 @@ def write_splits(
         preparation["nodata"] = plain_number(nodata)
     for name, members in parts.items():
         made_of = (*options, num_classes, bands, longest_side, samples_per_shard)
+        if tile is not None:
+            made_of = (*made_of, "tile", tile)
         try:
             write_shards(
                 progress(read(members), len(members)),
@@ -99,6 +103,7 @@ def write_splits(
                 num_classes=num_classes,
                 preparation=preparation,
                 samples_per_shard=samples_per_shard,
+                tile=tile,
                 source=fingerprint(files_of(members), *made_of),
             )
         except (FileExistsError, ValueError) as error:

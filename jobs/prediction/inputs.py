@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from deepskip.data_shards import index, storage, trouble
 from deepskip.data_shards.decoding import decode_image
-from deepskip.data_shards.entries import FORMATS
+from deepskip.data_shards.entries import FORMATS, STORED
 from deepskip.data_shards.index import Index
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.sources.elsewhere import how_to_convert, kind_of
@@ -162,8 +162,10 @@ def zarr_item(location: str, name: str) -> Item:
 def samples(folder: str) -> list[Item]:
     """List the samples of shards; their keys are not trusted as paths, so the names are quoted."""
     table = index_of(folder)
+    # Images in tiles are TIFF files.
+    kinds = {each: "tif" if each == "tiles" else each for each in STORED}
     return [
-        Item(plain(entry.key), folder, entry.image.format, entry.image.length, str(entry.digest), number)
+        Item(plain(entry.key), folder, kinds[entry.image.format], entry.image.length, str(entry.digest), number)
         for start in range(0, table.num_samples, 65536)
         for number, entry in enumerate(table.entries(list(range(start, min(start + 65536, table.num_samples)))), start)
     ]

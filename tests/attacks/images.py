@@ -12,7 +12,10 @@ from functools import lru_cache
 import imagecodecs
 import numpy as np
 import tifffile
+import xxhash
 from PIL import Image
+
+from deepskip.data_shards import tiles
 
 Made = tuple[str, bytes]
 CASES: dict[str, Callable[[], Made]] = {}
@@ -72,6 +75,20 @@ def tiled(data: bytes, compression: int, side: int) -> bytes:
     return tif(
         [*sixteen(compression), (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(data))], data
     )
+
+
+@case("tile of 16 x 16 that unpacks to a gigabyte")
+def zeros_in_a_tile() -> Made:
+    piece = imagecodecs.zstd_encode(bytes(2**30), 1)
+    digest = np.array([xxhash.xxh3_64_intdigest(piece)], np.uint64)
+    layout = tiles.Layout(16, 16, 1, np.dtype(np.uint8), 16, 16)
+    return "tiles", tiles.head_of(layout, np.array([len(piece)]), digest) + piece
+
+
+@case("tiles of 2**31 x 2**31 pixels")
+def endless_tiles() -> Made:
+    layout = tiles.Layout(2**31, 2**31, 1, np.dtype(np.uint8), 16, 16)
+    return "tiles", tiles.head_of(layout, np.array([1]), np.array([0], np.uint64)) + b"x"
 
 
 for SIDE in (30_000, 60_000):

@@ -1,6 +1,7 @@
 """Untrusted images, shards and indexes are refused with a message, in bounded time and memory."""
 
 import io
+import itertools
 import random
 import shutil
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import xxhash
 from PIL import Image
 
+from deepskip.data_shards import tiles
 from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.decoding import Limits, decode_image, decode_mask
@@ -94,6 +97,8 @@ def pictures() -> dict[str, list[bytes]]:
         file = io.BytesIO()
         tifffile.imwrite(file, np.stack([grey] * 5), metadata=metadata, photometric="minisblack", **options)
         made["tif"].append(file.getvalue())
+    many = rng.integers(0, 9, (24, 31, 6))
+    made["tiles"] = [tiles.encode(array, 16) for array in (colour, many.astype(np.int16), many.astype(np.float32))]
     for array in (colour, colour.astype(np.float32), grey):
         file = io.BytesIO()
         np.save(file, array)
@@ -104,7 +109,7 @@ def pictures() -> dict[str, list[bytes]]:
     return made
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz", "bmp", "gif"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "npy", "npz", "bmp", "gif", "tiles"])
 def test_damaged_images(extension: str) -> None:
     whole = pictures()[extension]
 
@@ -119,6 +124,22 @@ def test_damaged_images(extension: str) -> None:
         return lambda: decode_image(extension, cut, limits) if rng.random() < 0.5 else decode_mask(extension, cut)
 
     fuzzed(extension, damage)
+
+
+def test_damaged_tiles_with_an_honest_head() -> None:
+    whole = pictures()["tiles"]
+
+    def damage(rng: random.Random) -> Callable[[], object]:
+        data = rng.choice(whole)
+        head = tiles.read_head(lambda at, count: data[at : at + count], len(data), lambda *size: None)
+        pieces = [bytearray(data[a:b]) for a, b in itertools.pairwise(head.ends.tolist())]
+        for piece in rng.choices(pieces, k=rng.choice([1, 5])):
+            piece[rng.randrange(len(piece))] = rng.choice([0, 1, 255, rng.randrange(256)])
+        digests = np.array([xxhash.xxh3_64_intdigest(bytes(piece)) for piece in pieces], np.uint64)
+        made = tiles.head_of(head.layout, np.array([len(piece) for piece in pieces]), digests) + b"".join(pieces)
+        return lambda: decode_image("tiles", made, Limits(10**6, 10**7))
+
+    fuzzed("tiles", damage)
 
 
 @pytest.mark.parametrize("name", tars.CASES)

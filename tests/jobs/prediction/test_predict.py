@@ -19,6 +19,8 @@ import deepskip
 from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.writer import write_shards
 from deepskip.jobs import predict
 from deepskip.jobs.prediction import rasters
 from deepskip.jobs.prediction.inputs import sample_bytes
@@ -251,6 +253,14 @@ def test_shards_by_their_keys(three: Path, tmp_path: Path) -> None:
         mask = np.asarray(Image.open(out / "masks" / f"{key}.png"))
         np.testing.assert_array_equal(mask, segmenter.predict(image) * 255)
     assert not (out / "overlays").exists()
+
+
+def test_shards_of_images_in_tiles(five: Path, tmp_path: Path) -> None:
+    image = picture(100, 70, 5, np.uint16)
+    write_shards([Sample("a", image, np.zeros((100, 70), np.uint8))], tmp_path / "val", num_classes=3, tile=32)
+    run("--checkpoint", five, "--images", tmp_path / "val", "--out", tmp_path / "out", "--overlays", "false")
+    found = tifffile.imread(tmp_path / "out" / "masks" / "a.tif")
+    np.testing.assert_array_equal(found, deepskip.load(five).predict(image))
 
 
 def test_urls(three: Path, tmp_path: Path, s3: Any) -> None:
