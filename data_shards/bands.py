@@ -66,6 +66,9 @@ def choose_bands(index: Index, choice: Sequence[int | str] | None) -> Index:
         bands=len(chosen),
         mean=tuple(index.mean[band] for band in chosen),
         std=tuple(index.std[band] for band in chosen),
+        percentiles=None
+        if index.percentiles is None
+        else tuple(tuple(row[band] for band in chosen) for row in index.percentiles),
         preparation={**index.preparation, "chosen": list(chosen), "of": index.bands},
         chosen=chosen,
     )

@@ -26,7 +26,7 @@ from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard, digest
 from deepskip.data_shards.stored import MAX_GAP, StoredSample, read_stored
 
-NORMALIZATIONS = ("image", "dataset", "none")
+NORMALIZATIONS = ("image", "dataset", "robust", "none")
 OPEN_SHARDS = 64
 
 
@@ -86,7 +86,7 @@ class Shards(Dataset[Batch]):
     Args:
         folder: Path or URL of the split.
         normalize: Source of the mean and standard deviation of each sample. "image": its own, over the whole image;
-            "dataset": those of the index; "none": 0 and 1.
+            "dataset": those of the index; "robust": median and range of percentiles of the index; "none": 0 and 1.
         crops: How training crops are cut; None returns whole images.
         num_classes: Number of classes of the model; that of the index by default.
         on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in its place and reports the sample in the batch.
@@ -95,7 +95,7 @@ class Shards(Dataset[Batch]):
 
     Raises:
         BandError: If the images do not have these bands.
-        ValueError: If normalize or on_bad_sample is unknown.
+        ValueError: If normalize or on_bad_sample is unknown, or normalize is robust and the index has no percentiles.
         MissingIndex: If there is no index at `folder`.
         BrokenIndex: If the index cannot be read.
         BadSample: On reading, for a sample that cannot be used; names shard and sample.
@@ -125,7 +125,7 @@ class Shards(Dataset[Batch]):
         paste = crops is not None and crops.paste > 0
         # uint8 cannot hold an object's values after they are scaled to another image's contrast.
         self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" and not paste else np.float32)
-        self.mean, self.std = (np.array(values, np.float32) for values in (self.index.mean, self.index.std))
+        self.mean, self.std = (np.array(values, np.float32) for values in self.index.normalization(normalize))
         # Keyed by process: file descriptors are not valid in another loader process.
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._broken: dict[int, BrokenShard] = {}
@@ -462,7 +462,7 @@ class Shards(Dataset[Batch]):
         bands = image_HWC.shape[2]
         if self.normalize == "none":
             return np.zeros(bands, np.float32), np.ones(bands, np.float32)
-        if self.normalize == "dataset":
+        if self.normalize in ("dataset", "robust"):
             return self.mean, self.std
         if self.index.has_statistics and entry.number >= 0:
             return self.index.statistics_of(entry.number)

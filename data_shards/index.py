@@ -20,10 +20,13 @@ import pyarrow as pa
 from deepskip.data_shards import index_check, storage
 from deepskip.data_shards.entries import SCHEMA, STATISTICS, STORED, Member, SampleEntry, schema_of
 from deepskip.data_shards.labels import AS_LABELS, Labels, Values
+from deepskip.data_shards.percentiles import SHARES, centre_and_scale
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 
 FILE = "index.json"
 FORMAT = "deepskip-shards"
+# Names of the percentiles in the file.
+PERCENTILES = tuple(f"p{share:g}" for share in SHARES)
 VERSION = 3
 # Version 2 has no statistics of single images.
 READABLE = (2, VERSION)
@@ -67,6 +70,7 @@ class Index:
         source: Fingerprint of the files and options that the split was packed from.
         location: Where the index was read from.
         reading: How images are read.
+        percentiles: The percentiles `percentiles.SHARES` of each band over the split, (3, bands); None in older indexes.
         chosen: Numbers of the bands that are taken of each image (`bands.choose_bands`); None takes all.
     """
 
@@ -85,12 +89,31 @@ class Index:
     source: str | None = None
     location: str = field(default="", compare=False)
     reading: Reading = AS_IT_COMES
+    percentiles: tuple[tuple[float, ...], ...] | None = None
     chosen: tuple[int, ...] | None = None
 
     @property
     def stored_bands(self) -> int:
         """Return the number of bands of every image before some are chosen."""
         return self.bands if self.chosen is None else int(self.preparation["of"])
+
+    def normalization(self, how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return what images are normalised by with `data.normalize: dataset` or `robust`: centre and scale, (bands,) each.
+
+        Args:
+            how: `data.normalize`.
+
+        Raises:
+            ValueError: If it is "robust" and the index is too old.
+        """
+        if how != "robust":
+            return self.mean, self.std
+        if self.percentiles is None:
+            raise ValueError(
+                f"data.normalize is robust, but the index of {self.location} has no percentiles; add them: "
+                f"deepskip index {self.location}"
+            )
+        return centre_and_scale(self.percentiles)
 
     @property
     def num_samples(self) -> int:
@@ -227,6 +250,7 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
             raw["dtype"], raw["num_classes"], raw["ignore_index"], tuple(raw["mean"]), tuple(raw["std"]),
             raw["preparation"], tuple(raw["formats"]), labels_of(raw["labels"]), raw["base"],
             raw["source"], location, reading_of(raw.get("reading")),
+            percentiles_of(raw.get("percentiles")),
         )  # fmt: skip
     except NewerIndex:
         raise
@@ -279,6 +303,8 @@ def save_index(index: Index, folder: str | Path) -> None:
         "samples": {"file": name, "bytes": len(data), "sha256": sha256, "count": len(table)},
         "shards": [asdict(shard) for shard in index.shards],
     }
+    if index.percentiles is not None:
+        raw["percentiles"] = dict(zip(PERCENTILES, index.percentiles, strict=True))
     if index.reading != AS_IT_COMES:
         raw["reading"] = asdict(index.reading) | {"nodata": plain_number(index.reading.nodata)}
     older = _samples_file(location)
@@ -312,6 +338,11 @@ def labels_of(raw: dict[str, Any] | None) -> Labels | None:
     values = dict(raw.get("values") or asdict(AS_LABELS))
     values["colours"] = tuple(tuple(colour) for colour in values["colours"])
     return Labels(raw["binary"], raw["num_classes"], raw["ignore_label"], Values(**values))
+
+
+def percentiles_of(raw: dict[str, list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
+    """Convert plain values, which have been checked, to percentiles, (3, bands)."""
+    return None if raw is None else tuple(tuple(raw[name]) for name in PERCENTILES)
 
 
 def reading_of(raw: dict[str, Any] | None) -> Reading:

@@ -184,11 +184,33 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
             raise ValueError(f"{name} is not a list of {raw['bands']} numbers, one for each band")
         if not all(map(finite, values)):
             raise ValueError(f"{name} holds a value that is not a finite number")
+    if raw.get("percentiles") is not None:
+        check_percentiles(raw["percentiles"], raw["bands"])
     if min(raw["std"]) < 0:
         raise ValueError("std holds a negative number")
     listed = raw["formats"]
     if not isinstance(listed, list) or not listed or not all(isinstance(f, str) and f in formats for f in listed):
         raise ValueError(f"formats is {shown(listed)}; known are {', '.join(formats)}")
+
+
+def check_percentiles(value: Any, bands: int) -> None:
+    """Raise ValueError unless a JSON value holds three rising percentiles of each band.
+
+    Args:
+        value: The value, of any type.
+        bands: Number of bands.
+
+    Raises:
+        ValueError: If it is of another kind, or a number is not finite.
+    """
+
+    def row(found: Any) -> bool:
+        return isinstance(found, list) and len(found) == bands and all(map(finite, found))
+
+    check_fields(value, dict.fromkeys(("p2", "p50", "p98"), (f"{bands} finite numbers", row)), "percentiles")
+    low, middle, high = value["p2"], value["p50"], value["p98"]
+    if not all(a <= b <= c for a, b, c in zip(low, middle, high, strict=True)):
+        raise ValueError("percentiles do not rise from p2 to p98")
 
 
 def check_table(table: pa.Table, raw: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from deepskip.data_shards.decoding import read_image, read_mask
 from deepskip.data_shards.entries import SCHEMA, SampleEntry, sample_table, with_statistics
 from deepskip.data_shards.index import Index, ShardEntry, plain_number, save_index, tars_in
 from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, Seen, Values, decide_labels, listed
+from deepskip.data_shards.percentiles import SHARD_VALUES, PixelSample, finite_or_none
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
 from deepskip.data_shards.preparation import band_statistics, resample_bands
 from deepskip.data_shards.progress import Progress, no_progress, no_word
@@ -46,6 +47,7 @@ class ShardReport:
         bad: Faulty samples: {"shard", "key", "reason"}, with an empty key for a fault of the whole shard.
         dtypes: Names of the images' dtypes.
         statistics: With transparency kept or dropped: mean and std of each band of each good sample, (bands,) each.
+        kept: With transparency kept or dropped: some of the pixels.
         moments: With transparency kept ("keep") or dropped ("drop"): for each band the number of pixels, their sum and the
             sum of their squares, (bands,) each.
         seen: Values of its masks.
@@ -57,6 +59,7 @@ class ShardReport:
     bad: list[dict[str, str]] = field(default_factory=list)
     dtypes: set[str] = field(default_factory=set)
     statistics: dict[str, list[Statistics]] = field(default_factory=dict)
+    kept: dict[str, PixelSample] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
     survey: Survey = field(default_factory=Survey)
@@ -161,6 +164,7 @@ def measure(report: ShardReport, picture: Picture, reading: Reading, bands: int 
                 pixels -= np.isnan(image).sum((0, 1))
             found = pixels, pixels * mean, pixels * (std**2 + mean**2)
         report.statistics.setdefault(way, []).append(one)
+        report.kept.setdefault(way, PixelSample(SHARD_VALUES)).add(image)
         before = report.moments.setdefault(way, (np.zeros(1, int), np.zeros(1), np.zeros(1)))
         # Images with differing numbers of bands are rejected at the end.
         if len(before[0]) in (1, len(found[0])):
@@ -224,12 +228,17 @@ def index_shards(
     reading, values = replace(reading, missing=True), replace(values, ignore=ignore_label)
     arguments = ((location, name, names, bands, ignore_label, reading, values) for name in found)
     workers = min(len(found), workers or os.cpu_count() or 1)
+    kept: dict[str, PixelSample] = {}
     if workers == 1:
-        reports = list(progress((read_shard(*a) for a in arguments), len(found)))
+        reports = list(gathered(progress((read_shard(*a) for a in arguments), len(found)), kept))
     else:
         with ProcessPoolExecutor(workers) as pool:
-            reports = list(progress(pool.map(read_shard, *zip(*arguments, strict=True)), len(found)))
+            several = pool.map(read_shard, *zip(*arguments, strict=True))
+            reports = list(gathered(progress(several, len(found)), kept))
     index, bad, notes = merge(reports, labels, num_classes, ignore_label, bands, on_bad_sample, reading, values)
+    pixels = kept.get("keep" if index.reading.alpha == "keep" else "drop")
+    if pixels is not None:
+        index = replace(index, percentiles=finite_or_none(pixels.percentiles()))
     for note in notes:
         say(note)
     target = out or location
@@ -241,6 +250,23 @@ def index_shards(
         storage.write_bytes(storage.join(target, BAD_SAMPLES), lines.encode())
     save_index(index, target)
     return replace(index, location=target)
+
+
+def gathered(reports: Iterable[ShardReport], kept: dict[str, PixelSample]) -> Iterator[ShardReport]:
+    """Yield the reports of shards, and move their pixels to one sample as they come, so that memory stays bounded.
+
+    Args:
+        reports: The reports.
+        kept: Samples by treatment of transparency, which are extended.
+    """
+    for report in reports:
+        for way, pixels in report.kept.items():
+            before = kept.setdefault(way, PixelSample())
+            # Images of several numbers of bands are refused later.
+            if len({part.shape[1] for part in (*before.pixels, *pixels.pixels)}) == 1:
+                before.merge(pixels)
+        report.kept = {}
+        yield report
 
 
 def detect_names(location: str, shards: list[str], image: str | None, mask: str | None) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.entries import with_statistics
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index, save_index
+from deepskip.data_shards.percentiles import SHARD_VALUES, PixelSample, finite_or_none
 from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.progress import Progress, no_progress
 
@@ -25,7 +26,7 @@ def can_upgrade(location: str) -> bool:
         index = load_index(location)
     except (MissingIndex, BrokenIndex):
         return False
-    return index.num_samples > 0 and not index.has_statistics
+    return index.num_samples > 0 and not (index.has_statistics and index.percentiles)
 
 
 def upgrade(location: str, cache: storage.Cache, workers: int | None = None, progress: Progress = no_progress) -> Index:
@@ -54,13 +55,18 @@ def upgrade(location: str, cache: storage.Cache, workers: int | None = None, pro
         with ProcessPoolExecutor(workers) as pool:
             arguments = [location] * len(shards), [cache.folder] * len(shards), [cache.limit] * len(shards), shards
             found = list(progress(pool.map(statistics_of, *arguments), len(shards)))
-    mean, std = (np.concatenate(values) for values in zip(*found, strict=True))
-    index = replace(index, samples=with_statistics(index.samples, mean, std))
+    mean, std = (np.concatenate(values) for values in ([one[0] for one in found], [one[1] for one in found]))
+    kept = PixelSample()
+    for _, _, pixels in found:
+        if pixels.pixels:
+            kept.merge(pixels)
+    percentiles = finite_or_none(kept.percentiles())
+    index = replace(index, samples=with_statistics(index.samples, mean, std), percentiles=percentiles)
     save_index(index, location)
     return index
 
 
-def statistics_of(location: str, folder: Path, limit: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
+def statistics_of(location: str, folder: Path, limit: int, shard: int) -> tuple[np.ndarray, np.ndarray, PixelSample]:
     """Compute the statistics of each image of a shard.
 
     Args:
@@ -70,7 +76,7 @@ def statistics_of(location: str, folder: Path, limit: int, shard: int) -> tuple[
         shard: Number of the shard.
 
     Returns:
-        Mean and standard deviation, each (samples, bands) float64.
+        Mean and standard deviation, each (samples, bands) float64, and some of the pixels.
 
     Raises:
         BadSample: If a sample is not what the index says.
@@ -78,6 +84,10 @@ def statistics_of(location: str, folder: Path, limit: int, shard: int) -> tuple[
     """
     shards = Shards(location, "none", cache=storage.Cache(folder, limit))
     entries = shards.index.entries(list(shards.index.shard_range(shard)))
-    found = np.array([band_statistics(shards.read(entry)[0]) for entry in entries])
-    found = found.reshape(len(entries), 2, shards.index.bands)
-    return found[:, 0], found[:, 1]
+    kept = PixelSample(SHARD_VALUES)
+    found = np.empty((2, len(entries), shards.index.bands))
+    for number, entry in enumerate(entries):
+        image, _ = shards.read(entry)
+        found[:, number] = band_statistics(image)
+        kept.add(image)
+    return found[0], found[1], kept

@@ -17,6 +17,7 @@ from deepskip.data_shards import storage, tiles
 from deepskip.data_shards.entries import SampleEntry, sample_table, with_statistics
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, ShardEntry, load_index, save_index
 from deepskip.data_shards.labels import IGNORE_INDEX
+from deepskip.data_shards.percentiles import PixelSample, finite_or_none
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sample import Sample, encode_image, encode_mask
@@ -116,6 +117,7 @@ def _write(
     bands, dtypes, missing = 0, set(), False
     pixels, total, squares = np.zeros(0), np.zeros(0), np.zeros(0)
     statistics: list[tuple[np.ndarray, np.ndarray]] = []
+    kept = PixelSample()
     writer: webdataset.TarWriter | None = None
     try:
         for number, sample in enumerate(samples):
@@ -135,6 +137,7 @@ def _write(
             total += flat.sum(0)
             squares += (flat**2).sum(0)
             statistics.append(band_statistics(image))
+            kept.add(image)
             if number % samples_per_shard == 0:
                 if writer is not None:
                     writer.close()
@@ -172,6 +175,7 @@ def _write(
         std=tuple(std.tolist()),
         preparation=preparation or {"bands": None, "longest_side": None},
         source=source,
+        percentiles=finite_or_none(kept.percentiles()),
         reading=Reading(missing=True, nodata=math.nan) if missing else AS_IT_COMES,
     )
 

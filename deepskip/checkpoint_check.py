@@ -14,7 +14,7 @@ from deepskip.config import ModelConfig, faults_of
 # Limits of a file's zip: its parts, one for each tensor, and the bytes of the pickle that describes them.
 MAX_PARTS = 100_000
 MAX_DESCRIPTION = 2**26
-NORMALIZE = ("image", "dataset", "none")
+NORMALIZE = ("image", "dataset", "robust", "none")
 
 
 class Unsound(ValueError):

@@ -79,8 +79,9 @@ class DataConfig:
     """share of training crops onto which the objects of another sample of the same shard are pasted, 0 to 1"""
     bands: list[int | str] | None = None
     """bands that the network sees, numbered from 0, in this order: [0, 5, 10-40]; null takes all"""
-    normalize: Literal["image", "dataset", "none"] = "image"
-    """scale each band to mean 0 and standard deviation 1 by its own or the training set's statistics; none keeps raw values"""
+    normalize: Literal["image", "dataset", "robust", "none"] = "image"
+    """scale each band to mean 0 and standard deviation 1 by its own or the training set's statistics; robust takes the training
+    set's median and 2nd to 98th percentile in their place; none keeps raw values"""
     shuffle_window: int = setting(16, 1)
     """number of shards of a lane that are shuffled together; a reader has this many open, and twice as many in its cache"""
     lanes: int | Literal["auto"] = setting(1, 1)

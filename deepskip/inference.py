@@ -148,9 +148,9 @@ class Segmenter(nn.Module):
     Args:
         network: maps normalised images (N, bands, H, W) to logits (N, V, H, W).
         num_classes: 1 for binary, else exclusive classes.
-        how: kind of normalisation, "image", "dataset" or "none".
-        mean: mean of each band over the training set.
-        std: standard deviation of each band over the training set.
+        how: kind of normalisation, "image", "dataset", "robust" or "none".
+        mean: mean of each band over the training set, or its median for "robust".
+        std: standard deviation of each band over the training set, or its range of percentiles for "robust".
 
     Attributes:
         bands: number of bands of the images.

@@ -115,6 +115,11 @@ def check_data(config: Config) -> dict[str, Identity] | None:
             f"{path}/train has {train.bands} bands and num_classes {train.num_classes}, "
             f"{path}/val {validation.bands} and {validation.num_classes}; pack both splits with the same options"
         )
+    for split in (train, validation):
+        try:
+            split.normalization(config.data.normalize)
+        except ValueError as error:
+            faults.append(str(error))
     if config.loss.class_weights is not None and len(config.loss.class_weights) != train.num_classes:
         faults.append(
             f"loss.class_weights has {len(config.loss.class_weights)} weights for {train.num_classes} classes"

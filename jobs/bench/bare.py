@@ -27,7 +27,7 @@ def main() -> None:
     keep_freed_memory()
     crops = Crops(config.data.crop, config.data.foreground_crops, config.run.seed, config.data.copy_paste)
     shards = Shards(f"{config.data.path}/train", config.data.normalize, crops)
-    training = TrainingStep(config, data_info(shards.index, {}), torch.device("cpu"), world_size)
+    training = TrainingStep(config, data_info(shards.index, {}, config.data.normalize), torch.device("cpu"), world_size)
     training.distribute()
     batches = train_batches(
         shards, config.run.seed, config.optim.global_batch_size, 0, rank, world_size, 0, config.data.shuffle_window

@@ -403,7 +403,7 @@ class PredictionWorker:
         """
         if self.segmenter.how == "none":
             return None, None
-        if self.segmenter.how == "dataset":
+        if self.segmenter.how in ("dataset", "robust"):
             return self.segmenter.mean, self.segmenter.std
         H, W = image.size
         # Read a window at a time and add up the squared deviations in fp64.

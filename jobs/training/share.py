@@ -75,6 +75,8 @@ def train(
     options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
     train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
     validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
+    # Validation normalises as predictions will, by the training set.
+    validation_shards.mean, validation_shards.std = train_shards.mean, train_shards.std
     splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}
     if rank == 0:
         # The trainer compares those of the other ranks with this one.
@@ -107,7 +109,7 @@ def train(
 
     return trainer.train(
         config,
-        data_info(train_shards.index, splits),
+        data_info(train_shards.index, splits, data.normalize),
         run=folder,
         train_batches=train_stream,
         validation_images=lambda: whole_images(
@@ -144,13 +146,15 @@ def reduced(one: PanelImage) -> Thumbnail:
     return {"image": small["image"], "mask": small["mask"], "labels": small["labels"], "key": one["key"]}
 
 
-def data_info(index: Index, splits: dict[str, dict[str, str | int]]) -> DataInfo:
+def data_info(index: Index, splits: dict[str, dict[str, str | int]], normalize: str) -> DataInfo:
     """Return what the trainer must know about the data.
 
     Args:
         index: index of the training split.
         splits: identity of each split.
+        normalize: data.normalize.
     """
+    mean, std = index.normalization(normalize)
     return DataInfo(
-        index.bands, index.num_classes, index.ignore_index, list(index.mean), list(index.std), index.preparation, splits
+        index.bands, index.num_classes, index.ignore_index, list(mean), list(std), index.preparation, splits
     )

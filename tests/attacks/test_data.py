@@ -22,7 +22,7 @@ from deepskip.data_shards.scan import scan_tar
 from tests.attacks import forked, images, indexes, tars
 
 # These are our errors, which say what is wrong. All others are bugs.
-NAMED = ("", "ValueError", "TooLarge", "BrokenShard", "BrokenIndex", "BadSample", "MissingIndex")
+NAMED = ("", "ValueError", "TooLarge", "BrokenShard", "BrokenIndex", "NewerIndex", "BadSample", "MissingIndex")
 # This is the most memory that a hostile file may add.
 MOST_MEGABYTES = 600
 DAMAGES = 2000

@@ -16,6 +16,7 @@ from deepskip.data_shards.entries import SCHEMA
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, load_index, save_index
 from deepskip.data_shards.order import Slot
+from deepskip.data_shards.percentiles import PixelSample, centre_and_scale
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
 
@@ -37,6 +38,7 @@ def downgrade(folder: Path) -> None:
     index = load_index(folder)
     save_index(replace(index, samples=index.samples.select(SCHEMA.names)), folder)
     raw = json.loads((folder / "index.json").read_text())
+    del raw["percentiles"]
     (folder / "index.json").write_text(json.dumps(raw | {"version": 2}))
 
 
@@ -81,6 +83,72 @@ def test_an_older_index_is_upgraded(tmp_path: Path, capsys: pytest.CaptureFixtur
     # An index made anew has the same numbers.
     main(["index", str(tmp_path / "train"), "--workers", workers, "--labels", "binary", "--nodata", "nan"])
     assert load_index(tmp_path / "train").samples == before.samples
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_percentiles_by_numpy(tmp_path: Path, dtype: type) -> None:
+    images = packed(tmp_path / "train", dtype)
+    flat = images.reshape(-1, 4).astype(np.float64)
+    low, middle, high = np.nanpercentile(flat, [2, 50, 98], axis=0)
+    index = load_index(tmp_path / "train")
+    np.testing.assert_allclose(index.percentiles, [low, middle, high], rtol=1e-6)
+    main(["index", str(tmp_path / "train"), "--workers", "2", "--labels", "binary", "--nodata", "nan"])
+    np.testing.assert_allclose(load_index(tmp_path / "train").percentiles, [low, middle, high], rtol=1e-6)
+    batch = Shards(tmp_path / "train", "robust", bands=[2, 0])[SLOTS]
+    # The 98th percentile of a normal distribution lies 2.0537 standard deviations above its mean.
+    np.testing.assert_allclose(batch["mean"], [middle[[2, 0]]] * 7, rtol=1e-6)
+    np.testing.assert_allclose(batch["std"], [(high - low)[[2, 0]] / 4.1075] * 7, rtol=1e-4)
+    downgrade(tmp_path / "train")
+    with pytest.raises(ValueError, match=r"index of .*train has no percentiles; add them: deepskip index"):
+        Shards(tmp_path / "train", "robust")
+
+
+def test_percentiles_of_more_pixels_than_are_kept() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(5, 2, (30, 50, 40, 3)) * [1, 2, 3]
+    whole, parts = PixelSample(6000), PixelSample(6000)
+    for image in images:
+        whole.add(image)
+    # Exactly every k-th pixel, over the borders of images.
+    np.testing.assert_array_equal(np.concatenate(whole.pixels), images.reshape(-1, 3)[:: whole.step].astype(np.float32))
+    assert whole.step == 32
+    for first in range(0, 30, 7):
+        one = PixelSample(3000 if first else 10**6)
+        for image in images[first : first + 7]:
+            one.add(image)
+        parts.merge(one)
+    assert parts.seen == whole.seen == 60_000
+    assert sum(part.size for part in parts.pixels) <= 6000
+    for found in (whole, parts):
+        centre, scale = centre_and_scale(found.percentiles())
+        np.testing.assert_allclose(centre, [5, 10, 15], rtol=0.05)
+        np.testing.assert_allclose(scale, [2, 4, 6], rtol=0.1)
+
+
+def test_spikes_do_not_count() -> None:
+    kept = PixelSample()
+    image = np.random.default_rng(0).normal(100, 10, (100, 100, 2))
+    image[:10, :10, 1] = 65535
+    kept.add(image)
+    (_, centre), (_, scale) = centre_and_scale(kept.percentiles())
+    assert (abs(centre - 100) < 1, abs(scale - 10) < 2) == (True, True)
+    assert image[..., 1].std() > 6000
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"p2": [1.0] * 3}, "percentiles.p2 is"), ({"p50": [float("nan")] * 4}, "percentiles.p50 is"),
+        ({"p98": [-1e9] * 4}, "do not rise"), ({"p99": [1.0] * 4}, "missing or unknown: p99"), ({"p2": "x"}, "p2 is 'x'"),
+    ],
+)  # fmt: skip
+def test_percentiles_that_are_none(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    packed(tmp_path / "train", np.uint8)
+    raw = json.loads((tmp_path / "train" / "index.json").read_text())
+    raw["percentiles"] |= change
+    (tmp_path / "train" / "index.json").write_text(json.dumps(raw))
+    with pytest.raises(BrokenIndex, match=said):
+        load_index(tmp_path / "train")
 
 
 def test_statistics_that_are_no_numbers(tmp_path: Path) -> None:
