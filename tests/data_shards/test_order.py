@@ -231,10 +231,10 @@ def test_a_machine_reads_its_share_of_the_shards(
     for machine in range(machines):
         slots = [slot for t in steps for slot in rank_slots(order, t, G, machine, machines)]
         read = {slot.sample // per_shard for slot in slots}
-        # Of the shards, one at either end is cut.
-        assert len(read) <= shards * most / lanes + 2
+        # Of the shards, one at either end is cut. Lanes that move with the batches may lie at both ends of all lanes.
+        assert len(read) <= shards * most / lanes + (2 if divided else 4)
         total += len(read)
-    assert total <= (shards + machines - 1 if divided else (shards * most / lanes + 2) * machines)
+    assert not divided or total <= shards + machines - 1
 
 
 def test_a_batch_draws_from_more_shards_than_with_one_lane() -> None:
