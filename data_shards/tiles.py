@@ -95,7 +95,11 @@ class Head:
 
 
 def can_tile(image_HWC: np.ndarray) -> bool:
-    """Return whether an image's dtype can be stored in tiles."""
+    """Return whether an image's dtype and number of bands can be stored in tiles.
+
+    Args:
+        image_HWC: Image (H, W, bands).
+    """
     return image_HWC.dtype.newbyteorder("<") in DTYPES and image_HWC.shape[2] < 2**16
 
 
