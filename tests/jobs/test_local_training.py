@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,29 @@ def test_samples_that_any_rank_skips_are_listed(coins: Path, tmp_path: Path) -> 
     keys = {json.loads(line)["key"] for line in lines}
     assert keys == {entry.key for entry in index.entries([1, 6])}
     assert json.loads((tmp_path / "skips" / "summary.json").read_text())["bad_samples"] == 2
+
+
+def test_validation_normalises_by_the_training_set_as_evaluate_does(tmp_path: Path) -> None:
+    def brightened(by: int, count: int) -> Iterator[Sample]:
+        rng = np.random.default_rng(count)
+        for number in range(count):
+            mask = np.zeros((32, 32), np.uint8)
+            row, column = rng.integers(4, 20, 2)
+            mask[row : row + 8, column : column + 8] = 1
+            image = rng.normal(60 + by, 8, (32, 32, 3)) + 40 * mask[..., None]
+            yield Sample(f"s{number}", image.clip(0, 255).astype(np.uint8), mask)
+
+    # By its own statistics the brighter validation set would look like the training set.
+    for split, by, count in (("train", 0, 24), ("val", 60, 8)):
+        write_shards(brightened(by, count), tmp_path / "data" / split, num_classes=1, samples_per_shard=12)
+    config = deepskip.Config()
+    config.data.path, config.data.crop, config.data.normalize = str(tmp_path / "data"), 32, "dataset"
+    config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 60
+    config.run.storage, config.run.name, config.run.tracking_uri = str(tmp_path), "bright", "none"
+    summary = deepskip.train(config)
+    words = ["--model", str(tmp_path / "bright"), "--data", str(tmp_path / "data" / "val"), "--track", "none"]
+    evaluate.main([*words, "--out", str(tmp_path / "report")])
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {key: summary["val"][key] for key in ("iou", "precision", "pd")} == {
+        key: pytest.approx(found["metrics"][key], rel=1e-6) for key in ("iou", "precision", "pd")
+    }
