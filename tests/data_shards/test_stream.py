@@ -156,7 +156,9 @@ def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "train" / index.shards[0].name) as tar:
         assert len(tar.getmembers()) == 4
     plain = index.samples.select(SCHEMA.names)
-    save_index(replace(index, bands=4, mean=(0.0,) * 4, std=(1.0,) * 4, percentiles=None, samples=plain), tmp_path / "train")
+    save_index(
+        replace(index, bands=4, mean=(0.0,) * 4, std=(1.0,) * 4, percentiles=None, samples=plain), tmp_path / "train"
+    )
     with pytest.raises(BadSample, match="has 3 bands; the index says 4"):
         Shards(tmp_path / "train")[[Slot(0, 0, 1)]]
     made = samples(1)

@@ -1,9 +1,9 @@
 """Later commits reproduce commit b1605c3 on any CPU, as closely as fp32 sums in another order allow.
 
 `tests.golden.compare` compares two commits bit for bit, on one machine. `tests.golden.record` of that commit made the
-stored values, except the losses of validations. These are of the moving average, whose decay now rises with the steps,
-and those of "rich" are of images that are normalised by the training set, as predictions normalise. The losses of "plain" were made at 7a08db6, without flips and turns. That commit interpolated them, with errors that 20
-steps carry to 1e-3.
+stored values, except the losses of validations. These are of the moving average, whose decay now rises with the steps.
+Those of "rich" are of images that are normalised by the training set, as predictions normalise. The losses of "plain"
+were made at 7a08db6, without flips and turns. That commit interpolated them, with errors that 20 steps carry to 1e-3.
 """
 
 import asyncio
