@@ -98,7 +98,8 @@ def lacking(folder: str = TEMPORARY) -> str | None:
     # No limit is -1.
     if 0 <= addresses <= TOO_FEW_ADDRESSES:
         return f"this process may have {addresses / 1e6:.0f} MB of addresses, and Ray needs more: ulimit -v unlimited"
-    free = shutil.disk_usage(folder).free
+    # Ray makes a folder that does not exist.
+    free = shutil.disk_usage(folder).free if Path(folder).is_dir() else LEAST_DISK
     if free < LEAST_DISK:
         need = f"and it needs {LEAST_DISK / 1e6:.0f}: free some"
         return f"{free / 1e6:.1f} MB are free in {folder}, where Ray has its logs, {need}"

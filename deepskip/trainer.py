@@ -223,7 +223,7 @@ def train(
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
-    training.precision = agreed_precision(settings.precision, state, device, world_size)
+    training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
     writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
     stop_vote = StopVote(stop_requested, world_size)

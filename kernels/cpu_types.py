@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Numbers of bf16 in the 8 bytes that are copied at a time.
-EIGHT_BYTES = 4
+# Numbers of bf16 in an int64.
+IN_ONE_WORD = 4
 
 
 def working_type(x: Tensor) -> torch.dtype | None:
@@ -25,12 +25,12 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     Args:
         *tensors: tensors (*, n), between which numbers are copied.
     """
-    return tuple(x.view(torch.int64) for x in tensors) if all(_by_eight_bytes(x) for x in tensors) else tensors
+    return tuple(x.view(torch.int64) for x in tensors) if all(_by_words(x) for x in tensors) else tensors
 
 
-def _by_eight_bytes(x: Tensor) -> bool:
+def _by_words(x: Tensor) -> bool:
     places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    return x.dtype == torch.bfloat16 and x.stride(-1) == 1 and all(place % EIGHT_BYTES == 0 for place in places)
+    return x.dtype == torch.bfloat16 and x.stride(-1) == 1 and all(place % IN_ONE_WORD == 0 for place in places)
 
 
 def copy(into: Tensor, source: Tensor) -> None:

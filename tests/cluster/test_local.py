@@ -163,6 +163,7 @@ def test_with_too_few_files_addresses_or_disk_no_ray_is_started(monkeypatch: pyt
     said = "0.1 MB are free in /tmp, where Ray has its logs, and it needs 20: free some"
     with pytest.raises(HeadError, match=re.escape(said)):
         start_head()
+    assert local.lacking("/no/such/folder") is None
 
 
 def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:

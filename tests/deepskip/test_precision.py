@@ -35,10 +35,13 @@ def test_what_is_taken(
     taken: torch.dtype,
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: able)
+    said: list[str] = []
     state: Any = None if recorded is None else {"config": {"run": {"precision": recorded}}}
-    assert precision.agreed_precision(asked, state, device, 1) == taken
+    assert precision.agreed_precision(asked, state, device, 1, said.append) == taken
+    # A CPU that imitates bf16 is slow, and says so.
+    assert bool(said) == (taken == torch.bfloat16 and not able)
     # Checkpoints of earlier versions have no such entry.
-    assert recorded or precision.agreed_precision(asked, {"config": {"run": {}}}, device, 1) == taken  # type: ignore[typeddict-item]
+    assert recorded or precision.agreed_precision(asked, {"config": {"run": {}}}, device, 1, said.append) == taken  # type: ignore[typeddict-item]
 
 
 def test_a_training_in_bf16_resumes_bit_for_bit_and_is_near_that_in_fp32(
