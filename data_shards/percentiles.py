@@ -47,7 +47,7 @@ class PixelSample:
             self.step *= 2
 
     def _thin(self, factor: int) -> None:
-        if factor > 1:
+        if factor > 1 and self.pixels:
             self.pixels = [np.concatenate(self.pixels)[::factor]]
 
     def percentiles(self) -> tuple[tuple[float, ...], ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from deepskip.data_shards import dataset
+from deepskip.data_shards import dataset, indexing, upgrading
 from deepskip.data_shards.command_line import main
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
@@ -85,6 +85,19 @@ def test_an_older_index_is_upgraded(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert load_index(tmp_path / "train").samples == before.samples
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_shards_of_more_values_than_are_kept_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    images = packed(tmp_path / "train", np.uint8)
+    monkeypatch.setattr(upgrading if older else indexing, "SHARD_VALUES", 1000)
+    if older:
+        downgrade(tmp_path / "train")
+    main(["index", str(tmp_path / "train"), "--workers", "1", *([] if older else ["--labels", "binary"])])
+    low, middle, high = np.percentile(images.reshape(-1, 4), [2, 50, 98], axis=0)
+    np.testing.assert_allclose(load_index(tmp_path / "train").percentiles, [low, middle, high], atol=12)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 def test_percentiles_by_numpy(tmp_path: Path, dtype: type) -> None:
     images = packed(tmp_path / "train", dtype)
@@ -103,7 +116,8 @@ def test_percentiles_by_numpy(tmp_path: Path, dtype: type) -> None:
         Shards(tmp_path / "train", "robust")
 
 
-def test_percentiles_of_more_pixels_than_are_kept() -> None:
+@pytest.mark.parametrize("first_limit", [3000, 10**6])
+def test_percentiles_of_more_pixels_than_are_kept(first_limit: int) -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(5, 2, (30, 50, 40, 3)) * [1, 2, 3]
     whole, parts = PixelSample(6000), PixelSample(6000)
@@ -113,7 +127,7 @@ def test_percentiles_of_more_pixels_than_are_kept() -> None:
     np.testing.assert_array_equal(np.concatenate(whole.pixels), images.reshape(-1, 3)[:: whole.step].astype(np.float32))
     assert whole.step == 32
     for first in range(0, 30, 7):
-        one = PixelSample(3000 if first else 10**6)
+        one = PixelSample(3000 if first else first_limit)
         for image in images[first : first + 7]:
             one.add(image)
         parts.merge(one)
