@@ -71,8 +71,8 @@ train: $(TRAINING)
 # Two processes take a module at a time, so that its fixtures are made once; the folders that take longest come first.
 # xdist's loadgroup does not group with pytest 9.2.
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
-LONGEST := $(addprefix tests/,kernels jobs deepskip attacks data_shards)
-FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+LONGEST := $(addprefix tests/,test_doc_blocks.py kernels jobs deepskip attacks data_shards)
+FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
 # wait for one another for half as long again
