@@ -27,6 +27,19 @@ if not torch.cuda.is_available():
 importlib.import_module("deepskip.kernels.torchvision_ops").declare()
 
 
+THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_setup() -> None:
+    """Give every test the threads that pytest began with.
+
+    Servers and trainings set torch's threads for their process. If one runs in a test's own process, all later tests have
+    more threads than cores, which wait for one another: steps of milliseconds then take a second.
+    """
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Limit torch to one thread, since threads that wait for each other are slow on a busy machine."""
