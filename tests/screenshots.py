@@ -5,7 +5,7 @@ narrow and wide, light and dark. What a program can find is printed, and the exi
 repository: content that is wider than the screen, and pictures that do not load. The rest is for eyes.
 
 README's three commands run once, in OUT/work. Nothing is fetched from elsewhere, and every server listens on loopback.
-`--store` writes three of them to docs/pictures, for pages to show.
+`--store` writes two of them to docs/pictures, for pages to show.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from PIL import Image
 
 from deepskip.cluster.local import end_with_parent, free_ports
 from deepskip.jobs.settings import ended_by_sigterm
-from tests.blocks import Block, blocks, commands, last_state, run_all
+from tests.blocks import READER, Block, blocks, commands, last_state, run_all
 from tests.browser import NoChromium, chromium, drop
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ START_SECONDS = 120
 LOCAL = ("file:", "data:", "blob:", "http://127.0.0.1:")
 DOCS = ("index", "tutorials/first-model", "cluster/this-machine", "serve", "kernels", "reference/deepskip")
 # The pictures for pages, each with the view that it is.
-STORED = {"serve": "server-answer", "mlflow": "mlflow-metrics", "terminal": "terminal"}
+STORED = {"serve": "server-answer", "mlflow": "mlflow-metrics"}
 PICTURES = ROOT / "docs" / "pictures"
 MOST_BYTES = 150_000
 FAULTS = """() => {
@@ -129,7 +129,11 @@ def run_in(work: Path, block: Block) -> list[str]:
     os.environ |= {"PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "COLUMNS": "100"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
-    return [last_state(output) for output in run_all([block], work)[0]]
+    # The folders of this machine mean nothing to a reader.
+    return [
+        last_state(output).replace(f"{ROOT / '.venv'}/", ".venv/").replace(str(work), READER)
+        for output in run_all([block], work)[0]
+    ]
 
 
 @contextmanager
@@ -159,14 +163,18 @@ def mlflow(work: Path, steps: int) -> Iterator[list[View]]:
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process)
             address = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{run}"
-            # Its charts come after the requests.
             views = {"overview": address, "metrics": f"{address}/model-metrics", "artifacts": f"{address}/artifacts"}
-            yield [
-                View(f"mlflow-{name}", url, lambda page: page.wait_for_timeout(4000), False)
-                for name, url in views.items()
-            ]
+            yield [View(f"mlflow-{name}", url, without_assistant, False) for name, url in views.items()]
         finally:
             stop(process)
+
+
+def without_assistant(page: Any) -> None:
+    """Close the panel that MLflow opens over its page, and wait: the charts come after the requests."""
+    page.wait_for_timeout(2000)
+    for close in page.get_by_role("button", name="Close").all():
+        close.click()
+    page.wait_for_timeout(3000)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -194,15 +202,19 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def server(work: Path, steps: int) -> Iterator[list[View]]:
     """Serve the trained model while the block runs; yield the views of its page, before and after an image."""
-    import skimage.data
+    import numpy as np
 
     from deepskip import checkpoint
+    from deepskip.data_shards.dataset import Shards
     from tests.jobs.serving import serving
 
     three_commands(work, steps)
     trained = checkpoint.read_model(work / "runs" / "coins" / checkpoint.FOLDER / checkpoint.BEST)
     file = io.BytesIO()
-    Image.fromarray(skimage.data.coins()).convert("RGB").save(file, "PNG")
+    shards = Shards(work / "data" / "coins" / "test")
+    images = [shards.read(entry)[0] for entry in shards.index.entries(range(8))]
+    # Eight test images, two rows of four.
+    Image.fromarray(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])])).save(file, "PNG")
 
     def answer(page: Any) -> None:
         said = drop(page, file.getvalue(), "coins.png")
@@ -237,7 +249,8 @@ def take(browser: Any, views: list[View], out: Path) -> Iterator[tuple[bool, str
             context.route(lambda url: not url.startswith(LOCAL), lambda route: route.abort())
             for view in views:
                 page = context.new_page()
-                page.goto(view.url, wait_until="networkidle", timeout=1000 * START_SECONDS)
+                # MLflow's page asks its server without end; its views wait by themselves.
+                page.goto(view.url, wait_until="networkidle" if view.own else "load", timeout=1000 * START_SECONDS)
                 view.act(page)
                 name = f"{view.name}-{screen}-{scheme}"
                 tall = min(MOST_HEIGHT, page.evaluate("() => document.documentElement.scrollHeight"))
