@@ -31,7 +31,7 @@ THREADS = torch.get_num_threads()
 
 
 def pytest_runtest_setup() -> None:
-    """Give every test the threads that pytest began with.
+    """Reset torch's threads before every test to those that pytest began with.
 
     Servers and trainings set torch's threads for their process. If one runs in a test's own process, all later tests have
     more threads than cores, which wait for one another: steps of milliseconds then take a second.
