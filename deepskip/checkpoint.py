@@ -14,6 +14,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
+from deepskip import weight_files
 from deepskip.checkpoint_check import Unsound, check_model, check_zip
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
@@ -223,14 +224,21 @@ def read(location: Location) -> FileState:
 
 
 def read_model(location: Location) -> ModelState:
-    """Read a checkpoint and check that a model can be built from it.
+    """Read a checkpoint, or weights as safetensors, and check that a model can be built from it.
 
     Raises:
         CheckpointError: if it is broken, not a checkpoint, or its model cannot be built.
         ImportError: if its network is from a package that is not installed.
         OSError: if the storage cannot be read.
     """
-    return sound(read(location), location)
+    if not str(location).endswith(weight_files.SUFFIX):
+        return sound(read(location), location)
+    try:
+        return sound(cast(ModelState, weight_files.unpack(storage.read_bytes(location))), location)
+    except weight_files.TooNew as error:
+        raise CheckpointTooNew(f"{location} {error}") from error
+    except weight_files.BrokenWeights as error:
+        raise CheckpointError(f"{location} {error}") from error
 
 
 def sound(state: ModelState, location: Location) -> ModelState:
@@ -327,7 +335,9 @@ def prune(run: Location, keep: int) -> None:
 
 
 def load_for_inference(run_or_path: Location) -> ModelState:
-    """Read a checkpoint file, or a run's best checkpoint, or its newest if it has no best one.
+    """Read a checkpoint or safetensors file, or a run's best checkpoint, or its newest if it has no best one.
+
+    A name that is neither is that of a model installed with DeepSkip (`weight_files.installed`).
 
     The file may come from an untrusted source, so it is checked before anything is built from it.
 
@@ -346,8 +356,12 @@ def load_for_inference(run_or_path: Location) -> ModelState:
         try:
             return read_model(location)
         except FileNotFoundError:
+            installed = weight_files.installed()
+            if str(run_or_path) in installed:
+                return read_model(installed[str(run_or_path)])
             raise CheckpointError(
-                f"{location} does not exist; name a run's folder (runs/NAME) or a checkpoint file"
+                f"{location} does not exist; name a run's folder (runs/NAME), a checkpoint file, or a model that comes "
+                f"with DeepSkip ({', '.join(installed)})"
             ) from None
         except IsADirectoryError:
             pass

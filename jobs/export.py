@@ -3,18 +3,21 @@
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from deepskip import export
+from deepskip import export, weight_files
+from deepskip.checkpoint import NetworkState
 from deepskip.data_shards import storage, trouble
+from deepskip.inference import build_segmenter
 from deepskip.jobs import model_card, models, runs
 from deepskip.jobs.options import ExportConfig
 from deepskip.jobs.settings import NotHere, parse_settings, stop
 from deepskip.predictor import Predictor
 
 CARD = "model.json"
+WEIGHTS = "safetensors"
 # sizes (N, H, W), with no side a multiple of the network's downsampling
 CHECKED = ((1, 97, 61), (2, 33, 130), (3, 65, 47))
 SMALL = (1, 5, 7)
@@ -50,16 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     model = Predictor(found.state)
     segmenter = model.segmenter
     print(f"exporting {found.title} (step {model.state['step']})", flush=True)
-    try:
-        program = export.to_program(segmenter)
-    except export.ExportFailed as error:
-        stop(f"{found.title} cannot be exported: {error}")
+    kinds = list(dict.fromkeys(config.formats))
+    program = None
+    if kinds != [WEIGHTS]:
+        try:
+            program = export.to_program(segmenter)
+        except export.ExportFailed as error:
+            stop(f"{found.title} cannot be exported: {error}")
     made: dict[str, bytes] = {}
     checks: dict[str, dict[str, float]] = {}
-    for kind in dict.fromkeys(config.formats):
+    for kind in kinds:
         name = f"model.{kind}"
         try:
-            if kind == "onnx":
+            if program is None or kind == WEIGHTS:
+                made[name] = weight_files.pack(found.state)
+                checks[name] = export.compare(segmenter, weights_runner(made[name]), CHECKED)
+            elif kind == "onnx":
                 made[name] = export.onnx_bytes(program, model_card.properties(found, model, evaluation))
                 checks[name] = export.compare(segmenter, onnx_runner(made[name]), (*CHECKED, SMALL))
             else:
@@ -101,7 +110,7 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
     """
     config = parse_settings("export", ExportConfig, argv)
     if not config.formats:
-        stop("formats is []; name onnx, pt2 or both")
+        stop("formats is []; name onnx, pt2 or safetensors")
     evaluation = None
     if config.evaluation is not None:
         try:
@@ -154,6 +163,25 @@ def program_runner(data: bytes) -> Any:
     def run(image: Any) -> Any:
         with torch.inference_mode():
             return program(torch.from_numpy(image)).numpy()
+
+    return run
+
+
+def weights_runner(data: bytes) -> Any:
+    """Return a function that runs the network of a safetensors file.
+
+    Args:
+        data: content of the file.
+
+    Returns:
+        A function from images to probabilities, both numpy float32: (N, bands, H, W) to (N, V, H, W).
+    """
+    # What was just written is a model of DeepSkip's own, which was checked as it was found.
+    segmenter = build_segmenter(cast(NetworkState, weight_files.unpack(data)))
+
+    def run(image: Any) -> Any:
+        with torch.inference_mode():
+            return segmenter(torch.from_numpy(image)).numpy()
 
     return run
 

@@ -63,8 +63,8 @@ class ExportConfig:
     """a run's folder (runs/NAME) or URL, a checkpoint file, an MLflow run's id, models:/NAME/VERSION or models:/NAME@ALIAS"""
     out: Path | None = None
     """folder for the files; null takes exports/MODEL"""
-    formats: list[Literal["onnx", "pt2"]] = field(default_factory=lambda: ["onnx", "pt2"])
-    """files to write: onnx for ONNX runtimes, pt2 for torch.export.load"""
+    formats: list[Literal["onnx", "pt2", "safetensors"]] = field(default_factory=lambda: ["onnx", "pt2"])
+    """files to write: onnx for ONNX runtimes, pt2 for torch.export.load, safetensors for DeepSkip: the weights without code"""
     evaluation: Path | None = None
     """report.json of deepskip evaluate; its metrics and best threshold are copied into the card"""
     tracking_uri: str | None = None

@@ -65,4 +65,4 @@ def test_script_and_notebook_of_coins(folder: Path) -> None:
     script.write_text(
         source.replace("STEPS = 300", "STEPS = 2") + "\nprint(probability.shape, summary['val']['iou'])\n"
     )
-    assert "(303, 384)" in run(folder, script)
+    assert "(101, 128)" in run(folder, script)

@@ -1,5 +1,6 @@
 """Untrusted checkpoints are refused with a message before anything large is unpacked or built."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 
 import deepskip
-from deepskip import checkpoint
+from deepskip import checkpoint, weight_files
 from tests.attacks import forked
 from tests.jobs.serving import state
 
@@ -169,6 +171,77 @@ def test_a_checkpoint_whose_parts_are_packed(trained: State, tmp_path: Path) -> 
         assert outcome.megabytes < 64
 
 
+def refused(path: Path, data: bytes) -> str:
+    """Return what is wrong if a file is neither used nor refused by the one error."""
+    path.write_bytes(data)
+    try:
+        checkpoint.load_for_inference(path)
+    except checkpoint.CheckpointError:
+        return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_weights_that_say_what_cannot_be(trained: State, tmp_path: Path) -> None:
+    path, made = tmp_path / "model.safetensors", {}
+    told = weight_files.pack(trained)
+    # Stored in full, this one is an ordinary weight.
+    for name in FORGED.keys() - {"a weight told to be many"}:
+        forged = copy.deepcopy(trained)
+        FORGED[name](forged)
+        # The others cannot be said in JSON, or are no tensors.
+        with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError, RuntimeError):
+            made[name] = weight_files.pack(forged)
+    # The pickle has no place in such a file.
+    assert made.pop("a pickle") == told
+    assert len(made) > 25
+    deep = b'{"__metadata__":{"deepskip":"' + b"[" * 10**5 + b'"}}'
+    made["a deep list"] = len(deep).to_bytes(8, "little") + deep
+    made["a long header"] = (2**40).to_bytes(8, "little") + told[8:]
+    made["weights of eight bits"] = safetensors.save(
+        {name: x.to(torch.float8_e4m3fn) for name, x in trained["model"].items()}, {"deepskip": "{}"}
+    )
+
+    def all_of_them() -> str:
+        for name, data in made.items():
+            path.write_bytes(data)
+            try:
+                checkpoint.load_for_inference(path)
+            except checkpoint.CheckpointError as error:
+                if "model.safetensors" in str(error):
+                    continue
+                return f"{name}: {error}"
+            return f"{name} is taken"
+        return ""
+
+    outcome = forked.run(all_of_them, seconds=forked.HANG_SECONDS)
+    assert (outcome.error, outcome.killed, outcome.said) == ("", 0, "''"), outcome
+    assert outcome.megabytes < 300
+
+
+def test_damaged_weights(trained: State, tmp_path: Path) -> None:
+    whole, path = weight_files.pack(trained), tmp_path / "model.safetensors"
+    length = int.from_bytes(whole[:8], "little")
+
+    def many() -> str:
+        for seed in range(2000):
+            rng = random.Random(seed)
+            data = bytearray(whole)
+            for _ in range(rng.choice([1, 2, 8])):
+                at = rng.choice([rng.randrange(8 + length), rng.randrange(8), rng.randrange(len(data))])
+                data[at] = rng.choice([0, 255, rng.randrange(256), data[at] ^ (1 << rng.randrange(8))])
+            if rng.random() < 0.1:
+                del data[rng.randrange(len(data)) :]
+            if wrong := refused(path, bytes(data)):
+                return f"seed {seed}: {wrong}"
+        return ""
+
+    outcome = forked.run(many, seconds=2 * forked.HANG_SECONDS)
+    assert (outcome.error, outcome.killed, outcome.said) == ("", 0, "''"), outcome
+    assert outcome.megabytes < 300
+
+
 def test_damaged_checkpoints_of_a_right_checksum(trained: State, tmp_path: Path) -> None:
     body = bytes(checkpoint.pack(trained))[:-71]
     path = tmp_path / "model.pt"
@@ -181,13 +254,8 @@ def test_damaged_checkpoints_of_a_right_checksum(trained: State, tmp_path: Path)
                 # The beginning and the end of the file describe its parts.
                 at = rng.choice([rng.randrange(2000), len(data) - 1 - rng.randrange(4000), rng.randrange(len(data))])
                 data[at] = rng.choice([0, 255, rng.randrange(256), data[at] ^ (1 << rng.randrange(8))])
-            path.write_bytes(signed(bytes(data)))
-            try:
-                checkpoint.load_for_inference(path)
-            except checkpoint.CheckpointError:
-                continue
-            except Exception as error:
-                return f"seed {seed}: {type(error).__name__}: {error}"
+            if wrong := refused(path, signed(bytes(data))):
+                return f"seed {seed}: {wrong}"
         return ""
 
     for first in range(0, 2000, 250):
