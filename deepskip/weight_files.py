@@ -45,6 +45,8 @@ def pack(state: Mapping[str, Any]) -> bytes:
     config, best = state["config"], state.get("best")
     settings = {name: config[name] for name in SECTIONS if name in config}
     settings["data"] = {name: value for name, value in config["data"].items() if name not in PLACES}
+    if "path" in settings["data"]:
+        settings["data"]["path"] = without_folders(settings["data"]["path"])
     settings["run"] = {name: config["run"].get(name) for name in ("name", "seed")}
     tensors = {name: value.detach().cpu().contiguous() for name, value in (state["ema"] or state["model"]).items()}
     told = {
@@ -64,6 +66,14 @@ def pack(state: Mapping[str, Any]) -> bytes:
     # The tensors begin at a multiple of eight.
     head += b" " * (-len(head) % 8)
     return len(head).to_bytes(8, "little") + head + body
+
+
+def without_folders(path: str) -> str:
+    """Return a path without the folders above the current one, or its last part if it is elsewhere; a URL stays as it is."""
+    if "://" in path or not Path(path).is_absolute():
+        return path
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name
 
 
 def unpack(data: bytes) -> dict[str, Any]:

@@ -49,7 +49,11 @@ def rows() -> list[tuple[str, int, str]]:
             len(FORGED),
             "error with file name; nothing is built, no pickle runs",
         ),
-        ("damaged checkpoints with a valid checksum; damaged safetensors", 2 * DAMAGES, "error with file name, or a model"),
+        (
+            "damaged checkpoints with a valid checksum; damaged safetensors",
+            2 * DAMAGES,
+            "error with file name, or a model",
+        ),
         ("run files full of garbage", 4 * (len(GARBAGE) + 1), "one error with remedy, which works"),
         ("wrong requests", len(BAD), "status and reason in JSON; nothing is kept"),
         ("bytes that are not HTTP", len(NO_HTTP), "400 and reason in JSON, without version"),

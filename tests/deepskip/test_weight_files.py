@@ -23,7 +23,7 @@ BEST = dict.fromkeys(METRICS, 0.5) | {"precision": math.nan, "step": 30}
 def trained() -> dict[str, Any]:
     made = state(5, 1) | {"step": 40, "best": BEST, "mlflow_run_id": "f" * 32}
     made["ema"] = {name: x * 0.9 if x.is_floating_point() else x for name, x in made["model"].items()}
-    made["config"]["data"] |= {"path": "data/mine", "cache_dir": "/home/you/cache"}
+    made["config"]["data"] |= {"path": "/home/you/data/mine", "cache_dir": "/home/you/cache"}
     made["config"]["run"]["name"] = "mine"
     return made
 
@@ -36,7 +36,10 @@ def test_it_is_the_same_model(trained: dict[str, Any], tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.predict_proba(image), expected.predict_proba(image))
     assert found.state["step"] == 40
     assert found.state["best"] == pytest.approx(BEST, rel=0, abs=0, nan_ok=True)
-    assert found.state["config"]["data"]["path"] == "data/mine"
+    # The folders of a machine stay there.
+    assert found.state["config"]["data"]["path"] == "mine"
+    assert weight_files.without_folders(str(Path.cwd() / "data" / "coins")) == "data/coins"
+    assert weight_files.without_folders("s3://bucket/coins") == "s3://bucket/coins"
 
 
 def test_the_bytes_are_safetensors_by_hand(trained: dict[str, Any]) -> None:
