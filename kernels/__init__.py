@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from deepskip.kernels import backend, batch_norm_cpu, bce_dice_cpu, conv3_cpu, deep_skip_cpu, reference
+from deepskip.kernels import backend, batch_norm_cpu, bce_dice_cpu, conv3_cpu, deep_skip_cpu, reference, timings
 
 __all__ = ["backend", "batch_norm_relu", "bce_dice_sums", "conv3", "conv3_with_sums", "deep_skip", "loss_of_sums"]
 
@@ -86,7 +86,8 @@ def deep_skip(inputs: Sequence[Tensor], weights: Sequence[Tensor], mode: str = "
     if found == "triton":
         from deepskip.kernels import deep_skip_triton, subpixel
 
-        form = subpixel if backend.uses_next() else deep_skip_triton
+        name = timings.stage(len(weights[0]), len(inputs))
+        form = subpixel if backend.uses_next(name, inputs[0]) else deep_skip_triton
         fused: Tensor = form.deep_skip(inputs, weights, mode)
         return fused
     plain = deep_skip_cpu if found == "cpu" else reference
@@ -106,7 +107,7 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         Map (N, K, H, W).
     """
     found = backend.implementation(x)
-    if found == "triton" and backend.uses_next():
+    if found == "triton" and backend.uses_next(timings.convolution(weight.shape[1], len(weight)), x):
         from deepskip.kernels import conv3_triton
 
         return conv3_triton.conv3(x, weight, bias)
@@ -125,7 +126,8 @@ def conv3_with_sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         Map (N, K, H, W), and sums (programs, 2, K) fp32 for `batch_norm_relu`, or None.
     """
-    if backend.implementation(x) == "triton" and backend.uses_next():
+    name = timings.convolution(weight.shape[1], len(weight))
+    if backend.implementation(x) == "triton" and backend.uses_next(name, x):
         from deepskip.kernels import conv3_triton
 
         if conv3_triton.takes(x, weight):
@@ -165,7 +167,7 @@ def batch_norm_relu(
     """
     found = backend.implementation(x)
     settings = (weight, bias, running_mean, running_var)
-    if found == "triton" and backend.uses_next():
+    if found == "triton" and backend.uses_next(timings.norm(x.shape[1]), x):
         from deepskip.kernels import batch_norm_triton
 
         if training and rows is not None:

@@ -1,7 +1,8 @@
 """Choose an operator's implementation: Triton on CUDA tensors, a blocked one on CPUs, else plain PyTorch.
 
 DEEPSKIP_KERNELS=reference, =triton or =next overrides the choice, and `choose` (the config's run.kernels) overrides both.
-"next" is Triton with new launches, not yet timed on a GPU, instead of the established ones.
+"next" is Triton with new launches instead of the established ones; "auto" takes them on a GPU where a stored timing says that
+they are faster (`timings`).
 """
 
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from deepskip.kernels import timings
 
 BACKENDS = ("auto", "triton", "next", "reference")
 # Oldest compute capability with bf16 and the instructions that the kernels are tuned for.
@@ -74,13 +77,25 @@ def implementation(x: Tensor) -> str:
     return "cpu" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
 
 
-def uses_next() -> bool:
-    """Return whether Triton uses the new launches, which no GPU has timed yet.
+def uses_next(operator: str, x: Tensor) -> bool:
+    """Return whether Triton uses the new launches: if they are asked for, or were timed as faster on the tensor's GPU.
+
+    Args:
+        operator: name of the operator and its channels (`timings`).
+        x: its input (N, C, H, W).
 
     Raises:
         ValueError: if DEEPSKIP_KERNELS is not one of BACKENDS.
     """
-    return _requested() == "next"
+    asked = _requested()
+    if asked != "auto" or not x.is_cuda:
+        return asked == "next"
+    return timings.next_wins(_gpu_name(x.device.index or 0), operator, x.numel() // x.shape[1])
+
+
+@cache
+def _gpu_name(device: int) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _requested() -> str:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepskip.kernels import backend, bce_dice_wide_triton
+from deepskip.kernels import backend, bce_dice_wide_triton, timings
 from deepskip.kernels.reference import check_target, ignored_label
 
 # Pixels, or pixels times classes, that a program holds at a time. MAX_PROGRAMS keeps the rows of partial sums under 1 MB.
@@ -322,7 +322,7 @@ def _sums(
                 HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, **sizes, num_warps=WARPS,
             )  # fmt: skip
         return _added_up(rows, at.V, 1)
-    if backend.uses_next() and bce_dice_wide_triton.fits(at, z, t):
+    if backend.uses_next(timings.loss(at.V), z) and bce_dice_wide_triton.fits(at, z, t):
         return _added_up(bce_dice_wide_triton.sum_rows(at, z, t, w, alpha, ignore), at.V, at.V)
     block = SIGMOID_BLOCK
     programs = programs_of_a_sample(at, block)
@@ -361,7 +361,7 @@ def _gradient(
                 z, t, weight, g, dz, programs, at.pixels, at.V, alpha, ignore or 0, *strides, at.t_p,
                 HAS_WEIGHT=w is not None, HAS_IGNORE=ignore is not None, **sizes, num_warps=WARPS,
             )  # fmt: skip
-    elif backend.uses_next() and bce_dice_wide_triton.fits(at, z, t):
+    elif backend.uses_next(timings.loss(at.V), z) and bce_dice_wide_triton.fits(at, z, t):
         bce_dice_wide_triton.gradient(at, g, z, t, w, dz, alpha, ignore)
     else:
         block = SIGMOID_BLOCK

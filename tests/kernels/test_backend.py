@@ -30,9 +30,9 @@ def test_which_backend_a_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_chosen", "reference")
     assert backend.implementation(x) == "reference"
     monkeypatch.setattr(backend, "_chosen", "auto")
-    assert not backend.uses_next()
+    assert not backend.uses_next("bce_dice 1", x)
     monkeypatch.setenv("DEEPSKIP_KERNELS", "next")
-    assert (backend.implementation(x), backend.uses_next()) == ("triton", True)
+    assert (backend.implementation(x), backend.uses_next("bce_dice 1", x)) == ("triton", True)
     monkeypatch.setenv("DEEPSKIP_KERNELS", "cuda")
     with pytest.raises(ValueError, match="DEEPSKIP_KERNELS is 'cuda'; it must be one of auto, triton, next, reference"):
         backend.implementation(x)
@@ -46,6 +46,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # Mocks give this machine two GPUs. Tensors say that they are on the second, and the first is the current device.
+    monkeypatch.setattr(backend, "_gpu_name", lambda index: "NVIDIA Test 1")
     current = [0]
     launched: list[str] = []
 
