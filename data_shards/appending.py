@@ -102,9 +102,6 @@ def append_split(
     chain = read_chain(split, chain or [load_first(split)[0]])
     index = load_index(packed)
     commit.require_conditional_put(storage.join(split, FILE))
-    keys = None if repeated_keys else index.samples["key"]
-    if (before := look_for(split, chain, index.source, keys, cache)) is not None:
-        return Appended(before, True, chain)
     token = uuid.uuid4().hex
     index, placed = renamed(index, token)
     samples = samples_file(index.samples)
@@ -113,6 +110,9 @@ def append_split(
     index_check.check_fields({field: fields[field] for field in ADVANCE}, ADVANCE, "the generation")
     if reason := conflict(chain[0].raw, fields):
         raise AppendError(f"the samples do not fit {split}: {reason}")
+    keys = None if repeated_keys else index.samples["key"]
+    if (before := look_for(split, chain, index.source, keys, cache)) is not None:
+        return Appended(before, True, chain)
     written = [storage.join(split, each) for each in (*placed.values(), name)]
     try:
         for old, new in placed.items():

@@ -159,8 +159,9 @@ def read_chain(split: str, chain: Sequence[Generation], stop: int | None = None)
 
 def _texts(split: str, first: int, stop: int | None) -> Iterable[bytes]:
     """Yield the bytes of manifests from number `first` to the end of the chain."""
-    numbers = listed_numbers(split)
-    if numbers is not None and first == 1:
+    # One or two that follow those that are known need no listing.
+    numbers = listed_numbers(split) if first == 1 else None
+    if numbers is not None:
         if numbers != list(range(1, len(numbers) + 1)):
             missing = min(set(range(1, numbers[-1])) - set(numbers))
             raise BrokenChain(f"{location_of(split, missing)} is missing, and later generations are not")

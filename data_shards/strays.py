@@ -60,7 +60,6 @@ def _listed(folder: str, pattern: re.Pattern[str]) -> Iterator[Stray]:
                     yield Stray(str(each), _modified(each))
         return
     fs, remote = storage.filesystem(folder)
-    fs.invalidate_cache()
     try:
         entries = storage.with_retries(folder, lambda: fs.ls(remote, detail=True))
     except FileNotFoundError:
