@@ -1,6 +1,7 @@
 """Command line of the data commands, which does not import torch, so that --help is quick."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--workers", type=int, help="number of processes (one a core)")
     index.set_defaults(run="run_index")
 
+    add_append(commands)
+    joined = commands.add_parser("compact", help="join the generations of a data set to a new closed set, elsewhere")
+    joined.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
+    joined.add_argument("--out", type=Path, required=True, help="folder to make")
+    joined.add_argument("--samples_per_shard", type=int, default=256, help="samples in a shard (256)")
+    joined.set_defaults(run="run_compact")
+
     for name, run, text in (
         ("verify", "run_verify", "compare shards with their index and decode every sample"),
         ("info", "run_info", "counts, sizes, bands, class balance, object sizes"),
@@ -84,6 +92,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("path", help="a data set, or one split of it: folder or URL")
         command.add_argument("--cache", type=Path, help=f"folder for copies of remote shards ({storage.DEFAULT_CACHE})")
         command.set_defaults(run=run)
+        if name == "verify":
+            command.add_argument(
+                "--remove_strays",
+                action="store_true",
+                help="remove files of appends that were not committed and are older than --older_than",
+            )
+            command.add_argument(
+                "--older_than", type=float, default=24, help="hours; an append in progress may be as old (24)"
+            )
     sheet = commands.add_parser("preview", help="write a picture of some samples with their masks outlined")
     sheet.add_argument("path", help="one split, such as data/coins/train")
     sheet.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (preview.png)")
@@ -108,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--lanes", 1, "data.lanes of the training"),
     ):
         which.add_argument(option, type=int, default=default, help=f"{text} ({default})")
+    which.add_argument("--generations", type=int, help="number of generations, from the first (all)")
     which.add_argument("--fixed-lanes", action="store_true", help="data.fixed_lanes of the training")
     which.set_defaults(run="run_plan")
     return parser
@@ -145,7 +163,6 @@ def add_sources(pack: Any) -> None:
     coco.add_argument("--images", type=Path, required=True, help="folder of the images")
     coco.add_argument("--annotations", type=Path, required=True, help="the JSON file")
     coco.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
-    coco.add_argument("--split_name", choices=SPLITS, help="put all images into this split: COCO has a file per split")
     coco.add_argument(
         "--categories", type=lambda text: text.split(","), help="category names, which become classes 1, 2, ... (all)"
     )
@@ -183,8 +200,80 @@ def add_sources(pack: Any) -> None:
     built_in.set_defaults(run="run_pack_coins")
 
 
+def add_append(commands: Any) -> None:
+    """Add the command that appends a generation to a data set.
+
+    Args:
+        commands: The subparsers of `deepskip`.
+    """
+    append = commands.add_parser(
+        "append",
+        help="append samples to a data set as its next generation",
+        description="Append samples to a data set as its next generation. Several writers may append at once. What --images is "
+        "decides the source: a folder, with --annotations one of a COCO file, or an array. Bands and longest side are those of "
+        "the data set.",
+    )
+    append.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
+    append.add_argument("--images", type=Path, help="folder of images, or .npy or .npz of N images")
+    append.add_argument("--masks", type=Path, help="folder of masks, or .npy or .npz of N masks")
+    append.add_argument("--annotations", type=Path, help="COCO file of --images")
+    append.add_argument("--shards", help="in place of --images: folder or URL of .tar shards, which are copied")
+    append.add_argument("--split_name", choices=SPLITS, default="train", help="split to append to (train)")
+    append.add_argument(
+        "--watermark", type=float, help="time of the newest data, in seconds since 1970 (that of the newest file)"
+    )
+    append.add_argument(
+        "--offsets",
+        type=json_object,
+        help="position in each source after this generation, a JSON object of names and numbers or texts",
+    )
+    append.add_argument(
+        "--repeated_keys", action="store_true", help="accept samples that have keys of earlier generations"
+    )
+    append.add_argument("--cache", type=Path, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})")
+    append.add_argument(
+        "--labels", choices=KINDS, help="meaning of mask values (auto if the data set is binary, else classes)"
+    )
+    append.add_argument("--ignore_label", type=mask_value, help="mask value to ignore in training and metrics; nan too")
+    add_storing(append)
+    append.add_argument(
+        "--alpha", choices=ALPHA, default="auto", help="bands flagged as transparency, as for pack (auto)"
+    )
+    append.add_argument("--orientation", choices=ORIENTATION, default="auto", help="rotated images, as for pack (auto)")
+    add_values(append)
+    for option, of, text in (
+        ("--mask_suffix", "a folder", "what follows the image's stem in the mask's"),
+        ("--channel_suffix", "a folder", "suffixes of the files of an image's channels"),
+        ("--layout", "arrays", f"axes of the images: {', '.join(LAYOUTS)} (NHWC)"),
+        ("--key_prefix", "arrays", "what precedes a sample's number in its key (stem of --images and _)"),
+        ("--categories", "COCO", "category names, in the order of the data set's classes"),
+        ("--image", "shards", "suffix of images after the key"),
+        ("--mask", "shards", "suffix of masks after the key"),
+    ):
+        append.add_argument(option, help=f"of {of}: {text}")
+    append.add_argument("--binary", action="store_true", help="of COCO: merge all categories into one foreground class")
+    append.add_argument(
+        "--by_basename", action="store_true", help="of COCO: look up images by the last part of their names"
+    )
+    append.set_defaults(run="run_append")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found
+
+
 def add_split(parser: argparse.ArgumentParser) -> None:
     """Add the options that assign samples to splits."""
+    parser.add_argument(
+        "--split_name", choices=SPLITS, help="put all images into this split, such as those of one COCO file"
+    )
     parser.add_argument("--split", type=Path, help="CSV with columns stem,split (train, val, test); default: at random")
     parser.add_argument(
         "--val_share", type=float, default=0.2, help="share of samples for validation without --split (0.2)"

@@ -10,11 +10,13 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from deepskip.data_shards import storage
+from deepskip.data_shards.appending import Appended, append_split, pack_shards, staging
 from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
-from deepskip.data_shards.index import FILE, load_index
+from deepskip.data_shards.compacting import compact
+from deepskip.data_shards.index import FILE, Index, load_first, load_index, refuse_chain
 from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
 from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
-from deepskip.data_shards.labels import Values
+from deepskip.data_shards.labels import Values, listed
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample
@@ -23,6 +25,7 @@ from deepskip.data_shards.sources.coco import pack_coco
 from deepskip.data_shards.sources.coins import coins
 from deepskip.data_shards.sources.folder import pack_folder
 from deepskip.data_shards.sources.split import SPLITS, PackError, read_colours
+from deepskip.data_shards.strays import Stray, remove, strays
 from deepskip.data_shards.upgrading import can_upgrade, upgrade
 from deepskip.data_shards.writer import write_shards
 
@@ -32,6 +35,14 @@ NEW_INDEX = {
     "out": None, "shards": None, "image": None, "mask": None, "labels": "auto", "num_classes": None, "ignore_label": None,
     "alpha": "auto", "orientation": "auto", "nodata": None, "threshold": None, "colors": None, "white_is_zero": "ask",
     "bands": None, "on_bad_sample": "error",
+}  # fmt: skip
+
+# Sources of `append` that options belong to.
+APPEND_OPTIONS = {
+    "masks": ("folder", "arrays"), "annotations": ("coco",), "mask_suffix": ("folder",), "channel_suffix": ("folder",),
+    "layout": ("arrays",), "key_prefix": ("arrays",), "categories": ("coco",), "binary": ("coco",), "by_basename": ("coco",),
+    "image": ("shards",), "mask": ("shards",), "labels": ("folder", "arrays"), "ignore_label": ("folder", "arrays"),
+    "threshold": ("folder", "arrays"), "colors": ("folder", "arrays"), "tile": ("folder", "coco", "arrays"),
 }  # fmt: skip
 
 
@@ -68,7 +79,7 @@ def run_pack_folder(arguments: argparse.Namespace) -> None:
 
 def run_pack_coco(arguments: argparse.Namespace) -> None:
     """Pack a COCO file with its images, and print what each split holds."""
-    options = options_of(arguments, "categories", "binary", "split_name", "bands", "longest_side", "by_basename")
+    options = options_of(arguments, "categories", "binary", "bands", "longest_side", "by_basename")
     options |= {"on_bad_annotation": arguments.on_bad_annotation, "reading": reading_of(arguments)}
     pack_coco(arguments.images, arguments.annotations, arguments.out, **options)
     show(arguments.out)
@@ -84,7 +95,7 @@ def run_pack_arrays(arguments: argparse.Namespace) -> None:
 
 def options_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the named options together with those that all sources share."""
-    common = ("split", "val_share", "seed", "samples_per_shard", "tile")
+    common = ("split", "split_name", "val_share", "seed", "samples_per_shard", "tile")
     return {name: getattr(arguments, name) for name in (*common, *names)} | {
         "progress": progress("samples"),
         "say": print,
@@ -121,6 +132,7 @@ def show(path: Path | str, cache: storage.Cache | None = None) -> None:
 
 def run_index(arguments: argparse.Namespace) -> None:
     """Make an index of shards that another program wrote, or upgrade an older index, and print a summary."""
+    refuse_chain(arguments.out or arguments.path)
     names = ("image", "mask", "labels", "num_classes", "ignore_label", "bands", "on_bad_sample", "workers")
     options = {name: getattr(arguments, name) for name in names}
     shards = list(braceexpand(arguments.shards)) if arguments.shards else None
@@ -137,6 +149,127 @@ def run_index(arguments: argparse.Namespace) -> None:
     )
     if storage.exists(storage.join(index.location, BAD_SAMPLES)):
         print(f"skipped samples are listed in {storage.join(index.location, BAD_SAMPLES)}")
+
+
+def run_append(arguments: argparse.Namespace) -> None:
+    """Append samples to a split as its next generation, and print which it is."""
+    path = arguments.path
+    split = path if storage.exists(storage.join(path, FILE)) else split_of(path, arguments.split_name)
+    appended = append_source(split, arguments)
+    made = appended.generation
+    total = sum(each.samples for each in appended.chain)
+    if appended.repeated:
+        print(f"{split}: generation {made.number} was made of the same source; nothing is appended")
+    else:
+        print(f"{split}: generation {made.number} with {made.samples} samples; {total} samples in all")
+
+
+def append_source(split: str, arguments: argparse.Namespace) -> Appended:
+    """Pack the source that the command line names, and append it to a split.
+
+    Args:
+        split: Path or URL of the split.
+        arguments: The command line.
+    """
+    source = check_source(arguments)
+    cache = cache_of(arguments)
+    _, first = load_first(split, cache)
+    with staging(split) as folder:
+        if source == "shards":
+            names = ("image", "mask")
+            options: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"say": print}
+            pack_shards(arguments.shards, folder, first, progress=progress("shards"), **options)
+        else:
+            pack_like(first, source, folder, arguments)
+            folder = folder / "train"
+        watermark = arguments.watermark
+        if watermark is None and source != "shards":
+            watermark = newest(arguments.images)
+        return append_split(
+            split,
+            folder,
+            watermark=watermark,
+            offsets=arguments.offsets,
+            repeated_keys=arguments.repeated_keys,
+            cache=cache,
+        )
+
+
+def check_source(arguments: argparse.Namespace) -> str:
+    """Return which source `append` takes: "folder", "coco", "arrays" or "shards".
+
+    Raises:
+        PackError: If the options name none or several, or one that belongs to another source.
+    """
+    if (arguments.shards is None) == (arguments.images is None):
+        raise PackError("give either --images, with --masks or --annotations, or --shards")
+    source = "shards" if arguments.shards else "coco" if arguments.annotations else "folder"
+    if source == "folder" and arguments.images.is_file():
+        source = "arrays"
+    for name, others in APPEND_OPTIONS.items():
+        if getattr(arguments, name) and source not in others:
+            raise PackError(f"--{name} belongs to {' or '.join(others)}, but the source is {source}")
+    if source == "arrays" and arguments.masks is None:
+        raise PackError("give the array of the masks: --masks")
+    return source
+
+
+def pack_like(first: Index, source: str, out: Path, arguments: argparse.Namespace) -> None:
+    """Pack the source of an append into out/train, as the samples of a split were packed.
+
+    Args:
+        first: Generation 0 of the split.
+        source: "folder", "coco" or "arrays".
+        out: Folder to make.
+        arguments: The command line.
+
+    Raises:
+        PackError: If it cannot be packed.
+    """
+    prepared = first.preparation
+    nodata = prepared.get("nodata")
+    reading = Reading(arguments.alpha, arguments.orientation, nodata=None if nodata is None else float(nodata))
+    names = ("samples_per_shard", "tile")
+    options = {name: getattr(arguments, name) for name in names} | {"split_name": "train", "bands": prepared["bands"]}
+    options |= {"reading": reading, "progress": progress("samples"), "say": print}
+    if source == "coco":
+        if first.num_classes > 1 and not arguments.categories:
+            raise PackError(
+                "the classes of a COCO file are numbered in its own order; name them in that of the data set: "
+                "--categories car,person"
+            )
+        options |= {"binary": arguments.binary, "by_basename": arguments.by_basename}
+        options["categories"] = arguments.categories.split(",") if arguments.categories else None
+        pack_coco(arguments.images, arguments.annotations, out, longest_side=prepared["longest_side"], **options)
+        return
+    options |= {
+        "labels": arguments.labels or ("auto" if first.num_classes == 1 else "classes"),
+        "num_classes": first.num_classes,
+        "ignore_label": arguments.ignore_label,
+        "values": values_of(arguments),
+    }
+    if source == "arrays":
+        prefix = f"{arguments.images.stem.replace('.', '_')}_" if arguments.key_prefix is None else arguments.key_prefix
+        options |= {"layout": arguments.layout or "NHWC", "key_prefix": prefix}
+        pack_arrays(arguments.images, arguments.masks, out, **options)
+        return
+    options |= {"mask_suffix": arguments.mask_suffix or "", "channel_suffix": arguments.channel_suffix or ""}
+    masks = arguments.masks or arguments.images
+    pack_folder(arguments.images, masks, out, longest_side=prepared["longest_side"], **options)
+
+
+def newest(path: Path) -> float:
+    """Return when a file, or the newest one in a folder, was last written, in seconds since 1970."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return max((each.stat().st_mtime for each in files if each.is_file()), default=path.stat().st_mtime)
+
+
+def run_compact(arguments: argparse.Namespace) -> None:
+    """Join the generations of each split to a new closed set, and print what is in it."""
+    for folder in splits_of(arguments.path):
+        out = arguments.out if folder == arguments.path else arguments.out / storage.name(folder)
+        index = compact(folder, out, cache_of(arguments), arguments.samples_per_shard, progress("shards"))
+        print(f"{out}: {index.num_samples} samples in {len(index.shards)} shards")
 
 
 def splits_of(path: str) -> list[str]:
@@ -165,10 +298,28 @@ def run_verify(arguments: argparse.Namespace) -> None:
         for fault in verify(folder, cache_of(arguments), progress("shards")):
             faults += 1
             print(fault)
+        if found := strays(folder):
+            removed = remove(found, arguments.older_than) if arguments.remove_strays else []
+            print(said_of_strays(folder, found, removed))
     if faults:
         print(f"{arguments.path}: {faults} faults")
         sys.exit(1)
     print(f"{arguments.path}: every shard matches its index, every sample can be read")
+
+
+def said_of_strays(folder: str, found: list[Stray], removed: list[Stray]) -> str:
+    """Return in words which files are not part of a split, and which of them were removed.
+
+    Args:
+        folder: The split.
+        found: The files.
+        removed: Those that were removed.
+    """
+    names = listed([storage.name(each.location) for each in found])
+    text = f"{folder}: {len(found)} files are not part of it, of appends in progress or of dead writers: {names}"
+    if removed:
+        return f"{text}; {len(removed)} are removed"
+    return f"{text}. To remove those that are older than a day: --remove_strays"
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -197,7 +348,8 @@ def run_plan(arguments: argparse.Namespace) -> None:
         "lanes",
         "fixed_lanes",
     )
-    for line in plan(load_index(folder), **{name: getattr(arguments, name) for name in names}):
+    index = load_index(folder, generations=arguments.generations)
+    for line in plan(index, **{name: getattr(arguments, name) for name in names}):
         print(json.dumps(line))
 
 

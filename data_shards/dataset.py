@@ -92,6 +92,7 @@ class Shards(Dataset[Batch]):
         on_bad_sample: "error" raises; "skip" puts a repeat of weight 0 in its place and reports the sample in the batch.
         cache: Where copies of remote shards are kept; required for a URL.
         bands: Numbers and ranges of the bands to take, as in `bands.chosen_bands`; None takes all.
+        generations: Number of generations of the split to read, from the first; None reads all.
 
     Raises:
         BandError: If the images do not have these bands.
@@ -111,6 +112,7 @@ class Shards(Dataset[Batch]):
         on_bad_sample: str = "error",
         cache: storage.Cache | None = None,
         bands: Sequence[int | str] | None = None,
+        generations: int | None = None,
     ) -> None:
         for name, value, allowed in (
             ("normalize", normalize, NORMALIZATIONS),
@@ -120,7 +122,7 @@ class Shards(Dataset[Batch]):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         self.folder, self.normalize, self.crops, self.cache = str(folder), normalize, crops, cache
         self.on_bad_sample = on_bad_sample
-        self.index: Index = choose_bands(load_index(folder, cache), bands)
+        self.index: Index = choose_bands(load_index(folder, cache, generations), bands)
         self.num_classes = num_classes or self.index.num_classes
         paste = crops is not None and crops.paste > 0
         # uint8 cannot hold an object's values after they are scaled to another image's contrast.

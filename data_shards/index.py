@@ -2,14 +2,15 @@
 
 There are two files next to the shards. index.json holds the split's properties and its shards. It names an Arrow file with
 the samples, up to a hundred million, as columns that are mapped into memory and not read. index.json is written last.
+Generations that are appended later have manifests (`manifest`), and are read with it as one split.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import tempfile
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deepskip.data_shards import index_check, storage
+from deepskip.data_shards import index_check, manifest, storage
 from deepskip.data_shards.entries import SCHEMA, STATISTICS, STORED, Member, SampleEntry, schema_of
-from deepskip.data_shards.labels import AS_LABELS, Labels, Values
-from deepskip.data_shards.percentiles import SHARES, centre_and_scale
+from deepskip.data_shards.labels import Labels
+from deepskip.data_shards.percentiles import centre_and_scale
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
+from deepskip.data_shards.plain_values import (
+    PERCENTILES,
+    labels_of,
+    percentiles_of,
+    plain_labels,
+    plain_number,
+    reading_of,
+)
 
 FILE = "index.json"
 FORMAT = "deepskip-shards"
-# Names of the percentiles in the file.
-PERCENTILES = tuple(f"p{share:g}" for share in SHARES)
 VERSION = 3
 # Version 2 has no statistics of single images.
 READABLE = (2, VERSION)
@@ -72,6 +79,7 @@ class Index:
         reading: How images are read.
         percentiles: The percentiles `percentiles.SHARES` of each band over the split, (3, bands); None in older indexes.
         chosen: Numbers of the bands that are taken of each image (`bands.choose_bands`); None takes all.
+        generations: The generations whose samples these are, in their order; () if it was not loaded.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -91,6 +99,7 @@ class Index:
     reading: Reading = AS_IT_COMES
     percentiles: tuple[tuple[float, ...], ...] | None = None
     chosen: tuple[int, ...] | None = None
+    generations: tuple[manifest.Generation, ...] = field(default=(), compare=False)
 
     @property
     def stored_bands(self) -> int:
@@ -217,19 +226,64 @@ class NewerIndex(BrokenIndex):
     """An index that a later DeepSkip wrote: it is not broken."""
 
 
-def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
-    """Load a split's index from a folder or URL.
+def load_index(folder: str | Path, cache: storage.Cache | None = None, generations: int | None = None) -> Index:
+    """Load a split's index from a folder or URL, with the generations that were appended to it.
 
     Args:
         folder: Path or URL of the split.
-        cache: Where the samples file of a remote index is kept; by default in a temporary file of this process.
+        cache: Where the samples files of a remote index are kept; by default in a temporary file of this process.
+        generations: Number of generations to load, from the first; None loads all.
 
     Raises:
         MissingIndex: If there is no index; says what is there and which command makes one.
-        BrokenIndex: If the index is damaged or of another version; says why. A NewerIndex if a later DeepSkip wrote it.
+        BrokenIndex: If the index or a manifest is damaged or of another version; says why. A NewerIndex if a later DeepSkip
+            wrote it.
         OSError: If the location cannot be read.
     """
     location = str(folder)
+    first, opened = load_first(location, cache)
+    try:
+        chain = manifest.read_chain(location, [first], generations)
+    except manifest.BrokenChain as error:
+        raise BrokenIndex(
+            f"{error}. Put the files back that were changed or removed, or pack the samples again"
+        ) from error
+    return replace(opened, generations=(first,)) if len(chain) == 1 else _joined(opened, chain, cache)
+
+
+def _joined(first: Index, chain: list[manifest.Generation], cache: storage.Cache | None) -> Index:
+    """Return the index of all generations of a chain, with the properties and statistics of the first."""
+    location, later = first.location, chain[1:]
+    try:
+        with ThreadPoolExecutor(manifest.READERS) as pool:
+            tables = list(pool.map(lambda generation: load_samples(location, generation.raw, cache), later))
+    except (ValueError, FileNotFoundError, storage.ChangedFile) as error:
+        raise BrokenIndex(f"a generation of {location} cannot be read: {error}") from error
+    formats = [first.formats, *(generation.raw["formats"] for generation in later)]
+    return replace(
+        first,
+        shards=(*first.shards, *(ShardEntry(**shard) for each in later for shard in each.raw["shards"])),
+        samples=manifest.join_tables([first.samples, *tables], formats),
+        formats=STORED,
+        generations=tuple(chain),
+    )
+
+
+def load_first(location: str, cache: storage.Cache | None = None) -> tuple[manifest.Generation, Index]:
+    """Load generation 0 of a split, which is its index.json.
+
+    Args:
+        location: Path or URL of the split.
+        cache: As for `load_index`.
+
+    Returns:
+        Its fields, and its index.
+
+    Raises:
+        MissingIndex: As `load_index`.
+        BrokenIndex: As `load_index`.
+        OSError: If the location cannot be read.
+    """
     path = storage.join(location, FILE)
     try:
         text = storage.read_bytes(path)
@@ -245,13 +299,14 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
             said = f"{raw.get('format')!r} version {raw.get('version')!r}" if isinstance(raw, dict) else "not an object"
             raise ValueError(f"it is {said[:200]}, this reads {FORMAT} version {VERSION}")
         index_check.check_index(raw, STORED)
-        return Index(
-            tuple(ShardEntry(**shard) for shard in raw["shards"]), _load_samples(location, raw, cache), raw["bands"],
+        index = Index(
+            tuple(ShardEntry(**shard) for shard in raw["shards"]), load_samples(location, raw, cache), raw["bands"],
             raw["dtype"], raw["num_classes"], raw["ignore_index"], tuple(raw["mean"]), tuple(raw["std"]),
             raw["preparation"], tuple(raw["formats"]), labels_of(raw["labels"]), raw["base"],
             raw["source"], location, reading_of(raw.get("reading")),
             percentiles_of(raw.get("percentiles")),
         )  # fmt: skip
+        return manifest.first_generation(text, raw), index
     except NewerIndex:
         raise
     except (ValueError, RecursionError, FileNotFoundError, storage.ChangedFile) as error:
@@ -260,53 +315,24 @@ def load_index(folder: str | Path, cache: storage.Cache | None = None) -> Index:
         ) from error
 
 
-def save_index(index: Index, folder: str | Path) -> None:
+def save_index(index: Index, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
     """Write a split's index into a folder or URL, whole or not at all; an older index stays valid until then.
 
     Args:
         index: The index.
         folder: Path or URL of the split.
+        extra: More fields of index.json.
 
     Raises:
+        ValueError: If generations were appended to the index that is there.
         OSError: If a file cannot be written.
     """
     location = str(folder)
-    sink = pa.BufferOutputStream()
-    table = index.samples.combine_chunks()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        # A single batch, so that each column is one piece of memory.
-        writer.write_table(table, max_chunksize=max(1, len(table)))
-    data = sink.getvalue().to_pybytes()
-    sha256 = hashlib.sha256(data).hexdigest()
+    refuse_chain(location)
+    data = samples_file(index.samples)
     # Named by its contents, so that the file of an older index.json is never overwritten.
-    name = f"samples-{sha256[:16]}.arrow"
-    properties = {
-        f: getattr(index, f)
-        for f in (
-            "bands",
-            "dtype",
-            "num_classes",
-            "ignore_index",
-            "mean",
-            "std",
-            "preparation",
-            "formats",
-            "base",
-            "source",
-        )
-    }
-    raw: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        **properties,
-        "labels": plain_labels(index.labels),
-        "samples": {"file": name, "bytes": len(data), "sha256": sha256, "count": len(table)},
-        "shards": [asdict(shard) for shard in index.shards],
-    }
-    if index.percentiles is not None:
-        raw["percentiles"] = dict(zip(PERCENTILES, index.percentiles, strict=True))
-    if index.reading != AS_IT_COMES:
-        raw["reading"] = asdict(index.reading) | {"nodata": plain_number(index.reading.nodata)}
+    name = f"samples-{hashlib.sha256(data).hexdigest()[:16]}.arrow"
+    raw = {"format": FORMAT, "version": VERSION} | plain_fields(index, name, data) | (extra or {})
     older = _samples_file(location)
     storage.write_bytes(storage.join(location, name), data)
     storage.write_bytes(storage.join(location, FILE), json.dumps(raw).encode())
@@ -316,40 +342,50 @@ def save_index(index: Index, folder: str | Path) -> None:
             storage.remove(storage.join(location, str(older)))
 
 
-def plain_number(value: float | None) -> float | str | None:
-    """Return a number as JSON stores it; nan becomes the string "nan", since JSON has no nan."""
-    return "nan" if value is not None and math.isnan(value) else value
+def refuse_chain(location: str) -> None:
+    """Raise ValueError if generations were appended to the index at a location, which then never changes."""
+    if manifest.read_if_exists(manifest.location_of(location, 1)) is not None:
+        raise ValueError(
+            f"generations were appended to {location}, so its index never changes; make a new set of all its samples: "
+            f"deepskip compact {location} --out FOLDER"
+        )
 
 
-def plain_labels(labels: Labels | None) -> dict[str, Any] | None:
-    """Return labels as plain values; default values are omitted, which keeps the format of older indexes."""
-    if labels is None:
-        return None
-    plain = asdict(labels)
-    if labels.values == AS_LABELS:
-        del plain["values"]
-    return plain
+def samples_file(samples: pa.Table) -> bytes:
+    """Return the bytes of an Arrow file of a table of samples."""
+    sink = pa.BufferOutputStream()
+    table = samples.combine_chunks()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        # A single batch, so that each column is one piece of memory.
+        writer.write_table(table, max_chunksize=max(1, len(table)))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
-def labels_of(raw: dict[str, Any] | None) -> Labels | None:
-    """Convert plain values, which have been checked, to labels."""
-    if raw is None:
-        return None
-    values = dict(raw.get("values") or asdict(AS_LABELS))
-    values["colours"] = tuple(tuple(colour) for colour in values["colours"])
-    return Labels(raw["binary"], raw["num_classes"], raw["ignore_label"], Values(**values))
+def plain_fields(index: Index, name: str, data: bytes) -> dict[str, Any]:
+    """Return the fields of an index or manifest as JSON stores them, without format and version.
 
-
-def percentiles_of(raw: dict[str, list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
-    """Convert plain values, which have been checked, to percentiles, (3, bands)."""
-    return None if raw is None else tuple(tuple(raw[name]) for name in PERCENTILES)
-
-
-def reading_of(raw: dict[str, Any] | None) -> Reading:
-    """Convert plain values, which have been checked, to a reading."""
-    if raw is None:
-        return AS_IT_COMES
-    return Reading(**{**raw, "nodata": None if raw["nodata"] is None else float(raw["nodata"])})
+    Args:
+        index: The index.
+        name: Name of its samples file.
+        data: Contents of that file.
+    """
+    names = ("bands", "dtype", "num_classes", "ignore_index", "mean", "std", "preparation", "formats", "base", "source")
+    raw: dict[str, Any] = {name: getattr(index, name) for name in names} | {
+        "labels": plain_labels(index.labels),
+        "samples": {
+            "file": name,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "count": index.num_samples,
+        },
+        "shards": [asdict(shard) for shard in index.shards],
+    }
+    if index.percentiles is not None:
+        raw["percentiles"] = dict(zip(PERCENTILES, index.percentiles, strict=True))
+    if index.reading != AS_IT_COMES:
+        raw["reading"] = asdict(index.reading) | {"nodata": plain_number(index.reading.nodata)}
+    return raw
 
 
 def _samples_file(location: str) -> str | None:
@@ -360,8 +396,14 @@ def _samples_file(location: str) -> str | None:
     return name if index_check.plain_name(name) else None
 
 
-def _load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | None) -> pa.Table:
-    """Map the samples' columns into memory, with bytes and contents checked, since Arrow itself would follow any offset."""
+def load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | None) -> pa.Table:
+    """Map the samples' columns into memory, with bytes and contents checked, since Arrow itself would follow any offset.
+
+    Args:
+        location: Path or URL of the split.
+        raw: Fields of its index.json or of a manifest, which have been checked.
+        cache: As for `load_index`.
+    """
     told = raw["samples"]
     path = storage.join(location, told["file"])
     if not storage.is_remote(path):

@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 from deepskip.data_shards import storage
 from deepskip.data_shards.decoding import read_image, read_mask
 from deepskip.data_shards.entries import SCHEMA, SampleEntry, sample_table, with_statistics
-from deepskip.data_shards.index import Index, ShardEntry, plain_number, save_index, tars_in
+from deepskip.data_shards.index import Index, ShardEntry, save_index, tars_in
 from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, Seen, Values, decide_labels, listed
 from deepskip.data_shards.percentiles import SHARD_VALUES, PixelSample, finite_or_none
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
+from deepskip.data_shards.plain_values import plain_number
 from deepskip.data_shards.preparation import band_statistics, resample_bands
 from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.scan import BrokenShard, choose_names, member_name, sample_entry, scan_tar

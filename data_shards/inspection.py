@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scipy import ndimage
 from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import Index
+from deepskip.data_shards.manifest import advance_of
 from deepskip.data_shards.order import EpochOrder, rank_slots, steps_per_epoch
 from deepskip.data_shards.progress import Progress, no_progress
 from deepskip.data_shards.sample import BadSample
@@ -118,6 +120,10 @@ def describe(index: Index, found: Contents) -> str:
         f"{index.location}: {index.num_samples} samples in {len(index.shards)} shards, {size:.1f} MB, "
         f"{index.bands} bands, {index.dtype}, {classes}"
     ]
+    if len(index.generations) > 1:
+        counts = [each.samples for each in index.generations]
+        told = ", ".join(map(str, counts)) if len(counts) < 9 else f"{min(counts)} to {max(counts)}"
+        lines.append(f"  chain      {len(counts)} generations of {told} samples{said_of_advance(index)}")
     if found.bad:
         lines.append(f"  {found.bad} samples cannot be read; deepskip verify gives the reasons")
     if not found.heights:
@@ -140,6 +146,14 @@ def describe(index: Index, found: Contents) -> str:
             if count:
                 lines.append(f"    {below:>7.2%} to {edge:<7.2%} {count:>8}  {bar}")
     return "\n".join(lines)
+
+
+def said_of_advance(index: Index) -> str:
+    """Return the watermark of a chain and its offsets as text; empty without any."""
+    advance = advance_of(index.generations)
+    mark, offsets = advance["watermark"], advance["offsets"]
+    text = "" if mark is None else f"; watermark {datetime.fromtimestamp(mark, UTC).isoformat(timespec='seconds')}"
+    return text + ("; offsets " + ", ".join(f"{name} {value}" for name, value in offsets.items()) if offsets else "")
 
 
 def plan(

@@ -214,8 +214,6 @@ def names(folder: Location) -> list[str]:
     if not is_remote(folder):
         return sorted(os.listdir(local(folder)))  # noqa: PTH208
     fs, path = filesystem(folder)
-    # Other processes write there too.
-    fs.invalidate_cache()
     return sorted(name(entry) for entry in with_retries(folder, lambda: fs.ls(path, detail=False)))
 
 
@@ -227,7 +225,8 @@ def filesystem(location: Location) -> tuple[Any, str]:
     """
     import fsspec
 
-    options: dict[str, Any] = {}
+    # Other processes write there too: a file is looked for, not for its name in an earlier listing.
+    options: dict[str, Any] = {"use_listings_cache": False}
     location = str(location)
     if location.startswith(("http://", "https://")):
         import aiohttp

@@ -13,10 +13,39 @@ Identity = Mapping[str, str | int]
 SHAPING = {"bands", "num_classes"}
 # Digest of the shards' bytes, which earlier versions recorded alone.
 TARS = "tars"
+# Digests of the contents of each generation of a chain, as one text. A closed set has only its CONTENTS, which are those of
+# generation 0 if others are appended later.
+GENERATIONS, CONTENTS, DIGEST_LENGTH = "generations", "contents", 32
+# What differs between a chain and its beginning.
+GROWING = {"samples", "shards", CONTENTS, GENERATIONS, TARS}
 
 
 class OtherData(RuntimeError):
     """The data is not that of the training so far, or not the same on all ranks; the message says what differs."""
+
+
+def generations(identity: Mapping[str, Any]) -> int:
+    """Return how many generations of a split an identity is of."""
+    return max(1, len(str(identity.get(GENERATIONS, ""))) // DIGEST_LENGTH)
+
+
+def beginning(before: Mapping[str, Any], now: Mapping[str, Identity]) -> dict[str, Identity]:
+    """Return identities in which each split that has only grown since a run recorded it is as the run recorded it.
+
+    Args:
+        before: as for `differing`.
+        now: identities by split.
+    """
+    found = dict(now)
+    for split, identity in now.items():
+        earlier = before.get(split)
+        if not isinstance(earlier, Mapping) or CONTENTS not in earlier:
+            continue
+        old, new = (str(each.get(GENERATIONS, each.get(CONTENTS))) for each in (earlier, identity))
+        same = all(identity[key] == earlier.get(key, identity[key]) for key in identity.keys() - GROWING)
+        if same and len(old) < len(new) and new.startswith(old):
+            found[split] = earlier
+    return found
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Identity]) -> dict[str, list[str]]:

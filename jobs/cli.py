@@ -14,6 +14,8 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
         "pack": ("data", "make WebDataset shards of images and masks"),
         "index": ("data", "write the index of existing shards"),
+        "append": ("data", "append samples to a data set while others read it, as its next generation"),
+        "compact": ("data", "join the generations of a data set to a new closed set"),
         "verify": ("data", "compare shards with their index and decode every sample"),
         "info": ("data", "print counts, sizes, bands, class balance and object sizes"),
         "preview": ("data", "draw some samples with their masks outlined"),

@@ -137,6 +137,7 @@ def claim(
             raise RunError(str(error)) from error
         refusal = reason_against(folder, earlier, config, grow=name is not None, data=data)
         if refusal is None:
+            data = beginning_of(earlier, data, say=True)
             return Run(folder, earlier.get("mlflow_run_id"), lock, data, lanes_of(earlier))
         lock.close()
         if name:
@@ -209,11 +210,45 @@ def reason_against(
         return f"has other settings ({', '.join(changed)})"
     # the earliest versions did not record the data
     noted, accepted = earlier.get("data"), config.get("data", {}).get("accept")
+    data = beginning_of(earlier, data)
     if data and isinstance(noted, dict) and (refusal := identity.refusal(noted, data, accepted)):
         return refusal
     if may_grow:
         return None
     return FINISHED if (folder / SUMMARY).is_file() else None
+
+
+def beginning_of(
+    earlier: dict[str, Any], data: Mapping[str, Identity] | None, say: bool = False
+) -> Mapping[str, Identity] | None:
+    """Return the data on which a run resumes: of splits to which generations were appended, those that it began with.
+
+    Args:
+        earlier: the run's record; {} if there is none.
+        data: identity of each split as it is now; None if it is not known.
+        say: whether to print which splits have grown.
+    """
+    noted = earlier.get("data")
+    if data is None or not isinstance(noted, dict):
+        return data
+    found = identity.beginning(noted, data)
+    for split in found if say else ():
+        first, last = identity.generations(found[split]), identity.generations(data[split])
+        if first < last:
+            print(f"{split} has {last} generations; the run resumes on the {first} that it began with", flush=True)
+    return found
+
+
+def generations_of(folder: Path) -> dict[str, int]:
+    """Return how many generations of each split a run is trained on; nothing of a split of which it records none.
+
+    Args:
+        folder: folder of the run.
+    """
+    noted = read_record(folder).get("data")
+    if not isinstance(noted, dict):
+        return {}
+    return {split: identity.generations(found) for split, found in noted.items() if isinstance(found, dict)}
 
 
 def record(run: Run, config: dict[str, Any], mlflow_run_id: str | None) -> None:

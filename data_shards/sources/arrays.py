@@ -26,6 +26,7 @@ def pack_arrays(
     *,
     layout: str = "NHWC",
     split: Path | None = None,
+    split_name: str | None = None,
     val_share: float = 0.2,
     seed: int = 0,
     labels: str = "auto",
@@ -36,6 +37,7 @@ def pack_arrays(
     values: Values = AS_LABELS,
     samples_per_shard: int = 256,
     tile: int | None = None,
+    key_prefix: str = "",
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
 ) -> dict[str, int]:
@@ -49,7 +51,8 @@ def pack_arrays(
         out: Folder to make.
         layout: Axes of the images: "NHWC", "NCHW" or "NHW".
         split: CSV with columns stem,split, where stems are the numbers of the samples.
-        val_share: Share of samples for validation without `split`, 0 to 1.
+        split_name: Split that all samples go into.
+        val_share: Share of samples for validation without `split` and `split_name`, 0 to 1.
         seed: Seed of the random split.
         labels: Meaning of mask values, as in `pack_folder`.
         num_classes: Number of classes, as in `pack_folder`.
@@ -59,6 +62,7 @@ def pack_arrays(
         values: How masks are read, as in `pack_folder`.
         samples_per_shard: Number of samples in a shard.
         tile: Side in pixels of the tiles of larger images, and of those of many bands; None stores them in one piece.
+        key_prefix: What precedes the number of a sample in its key.
         progress: Wraps the samples that are examined and written.
         say: Called with each line about what was decided.
 
@@ -96,13 +100,13 @@ def pack_arrays(
         raise PackError(f"{masks}: {error}") from error
     for line in [*survey.notes(reading), *foreground_note(seen.pixels, how.binary)]:
         say(line)
-    stems = split_stems([str(number) for number in range(len(targets))], split, val_share, seed)
+    stems = split_stems([str(number) for number in range(len(targets))], split, val_share, seed, split_name)
     return write_splits(
         {name: [int(stem) for stem in members] for name, members in stems.items()},
         out,
-        lambda members: read_samples(pictures, targets, members, how, reading, bands),
+        lambda members: read_samples(pictures, targets, members, how, reading, bands, key_prefix),
         lambda members: [images, masks],
-        (stems, layout, how, reading),
+        (stems, layout, how, reading, *([key_prefix] if key_prefix else [])),
         num_classes=how.num_classes,
         bands=bands,
         longest_side=None,
@@ -141,7 +145,13 @@ def open_array(path: Path, keys: tuple[str, ...]) -> np.ndarray:
 
 
 def read_samples(
-    images: np.ndarray, masks: np.ndarray, numbers: list[int], how: Labels, reading: Reading, bands: int | None
+    images: np.ndarray,
+    masks: np.ndarray,
+    numbers: list[int],
+    how: Labels,
+    reading: Reading,
+    bands: int | None,
+    key_prefix: str = "",
 ) -> Iterator[Sample]:
     """Yield samples by their numbers.
 
@@ -152,9 +162,10 @@ def read_samples(
         how: How mask values become labels.
         reading: How images are read.
         bands: Number of bands that every image is resampled to, or None.
+        key_prefix: What precedes the number of a sample in its key.
     """
     digits = len(str(len(images) - 1))
     for number in numbers:
         image = image_of(Picture(np.array(images[number])), reading)
         mask = how.apply(how.values.of(Picture(np.array(masks[number]))))
-        yield prepared_sample(f"{number:0{digits}d}", image, mask, None, bands, None)
+        yield prepared_sample(f"{key_prefix}{number:0{digits}d}", image, mask, None, bands, None)

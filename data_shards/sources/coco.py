@@ -19,7 +19,7 @@ from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, Sample
 from deepskip.data_shards.sources.folder import is_read_as, named
 from deepskip.data_shards.sources.packing import prepared_sample, write_splits
-from deepskip.data_shards.sources.split import SPLITS, PackError, split_stems
+from deepskip.data_shards.sources.split import PackError, split_stems
 from deepskip.data_shards.survey import Survey
 
 BASENAME = "; if they lie there under the last part of their names only: --by_basename"
@@ -107,10 +107,6 @@ def pack_coco(
     Raises:
         PackError: If the images cannot be packed; lists the faults.
     """
-    if split_name is not None and (split is not None or split_name not in SPLITS):
-        raise PackError(
-            f"split_name is {split_name!r}; it must be one of {', '.join(SPLITS)}, and without a split file"
-        )
     pictures, numbers, lines = read_coco(images, annotations, categories, by_basename)
     by_stem = {picture.stem: picture for picture in pictures}
     num_classes = max(numbers.values()) + 1
@@ -119,7 +115,7 @@ def pack_coco(
         raise PackError(
             f"{num_classes - 1} categories; a mask holds 254: choose some with --categories, or use --binary"
         )
-    stems = {split_name: list(by_stem)} if split_name else split_stems(list(by_stem), split, val_share, seed)
+    stems = split_stems(list(by_stem), split, val_share, seed, split_name)
     reading, found = examine(pictures, bands, replace(reading, missing=True), on_bad_annotation, progress)
     for line in [*lines, *found]:
         say(line)

@@ -42,6 +42,7 @@ def pack_folder(
     out: Path,
     *,
     split: Path | None = None,
+    split_name: str | None = None,
     val_share: float = 0.2,
     seed: int = 0,
     labels: str = "auto",
@@ -67,7 +68,8 @@ def pack_folder(
         masks: Folder of the masks; may be the same.
         out: Folder to make.
         split: CSV with columns stem,split; without it, `val_share` of the images are drawn for validation.
-        val_share: Share of images for validation without `split`, 0 to 1.
+        split_name: Split that all images go into.
+        val_share: Share of images for validation without `split` and `split_name`, 0 to 1.
         seed: Seed of the random split.
         labels: Meaning of mask values. "binary": every value other than 0 is foreground. "classes": values are labels.
             "auto": binary if the masks hold only one value other than 0, else classes.
@@ -93,7 +95,7 @@ def pack_folder(
     """
     pairs, lines = pair_files(images, masks, mask_suffix, channel_suffix)
     by_stem = {pair.stem: pair for pair in pairs}
-    stems = split_stems(list(by_stem), split, val_share, seed)
+    stems = split_stems(list(by_stem), split, val_share, seed, split_name)
     reading = replace(reading, missing=True)
     how, reading, found = examine(pairs, labels, num_classes, ignore_label, bands, reading, values, progress)
     for line in [*lines, *found]:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from deepskip.data_shards.index import plain_number
 from deepskip.data_shards.labels import IGNORE_INDEX
 from deepskip.data_shards.pictures import without_values
+from deepskip.data_shards.plain_values import plain_number
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample

@@ -14,7 +14,9 @@ class PackError(ValueError):
     """Images and masks that do not make a data set; the message lists the files at fault."""
 
 
-def split_stems(stems: list[str], split: Path | None, val_share: float, seed: int) -> dict[str, list[str]]:
+def split_stems(
+    stems: list[str], split: Path | None, val_share: float, seed: int, split_name: str | None = None
+) -> dict[str, list[str]]:
     """Assign stems to splits.
 
     Args:
@@ -22,13 +24,21 @@ def split_stems(stems: list[str], split: Path | None, val_share: float, seed: in
         split: CSV with columns stem,split, or None for a random split.
         val_share: Share of stems for validation in a random split, 0 to 1.
         seed: Seed of the random split.
+        split_name: Split that all stems go into, or None.
 
     Returns:
         Stems by split.
 
     Raises:
-        PackError: If the CSV does not fit the stems, or `val_share` leaves a split empty.
+        PackError: If the CSV does not fit the stems, `val_share` leaves a split empty, or `split_name` is unknown or comes with
+            a CSV.
     """
+    if split_name is not None:
+        if split is not None or split_name not in SPLITS:
+            raise PackError(
+                f"split_name is {split_name!r}; it must be one of {', '.join(SPLITS)}, and without a split file"
+            )
+        return {split_name: stems}
     return read_split(split, stems) if split else draw_split(stems, val_share, seed)
 
 

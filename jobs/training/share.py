@@ -73,8 +73,14 @@ def train(
     assert lanes != "auto", "the driver chooses"
     crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
     options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
-    train_shards = Shards(storage.join(data.path, "train"), data.normalize, crops, **options)
-    validation_shards = Shards(storage.join(data.path, "val"), data.normalize, **options)
+    # What is appended while the run is trained does not change it.
+    generations = runs.generations_of(folder)
+    train_shards = Shards(
+        storage.join(data.path, "train"), data.normalize, crops, generations=generations.get("train"), **options
+    )
+    validation_shards = Shards(
+        storage.join(data.path, "val"), data.normalize, generations=generations.get("val"), **options
+    )
     # Validation normalises as predictions will, by the training set.
     validation_shards.mean, validation_shards.std = train_shards.mean, train_shards.std
     splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}

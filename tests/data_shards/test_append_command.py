@@ -1,0 +1,161 @@
+"""`deepskip append` takes the sources of `pack`; `info`, `order`, `verify`, `index` and `compact` know chains."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deepskip.data_shards.command_line import main
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.index import load_index
+
+
+def write_folder(folder: Path, names: list[str], classes: int = 2) -> tuple[str, str]:
+    """Write images and masks; return the options that name them."""
+    rng = np.random.default_rng(len(names))
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / "images" / f"{name}.png")
+        Image.fromarray(rng.integers(0, classes, (20, 24)).astype(np.uint8)).save(folder / "masks" / f"{name}.png")
+    return str(folder / "images"), str(folder / "masks")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Pack a set of five images, in three classes."""
+    images, masks = write_folder(tmp_path / "first", list("abcde"), 3)
+    command = ["pack", "folder", "--images", images, "--masks", masks, "--out", str(tmp_path / "data")]
+    main([*command, "--split_name", "train", "--labels", "classes", "--longest_side", "12"])
+    return tmp_path / "data"
+
+
+def test_every_source_is_appended_as_it_would_be_packed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = write_folder(tmp_path / "second", ["f", "g"], 3)
+    main(["append", str(data), "--images", images, "--masks", masks, "--offsets", '{"camera": 17}'])
+    assert "generation 1 with 2 samples; 7 samples in all" in capsys.readouterr().out
+    main(["append", str(data), "--images", images, "--masks", masks])
+    assert "generation 1 was made of the same source; nothing is appended" in capsys.readouterr().out
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.integers(0, 255, (2, 3, 10, 12), np.uint8))
+    np.save(tmp_path / "y.npy", rng.integers(0, 3, (2, 10, 12)))
+    arrays = ["--images", str(tmp_path / "x.npy"), "--masks", str(tmp_path / "y.npy"), "--layout", "NCHW"]
+    with pytest.raises(SystemExit):
+        main(["append", str(data), *arrays])
+    assert "preparation is" in capsys.readouterr().err
+    square = {"image_id": 1, "iscrowd": 0, "area": 36, "segmentation": [[2, 2, 8, 2, 8, 8, 2, 8]]}
+    coco = {
+        "images": [{"id": 1, "file_name": "f.png", "height": 20, "width": 24}],
+        "categories": [{"id": 5, "name": "dog"}, {"id": 9, "name": "cat"}],
+        "annotations": [square | {"id": 1, "category_id": 5}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    command = ["append", str(data), "--images", images, "--annotations", str(tmp_path / "coco.json")]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "name them in that of the data set" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--categories", "cat,dog"])
+    assert "1 samples have keys of generation 1 of" in capsys.readouterr().err
+    main([*command, "--categories", "cat,dog", "--repeated_keys"])
+    shards = Shards(data / "train", normalize="none")
+    assert shards.index.keys(list(range(8))) == list("abcdefgf")
+    last = shards.read(shards.index.entries([7])[0])
+    # The longer side becomes 12 pixels, and a dog is of class 2.
+    assert last[0].shape == (10, 12, 3)
+    assert np.unique(last[1]).tolist() == [0, 2]
+    main(["info", str(data)])
+    said = capsys.readouterr().out
+    assert "3 generations of 5, 2, 1 samples; watermark 20" in said
+    assert "offsets camera 17" in said
+    for count, keys in ((1, "abcde"), (2, "abcdefg"), (3, "abcdeffg")):
+        main(["order", str(data / "train"), "--global-batch-size", "8", "--generations", str(count)])
+        assert sorted(json.loads(capsys.readouterr().out)["keys"]) == list(keys)
+    with pytest.raises(SystemExit):
+        main(["index", str(data / "train")])
+    assert "its index never changes" in capsys.readouterr().err
+
+
+def test_arrays_shards_and_options_of_other_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = write_folder(tmp_path / "first", list("abcde"))
+    for name in ("data", "foreign"):
+        main(["pack", "folder", "--images", images, "--masks", masks, "--out", str(tmp_path / name)])
+    data = str(tmp_path / "data")
+    np.save(tmp_path / "x.npy", np.full((2, 10, 12, 3), 7, np.uint8))
+    np.save(tmp_path / "y.npy", np.ones((2, 10, 12), np.uint8))
+    main(["append", data, "--images", str(tmp_path / "x.npy"), "--masks", str(tmp_path / "y.npy")])
+    for path in (tmp_path / "foreign" / "train").glob("index.json"):
+        path.unlink()
+    foreign = ["append", data, "--split_name", "val", "--shards", str(tmp_path / "foreign" / "train")]
+    main(foreign)
+    main(foreign)
+    assert "generation 1 was made of the same source" in capsys.readouterr().out
+    train, val = (load_index(tmp_path / "data" / name) for name in ("train", "val"))
+    assert train.keys([4, 5]) == ["x_0", "x_1"]
+    assert (train.num_samples, val.num_samples) == (6, 5)
+    for options, words in (
+        ([], "give either --images"),
+        (["--images", images, "--shards", data], "give either --images"),
+        (
+            ["--images", images, "--masks", masks, "--layout", "NHWC"],
+            "--layout belongs to arrays, but the source is fold",
+        ),
+        (["--images", str(tmp_path / "x.npy")], "give the array of the masks"),
+        (["--images", images, "--masks", masks, "--offsets", '{"a": 1.5}'], "the generation.offsets is"),
+        (["--images", images, "--masks", masks, "--offsets", "[1]"], "is not a JSON object"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["append", data, *options])
+        assert words in capsys.readouterr().err
+    # Nothing is left of what was refused.
+    assert not list((tmp_path / "data" / "train").glob(".append*"))
+
+
+def test_a_compacted_chain_has_the_same_samples(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, names in enumerate((["f", "g"], ["a", "h"])):
+        images, masks = write_folder(tmp_path / str(number), names, 3)
+        command = ["append", str(data), "--images", images, "--masks", masks, "--repeated_keys"]
+        main([*command, "--watermark", str(100 - number), "--offsets", json.dumps({"one": number, f"n{number}": "x"})])
+    main(["compact", str(data), "--out", str(tmp_path / "small"), "--samples_per_shard", "4"])
+    before, after = (Shards(folder / "train", normalize="none") for folder in (data, tmp_path / "small"))
+    assert [shard.samples for shard in after.index.shards] == [4, 4, 1]
+    assert after.index.keys(list(range(9))) == [*"abcdefg", "a-2", "h"]
+    for one, other in zip(before.index.entries(list(range(9))), after.index.entries(list(range(9))), strict=True):
+        assert one.digest == other.digest
+        for found, expected in zip(after.read(other), before.read(one), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    for name in ("mean", "std", "percentiles", "num_classes", "dtype", "preparation", "labels", "reading"):
+        assert getattr(before.index, name) == getattr(after.index, name)
+    for name in ("mean", "std"):
+        assert after.index.samples[name].combine_chunks().equals(before.index.samples[name].combine_chunks())
+    # A writer resumes from the offsets of the chain, and appends to the new set as to the old one.
+    [first] = after.index.generations
+    assert (first.watermark, first.offsets) == (100.0, {"one": 1, "n0": "x", "n1": "x"})
+    images, masks = write_folder(tmp_path / "last", ["z"], 3)
+    main(["append", str(tmp_path / "small"), "--images", images, "--masks", masks])
+    main(["verify", str(tmp_path / "small")])
+    assert "every sample can be read" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compact", str(data), "--out", str(tmp_path / "small")])
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_verify_lists_what_dead_writers_left(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stray = data / "train" / f"shard-{'0' * 32}-000000.tar"
+    stray.touch()
+    (data / "train" / ".append-x" / "train").mkdir(parents=True)
+    main(["verify", str(data)])
+    said = capsys.readouterr().out
+    assert "2 files are not part of it" in said
+    assert stray.name in said
+    main(["verify", str(data), "--remove_strays"])
+    assert stray.exists()
+    main(["verify", str(data), "--remove_strays", "--older_than", "0"])
+    assert "2 are removed" in capsys.readouterr().out
+    main(["verify", str(data)])
+    assert "not part" not in capsys.readouterr().out
+    assert sorted(path.suffix for path in (data / "train").iterdir()) == [".arrow", ".json", ".tar"]
