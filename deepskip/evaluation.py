@@ -120,7 +120,7 @@ def first_images(panel: list[PanelImage], most: int, device: torch.device) -> li
 
     Args:
         panel: the first images of this rank, `most` at most.
-        most: number of images to return, if there are so many.
+        most: number of images to return, or fewer if there are not that many.
         device: device for the collectives.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
