@@ -251,6 +251,20 @@ def rank_slots(order: EpochOrder, batch: int, global_batch_size: int, rank: int,
     return slots
 
 
+def rank_block(samples: int, rank: int, world_size: int) -> range:
+    """Return the samples that one rank validates: contiguous, so that it opens only the shards that hold them.
+
+    The numbers of samples of two ranks differ by at most 1. Of S shards of one size a rank opens at most
+    ceil(S / world_size) + 1. Of any shards all ranks together open at most S + world_size - 1.
+
+    Args:
+        samples: Number of samples in the split.
+        rank: Rank, 0 to world_size - 1.
+        world_size: Number of ranks.
+    """
+    return range(rank * samples // world_size, (rank + 1) * samples // world_size)
+
+
 def rank_windows(order: EpochOrder, stretches: Sequence[Stretch]) -> list[Stretch]:
     """Return the windows that hold stretches of lanes: numbers of windows in the place of places."""
     found = []

@@ -325,8 +325,7 @@ class Cache:
     def _make_room(self, size: int, mine: Path) -> None:
         if size > self.limit:
             raise CacheFull(f"a file of {size} bytes does not fit into the cache of {self.limit} at {self.folder}")
-        with lock_file(mine.parent / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_file(mine.parent / ".lock") as lock, flock(lock):
             copies = []
             total = size
             for path in mine.parent.iterdir():
@@ -360,13 +359,33 @@ def locked(part: Path) -> Iterator[bool]:
     Yields:
         False if the file was removed or renamed while this process waited for the lock, else True.
     """
-    with lock_file(part) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock_file(part) as file, flock(file):
         try:
             yield same_file(file, part)
         finally:
             if same_file(file, part):
                 part.unlink()
+
+
+@contextlib.contextmanager
+def flock(file: BinaryIO, more: int = 0) -> Iterator[None]:
+    """Hold the lock of an open file.
+
+    It is released explicitly. Closing the file would not do: a loader process that was forked meanwhile has it open too, and
+    would wait for itself.
+
+    Args:
+        file: The file.
+        more: Flags besides LOCK_EX.
+
+    Raises:
+        BlockingIOError: If another process holds it, with LOCK_NB.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | more)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def same_file(file: BinaryIO, path: Path) -> bool:
@@ -380,8 +399,7 @@ def same_file(file: BinaryIO, path: Path) -> bool:
 def remove_abandoned(part: Path) -> bool:
     """Remove a partial file whose process has ended, and return whether it is gone."""
     try:
-        with part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with part.open("rb") as file, flock(file, fcntl.LOCK_NB):
             if same_file(file, part):
                 part.unlink()
     except BlockingIOError:

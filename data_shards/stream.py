@@ -1,6 +1,8 @@
 """Batches of a split: each rank's share of every global batch, from any step, and the images of a validation split."""
 
 import itertools
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +21,7 @@ from deepskip.data_shards.order import (
     EpochOrder,
     Slot,
     Stretch,
+    rank_block,
     rank_share,
     rank_slots,
     rank_windows,
@@ -28,6 +31,11 @@ from deepskip.data_shards.order import (
 
 # Remote shards that are fetched at the same time.
 FETCHES = 8
+# A validation starts loader processes only if its images take longer than this to read, in seconds: to start and end them takes
+# 0.1 to 0.3 s (2 cores), and the copies between processes cost more than small images.
+WORTH_PROCESSES = 1.0
+# Images from whose reading that time is estimated.
+TRIED = 3
 
 
 class Added(TypedDict):
@@ -224,24 +232,104 @@ def unpack_small(packed: dict[str, Any]) -> Batch:
 
 
 def whole_images(
-    shards: Shards, rank: int, world_size: int, skipped: Callable[[SkipReport], None] = lambda report: None
+    shards: Shards,
+    rank: int,
+    world_size: int,
+    skipped: Callable[[SkipReport], None] = lambda report: None,
+    loader_workers: int = 0,
+    ranks_here: int = 1,
 ) -> Iterator[Batch]:
-    """Yield every world_size-th sample, starting at `rank`, whole, as batches of one.
+    """Yield this rank's block of the samples in their order, whole, as batches of one.
 
-    All ranks together yield each sample once.
+    All ranks together yield each sample once, and each opens only the shards of its block; the next ones are prefetched.
 
     Args:
         shards: The split.
         rank: Rank, 0 to world_size - 1.
         world_size: Number of ranks.
         skipped: Called with the report of each bad sample that is skipped.
+        loader_workers: Number of processes that read samples, if these take long enough; 0 reads in this process.
+        ranks_here: Number of ranks that share this machine's cache.
 
     Yields:
         Batches of one sample each.
     """
-    for sample in range(rank, len(shards), world_size):
-        batch = shards[[Slot(0, sample, 1)]]
-        for report in batch["bad"]:
-            skipped(report)
-        if not batch["bad"]:
-            yield batch
+    block = rank_block(len(shards), rank, world_size)
+    ahead = ReadAhead(shards) if storage.is_remote(shards.index.base or shards.folder) and len(block) else None
+
+    def slots() -> Iterator[list[Slot]]:
+        in_use = -1
+        for sample in block:
+            if ahead is not None and (shard := shards.index.shards_of([sample])[0]) != in_use:
+                in_use = shard
+                ahead.want(next_shards(shards, shard, block, ranks_here))
+            yield [Slot(0, sample, 1)]
+
+    try:
+        for batch in single_images(shards, slots(), len(block), loader_workers):
+            for report in batch["bad"]:
+                skipped(report)
+            if not batch["bad"]:
+                yield batch
+    finally:
+        if ahead is not None:
+            ahead.close()
+
+
+def single_images(shards: Shards, slots: Iterator[list[Slot]], count: int, loader_workers: int) -> Iterator[Batch]:
+    """Yield batches of one sample each, from loader processes if these save time.
+
+    The first samples are read in this process, to estimate how long all take.
+
+    Args:
+        shards: The split.
+        slots: The batches' slots.
+        count: Number of batches.
+        loader_workers: Number of loader processes; 0 reads all in this process.
+
+    Yields:
+        The batches, in the order of the slots.
+    """
+    seconds = math.inf
+    for batch in itertools.islice(slots, TRIED if loader_workers else None):
+        started = time.perf_counter()
+        read = shards[batch]
+        # The first of a shard may have waited for the shard.
+        seconds = min(seconds, time.perf_counter() - started)
+        yield read
+    left = count - TRIED
+    if not loader_workers or left <= 0:
+        return
+    if seconds * left < WORTH_PROCESSES:
+        yield from (shards[batch] for batch in slots)
+        return
+    loader = DataLoader(
+        shards,
+        batch_sampler=slots,
+        collate_fn=partial(collated, None),
+        num_workers=min(loader_workers, left),
+        # Whole images can be large, and wait in shared memory.
+        prefetch_factor=2,
+        pin_memory=torch.cuda.is_available(),
+        # The seed of the processes would otherwise be a number of the training's generator.
+        generator=torch.Generator(),
+    )
+    yield from map(unpack_small, loader)
+
+
+def next_shards(shards: Shards, first: int, block: range, ranks_here: int) -> list[int]:
+    """Return a shard and those after it that are prefetched for a block of samples.
+
+    They take at most half of this rank's part of the cache, so that copies which the training reads next stay there.
+
+    Args:
+        shards: The split.
+        first: Number of the shard in use.
+        block: The samples to read, which are not empty.
+        ranks_here: Number of ranks that share this machine's cache.
+    """
+    last = shards.index.shards_of([block[-1]])[0]
+    room = shards.cache.limit / (2 * ranks_here) if shards.cache else 0.0
+    found = range(first, min(first + FETCHES, last) + 1)
+    ends = np.cumsum([shards.index.shards[number].bytes for number in found])
+    return list(found[: max(1, int((ends <= room).sum()))])

@@ -5,6 +5,7 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
+from deepskip import exact_sums
 from deepskip.kernels import torchvision_ops
 from deepskip.size_scores import EIGHT_NEIGHBOURS
 
@@ -85,7 +86,8 @@ class TargetScores(Metric):
         super().__init__()
         for name in ("targets", "detected", "false_pixels", "pixels", "images"):
             self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("iou_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # The images' IoUs are added up as digits, so that the order of images and ranks does not matter.
+        self.add_state("iou_digits", default=torch.zeros(exact_sums.LIMBS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, counted: Tensor) -> None:
         """Add one image.
@@ -108,7 +110,8 @@ class TargetScores(Metric):
         self.pixels += counted.sum()
         if either := int((guess | truth).sum()):
             self.images += 1
-            self.iou_sum += int((guess & truth).sum()) / either
+            iou = torch.tensor(int((guess & truth).sum()) / either, dtype=torch.float64)
+            self.iou_digits += exact_sums.digits(iou).to(self.iou_digits.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Return "niou", "pd", the share of detected targets, and "fa", false pixels over all counted pixels; scalars.
@@ -116,7 +119,7 @@ class TargetScores(Metric):
         A ratio of 0 to 0 is nan.
         """
         return {
-            "niou": self.iou_sum / self.images,
+            "niou": torch.tensor(exact_sums.total(self.iou_digits[None])[0], dtype=torch.float64) / self.images.cpu(),
             "pd": self.detected.double() / self.targets,
             "fa": self.false_pixels.double() / self.pixels,
         }

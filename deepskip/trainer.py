@@ -196,7 +196,7 @@ def train(
         data: description of the training data.
         run: folder or URL of its checkpoints.
         train_batches: function of the first step that yields this rank's share of every global batch.
-        validation_images: function that yields this rank's share of the validation split, one image a batch.
+        validation_images: function that yields this rank's block of the validation split, one image a batch.
         rank: rank of this process; every rank of a process group calls this function.
         world_size: number of ranks.
         device: device on which to train.
@@ -293,7 +293,7 @@ def validate(
 
     Args:
         training: training whose averaged network is measured.
-        images: this rank's share of the split; every rank must call with its own.
+        images: this rank's block of the split, in its order; every rank must call with its own.
         rank: rank of this process.
         observe: called on rank 0 with the metrics and the panel.
     """

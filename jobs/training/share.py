@@ -17,14 +17,11 @@ from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import train_batches, whole_images
-from deepskip.evaluation import PanelImage, thumbnail
 from deepskip.jobs import runs
 from deepskip.jobs.settings import cache_of
-from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Thumbnail, Warned
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
 from deepskip.training_step import DataInfo
 
-# Longest side of the images in a panel, in pixels.
-PANEL_SIDE = 512
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
@@ -119,7 +116,7 @@ def train(
         run=folder,
         train_batches=train_stream,
         validation_images=lambda: whole_images(
-            validation_shards, rank, world_size, lambda report: skipped("val", report)
+            validation_shards, rank, world_size, lambda report: skipped("val", report), loader_workers, ranks_here
         ),
         rank=rank,
         world_size=world_size,
@@ -139,17 +136,10 @@ def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel |
         values: metrics by name; for a panel {"images": list of PanelImage}; for a warning {"text": str}.
     """
     if kind == "panel":
-        # The images are reduced, so that the event is cheap to send.
-        return Panel(step, [reduced(one) for one in values["images"]])
+        return Panel(step, values["images"])
     if kind == "warning":
         return Warned(values["text"])
     return Measured("train" if kind == "train" else "validation", step, values)
-
-
-def reduced(one: PanelImage) -> Thumbnail:
-    """Return a validation image as it is sent."""
-    small = thumbnail(one["image"], {"mask": one["mask"], "labels": one["labels"]}, PANEL_SIDE)
-    return {"image": small["image"], "mask": small["mask"], "labels": small["labels"], "key": one["key"]}
 
 
 def data_info(index: Index, splits: dict[str, dict[str, str | int]], normalize: str) -> DataInfo:

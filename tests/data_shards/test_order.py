@@ -11,6 +11,7 @@ from deepskip.data_shards.order import (
     EpochOrder,
     Slot,
     automatic_lanes,
+    rank_block,
     rank_share,
     rank_slots,
     rank_windows,
@@ -245,6 +246,29 @@ def test_a_batch_draws_from_more_shards_than_with_one_lane() -> None:
     # Windows of 32 shards in all, of which the lanes' move on at different times.
     assert mixed[0] < 24
     assert mixed[1] > 32
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    sizes=st.one_of(
+        st.lists(st.integers(0, 9), min_size=1, max_size=30),
+        st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(1, 9)).map(
+            lambda drawn: [drawn[1]] * drawn[0] + [min(drawn[1:])]
+        ),
+    ),
+    W=st.integers(1, 40),
+)
+def test_validation_blocks_open_few_shards(sizes: list[int], W: int) -> None:
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    blocks = [rank_block(len(shard_of), rank, W) for rank in range(W)]
+    # Each image once, in the order of the split.
+    assert [number for block in blocks for number in block] == list(range(len(shard_of)))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+    opened = [len(set(shard_of[block.start : block.stop].tolist())) for block in blocks]
+    # Each border between two ranks cuts one shard at most.
+    assert sum(opened) <= len(sizes) + W - 1
+    if len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]:
+        assert max(opened) <= -(-len(sizes) // W) + 1
 
 
 def test_any_position_of_a_huge_epoch_is_found_at_once() -> None:

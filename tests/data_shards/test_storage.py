@@ -1,5 +1,6 @@
 """Remote shards come from a real S3 endpoint (moto's) and an HTTP server, through a cache shared by processes."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -280,3 +281,18 @@ def test_processes_share_the_cache_and_one_may_be_killed(tmp_path: Path, http: t
     sizes = [path.stat().st_size for path in folder.iterdir()]
     assert sum(sizes) <= 4 * 10**6
     assert not (folder / f"{'a' * 64}.3000000.part").exists()
+
+
+def test_a_lock_does_not_stay_with_a_process_that_was_forked_meanwhile(tmp_path: Path) -> None:
+    """Check what a loader process, forked while a shard is fetched, and all who need the shard would otherwise wait for."""
+    with storage.lock_file(tmp_path / "lock") as file, storage.flock(file):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with (tmp_path / "lock").open("rb") as other, storage.flock(other, fcntl.LOCK_NB):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import webdataset
 
+from deepskip.data_shards import stream as streams
 from deepskip.data_shards.crops import Crops, Item, pasted, random_crop
 from deepskip.data_shards.dataset import BrokenShard, Shards
 from deepskip.data_shards.entries import SCHEMA
@@ -269,6 +270,50 @@ def test_validation_takes_each_image_once_and_whole(tmp_path: Path) -> None:
         pixels = sample.image_HWC.reshape(-1, 3).astype(np.float64)
         np.testing.assert_allclose(batch["mean"][0], pixels.mean(0), rtol=1e-6)
         np.testing.assert_allclose(batch["std"][0], pixels.std(0), rtol=1e-6)
+
+
+def test_validation_through_loader_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(tmp_path / "val", samples(19))
+    shards = Shards(tmp_path / "val")
+    # Processes are not started where none are asked for, nor for images that are read at once.
+    monkeypatch.setattr(streams, "DataLoader", None)
+    expected = list(whole_images(shards, 0, 2))
+    assert [batch["sample"] for batch in expected] == [[i] for i in range(9)]
+    for worth, loader_workers in ((0.0, 0), (60.0, 2)):
+        monkeypatch.setattr(streams, "WORTH_PROCESSES", worth)
+        assert len(list(whole_images(shards, 0, 2, loader_workers=loader_workers))) == 9
+    monkeypatch.setattr(streams, "DataLoader", torch.utils.data.DataLoader)
+    monkeypatch.setattr(streams, "WORTH_PROCESSES", 0.0)
+    # The training's random numbers do not depend on how its validation is read.
+    before = torch.get_rng_state()
+    found = list(whole_images(shards, 0, 2, loader_workers=2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for batch, same in zip(found, expected, strict=True):
+        assert batch["key"] == same["key"]
+        for name in ("image", "mask", "mean", "std"):
+            assert torch.equal(batch[name], same[name]), name  # type: ignore[literal-required]
+
+
+def test_what_a_validation_reads_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = packed(tmp_path / "val", samples(60, size=16))
+    save_index(replace(index, base="s3://nowhere"), tmp_path / "val")
+    wanted: list[list[int]] = []
+    monkeypatch.setattr(ReadAhead, "want", lambda self, numbers: wanted.append(numbers))
+
+    def ahead(limit: int, rank: int) -> list[list[int]]:
+        shards = Shards(tmp_path / "val", cache=Cache(tmp_path / "cache", limit))
+        shards.local_path = lambda number: tmp_path / "val" / index.shards[number].name  # type: ignore[method-assign]
+        wanted.clear()
+        batches = list(whole_images(shards, rank, 4, ranks_here=2))
+        assert [batch["sample"][0] for batch in batches] == list(range(15 * rank, 15 * rank + 15))
+        return list(wanted)
+
+    # Of 15 shards of 4 samples, rank 1 of 4 has samples 15 to 29, in shards 3 to 7.
+    assert ahead(10**9, 1) == [list(range(first, 8)) for first in range(3, 8)]
+    # Each of two ranks of a machine leaves half of its part of the cache to the training: room for two shards here.
+    room = 4 * 2 * max(shard.bytes for shard in index.shards)
+    assert ahead(room, 0) == [[0, 1], [1, 2], [2, 3], [3]]
+    assert ahead(1, 0) == [[0], [1], [2], [3]]
 
 
 def test_crops() -> None:

@@ -20,6 +20,8 @@ from torch import nn
 
 from deepskip import checkpoint, ranks
 from deepskip.config import Config, OptimConfig
+from deepskip.data_shards.order import rank_block
+from deepskip.evaluation import evaluate
 from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, Record, learning_rate, train
 from deepskip.training_step import TrainingStep
 
@@ -59,7 +61,7 @@ def batches(step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
 
 
 def images(rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    for number in range(rank, 5, world_size):
+    for number in rank_block(5, rank, world_size):
         yield batch_of([10_000 + number], [1.0], size=24)
 
 
@@ -373,16 +375,31 @@ def on_ranks(world_size: int, folder: Path, work: Callable[[Path, int, int], Any
 
 
 def two_more_steps(folder: Path, rank: int, world_size: int) -> Any:
-    return losses(folder, config(norm="group"), stop_at=2 * world_size, rank=rank, world_size=world_size)
+    more = losses(folder, config(norm="group"), stop_at=2 * world_size, rank=rank, world_size=world_size)
+    return *more, evaluated(rank, world_size)
+
+
+def evaluated(rank: int = 0, world_size: int = 1) -> tuple[dict[str, float], list[str]]:
+    """Return the metrics of a network of random weights, and the keys of its panel."""
+    training = TrainingStep(config(norm="group"), DATA, torch.device("cpu"))
+    metrics, panel = evaluate(
+        training.network, training.criterion, 1, 255, images(rank, world_size), torch.device("cpu"), panels=3
+    )
+    return metrics, [one["key"] for one in panel]
 
 
 @pytest.mark.slow
-def test_the_same_training_on_one_then_two_then_three_workers(tmp_path: Path) -> None:
+def test_the_same_training_on_one_then_two_then_three_workers(tmp_path: Path, one_thread: None) -> None:
+    metrics, shown = evaluated()
+    assert (metrics["images"], shown) == (5, ["key10000", "key10001", "key10002"])
     alone, summary = losses(tmp_path / "alone", config(norm="group"))
     seen, _ = losses(tmp_path / "run", config(norm="group"), stop_at=2)
     for world_size in (2, 3):
-        (more, last), *others = on_ranks(world_size, tmp_path / "run", two_more_steps)
-        assert (list(more), [losses for losses, _ in others]) == (
+        (more, last, (of_ranks, panel)), *others = on_ranks(world_size, tmp_path / "run", two_more_steps)
+        # The same weights have the same metrics, bit for bit, and the same images are shown.
+        assert of_ranks == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)
+        assert panel == shown
+        assert (list(more), [losses for losses, *_ in others]) == (
             [2 * world_size - 1, 2 * world_size],
             [{}] * len(others),
         )
