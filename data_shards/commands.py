@@ -10,6 +10,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from deepskip.data_shards import storage
+from deepskip.data_shards.card import write_card
 from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
 from deepskip.data_shards.index import FILE, load_index
 from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
@@ -48,6 +49,7 @@ def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = CO
         write_shards(
             progress("samples")(samples, count), out / split, num_classes=1, source=f"coins {split} {count} {seed}"
         )
+    write_card(out)
 
 
 def run_pack_coins(arguments: argparse.Namespace) -> None:
