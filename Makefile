@@ -12,6 +12,7 @@
 # make test-pages   every code block of the pages, and the examples
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make screenshots   README, docs, MLflow, the server's page and a terminal as pictures, by Chromium (Debian: apt-get install chromium)
+# make test-readers   webdataset, Hugging Face datasets, Ray Data and Energon read packed coins, in an environment of its own (.venv-readers)
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
@@ -32,7 +33,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages test-readers chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -111,6 +112,11 @@ test-next: setup
 test-pages: setup
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) -m pages tests/test_examples.py tests/test_doc_blocks.py
 
+test-readers:
+	@$(PYTHON) -m venv .venv-readers
+	@.venv-readers/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r tests/readers/requirements.txt
+	@.venv-readers/bin/python -m pytest --noconftest -m readers tests/readers $(ARGS)
+
 test-browser: setup
 	@$(VENV)/bin/python -m pytest -m browser tests/jobs
 
@@ -169,4 +175,4 @@ bench-serve: setup
 	@$(VENV)/bin/python -m deepskip.jobs.bench.serving $(ARGS)
 
 clean:
-	@rm -rf $(VENV) .venv-bench .venv-bench-kernels *.egg-info
+	@rm -rf $(VENV) .venv-bench .venv-bench-kernels .venv-readers *.egg-info

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.appending import Appended, append_split, pack_shards, staging
+from deepskip.data_shards.card import write_card
 from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
 from deepskip.data_shards.compacting import compact
 from deepskip.data_shards.index import FILE, Index, load_first, load_index, refuse_chain
@@ -59,6 +60,7 @@ def pack_coins(out: Path, counts: dict[str, int] = COINS_DEFAULT, seed: int = CO
         write_shards(
             progress("samples")(samples, count), out / split, num_classes=1, source=f"coins {split} {count} {seed}"
         )
+    write_card(out)
 
 
 def run_pack_coins(arguments: argparse.Namespace) -> None:

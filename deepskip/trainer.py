@@ -188,6 +188,7 @@ def train(
     observe: Callable[[str, int, dict[str, Any]], None] = lambda kind, step, values: None,
     mlflow_run_id: str | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    validated: Callable[[int], None] = lambda step: None,
 ) -> Summary:
     """Train from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
 
@@ -203,6 +204,7 @@ def train(
         observe: called on rank 0 with ("train" | "validation" | "panel" | "warning", steps done, values).
         mlflow_run_id: MLflow's run, stored in the checkpoints.
         stop_requested: called after every step; true on any rank, it ends all within ranks.VOTE_STEPS steps.
+        validated: called on every rank after a validation, with the number of steps done.
 
     Returns:
         A summary: metrics of the best validation, sizes and times.
@@ -247,7 +249,7 @@ def train(
                 observe("train", training.step, means)
             better = False
             if validation:
-                metrics = validate(training, validation_images(), rank, observe)
+                metrics = validate(training, validation_images(), rank, observe, validated)
                 better = record.take(metrics, training.step)
                 training.network.train()
             save = save or stopping or record.out_of_patience(settings.patience)
@@ -263,7 +265,7 @@ def train(
             window.clock = time.perf_counter()
 
     if record.best is None:
-        record.take(validate(training, validation_images(), rank, observe), training.step)
+        record.take(validate(training, validation_images(), rank, observe, validated), training.step)
     return {
         "val": record.best,
         "parameters": sum(p.numel() for p in training.network.parameters()),
@@ -287,7 +289,11 @@ def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:
 
 
 def validate(
-    training: TrainingStep, images: Iterable[Batch], rank: int, observe: Callable[[str, int, dict[str, Any]], None]
+    training: TrainingStep,
+    images: Iterable[Batch],
+    rank: int,
+    observe: Callable[[str, int, dict[str, Any]], None],
+    validated: Callable[[int], None],
 ) -> dict[str, float]:
     """Measure the moving average on the validation split and pass the results to `observe`.
 
@@ -296,6 +302,7 @@ def validate(
         images: this rank's block of the split, in its order; every rank must call with its own.
         rank: rank of this process.
         observe: called on rank 0 with the metrics and the panel.
+        validated: called on every rank at the end, with the number of steps done.
     """
     if training.world_size > 1:
         share_buffers(training.averaged)
@@ -307,6 +314,7 @@ def validate(
     if rank == 0:
         observe("validation", training.step, metrics)
         observe("panel", training.step, {"images": panel})
+    validated(training.step)
     return metrics
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from deepskip.data_shards.card import write_card
 from deepskip.data_shards.labels import IGNORE_INDEX
 from deepskip.data_shards.pictures import without_values
 from deepskip.data_shards.plain_values import plain_number
@@ -65,7 +66,7 @@ def write_splits(
     tile: int | None = None,
     progress: Progress,
 ) -> dict[str, int]:
-    """Write the members of each split into out/SPLIT.
+    """Write the members of each split into out/SPLIT, and the data set's README.md.
 
     A split that was packed from the same files with the same options is not changed.
 
@@ -108,6 +109,7 @@ def write_splits(
             )
         except (FileExistsError, ValueError) as error:
             raise PackError(str(error)) from error
+    write_card(out)
     return {name: len(members) for name, members in parts.items()}
 
 

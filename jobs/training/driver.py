@@ -1,19 +1,20 @@
 """The driver of a training: starts the workers on Ray, and processes the events that they send while they train."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.train import FailureConfig, RunConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
 from deepskip.config import Config
 from deepskip.jobs import runs
 from deepskip.jobs.settings import STOPPED, listen_to_sigterm, stop
-from deepskip.jobs.training import allocation, process_group, restarts
+from deepskip.jobs.training import allocation, process_group, reports, restarts
 from deepskip.jobs.training import events as told
 from deepskip.jobs.training.console import Console
 from deepskip.jobs.training.worker import train_worker
@@ -168,6 +169,8 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
     listen_to_sigterm()
     allocated = allocation.resources(requested)
     runs.choose_lanes(run, config, allocated.machines)
+    # Ray would refuse to start with a record that a crash has cut short, or that another version of it wrote.
+    shutil.rmtree(run.folder / reports.FOLDER, ignore_errors=True)
     queue = ray.remote(told.EventQueue).options(**allocation.beside_driver()).remote(run.folder / runs.JOURNAL)
     trainer = TorchTrainer(
         train_worker,
@@ -175,8 +178,9 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
         scaling_config=allocation.scaling_config(requested, allocated),
         torch_config=process_group.ProcessGroup(timeout_s=requested.collective_timeout),
         run_config=RunConfig(
-            name="ray",
+            name=reports.FOLDER,
             storage_path=str(run.folder),
+            checkpoint_config=CheckpointConfig(num_to_keep=reports.KEPT),
             # The driver limits the number of restarts, since it sees whether the training advanced in between.
             failure_config=FailureConfig(max_failures=-1),
             callbacks=[restarts.FailureReports(queue)],

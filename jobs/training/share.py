@@ -41,6 +41,7 @@ def train(
     ranks_here: int,
     threads: int,
     run_id: str | None,
+    validated: Callable[[int], None] = lambda step: None,
 ) -> trainer.Summary:
     """Train one rank's share of a run.
 
@@ -55,6 +56,7 @@ def train(
         ranks_here: number of ranks on this machine, which share its cache.
         threads: number of torch's CPU threads; at least 1 is used.
         run_id: the MLflow run's id, stored in checkpoints; None without MLflow.
+        validated: called on every rank after a validation, with the number of steps done.
 
     Returns:
         The trainer's summary.
@@ -124,6 +126,7 @@ def train(
         observe=observe,
         mlflow_run_id=run_id,
         stop_requested=stop_requested,
+        validated=validated,
     )
 
 

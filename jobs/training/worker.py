@@ -12,6 +12,7 @@ from deepskip.jobs import runs
 from deepskip.jobs.training import preemption
 from deepskip.jobs.training.allocation import cpus_of
 from deepskip.jobs.training.events import Event, Fatal, Finished, Measured, Panel, Stopped, Warned
+from deepskip.jobs.training.reports import ValidationReports
 
 # The driver imports this module too. The trainer, whose metrics take seconds to import, is imported on the workers alone.
 if TYPE_CHECKING:
@@ -77,12 +78,17 @@ def train(settings: dict[str, Any]) -> "trainer.Summary":
 
     def tell(event: Event) -> None:
         taken = queue.put.remote(event)
+        reports.take(event)
         if isinstance(event, Measured | Panel | Warned):
             # Workers whose driver is gone stop here.
             ray.get(taken, timeout=config.cluster.collective_timeout)
 
-    return share.train(
-        config, Path(settings["run"]), tell, preemption.requested,
+    run = Path(settings["run"])
+    reports = ValidationReports(run if rank == 0 else None, lambda text: tell(Warned(text)))
+    summary = share.train(
+        config, run, tell, preemption.requested,
         rank=rank, world_size=world_size, device=get_device(), ranks_here=context.get_local_world_size(),
-        threads=int(cpus_of(config.cluster)), run_id=settings["run_id"],
+        threads=int(cpus_of(config.cluster)), run_id=settings["run_id"], validated=reports.validated,
     )  # fmt: skip
+    reports.close()
+    return summary

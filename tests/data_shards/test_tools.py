@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from deepskip.data_shards.card import CARD, write_card
 from deepskip.data_shards.command_line import main
+from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
@@ -104,3 +107,23 @@ def test_info_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     counts = [int(line.split()[3]) for line in text.splitlines() if " to " in line and "%" in line]
     assert sum(counts) == 38
     assert sorted(count for count in counts if count) == [15, 23]
+
+
+def test_the_card_names_each_splits_shards_and_leaves_the_users_own_alone(tmp_path: Path) -> None:
+    def named() -> list[dict[str, str]]:
+        _, front, _ = (tmp_path / CARD).read_text().split("---\n")
+        (config,) = yaml.safe_load(front)["configs"]
+        return config["data_files"]
+
+    pack_coins(tmp_path, {"val": 1})
+    assert named() == [{"split": "validation", "path": "val/*.tar"}]
+    # The splits of a data set may be packed one at a time.
+    pack_coins(tmp_path, {"train": 1})
+    assert named() == [{"split": "train", "path": "train/*.tar"}, {"split": "validation", "path": "val/*.tar"}]
+    (tmp_path / CARD).write_text("# Ours\n")
+    write_card(tmp_path)
+    assert (tmp_path / CARD).read_text() == "# Ours\n"
+    (tmp_path / CARD).unlink()
+    (tmp_path / CARD).symlink_to(tmp_path / "elsewhere")
+    write_card(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()

@@ -1,6 +1,7 @@
 """The steps of a user on the built-in coins: submit a training, look at its results, resume it and predict."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -213,6 +214,29 @@ def test_torchruns_ranks_without_ray_and_mlflow_have_the_same_losses(trained: tu
     ]
     mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (alone, trained[0]))
     assert mine["val"] == theirs["val"]
+
+
+def test_rays_result_has_the_metrics_of_every_validation(trained: tuple[Path, str]) -> None:
+    from ray.train import Result
+
+    journal = {(kind, step): values for kind, step, values, *_ in read_measured(trained[0] / runs.JOURNAL)}
+    result = Result.from_path(str(trained[0] / "ray"))
+    assert result.metrics_dataframe is not None
+    steps = result.metrics_dataframe["step"].tolist()
+    assert steps == [step for kind, step in journal if kind == "validation"] == [6, 12]
+    for step, row in zip(steps, result.metrics_dataframe.to_dict("records"), strict=True):
+        expected = {"step": step}
+        for kind, prefix in (("train", "train"), ("validation", "val")):
+            values = journal[kind, step].items()
+            expected |= {f"{prefix}/{name}": value for name, value in values if math.isfinite(value)}
+        # a metric that is not finite at one step is nan in the table
+        assert {name: value for name, value in row.items() if not math.isnan(value)} == expected
+    assert result.metrics is not None
+    assert result.metrics["step"] == 12
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        pointer = json.loads((Path(folder) / "deepskip.json").read_text())
+    assert pointer == {"step": 12, "checkpoints": str(trained[0] / "checkpoints")}
 
 
 def test_the_finished_run_answers_again_and_may_grow(

@@ -1,4 +1,5 @@
-import inspect
+import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ import pytest
 from deepskip.config import ClusterConfig, Config, check_values
 from deepskip.jobs import runs
 from deepskip.jobs.settings import parse
-from deepskip.jobs.training import allocation, restarts
+from deepskip.jobs.training import allocation, reports, restarts
+from deepskip.jobs.training.events import Measured, Warned
 
 
 def test_workers_are_a_number_or_a_range() -> None:
@@ -99,7 +101,31 @@ def test_a_run_gives_back_the_machines_of_its_last_driver(tmp_path: Path, monkey
     assert cancelled == ["train-one", "train-two"]
 
 
-def test_the_name_that_ray_gives_a_trainings_request_is_the_one_we_note() -> None:
-    from ray.train.v2._internal.execution.scaling_policy import scaling_policy
+def test_validations_are_reported_in_order_while_the_training_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[tuple[int, dict[str, float]]] = []
+    warnings: list[str] = []
+    fetched = threading.Event()
 
-    assert 'self._requester_id = f"train-{train_run_context.run_id}"' in inspect.getsource(scaling_policy)
+    def report(step: int, metrics: dict[str, float], run: Path | None) -> None:
+        assert fetched.wait(60)
+        if step < 4:
+            raise OSError("no space")
+        reported.append((step, metrics))
+
+    monkeypatch.setattr(reports, "report", report)
+    mine = reports.ValidationReports(Path("run"), warnings.append)
+    for step, precision in ((1, 0.5), (2, 0.5), (4, 0.5), (6, math.nan)):
+        mine.take(Measured("train", step, {"loss": step / 8}))
+        mine.take(Measured("validation", step, {"iou": step / 10, "precision": precision}))
+        mine.take(Warned("no metrics"))
+        # It returns although Ray has fetched none.
+        mine.validated(step)
+    assert reported == []
+    fetched.set()
+    mine.close()
+    assert reported == [
+        (4, {"step": 4, "train/loss": 0.5, "val/iou": 0.4, "val/precision": 0.5}),
+        # A metric that is not finite is omitted, not taken from the validation before.
+        (6, {"step": 6, "train/loss": 0.75, "val/iou": 0.6}),
+    ]
+    assert warnings == ["Ray did not take the metrics of step 1: no space; the training continues"]
