@@ -13,6 +13,7 @@
 # make test-browser  the server's page in Chromium (Debian: apt-get install chromium)
 # make screenshots   README, docs, MLflow, the server's page and a terminal as pictures, by Chromium (Debian: apt-get install chromium)
 # make test-readers   webdataset, Hugging Face datasets, Ray Data and Energon read packed coins, in an environment of its own (.venv-readers)
+# make test-oldest   the lowest version of Ray in pyproject.toml, in an environment of its own (.venv-oldest); another: ARGS=2.59.0
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
 # make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
@@ -33,7 +34,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages test-readers chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -117,6 +118,9 @@ test-readers:
 	@.venv-readers/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r tests/readers/requirements.txt
 	@.venv-readers/bin/python -m pytest --noconftest -m readers tests/readers $(ARGS)
 
+test-oldest:
+	@PYTHON=$(PYTHON) tests/oldest.sh $(ARGS)
+
 test-browser: setup
 	@$(VENV)/bin/python -m pytest -m browser tests/jobs
 
@@ -175,4 +179,4 @@ bench-serve: setup
 	@$(VENV)/bin/python -m deepskip.jobs.bench.serving $(ARGS)
 
 clean:
-	@rm -rf $(VENV) .venv-bench .venv-bench-kernels .venv-readers *.egg-info
+	@rm -rf $(VENV) .venv-bench .venv-bench-kernels .venv-readers .venv-oldest *.egg-info

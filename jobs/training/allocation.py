@@ -167,7 +167,26 @@ def look_at_machines() -> None:
     """Make Ray count its machines now; otherwise an elastic training is planned by a count that is up to 20 s old."""
     # This is internal to Ray. If a version lacks it, or it is slow, recovery takes longer and nothing else changes.
     with suppress(ValueError, AttributeError, TypeError, ray.exceptions.RayError):
-        ray.get(coordinator().get_reserved_resources.remote("", recompute=True), timeout=2)
+        count_machines(2.0)
+
+
+def count_machines(seconds: float) -> None:
+    """Make Ray count its machines now.
+
+    Args:
+        seconds: longest time to wait.
+
+    Raises:
+        ValueError: if no elastic training has started the actor that counts.
+        ray.exceptions.RayError: if the actor does not answer in time.
+    """
+    actor = coordinator()
+    try:
+        counted = actor.get_reserved_resources.remote("", recompute=True)
+    except TypeError:
+        # Ray before 2.60 has no such argument.
+        counted = actor.__ray_call__.remote(lambda self: self._tick())
+    ray.get(counted, timeout=seconds)
 
 
 def coordinator() -> Any:

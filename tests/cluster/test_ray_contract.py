@@ -57,7 +57,7 @@ def test_the_actor_that_divides_the_machines(started: None) -> None:
     actor = theirs.get_or_create_autoscaling_coordinator()
     assert allocation.coordinator() == actor
     # As look_at_machines and claim_machines call it, but with nothing suppressed.
-    ray.get(allocation.coordinator().get_reserved_resources.remote("", recompute=True), timeout=60)
+    allocation.count_machines(60)
     ray.get(allocation.coordinator().cancel_request.remote("train-none"), timeout=60)
 
 
