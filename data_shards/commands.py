@@ -301,7 +301,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
             faults += 1
             print(fault)
         if found := strays(folder):
-            removed = remove(found, arguments.older_than) if arguments.remove_strays else []
+            removed = remove(found, arguments.older_than) if arguments.remove_strays else None
             print(said_of_strays(folder, found, removed))
     if faults:
         print(f"{arguments.path}: {faults} faults")
@@ -309,17 +309,17 @@ def run_verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.path}: every shard matches its index, every sample can be read")
 
 
-def said_of_strays(folder: str, found: list[Stray], removed: list[Stray]) -> str:
+def said_of_strays(folder: str, found: list[Stray], removed: list[Stray] | None) -> str:
     """Return in words which files are not part of a split, and which of them were removed.
 
     Args:
         folder: The split.
         found: The files.
-        removed: Those that were removed.
+        removed: Those that were removed; None if that was not asked for.
     """
     names = listed([storage.name(each.location) for each in found])
     text = f"{folder}: {len(found)} files are not part of it, of appends in progress or of dead writers: {names}"
-    if removed:
+    if removed is not None:
         return f"{text}; {len(removed)} are removed"
     return f"{text}. To remove those that are older than a day: --remove_strays"
 

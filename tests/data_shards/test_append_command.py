@@ -153,6 +153,7 @@ def test_verify_lists_what_dead_writers_left(data: Path, capsys: pytest.CaptureF
     assert "2 files are not part of it" in said
     assert stray.name in said
     main(["verify", str(data), "--remove_strays"])
+    assert "0 are removed" in capsys.readouterr().out
     assert stray.exists()
     main(["verify", str(data), "--remove_strays", "--older_than", "0"])
     assert "2 are removed" in capsys.readouterr().out

@@ -9,10 +9,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from werkzeug.datastructures import Headers
 
@@ -20,9 +22,11 @@ from deepskip.data_shards import commit, storage
 from deepskip.data_shards.appending import AppendError, append_split, staging
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.entries import FORMATS, SCHEMA, STORED
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, load_index, save_index
 from deepskip.data_shards.inspection import verify
+from deepskip.data_shards.order import Slot
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.strays import remove, strays
 from deepskip.data_shards.stream import train_batches
@@ -408,3 +412,23 @@ def test_two_writers_of_one_source_append_it_once(tmp_path: Path) -> None:
         commit.create = original
     assert (found.generation.number, found.repeated, len(tried)) == (2, True, 0)
     assert strays(split) == []
+
+
+def test_an_older_set_can_grow(tmp_path: Path) -> None:
+    split = packed(tmp_path / "train", ["first"])
+    index = load_index(split)
+    # It has no statistics of images, and lists its formats in another order.
+    table = index.samples.select(SCHEMA.names)
+    formats = ("jpg", *reversed([each for each in FORMATS if each != "jpg"]))
+    for name in ("image_format", "mask_format"):
+        codes = [formats.index(STORED[code]) for code in table[name].to_pylist()]
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), pa.array(codes, pa.uint8()))
+    save_index(replace(index, samples=table, formats=formats), split)
+    append(str(split), "later", 0)
+    shards = Shards(split, crops=Crops(16, 0.0, 0))
+    assert not shards.index.has_statistics
+    keys = ["first", *(f"later-0-{i}" for i in range(3))]
+    batch = shards[[Slot(0, number, 1) for number in range(4)]]
+    assert batch["key"] == keys
+    assert batch["image"][:, 0, 1, 1].tolist() == [sum(key.encode()) % 251 for key in keys]
+    assert list(verify(split)) == []
