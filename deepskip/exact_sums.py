@@ -32,7 +32,14 @@ def digits(terms: Tensor) -> Tensor:
 
 
 def is_term(terms: Tensor) -> Tensor:
-    """Return which terms can be added up, (...) bool."""
+    """Return which terms can be added up.
+
+    Args:
+        terms: tensor (...) of float64.
+
+    Returns:
+        A tensor (...) of bool.
+    """
     return terms.abs() < LIMIT
 
 
