@@ -35,10 +35,10 @@ def is_term(terms: Tensor) -> Tensor:
     """Return which terms can be added up.
 
     Args:
-        terms: tensor (...) of float64.
+        terms: tensor of any shape (*,), float64.
 
     Returns:
-        A tensor (...) of bool.
+        A tensor of the same shape (*,), bool.
     """
     return terms.abs() < LIMIT
 
