@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import psutil
 
-from deepskip.data_shards.commands import pack_coins
 from tests.cluster.faults import FAULTS, Fault, add_machine, recover
 from tests.cluster.nodes import ROOT, Nodes
-from tests.cluster.training import SAMPLES, Training, check
+from tests.cluster.training import Training, check, pack
 
 STEPS = 60
 RELATIVE = 1e-4
@@ -54,7 +53,7 @@ def main() -> None:
     broken: list[str] = []
     trainings: list[Training] = []
     with tempfile.TemporaryDirectory(prefix="deepskip-chaos-") as home:
-        pack_coins(Path(home) / "data", {"train": SAMPLES, "val": 2})
+        pack(Path(home) / "data")
         nodes = Nodes(Path(home) / "nodes")
         try:
             for number in range(3):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deepskip.data_shards.commands import pack_coins
 from tests.cluster.nodes import Nodes
-from tests.cluster.training import SAMPLES, Training
+from tests.cluster.training import Training, pack
 
 STEPS = 60
 
@@ -15,7 +14,7 @@ STEPS = 60
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    pack_coins(folder / "data", {"train": SAMPLES, "val": 2})
+    pack(folder / "data")
     return folder
 
 

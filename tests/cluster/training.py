@@ -13,6 +13,9 @@ from typing import Any
 import mlflow
 import psutil
 
+from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.sources.coins import coins
+from deepskip.data_shards.writer import write_shards
 from tests.cluster.nodes import Node, Nodes, until
 from tests.cluster.recorder import FOLDER, KILL_AT_RENAME, PACE
 
@@ -22,6 +25,8 @@ SETTINGS = {
     "model.levels": 3,
     "model.norm": "group",
     "data.crop": 32,
+    # One lane a sample of the batch, so that each worker has lanes and shards of its own.
+    "data.lanes": BATCH,
     # At the default rate, rounding grows to 3e-4 of the loss in 60 steps, so that 1 worker and 2 workers differ. At
     # this rate it stays at 1e-7, where a lost momentum makes 1e-3.
     "optim.learning_rate": 1e-3,
@@ -34,6 +39,13 @@ SETTINGS = {
     "cluster.collective_timeout": 20,
     "cluster.max_failures": 3,
 }
+
+
+def pack(folder: Path) -> None:
+    """Pack coins into shards of three, of which each lane has two, and two coins to validate."""
+    for split, count in (("train", SAMPLES), ("val", 2)):
+        samples = (Sample(*coin) for coin in coins(split, count))
+        write_shards(samples, folder / split, num_classes=1, samples_per_shard=3)
 
 
 @dataclass
