@@ -23,7 +23,7 @@ def digits(terms: Tensor) -> Tensor:
         terms: tensor (...) of float64.
 
     Returns:
-        A tensor (..., LIMBS) of int64, of the terms' signs.
+        A tensor (..., LIMBS) of int64; all digits of a negative term are negative or 0.
     """
     terms = torch.where(is_term(terms), terms, 0)
     # All of this is exact: scaling by powers of two, cutting off, and the difference, whose bits are some of the term's.
