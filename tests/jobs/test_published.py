@@ -64,7 +64,7 @@ def write_split(folder: Path, val: list[str]) -> Path:
 
 def stems(part: Path) -> dict[str, list[str]]:
     found = {}
-    for folder in sorted(part.iterdir()):
+    for folder in sorted(path for path in part.iterdir() if path.is_dir()):
         index = load_index(folder)
         found[folder.name] = sorted(entry.key for entry in index.entries(range(index.num_samples)))
     return found
