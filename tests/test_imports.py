@@ -1,6 +1,8 @@
 """Folders import only what they may, read from the source, and files and functions are short."""
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,21 @@ def test_files_and_functions_are_short_and_files_named_for_what_they_hold(room: 
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, (path, node.name)
+
+
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements-cluster.txt"])
+def test_every_dependency_is_pinned(file: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # What tests/hashes.sh compiles.
+    extras = [project["optional-dependencies"][name] for name in ("train", "cloud", "export", "geo", "serve", "server")]
+    pinned = {normal(name) for name in re.findall(r"^([\w.-]+)==", (ROOT / file).read_text(), re.MULTILINE)}
+    for each in [*project["dependencies"], *(one for extra in extras for one in extra)]:
+        name = normal(re.split(r"[\[<>=; ]", each)[0])
+        assert name == "deepskip" or name in pinned, name
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_one_place_steps_an_optimizer() -> None:
