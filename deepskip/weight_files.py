@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import torch as safetensors
 
 SUFFIX = ".safetensors"
@@ -48,7 +49,11 @@ def pack(state: Mapping[str, Any]) -> bytes:
     if "path" in settings["data"]:
         settings["data"]["path"] = without_folders(settings["data"]["path"])
     settings["run"] = {name: config["run"].get(name) for name in ("name", "seed")}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in (state["ema"] or state["model"]).items()}
+    # The format has no tensors that share memory, as tied weights do.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in (state["ema"] or state["model"]).items()
+    }
     told = {
         "format": FORMAT,
         "version": VERSION,

@@ -57,6 +57,13 @@ def test_the_bytes_are_safetensors_by_hand(trained: dict[str, Any]) -> None:
         np.testing.assert_array_equal(values.reshape(told["shape"]), trained["ema"][name].numpy())
 
 
+def test_weights_that_share_memory_are_both_stored(trained: dict[str, Any]) -> None:
+    shared = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    found = weight_files.unpack(weight_files.pack(trained | {"ema": {"one": shared, "other": shared[:, 1:]}}))["model"]
+    assert torch.equal(found["one"], shared)
+    assert torch.equal(found["other"], shared[:, 1:])
+
+
 def test_what_is_not_such_a_file(trained: dict[str, Any], tmp_path: Path) -> None:
     from safetensors.torch import save
 
