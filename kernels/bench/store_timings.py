@@ -5,7 +5,6 @@ From then on `run.kernels: auto` takes them on that GPU where they were faster.
 
 import argparse
 import re
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from deepskip.kernels import timings
 from deepskip.kernels.bench import cases, journal
+from deepskip.kernels.bench.gpu_page import median
 from deepskip.kernels.timings import Timing
 
 Row = dict[str, Any]
@@ -21,11 +21,6 @@ NORM = re.compile(r"level (\d+) norm \+ ReLU, next, (\d+)x(\d+)x(\d+)")
 LOSS = re.compile(r"loss, (\d+)x(\d+)x(\d+)x(\d+)(, next)?")
 CONVOLUTION = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)x(\d+)")
 BOTH = "forward + backward"
-
-
-def median(row: Row, key: str = "seconds") -> float:
-    """Return the median of a row's timings, in seconds."""
-    return statistics.median(row[key])
 
 
 def pairs(rows: list[Row]) -> Iterator[tuple[str, int, float, float]]:
