@@ -208,9 +208,8 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if by_index and image.mode == "P" else None
         if image.format == "JPEG" and image.mode in ("L", "RGB") and bytes(data[-2:]) == END_OF_JPEG:
             # The same library as Pillow's, and the same values, without its copies. Pillow alone tells that a file is cut off.
-            array, alpha = imagecodecs.jpeg8_decode(data), ()
-        else:
-            array, alpha = _pixels(image, by_index)
+            return Picture(imagecodecs.jpeg8_decode(data), (), True, orientation if orientation in range(1, 9) else 1)
+        array, alpha = _pixels(image, by_index)
         if labels and image.format == "PNG" and data[25] == 0 and data[24] in SHORT:
             # Undo pillow's stretching to 8 bits.
             array = array // SHORT[data[24]]

@@ -166,7 +166,7 @@ def images(folder: Path, kind: str, side: int, count: int, tiles: list[int]) -> 
     for tile in tiles:
         write_shards(scene, folder / f"tiles-{tile}", num_classes=1, tile=tile)
 
-    decode = {"png": imagecodecs.spng_decode, "jpg": imagecodecs.jpeg8_decode, "npy": opened}
+    decode: dict[str, Callable[[bytes], Any]] = {"png": imagecodecs.spng_decode, "jpg": imagecodecs.jpeg8_decode, "npy": opened}
 
     def decoded(number: int) -> Any:
         one = stored[number % count]
