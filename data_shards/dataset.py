@@ -399,7 +399,7 @@ class Shards(Dataset[Batch]):
         return descriptor
 
     def _open_file(self, number: int) -> int:
-        shard, location = self.index.shards[number], self.index.shard_location(number)
+        shard, location = self.index.shard(number), self.index.shard_location(number)
         again = f"Put it back, or make a new index: deepskip index {self.folder}"
         try:
             descriptor = None
@@ -433,7 +433,7 @@ class Shards(Dataset[Batch]):
             ValueError: If the shard is remote and there is no cache.
             OSError: If the shard cannot be fetched; a StorageError if the remote file has changed or cannot be reached.
         """
-        location, shard = self.index.shard_location(number), self.index.shards[number]
+        location, shard = self.index.shard_location(number), self.index.shard(number)
         if not storage.is_remote(location):
             return Path(location.removeprefix("file://"))
         if self.cache is None:

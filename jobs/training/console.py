@@ -15,7 +15,7 @@ class Console:
     """Reports the events of a training, on Ray and in one process alike.
 
     Attributes:
-        steps: number of optimizer steps of the whole training.
+        steps: number of optimizer steps of the whole training; None if it has no end.
         tracker: sends metrics and images to MLflow; None without MLflow.
         bad_samples: the run's list of skipped samples.
         training: the newest training metrics.

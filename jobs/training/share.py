@@ -1,6 +1,7 @@
 """One rank's share of a training on shards, and the events that it sends; it does not depend on Ray."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import train_batches, whole_images
-from deepskip.jobs import runs
+from deepskip.jobs import admissions, journal, runs
 from deepskip.jobs.settings import cache_of
 from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
+from deepskip.jobs.training.follower import Follower
 from deepskip.training_step import DataInfo
 
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
-    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData,
+    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData, admissions.OtherLog, journal.BrokenFile,
 )  # fmt: skip
 
 
@@ -68,6 +70,10 @@ def train(
     """
     torch.set_num_threads(max(1, threads))
     lease = runs.acquire_writer_lease(folder) if rank == 0 else ""
+
+    def check_lease() -> None:
+        runs.check_writer_lease(folder, lease)
+
     data, lanes = config.data, config.data.lanes
     assert lanes != "auto", "the driver chooses"
     crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
@@ -91,7 +97,7 @@ def train(
         loader_workers = 4 if device.type == "cuda" else 0
 
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
-        runs.check_writer_lease(folder, lease)
+        check_lease()
         tell(event_of(kind, step, values))
 
     def skipped(split: str, report: SkipReport) -> None:
@@ -112,7 +118,16 @@ def train(
                 skipped("train", report)
             yield batch
 
-    return trainer.train(
+    stream = None
+    if data.follow:
+        stream = Follower(
+            config, folder, train_shards, rank=rank, world_size=world_size, device=device, entries=draws,
+            loader_workers=loader_workers, ranks_here=ranks_here, skipped=lambda report: skipped("train", report),
+            started=lambda step: tell(Started(step, world_size)), warn=lambda text: tell(Warned(text)),
+            check_lease=check_lease,
+        )  # fmt: skip
+    train = partial(
+        trainer.train,
         config,
         data_info(train_shards.index, splits, data.normalize),
         run=folder,
@@ -127,7 +142,10 @@ def train(
         mlflow_run_id=run_id,
         stop_requested=stop_requested,
         validated=validated,
+        stream=stream,
     )
+    with closing(stream) if stream else nullcontext():
+        return train()
 
 
 def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
