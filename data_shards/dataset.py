@@ -1,5 +1,6 @@
 """One split of shards as a dataset: batches of samples by number, read at their offsets in the tar and checked."""
 
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,13 @@ class Shards(Dataset[Batch]):
 
     def __len__(self) -> int:
         return self.index.num_samples
+
+    def uncropped(self) -> "Shards":
+        """Return the same split with whole images."""
+        whole = copy.copy(self)
+        whole.crops, whole._open = None, OrderedDict()
+        whole.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" else np.float32)
+        return whole
 
     def __getitem__(self, slots: Sequence[Slot]) -> Batch:
         entries = self.index.entries([slot.sample for slot in slots])

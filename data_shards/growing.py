@@ -1,11 +1,11 @@
 """Batches of a split that grows: each rank's share of every global batch, in the order of its admission log (`admission`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.admission import StreamOrder
-from deepskip.data_shards.dataset import Batch, Shards
-from deepskip.data_shards.order import Slot, rank_share, rank_windows, shards_ahead
+from deepskip.data_shards.dataset import Batch, Shards, SkipReport
+from deepskip.data_shards.order import Slot, rank_block, rank_share, rank_windows, shards_ahead
 from deepskip.data_shards.stream import Entries, ReadAhead, check_cache, lanes_here, read
 
 
@@ -72,3 +72,23 @@ def stream_batches(
 def shards_of(order: StreamOrder, generations: range) -> range:
     """Return the numbers of the shards of successive generations in the chain."""
     return range(order.shard_ends[generations.start], order.shard_ends[generations.stop])
+
+
+def images_of(
+    shards: Shards, samples: range, rank: int, world_size: int, skipped: Callable[[SkipReport], None]
+) -> Iterator[Batch]:
+    """Yield this rank's block of some samples in their order, whole, as batches of one.
+
+    Args:
+        shards: The split, without crops.
+        samples: Numbers of the samples.
+        rank: Rank, 0 to world_size - 1.
+        world_size: Number of ranks.
+        skipped: Called with the report of each bad sample that is skipped.
+    """
+    for place in rank_block(len(samples), rank, world_size):
+        batch = shards[[Slot(0, samples[place], 1)]]
+        for report in batch["bad"]:
+            skipped(report)
+        if not batch["bad"]:
+            yield batch

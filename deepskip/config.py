@@ -197,6 +197,10 @@ class RunConfig:
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting("none", free=True)
     """mode of torch.compile for the training step's network; the last two replay it as CUDA graphs. Crops have one size, so
     it is compiled once; validation is not compiled unless ema_decay is 0"""
+    prequential: bool = setting(True, free=True)
+    """with data.follow, measure the network on each generation before it is trained on it (stream/iou)"""
+    drift: bool = setting(False, free=True)
+    """with data.follow, warn when new samples are segmented worse than earlier ones; needs river (deepskip[stream])"""
     panels: int = setting(8, 0, 64)
     """validation images in the prediction panel"""
     experiment: str = "deepskip"
@@ -326,12 +330,16 @@ def faults_of_stream(config: Config) -> list[str]:
     if not data.follow:
         if data.replay:
             faults.append(f"data.replay is {data.replay:g}; it needs data.follow: true")
+        if config.run.drift:
+            faults.append("run.drift is true; it needs data.follow: true")
         if optim.steps is None:
             faults.append("optim.steps is null; only a training with data.follow: true has no end")
     elif optim.steps is None and optim.schedule != "constant":
         faults.append(
             f"optim.steps is null and optim.schedule {optim.schedule}, which needs their number; set it to constant"
         )
+    if config.run.drift and not config.run.prequential:
+        faults.append("run.drift is true; it needs run.prequential: true")
     if data.follow and data.fixed_lanes:
         faults.append(
             "data.fixed_lanes is true; with data.follow each sample is taken once, so there are no fixed lanes"

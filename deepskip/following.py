@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from deepskip.checkpoint import StreamState
 from deepskip.ranks import broadcast_bytes
@@ -50,6 +51,18 @@ class Stream(Protocol):
     def admit(self, step: int, news: bytes) -> None:
         """Take what is new from a step on; rank 0 records this durably before it returns."""
 
+    def begun(self, step: int) -> list[tuple[int, range]]:
+        """Return number and sample numbers of the generations that are trained on from a step on, if it begins a segment."""
+
+    def images(self, samples: range) -> Iterator[Batch]:
+        """Yield this rank's share of some samples as whole images, one a batch."""
+
+    def scored(self, step: int, generation: int, counts: Tensor) -> dict[str, float]:
+        """Record on rank 0 what `prequential.image_counts` has counted of a generation, and return its metrics."""
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Return on rank 0 how far the training is behind its data."""
+
     def fingerprint(self, step: int, batch: Batch) -> int:
         """Return a number below 2^40 of this rank's samples of a step, of which the sum over all ranks and steps is kept."""
 
@@ -79,7 +92,7 @@ class StreamReader:
         begun: called on every rank with the step before the first batch with new samples is read.
 
     Attributes:
-        waited: time that the last `next` waited for something new, in seconds.
+        waited: time that the last `next` took before it read a batch, in seconds: to wait for something new, and in `begun`.
         outcome: why the last `next` returned None.
     """
 
@@ -92,7 +105,7 @@ class StreamReader:
         every: int,
         on_device: Callable[[Iterator[Batch]], Iterator[Batch]],
         stop_requested: Callable[[], bool] | None,
-        begun: Callable[[int], None] = lambda step: None,
+        begun: Callable[[int], None],
     ) -> None:
         self.stream, self.rank, self.world_size, self.device, self.every = stream, rank, world_size, device, every
         self.on_device, self.stop_requested, self.begun = on_device, stop_requested, begun
@@ -107,7 +120,9 @@ class StreamReader:
         """Return the batch of a step, or None if there is none: see `outcome`."""
         self.waited = 0.0
         if step >= self._until:
+            started = time.perf_counter()
             self.outcome = self._advance(step)
+            self.waited = time.perf_counter() - started
             if self.outcome is not Outcome.BATCHES:
                 return None
         if self._batches is None:
@@ -117,9 +132,7 @@ class StreamReader:
     def _advance(self, step: int) -> Outcome:
         stream = self.stream
         if stream.limit(step) is None:
-            started = time.perf_counter()
             found = self._agree(step)
-            self.waited = time.perf_counter() - started
             if found is None:
                 # Those that are replayed already are read ahead.
                 self._batches = None if self._bounded else self._batches

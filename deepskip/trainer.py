@@ -27,6 +27,7 @@ from deepskip.evaluation import evaluate
 from deepskip.following import Outcome, Stream, StreamReader
 from deepskip.optimizer import learning_rate
 from deepskip.precision import agreed_precision
+from deepskip.prequential import image_counts
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
@@ -231,6 +232,8 @@ class Loop:
                 if optim.steps is not None:
                     left = (optim.steps - training.step) * optim.global_batch_size / self.window.rate()
                     means["seconds_left"] = left
+                if self.stream is not None:
+                    self.observe("stream", training.step, self.stream.progress(training.step))
                 self.observe("train", training.step, means)
         if validation:
             better = self.validate()
@@ -250,6 +253,29 @@ class Loop:
                 dist.barrier()
             raise Preempted(training.step)
         self.window.clock = time.perf_counter()
+
+    def reader(self, stream: Stream, stop_requested: Callable[[], bool] | None) -> StreamReader:
+        """Return a reader of the stream, which measures the network on each generation before it is trained on it.
+
+        Args:
+            stream: the stream.
+            stop_requested: as for `train`.
+        """
+        training = self.training
+
+        def begun(step: int) -> None:
+            for generation, samples in stream.begun(step):
+                # The first segment would measure weights that were never trained.
+                if step and training.config.run.prequential:
+                    counts = image_counts(training, stream.images(samples), samples)
+                    if self.rank == 0:
+                        self.observe("stream", step, stream.scored(step, generation, counts))
+
+        to_device = partial(on_device, device=training.device)
+        every = training.config.run.log_every
+        return StreamReader(
+            stream, self.rank, training.world_size, training.device, every, to_device, stop_requested, begun
+        )
 
     def validate(self) -> bool:
         """Validate, and return whether that was the best so far."""
@@ -285,7 +311,7 @@ def train(
         rank: rank of this process; every rank of a process group calls this function.
         world_size: number of ranks.
         device: device on which to train.
-        observe: called on rank 0 with ("train" | "validation" | "panel" | "warning", steps done, values).
+        observe: called on rank 0 with ("train" | "validation" | "stream" | "panel" | "warning", steps done, values).
         mlflow_run_id: MLflow's run, stored in the checkpoints.
         stop_requested: called after every step; true on any rank, it ends all within ranks.VOTE_STEPS steps.
         validated: called on every rank after a validation, with the number of steps done.
@@ -320,9 +346,7 @@ def train(
     reader: StreamReader | None = None
     if stream is not None:
         stream.load_state_dict(state.get("stream") if state else None, training.step)
-        reader = StreamReader(
-            stream, rank, world_size, device, settings.log_every, partial(on_device, device=device), stop_requested
-        )
+        reader = loop.reader(stream, stop_requested)
     batches = on_device(train_batches(training.step), device)
     last = math.inf if optim.steps is None else optim.steps
     training.network.train()

@@ -1,7 +1,7 @@
 """Check a run that followed a stream: which sample was trained in which step, and whether each was taken exactly once.
 
-All follows from the admission log and the order. The newest checkpoint has a sum over the samples that the steps really took, of
-which each has its own number (`data_shards.admission.fingerprint`); it is compared with that of the order.
+All follows from the admission log and the order. The newest checkpoint has a sum over the samples that the steps really took
+(`data_shards.admission.fingerprint`); it is compared with that of the order.
 """
 
 import csv
@@ -93,7 +93,7 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
         if not config["data"].get("follow"):
             stop(f"{folder} does not follow a stream (data.follow): deepskip order prints what its steps take")
         entries = admissions.read(folder)
-        bad = [each for each in journal.checked(folder / journal.BAD_SAMPLES, journal.is_report, dict)]
+        bad = journal.checked(folder / journal.BAD_SAMPLES, journal.is_report, dict)
     except (journal.BrokenFile, OSError) as error:
         stop(str(error))
     found = Audit(generations=len(entries))
@@ -109,7 +109,9 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
         try:
             kept, taken = entries_of(state["stream"]), state["stream"]["taken"]
             if kept != entries[: len(kept)]:
-                found.faults.append(f"{folder / admissions.FILE} is not the log of the checkpoint of step {found.steps}")
+                found.faults.append(
+                    f"{folder / admissions.FILE} is not the log of the checkpoint of step {found.steps}"
+                )
         except (KeyError, identity.OtherData) as error:
             found.faults.append(f"the checkpoint of step {found.steps} has no admission log: {error}")
     index = None
@@ -160,7 +162,9 @@ def other_data(split: str, entries: Sequence[Entry]) -> list[str]:
         sizes = [shard["samples"] for shard in generation.raw["shards"]]
         # The statistics in the index of generation 0 may have been renewed.
         if sizes != entry.shards or (generation.number and generation.digest != entry.digest):
-            found.append(f"generation {generation.number} of {split} is not the one that was admitted at step {entry.step}")
+            found.append(
+                f"generation {generation.number} of {split} is not the one that was admitted at step {entry.step}"
+            )
     return found
 
 
@@ -218,7 +222,9 @@ def walk(
         for place in odd[:MOST_LISTED].tolist():
             found.faults.append(f"sample {segment.samples.start + place} is trained {own[place]} times")
         if len(odd) > MOST_LISTED:
-            found.faults.append(f"and {len(odd) - MOST_LISTED} further samples of generations from {segment.generations.start}")
+            found.faults.append(
+                f"and {len(odd) - MOST_LISTED} further samples of generations from {segment.generations.start}"
+            )
     found.trained = int((counts == 1).sum()) - sum(counts[number] == 1 for number in skipped)
     found.skipped, found.remaining = len(skipped), int((counts == 0).sum())
     if taken is not None and taken != total % FINGERPRINTS:

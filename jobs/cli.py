@@ -42,6 +42,7 @@ EXTRAS = {
     "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "torchmetrics", "webdataset"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "geo": ("rasterio", "zarr"),
+    "stream": ("river",),
 }
 
 

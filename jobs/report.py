@@ -42,7 +42,7 @@ def progress_line(step: int, steps: int | None, values: dict[str, float]) -> str
         step: steps done.
         steps: steps of the whole training; None if it has no end.
         values: "loss", "images_per_second" and, if there is an end, "seconds_left"; "dice" too, unless the network has its own
-            loss.
+            loss. Of a stream also "stream/iou", "stream/lag_seconds" and "stream/samples_behind", as far as they are known.
     """
     left, of = "", f"step {step}"
     if steps is not None:
@@ -52,7 +52,11 @@ def progress_line(step: int, steps: int | None, values: dict[str, float]) -> str
         of = f"step {step}/{steps}"
     # a network with its own loss has no Dice while it trains
     dice = f"Dice {values['dice']:.3f}  " if "dice" in values else ""
-    return f"{of}  loss {values['loss']:.4f}  {dice}{values['images_per_second']:.1f} images/s{left}"
+    forms = {
+        "stream/iou": "  IoU of new {:.3f}", "stream/lag_seconds": "  lag {:.1f} s", "stream/samples_behind": "  {:.0f} behind",
+    }  # fmt: skip
+    stream = "".join(form.format(values[name]) for name, form in forms.items() if name in values)
+    return f"{of}  loss {values['loss']:.4f}  {dice}{values['images_per_second']:.1f} images/s{stream}{left}"
 
 
 def print_table(summary: dict[str, Any]) -> None:

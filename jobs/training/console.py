@@ -19,6 +19,7 @@ class Console:
         tracker: sends metrics and images to MLflow; None without MLflow.
         bad_samples: the run's list of skipped samples.
         training: the newest training metrics.
+        stream: the newest metrics of the stream that is followed; names begin with "stream/".
         disagreed: whether `report.disagreement` of training and validation metrics was printed; it is printed once.
     """
 
@@ -26,6 +27,7 @@ class Console:
         self.steps, self.tracker = config.optim.steps, tracker
         self.bad_samples = journal.BadSamples(run.folder)
         self.training: dict[str, float] = {}
+        self.stream: dict[str, float] = {}
         self.disagreed = False
 
     def take(self, event: Event) -> None:
@@ -34,7 +36,9 @@ class Console:
             case Measured(kind, step, values, stamp):
                 if kind == "train":
                     self.training = values
-                    print(report.progress_line(step, self.steps, values), flush=True)
+                    print(report.progress_line(step, self.steps, values | self.stream), flush=True)
+                elif kind == "stream":
+                    self.stream |= {f"stream/{name}": value for name, value in values.items()}
                 elif not self.disagreed and (text := report.disagreement(step, self.training, values)):
                     self.disagreed = True
                     print(f"warning: {text}", flush=True)

@@ -28,16 +28,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a window of training steps, or of a validation.
+    """Metrics of a window of training steps, of a validation, or of a stream that is followed.
 
     Attributes:
-        kind: "train" or "validation".
+        kind: "train", "validation" or "stream".
         step: the last step that the metrics cover.
         values: the metrics by name.
         stamp: time in ms since the epoch, as in the run's journal; 0 until the event is written there.
     """
 
-    kind: Literal["train", "validation"]
+    kind: Literal["train", "validation", "stream"]
     step: int
     values: dict[str, float]
     stamp: int = 0

@@ -16,7 +16,7 @@ from deepskip.config import Config
 from deepskip.data_shards import manifest
 from deepskip.data_shards.admission import Admission, StreamOrder, fingerprint
 from deepskip.data_shards.dataset import Shards, SkipReport
-from deepskip.data_shards.growing import stream_batches
+from deepskip.data_shards.growing import images_of, stream_batches
 from deepskip.data_shards.index import BrokenIndex
 from deepskip.data_shards.manifest import Generation
 from deepskip.data_shards.polling import ChainPoller, trimmed
@@ -24,6 +24,9 @@ from deepskip.data_shards.stream import Entries
 from deepskip.data_shards.window import ChainWindow, Part, extended, shortened, window_of
 from deepskip.jobs import admissions
 from deepskip.jobs.admissions import Entry
+from deepskip.jobs.training import drift
+from deepskip.jobs.training.drift import DriftDetector
+from deepskip.prequential import iou_of
 from deepskip.ranks import broadcast_bytes
 from deepskip.training_step import Batch
 
@@ -85,6 +88,10 @@ class Follower:
         self.digests = bytearray()
         self.total = 0
         self.poller: ChainPoller | None = None
+        self.drift = DriftDetector() if rank == 0 and config.run.drift else None
+        # Newest watermark of each generation of the window, and the seconds from the last one to its first step.
+        self.watermarks: dict[int, float | None] = {}
+        self.lag: float | None = None
         # Time and number of looks since when nothing is new.
         self._idle: tuple[float, int] | None = None
 
@@ -128,6 +135,10 @@ class Follower:
             for number, text in enumerate(texts, first)
         ]
         self.shards.index = self._window(later)
+        self.watermarks = {each.number: each.raw.get("watermark") for each in later}
+        if self.drift is not None:
+            for generation, scores in sorted(drift.read(self.folder, step).items()):
+                self.drift.add(generation, scores)
         if self.rank == 0:
             chain = self.base.generations
             last = Generation(len(entries) - 1, entries[-1].digest, {}) if len(entries) > len(chain) else chain[-1]
@@ -242,6 +253,43 @@ class Follower:
             # On the host, where `fingerprint` needs them.
             yield {**batch, "counted": batch["weight"].tolist()}  # type: ignore[typeddict-unknown-key]
 
+    def begun(self, step: int) -> list[tuple[int, range]]:
+        """Return number and sample numbers of the generations of the segment that begins at a step."""
+        order = self.order
+        numbers = order.segment(order.number_at(step)).generations
+        known = [mark for number in numbers if (mark := self.watermarks.get(number)) is not None]
+        self.lag = time.time() - min(known) if known else None
+        return [(number, range(order.ends[number], order.ends[number + 1])) for number in numbers]
+
+    def images(self, samples: range) -> Iterator[Batch]:
+        """Yield this rank's share of some samples as whole images."""
+        return images_of(self.shards.uncropped(), samples, self.rank, self.world_size, self.skipped)
+
+    def scored(self, step: int, generation: int, counts: torch.Tensor) -> dict[str, float]:
+        """Record the IoU of each sample of a generation, and return its metrics; a warning says where a drift began."""
+        measured = counts[counts[:, 3] > 0, :3]
+        scores = iou_of(measured).tolist()
+        found = {"generation": generation, "samples": len(scores), "iou": iou_of(measured.sum(0)).item()}
+        if self.lag is not None:
+            found["lag_seconds"] = self.lag
+        drift.write(self.folder, generation, step, scores)
+        if self.drift is not None and (drop := self.drift.add(generation, scores)):
+            found["drift"] = drop.generation
+            self.warn(
+                f"drift: the IoU of new samples fell from {drop.before:.3f} to {drop.after:.3f} in generation "
+                f"{drop.generation}, seen in generation {generation} before step {step + 1}"
+            )
+        return found
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Return the number of samples that are committed and not trained on, and the lag of the newest generation."""
+        order = self.order
+        segment = order.segment(order.number_at(step))
+        new = order.global_batch_size - segment.replay
+        left = len(segment.samples) - new * (step - segment.steps.start)
+        later = order.ends[-1] - segment.samples.stop + (self.poller.samples if self.poller else 0)
+        return {"samples_behind": max(0, left) + later} | ({} if self.lag is None else {"lag_seconds": self.lag})
+
     def fingerprint(self, step: int, batch: Any) -> int:
         """Return the fingerprint of the samples of a batch, without repeats of weight 0."""
         taken = [i for i, weight in enumerate(batch["counted"]) if weight]
@@ -292,6 +340,7 @@ class Follower:
         first = found[0].number - self.order.replay_generations
         self.shards.index = shortened(extended(window, found, cache=self.shards.cache), first)
         self.order.admit([Admission(each.number, step) for each in found], sizes)
+        self.watermarks = {each.number: each.raw.get("watermark") for each in found}
         self.digests += bytes.fromhex("".join(each.digest for each in found))
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import train_batches, whole_images
 from deepskip.jobs import admissions, journal, runs
 from deepskip.jobs.settings import cache_of
+from deepskip.jobs.training import drift
 from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
 from deepskip.jobs.training.follower import Follower
 from deepskip.training_step import DataInfo
@@ -27,7 +28,8 @@ from deepskip.training_step import DataInfo
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
-    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData, admissions.OtherLog, journal.BrokenFile,
+    drift.MissingRiver, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData, admissions.OtherLog,
+    journal.BrokenFile,
 )  # fmt: skip
 
 
@@ -148,11 +150,11 @@ def train(
         return train()
 
 
-def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
+def event_of(kind: Any, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
     """Return the event for one call of the trainer's `observe`.
 
     Args:
-        kind: "train", "validation", "panel" or "warning".
+        kind: "train", "validation", "stream", "panel" or "warning".
         step: number of steps done.
         values: metrics by name; for a panel {"images": list of PanelImage}; for a warning {"text": str}.
     """
@@ -160,7 +162,8 @@ def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel |
         return Panel(step, values["images"])
     if kind == "warning":
         return Warned(values["text"])
-    return Measured("train" if kind == "train" else "validation", step, values)
+    assert kind in ("train", "validation", "stream")
+    return Measured(kind, step, values)
 
 
 def data_info(index: Index, splits: dict[str, dict[str, str | int]], normalize: str) -> DataInfo:

@@ -101,7 +101,7 @@ def test_a_run_that_grows_stops_and_crashes_has_the_losses_of_one_that_gets_all_
         known = [entry for entry in admitted(folder) if entry[1] < state["step"]]
         assert [tuple(entry) for entry in state["stream"]["admissions"].tolist()][: len(known)] == known
 
-    # A finished run goes on when there is more, and not before.
+    # A finished run continues when there is more, and not before.
     assert deepskip.train(configured(tmp_path, "live", data__when_idle="end")) == summary
     grow(data, 5, 3)
     assert deepskip.train(configured(tmp_path, "live", data__when_idle="end"))["steps"] == 12
