@@ -41,8 +41,8 @@ class MissingRiver(RuntimeError):
 class DriftDetector:
     """Find drops of a score, which is given sample by sample.
 
-    A rise is not reported: it is what training does. ADWIN decides whether the score has changed. Where it did is the
-    division of the newest samples that leaves the least sum of squares.
+    A rise is not reported: it is what training does. ADWIN decides whether the score has changed, and `division`
+    with which generation.
 
     Args:
         delta: chance of a false alarm in each comparison, ADWIN's delta.
@@ -82,7 +82,9 @@ class DriftDetector:
 
 
 def division(scored: Sequence[tuple[int, float]]) -> Drop:
-    """Return where the mean of scores changes: the division into two parts that leaves the least sum of squares.
+    """Return with which generation the mean of scores changes: the division that leaves the least sum of squares.
+
+    It is between two generations, unless all scores are of one.
 
     Args:
         scored: generation and score of successive samples, two or more.
@@ -91,7 +93,11 @@ def division(scored: Sequence[tuple[int, float]]) -> Drop:
     n = np.arange(1, len(scores))
     sums = scores.cumsum()
     before, after = sums[:-1] / n, (sums[-1] - sums[:-1]) / n[::-1]
-    place = int((n * n[::-1] * (before - after) ** 2).argmax())
+    gain = n * n[::-1] * (before - after) ** 2
+    numbers = np.array([generation for generation, _ in scored])
+    if numbers[0] != numbers[-1]:
+        gain[numbers[1:] == numbers[:-1]] = -1
+    place = int(gain.argmax())
     return Drop(scored[place + 1][0], float(before[place]), float(after[place]))
 
 

@@ -168,13 +168,17 @@ def test_a_drop_is_found_within_one_generation_and_a_rise_is_none(seed: int) -> 
 
 
 def test_the_division_is_that_of_the_least_squares() -> None:
-    scores = [0.9, 0.8, 0.9, 0.2, 0.3]
-    best = min(
-        range(1, 5), key=lambda k: np.var(scores[:k]) * k + np.var(scores[k:]) * (5 - k)
-    )  # fmt: skip
-    found = drift.division([(number, score) for number, score in enumerate(scores)])
-    assert (best, found.generation) == (3, 3)
-    assert (found.before, found.after) == (pytest.approx(2.6 / 3), pytest.approx(0.25))
+    scores, generations = [0.9, 0.8, 0.9, 0.8, 0.2, 0.2, 0.3, 0.2], [3, 3, 4, 4, 4, 5, 5, 6]
+
+    def left(k: int) -> float:
+        return float(np.var(scores[:k]) * k + np.var(scores[k:]) * (8 - k))
+
+    # Between samples it would be the fourth place, and between generations it is the fifth.
+    assert min(range(1, 8), key=left) == 4
+    assert min((2, 5, 7), key=left) == 5
+    found = drift.division(list(zip(generations, scores, strict=True)))
+    assert found == (5, pytest.approx(3.6 / 5), pytest.approx(0.7 / 3))
+    assert drift.division([(4, score) for score in scores]) == (4, pytest.approx(0.85), pytest.approx(0.225))
 
 
 def test_without_river_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
