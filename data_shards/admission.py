@@ -142,7 +142,7 @@ class StreamOrder:
 
         Args:
             log: Entries of the next generations. Those of one step make a segment; all of a segment are given together.
-            shard_sizes: For each of these generations, or more, the number of samples in each of its shards.
+            shard_sizes: For each of these generations, or more, the number of samples in each of its shards, (shards,).
 
         Raises:
             ValueError: If a generation is missing, or a segment would begin before the end of the one before it.

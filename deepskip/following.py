@@ -58,7 +58,7 @@ class Stream(Protocol):
         """Yield this rank's share of some samples as whole images, one a batch."""
 
     def scored(self, step: int, generation: int, counts: Tensor) -> dict[str, float]:
-        """Record on rank 0 what `prequential.image_counts` has counted of a generation, and return its metrics."""
+        """Record on rank 0 the counts (samples, 4) of `prequential.image_counts` of a generation, and return its metrics."""
 
     def progress(self, step: int) -> dict[str, float]:
         """Return on rank 0 how far the training is behind its data."""

@@ -222,7 +222,7 @@ def reason_against(
     if may_grow or not (folder / SUMMARY).is_file():
         return None
     # A stream that was idle ends a run before its last step.
-    ended_early = config["data"].get("follow") and read_json(folder / SUMMARY).get("steps", many) < many
+    ended_early = config.get("data", {}).get("follow") and read_json(folder / SUMMARY).get("steps", many) < many
     return None if grow and ended_early and admissions.has_more(folder, config["data"]["path"]) else FINISHED
 
 
@@ -242,7 +242,7 @@ def beginning_of(
     found = identity.beginning(noted, data)
     for split in found if say else ():
         first, last = identity.generations(found[split]), identity.generations(data[split])
-        followed = split == "train" and earlier["config"]["data"].get("follow")
+        followed = split == "train" and earlier["config"].get("data", {}).get("follow")
         if first < last and not followed:
             print(f"{split} has {last} generations; the run resumes on the {first} that it began with", flush=True)
     return found

@@ -266,7 +266,13 @@ class Follower:
         return images_of(self.shards.uncropped(), samples, self.rank, self.world_size, self.skipped)
 
     def scored(self, step: int, generation: int, counts: torch.Tensor) -> dict[str, float]:
-        """Record the IoU of each sample of a generation, and return its metrics; a warning says where a drift began."""
+        """Record the IoU of each sample of a generation, and return its metrics; a warning says where a drift began.
+
+        Args:
+            step: step from which it is trained on.
+            generation: its number.
+            counts: counts of `prequential.image_counts`, (samples, 4).
+        """
         measured = counts[counts[:, 3] > 0, :3]
         scores = iou_of(measured).tolist()
         found = {"generation": generation, "samples": len(scores), "iou": iou_of(measured.sum(0)).item()}

@@ -78,18 +78,7 @@ def train(
 
     data, lanes = config.data, config.data.lanes
     assert lanes != "auto", "the driver chooses"
-    crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
-    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
-    # What is appended while the run is trained does not change it.
-    generations = runs.generations_of(folder)
-    train_shards = Shards(
-        storage.join(data.path, "train"), data.normalize, crops, generations=generations.get("train"), **options
-    )
-    validation_shards = Shards(
-        storage.join(data.path, "val"), data.normalize, generations=generations.get("val"), **options
-    )
-    # Validation normalises as predictions will, by the training set.
-    validation_shards.mean, validation_shards.std = train_shards.mean, train_shards.std
+    train_shards, validation_shards = open_splits(config, folder)
     splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}
     if rank == 0:
         # The trainer compares those of the other ranks with this one.
@@ -128,26 +117,38 @@ def train(
             started=lambda step: tell(Started(step, world_size)), warn=lambda text: tell(Warned(text)),
             check_lease=check_lease,
         )  # fmt: skip
-    train = partial(
-        trainer.train,
-        config,
-        data_info(train_shards.index, splits, data.normalize),
-        run=folder,
-        train_batches=train_stream,
-        validation_images=lambda: whole_images(
-            validation_shards, rank, world_size, lambda report: skipped("val", report), loader_workers, ranks_here
-        ),
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        observe=observe,
-        mlflow_run_id=run_id,
-        stop_requested=stop_requested,
-        validated=validated,
-        stream=stream,
-    )
     with closing(stream) if stream else nullcontext():
-        return train()
+        return trainer.train(
+            config, data_info(train_shards.index, splits, data.normalize), run=folder, train_batches=train_stream,
+            validation_images=lambda: whole_images(
+                validation_shards, rank, world_size, lambda report: skipped("val", report), loader_workers, ranks_here
+            ),
+            rank=rank, world_size=world_size, device=device, observe=observe, mlflow_run_id=run_id,
+            stop_requested=stop_requested, validated=validated, stream=stream,
+        )  # fmt: skip
+
+
+def open_splits(config: Config, folder: Path) -> tuple[Shards, Shards]:
+    """Return the training split, cropped, and the validation split, with the generations that a run began with.
+
+    Args:
+        config: settings of the training.
+        folder: folder of the run.
+    """
+    data = config.data
+    crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
+    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
+    # What is appended while the run is trained does not change it.
+    generations = runs.generations_of(folder)
+    train_shards = Shards(
+        storage.join(data.path, "train"), data.normalize, crops, generations=generations.get("train"), **options
+    )
+    validation_shards = Shards(
+        storage.join(data.path, "val"), data.normalize, generations=generations.get("val"), **options
+    )
+    # Validation normalises as predictions will, by the training set.
+    validation_shards.mean, validation_shards.std = train_shards.mean, train_shards.std
+    return train_shards, validation_shards
 
 
 def event_of(kind: Any, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
