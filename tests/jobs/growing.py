@@ -64,7 +64,8 @@ def configured(home: Path, name: str, **settings: object) -> deepskip.Config:
     for key, value in (SMALL | {"run.storage": str(home / "runs"), "run.name": name} | given).items():
         section, _, field = key.partition(".")
         setattr(getattr(config, section), field, value)
-    config.data.path = str(given.get("data.path", home / "data"))
+    if "data.path" not in given:
+        config.data.path = str(home / "data")
     return config
 
 

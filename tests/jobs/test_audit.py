@@ -115,6 +115,36 @@ def test_the_audit_lists_what_is_wrong(
     assert "is no run" in capsys.readouterr().err
 
 
+def test_samples_that_could_not_be_read_are_counted_apart(
+    tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = begin(tmp_path)
+    grow(data, 1, 7)
+    index = load_index(data / "train")
+    [entry] = index.entries([12])
+    shard = Path(index.shard_location(entry.shard))
+    broken = bytearray(shard.read_bytes())
+    broken[entry.image.offset + 40] ^= 255
+    shard.write_bytes(broken)
+    folder = tmp_path / "runs" / "live"
+    folder.mkdir(parents=True)
+    # The second generation comes later, and its broken sample may be replayed.
+    sizes, chain = index.shard_sizes.tolist(), index.generations
+    first = chain[0].shards
+    log = [
+        admissions.Entry(0, 0, sizes[:first], chain[0].digest),
+        admissions.Entry(1, 3, sizes[first:], chain[1].digest),
+    ]
+    admissions.append(folder, log)
+    settings = {"data__on_bad_sample": "skip", "data__when_idle": "replay", "optim__steps": 12}
+    deepskip.train(configured(tmp_path, "live", **settings))
+    capsys.readouterr()
+    audit.main(["--run", str(folder)])
+    said = capsys.readouterr().out
+    assert said.startswith("live: 16 samples of 2 generations, each trained exactly once in 12 steps; ")
+    assert said.endswith("; 0 to come; 1 could not be read\n")
+
+
 def test_each_generation_is_measured_before_it_is_trained_on(stream: tuple[Path, dict[int, Counter[str]]]) -> None:
     """Compare the IoU of each sample with the model of the checkpoint at that step, on the whole images by numpy."""
     home, _ = stream

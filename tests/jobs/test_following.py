@@ -16,10 +16,12 @@ import torch
 
 import deepskip
 from deepskip import checkpoint
+from deepskip.data_shards import polling, storage
 from deepskip.data_shards.admission import Admission, StreamOrder
+from deepskip.data_shards.appending import append_split
 from deepskip.data_shards.index import load_index
 from deepskip.jobs import admissions, journal, report, runs, train
-from tests.jobs.growing import admitted, begin, command, configured, done, grow, losses, started, wait_for
+from tests.jobs.growing import admitted, begin, command, configured, done, grow, losses, packed, started, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +126,8 @@ def test_while_it_is_idle_it_replays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(report, "progress_line", line)
     # It looks every 3 steps after the first segment's 3.
     assert admitted(folder) in ([(0, 0), (1, 9)], [(0, 0), (1, 12)])
-    again = at_once(tmp_path, "again", folder, **settings)
+    # Loader processes begin anew with each segment.
+    again = at_once(tmp_path, "again", folder, data__loader_workers=1, **settings)
     assert losses(folder) == again
     assert sorted(again) == [3, 5, 6, 9, 10, 12, 15, 18, 20]
 
@@ -162,6 +165,45 @@ def test_the_log_is_restored_from_the_checkpoint_and_other_logs_and_data_are_ref
     with pytest.raises(admissions.OtherLog, match="has 2 generations where this training knows 1"):
         admissions.append(folder, [entry])
     assert journal.whole_lines(log)[-1][0] == 2
+
+
+def test_over_s3_and_through_an_outage(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, split = begin(tmp_path), "s3://bucket/data/train"
+    s3.put(f"{data}/", "bucket/data/", recursive=True)
+    settings: dict[str, Any] = {
+        "data__path": "s3://bucket/data", "data__cache_dir": str(tmp_path / "cache"), "data__idle_seconds": 1.0,
+    }  # fmt: skip
+    asked: list[int] = []
+    look = polling.following
+
+    def unreachable(*arguments: Any) -> Any:
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise storage.StorageError("no route to host")
+        return look(*arguments)
+
+    line = report.progress_line
+
+    def grown(step: int, *arguments: Any) -> str:
+        if step == 3:
+            append_split(split, packed(tmp_path / "more", 100, 5))
+        return line(step, *arguments)
+
+    monkeypatch.setattr(polling, "following", unreachable)
+    monkeypatch.setattr(report, "progress_line", grown)
+    deepskip.train(configured(tmp_path, "live", **settings))
+    monkeypatch.setattr(report, "progress_line", line)
+    folder = tmp_path / "runs" / "live"
+    assert admitted(folder) == [(0, 0), (1, 3)]
+    said = capsys.readouterr().out
+    assert said.count(f"cannot look for new generations of {split}, trying again: no route to host") == 1
+    assert losses(folder) == at_once(tmp_path, "again", folder, **settings)
+    # A manifest that continues no chain ends the run, with the reason.
+    s3.pipe_file("bucket/data/train/manifest/00000002.json", b"{}")
+    with pytest.raises(ValueError, match=r"00000002\.json cannot be read: it is not a manifest"):
+        deepskip.train(configured(tmp_path, "live", data__when_idle="wait", **settings))
 
 
 def test_settings_that_do_not_fit() -> None:
