@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from deepskip.config import Config
 from deepskip.jobs import journal, report, runs
-from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Warned
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Waiting, Warned
 
 if TYPE_CHECKING:
     # It imports MLflow, which need not be installed.
@@ -47,6 +47,8 @@ class Console:
             case Panel(step, images):
                 if self.tracker:
                     self.tracker.take("panel", step, {"images": images}, 0)
+            case Waiting(step):
+                print(f"step {step}  waiting for new data", flush=True)
             case Warned(text):
                 print(f"warning: {text}", flush=True)
             case SampleSkipped(about):

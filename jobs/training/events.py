@@ -80,6 +80,17 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """All that is known of a stream is trained on, and nothing is new.
+
+    Attributes:
+        step: number of steps done.
+    """
+
+    step: int
+
+
+@dataclass(frozen=True)
 class SampleSkipped:
     """A bad sample was skipped.
 
@@ -118,7 +129,7 @@ class Finished:
     summary: "Summary"
 
 
-Event = Started | Measured | Panel | Warned | SampleSkipped | WorkersFailed | Stopped | Fatal | Finished
+Event = Started | Measured | Panel | Warned | Waiting | SampleSkipped | WorkersFailed | Stopped | Fatal | Finished
 
 
 class EventQueue:

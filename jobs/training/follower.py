@@ -51,6 +51,7 @@ class Follower:
         ranks_here: number of ranks that share this machine's cache.
         skipped: called with each bad sample that is skipped.
         started: called on rank 0 with the step at which the training starts.
+        waiting: called on rank 0 with the number of steps done when nothing is new.
         warn: called on rank 0 with a warning, in any thread.
         check_lease: called on rank 0 before the log is written.
 
@@ -75,13 +76,15 @@ class Follower:
         ranks_here: int,
         skipped: Callable[[SkipReport], None],
         started: Callable[[int], None],
+        waiting: Callable[[int], None],
         warn: Callable[[str], None],
         check_lease: Callable[[], None],
     ) -> None:
         self.config, self.folder, self.shards = config, folder, shards
         self.rank, self.world_size, self.device = rank, world_size, device
         self.entries, self.loader_workers, self.ranks_here = entries, loader_workers, ranks_here
-        self.skipped, self.started, self.warn, self.check_lease = skipped, started, warn, check_lease
+        self.skipped, self.started, self.waiting = skipped, started, waiting
+        self.warn, self.check_lease = warn, check_lease
         self.replays = config.data.when_idle == "replay"
         self.base = shards.index
         self.order = self._order([], [])
@@ -321,6 +324,8 @@ class Follower:
             return json.dumps([each.__dict__ for each in found]).encode(), False
         if self._idle is None:
             self._idle = time.monotonic(), self.poller.looks
+            if not self.replays:
+                self.waiting(step)
         since, looks = self._idle
         data = self.config.data
         # One of two looks began after everything was taken.

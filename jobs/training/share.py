@@ -21,7 +21,7 @@ from deepskip.data_shards.stream import train_batches, whole_images
 from deepskip.jobs import admissions, journal, runs
 from deepskip.jobs.settings import cache_of
 from deepskip.jobs.training import drift
-from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Waiting, Warned
 from deepskip.jobs.training.follower import Follower
 from deepskip.training_step import DataInfo
 
@@ -114,8 +114,8 @@ def train(
         stream = Follower(
             config, folder, train_shards, rank=rank, world_size=world_size, device=device, entries=draws,
             loader_workers=loader_workers, ranks_here=ranks_here, skipped=lambda report: skipped("train", report),
-            started=lambda step: tell(Started(step, world_size)), warn=lambda text: tell(Warned(text)),
-            check_lease=check_lease,
+            started=lambda step: tell(Started(step, world_size)), waiting=lambda step: tell(Waiting(step)),
+            warn=lambda text: tell(Warned(text)), check_lease=check_lease,
         )  # fmt: skip
     with closing(stream) if stream else nullcontext():
         return trainer.train(
