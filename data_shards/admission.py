@@ -281,7 +281,7 @@ class StreamOrder:
 def fingerprint(step: int, epochs: Sequence[int], samples: Sequence[int]) -> int:
     """Return a sum over samples that a step takes, which does not depend on their order or their division among ranks.
 
-    A term is 32 bits of a hash of (step, epoch, sample), by the finaliser of SplitMix64. Sums of many steps are added up. If
+    A term is 32 bits of a hash of (step, epoch, sample), by SplitMix64. Sums of many steps are added up. If
     they are those of the order, each step has taken its samples, apart from a chance of about 2^-32.
 
     Args:
@@ -289,10 +289,15 @@ def fingerprint(step: int, epochs: Sequence[int], samples: Sequence[int]) -> int
         epochs: Epoch of each sample, as in its slot.
         samples: Number of each sample.
     """
-    x = np.asarray(samples, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = np.asarray(samples, np.uint64)
     for value in (np.asarray(epochs, np.uint64), np.uint64(step)):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = (x ^ (x >> np.uint64(31))) + value
+        x = mixed(x) + value
+    return int((mixed(x) >> np.uint64(32)).sum())
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """Return the next number of SplitMix64 (Steele et al., 2014) from states (n,) uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    return int((x >> np.uint64(32)).sum())
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
