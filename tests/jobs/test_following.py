@@ -22,6 +22,7 @@ from deepskip.data_shards.admission import Admission, StreamOrder
 from deepskip.data_shards.appending import append_split
 from deepskip.data_shards.index import load_index
 from deepskip.jobs import admissions, audit, journal, report, runs, train
+from deepskip.jobs.training import follower
 from tests.jobs.growing import admitted, begin, command, configured, done, grow, losses, packed, started, wait_for
 
 
@@ -166,6 +167,29 @@ def test_the_log_is_restored_from_the_checkpoint_and_other_logs_and_data_are_ref
     with pytest.raises(admissions.OtherLog, match="has 2 generations where this training knows 1"):
         admissions.append(folder, [entry])
     assert journal.whole_lines(log)[-1][0] == 2
+
+
+def test_a_crash_between_the_log_and_its_use_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, folder = begin(tmp_path), tmp_path / "runs" / "live"
+    deepskip.train(configured(tmp_path, "live"))
+    grow(data, 1, 7)
+
+    def crash(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(follower, "extended", crash)
+        with pytest.raises(KeyboardInterrupt):
+            deepskip.train(configured(tmp_path, "live"))
+    assert admitted(folder) == [(0, 0), (1, 3)]
+    # The next entry was cut off, and its generation is admitted once more, after the segment that stands in the log.
+    with (folder / admissions.FILE).open("ab") as log:
+        log.write(b'{"generation": 2, "step"')
+    grow(data, 2, 3)
+    deepskip.train(configured(tmp_path, "live"))
+    assert admitted(folder) == [(0, 0), (1, 3), (2, 6)]
+    assert audit.audit(folder) == audit.Audit([], 20, 20, 4, 0, 7, 3, 0)
+    assert losses(folder) == at_once(tmp_path, "again", folder)
 
 
 def test_over_s3_and_through_an_outage(
