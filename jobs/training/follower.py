@@ -86,6 +86,8 @@ class Follower:
         self.skipped, self.started, self.waiting = skipped, started, waiting
         self.warn, self.check_lease = warn, check_lease
         self.replays = config.data.when_idle == "replay"
+        # One for the whole training, which keeps its open files within bounds.
+        self.whole = shards.uncropped()
         self.base = shards.index
         self.order = self._order([], [])
         self.digests = bytearray()
@@ -266,7 +268,8 @@ class Follower:
 
     def images(self, samples: range) -> Iterator[Batch]:
         """Yield this rank's share of some samples as whole images."""
-        return images_of(self.shards.uncropped(), samples, self.rank, self.world_size, self.skipped)
+        self.whole.index = self.shards.index
+        return images_of(self.whole, samples, self.rank, self.world_size, self.skipped)
 
     def scored(self, step: int, generation: int, counts: torch.Tensor) -> dict[str, float]:
         """Record the IoU of each sample of a generation, and return its metrics; a warning says where a drift began.
