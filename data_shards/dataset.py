@@ -1,5 +1,6 @@
 """One split of shards as a dataset: batches of samples by number, read at their offsets in the tar and checked."""
 
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,13 @@ class Shards(Dataset[Batch]):
 
     def __len__(self) -> int:
         return self.index.num_samples
+
+    def uncropped(self) -> "Shards":
+        """Return the same split with whole images."""
+        whole = copy.copy(self)
+        whole.crops, whole._open = None, OrderedDict()
+        whole.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" else np.float32)
+        return whole
 
     def __getitem__(self, slots: Sequence[Slot]) -> Batch:
         entries = self.index.entries([slot.sample for slot in slots])
@@ -399,7 +407,7 @@ class Shards(Dataset[Batch]):
         return descriptor
 
     def _open_file(self, number: int) -> int:
-        shard, location = self.index.shards[number], self.index.shard_location(number)
+        shard, location = self.index.shard(number), self.index.shard_location(number)
         again = f"Put it back, or make a new index: deepskip index {self.folder}"
         try:
             descriptor = None
@@ -433,7 +441,7 @@ class Shards(Dataset[Batch]):
             ValueError: If the shard is remote and there is no cache.
             OSError: If the shard cannot be fetched; a StorageError if the remote file has changed or cannot be reached.
         """
-        location, shard = self.index.shard_location(number), self.index.shards[number]
+        location, shard = self.index.shard_location(number), self.index.shard(number)
         if not storage.is_remote(location):
             return Path(location.removeprefix("file://"))
         if self.cache is None:

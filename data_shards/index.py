@@ -192,6 +192,10 @@ class Index:
         """Return the path or URL of a shard."""
         return storage.join(self.base or self.location, self.shards[shard].name)
 
+    def shard(self, number: int) -> ShardEntry:
+        """Return a shard by its number."""
+        return self.shards[number]
+
     def keys(self, samples: list[int]) -> list[str]:
         """Return the keys of samples, by their numbers."""
         keys: list[str] = self._keys.take(pa.array(samples, pa.int64())).to_pylist()

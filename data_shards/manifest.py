@@ -6,7 +6,7 @@ it. It is written once and never changes. Readers need no lock: what they read i
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -139,25 +139,64 @@ def read_chain(split: str, chain: Sequence[Generation], stop: int | None = None)
     found = list(chain)
     names = {shard["name"] for generation in found for shard in generation.raw["shards"]}
     for text in _texts(split, len(found), stop):
-        path = location_of(split, len(found))
-        raw = _parse(path, text)
-        if (raw["number"], raw["previous"]) != (len(found), found[-1].digest):
-            raise BrokenChain(
-                f"{path} is generation {raw['number']} of another chain: the one before it has changed since (sha256 differs)"
-            )
-        if reason := conflict(found[0].raw, raw):
-            raise BrokenChain(f"{path}: {reason}")
-        own = {shard["name"] for shard in raw["shards"]}
-        if len(own) < len(raw["shards"]) or own & names:
-            raise BrokenChain(f"{path} names a shard twice, or one of an earlier generation")
+        generation = checked(split, text, found[0].raw, found[-1])
+        own = {shard["name"] for shard in generation.raw["shards"]}
+        if own & names:
+            raise BrokenChain(f"{location_of(split, generation.number)} names a shard of an earlier generation")
         names |= own
-        found.append(Generation(len(found), hashlib.sha256(text).hexdigest(), raw))
+        found.append(generation)
     if stop is not None and len(found) < stop:
         raise BrokenChain(f"{split} has {len(found)} generations where {stop} are needed; the last ones are missing")
     return found
 
 
-def _texts(split: str, first: int, stop: int | None) -> Iterable[bytes]:
+def checked(split: str, text: bytes, first: dict[str, Any], previous: Generation) -> Generation:
+    """Return the generation of a manifest, which is checked.
+
+    Args:
+        split: Path or URL of the split.
+        text: Bytes of the manifest.
+        first: Fields of generation 0.
+        previous: The generation before it.
+
+    Raises:
+        BrokenChain: If the manifest is damaged, of a later version, or does not continue the chain.
+    """
+    number = previous.number + 1
+    path = location_of(split, number)
+    raw = _parse(path, text)
+    if (raw["number"], raw["previous"]) != (number, previous.digest):
+        raise BrokenChain(
+            f"{path} is generation {raw['number']} of another chain: the one before it has changed since (sha256 differs)"
+        )
+    if reason := conflict(first, raw):
+        raise BrokenChain(f"{path}: {reason}")
+    if len({shard["name"] for shard in raw["shards"]}) < len(raw["shards"]):
+        raise BrokenChain(f"{path} names a shard twice")
+    return Generation(number, hashlib.sha256(text).hexdigest(), raw)
+
+
+def following(split: str, first: dict[str, Any], last: Generation, most: int) -> Iterator[Generation]:
+    """Yield the generations after one that is known, as far as they are committed.
+
+    If there are none, that takes one request, and no listing.
+
+    Args:
+        split: Path or URL of the split.
+        first: Fields of generation 0.
+        last: The generation that is known.
+        most: Largest number of generations to yield.
+
+    Raises:
+        BrokenChain: As `checked`.
+        OSError: If a manifest cannot be read.
+    """
+    for text in _probed(split, last.number + 1, last.number + 1 + most):
+        last = checked(split, text, first, last)
+        yield last
+
+
+def _texts(split: str, first: int, stop: int | None) -> Iterator[bytes]:
     """Yield the bytes of manifests from number `first` to the end of the chain."""
     # One or two that follow those that are known need no listing.
     numbers = listed_numbers(split) if first == 1 else None
@@ -169,6 +208,11 @@ def _texts(split: str, first: int, stop: int | None) -> Iterable[bytes]:
         with ThreadPoolExecutor(READERS) as pool:
             yield from pool.map(lambda number: storage.read_bytes(location_of(split, number)), range(1, last + 1))
         return
+    yield from _probed(split, first, stop)
+
+
+def _probed(split: str, first: int, stop: int | None) -> Iterator[bytes]:
+    """Yield the bytes of manifests from number `first`, asked for by their names, to the end of the chain or to `stop`."""
     number, together = first, 1
     with ThreadPoolExecutor(READERS) as pool:
         while stop is None or number < stop:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Batch, Shards, SkipReport
+from deepskip.data_shards.index import ShardEntry
 from deepskip.data_shards.order import (
     EpochOrder,
     Slot,
@@ -87,20 +88,22 @@ class ReadAhead:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_cache(shards: Shards, window: int, lanes: int = 1) -> None:
+def check_cache(shards: Shards, window: int, lanes: int = 1, entries: Sequence[ShardEntry] | None = None) -> None:
     """Raise ValueError if the cache cannot hold two windows of the largest shards of a remote split for each lane.
 
     Args:
         shards: The split; nothing is checked if it is local or has no cache.
         window: Number of shards that are shuffled together.
         lanes: Number of lanes that the ranks of this machine read.
+        entries: The shards that are read; None are all of the split.
 
     Raises:
         ValueError: If the shards do not fit; names both sizes and the settings to change.
     """
     if shards.cache is None or not storage.is_remote(shards.index.base or shards.folder):
         return
-    largest = sum(sorted((shard.bytes for shard in shards.index.shards), reverse=True)[: 2 * window * lanes])
+    read = shards.index.shards if entries is None else entries
+    largest = sum(sorted((shard.bytes for shard in read), reverse=True)[: 2 * window * lanes])
     if largest > shards.cache.limit:
         where = f" in each of this machine's {lanes} lanes" if lanes > 1 else ""
         raise ValueError(
@@ -175,21 +178,35 @@ def train_batches(
             yield rank_slots(order_of(epoch), batch, global_batch_size, rank, world_size)
 
     try:
-        if loader_workers:
-            loader = DataLoader(
-                shards,
-                batch_sampler=slots(),
-                collate_fn=partial(collated, entries),
-                num_workers=loader_workers,
-                prefetch_factor=4,
-                pin_memory=torch.cuda.is_available(),
-            )
-            yield from map(unpack_small, loader)
-        else:
-            yield from (with_entries(entries, shards[batch]) for batch in slots())
+        yield from read(shards, slots(), loader_workers, entries)
     finally:
         if ahead is not None:
             ahead.close()
+
+
+def read(
+    shards: Shards, slots: Iterator[list[Slot]], loader_workers: int = 0, entries: Entries | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of slots, which loader processes decode ahead if there are any.
+
+    Args:
+        shards: The split.
+        slots: The slots of each batch.
+        loader_workers: Number of processes that decode samples; 0 decodes in this process.
+        entries: Makes additional entries of each batch where the batch is made. It is pickled for loader processes.
+    """
+    if loader_workers:
+        loader = DataLoader(
+            shards,
+            batch_sampler=slots,
+            collate_fn=partial(collated, entries),
+            num_workers=loader_workers,
+            prefetch_factor=4,
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from map(unpack_small, loader)
+    else:
+        yield from (with_entries(entries, shards[batch]) for batch in slots)
 
 
 def lanes_here(lanes: int, global_batch_size: int, world_size: int, ranks_here: int) -> int:

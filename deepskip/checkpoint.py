@@ -97,14 +97,34 @@ class RecordState(TypedDict):
     seconds: float
 
 
+class StreamState(TypedDict):
+    """The admission log of a training that follows a stream of g generations in s shards.
+
+    Attributes:
+        admissions: generations and the steps from which they are trained on, (g, 2) int64.
+        shards: number of shards of each generation, (g,) int64.
+        samples: number of samples of each shard, (s,) int64.
+        digests: sha256 of the manifest of each generation, (g, 32) uint8.
+        taken: sum of the fingerprints of all samples that the steps have taken.
+    """
+
+    admissions: Tensor
+    shards: Tensor
+    samples: Tensor
+    digests: Tensor
+    taken: int
+
+
 class State(StepState, RecordState):
     """What a training saves.
 
     Attributes:
         mlflow_run_id: MLflow's run of the training, or None.
+        stream: the admission log, if the training follows a stream.
     """
 
     mlflow_run_id: str | None
+    stream: NotRequired[StreamState]
 
 
 class FileState(State):

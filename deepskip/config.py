@@ -97,6 +97,18 @@ class DataConfig:
     """folder on each machine for copies of remote shards, shared by its workers"""
     cache_gb: float = setting(50.0, 0, free=True)
     """size of all copies together, gigabytes; the least recently used are removed first"""
+    follow: bool = False
+    """train on the generations that are appended to train/ while the training runs, each sample once (docs/online.md)"""
+    replay: float = setting(0.0, 0, 0.95)
+    """share of each global batch that is drawn again from the last generations, against forgetting; needs follow"""
+    replay_generations: int = setting(10, 1)
+    """number of generations before the new ones from which replayed samples are drawn"""
+    when_idle: Literal["wait", "replay", "end"] = setting("wait", free=True)
+    """with follow, if nothing is new: wait, train on replayed samples alone, or end after idle_seconds"""
+    idle_seconds: float = setting(60.0, 0, free=True)
+    """how long nothing is new before when_idle: end ends the training, seconds"""
+    poll_seconds: float = setting(1.0, 0.05, 3600, free=True)
+    """time between two looks for new generations, seconds"""
 
 
 @dataclass
@@ -130,8 +142,8 @@ class OptimConfig:
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon updates convolutions by orthogonalised momentum and all other weights by Adam"""
 
-    steps: int = setting(600, 1)
-    """optimizer steps of the whole training"""
+    steps: int | None = setting(600, 1)
+    """optimizer steps of the whole training; null has no limit, which needs data.follow and schedule: constant"""
     global_batch_size: int = setting(8, 1)
     """samples in one step over all workers; neither their choice nor their augmentation depends on the number of workers"""
     micro_batch: int | Literal["auto"] | None = setting(None, 1, free=True)
@@ -145,8 +157,9 @@ class OptimConfig:
     """steps of linear warm-up"""
     final_learning_rate: float = setting(0.01, 0, 1)
     """final learning rate of the cosine schedule, as a share of the peak"""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """after the warm-up: cosine decay, or a tenth of the peak from half of the steps and a hundredth from three quarters"""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """after the warm-up: cosine decay, a tenth of the peak from half of the steps and a hundredth from three quarters, or the
+    peak to the end"""
     weight_decay: float = setting(0.1, 0, 10)
     """decoupled weight decay of convolution weights"""
     clip_norm: float = setting(1.0, 0)
@@ -184,6 +197,10 @@ class RunConfig:
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting("none", free=True)
     """mode of torch.compile for the training step's network; the last two replay it as CUDA graphs. Crops have one size, so
     it is compiled once; validation is not compiled unless ema_decay is 0"""
+    prequential: bool = setting(True, free=True)
+    """with data.follow, measure the network on each generation before it is trained on it (stream/iou)"""
+    drift: bool = setting(False, free=True)
+    """with data.follow, warn when new samples are segmented worse than earlier ones; needs river (deepskip[stream])"""
     panels: int = setting(8, 0, 64)
     """validation images in the prediction panel"""
     experiment: str = "deepskip"
@@ -290,6 +307,7 @@ def check_values(config: Config) -> None:
     if isinstance(lanes, int) and lanes > batch:
         # Ranks would read all lanes in turn.
         faults.append(f"data.lanes is {lanes}; it must be at most optim.global_batch_size, which is {batch}")
+    faults += faults_of_stream(config)
     if (parts := config.optim.micro_batch) is not None:
         given = f"optim.micro_batch is {parts}"
         if parts == "auto" and asked is None:
@@ -304,6 +322,29 @@ def check_values(config: Config) -> None:
         faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def faults_of_stream(config: Config) -> list[str]:
+    """Return a message for each setting that does not fit a training that follows a stream, or one that does not."""
+    data, optim, faults = config.data, config.optim, []
+    if not data.follow:
+        if data.replay:
+            faults.append(f"data.replay is {data.replay:g}; it needs data.follow: true")
+        if config.run.drift:
+            faults.append("run.drift is true; it needs data.follow: true")
+        if optim.steps is None:
+            faults.append("optim.steps is null; only a training with data.follow: true has no end")
+    elif optim.steps is None and optim.schedule != "constant":
+        faults.append(
+            f"optim.steps is null and optim.schedule {optim.schedule}, which needs their number; set it to constant"
+        )
+    if config.run.drift and not config.run.prequential:
+        faults.append("run.drift is true; it needs run.prequential: true")
+    if data.follow and data.fixed_lanes:
+        faults.append(
+            "data.fixed_lanes is true; with data.follow each sample is taken once, so there are no fixed lanes"
+        )
+    return faults
 
 
 def is_folder_name(name: str) -> bool:

@@ -42,7 +42,7 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine down to its final share, or steps down.
+    """Return the learning rate of a step: linear warm-up, then a cosine down to its final share, steps down, or the peak.
 
     Args:
         config: settings of the optimizer.
@@ -50,6 +50,9 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    assert config.steps is not None, "check_values refuses other schedules without a number of steps"
     if config.schedule == "step":
         drops = (2 * step >= config.steps) + (4 * step >= 3 * config.steps)
         return float(config.learning_rate * 0.1**drops)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import torch
@@ -23,8 +24,10 @@ from deepskip.copies import to_device
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 from deepskip.evaluation import evaluate
+from deepskip.following import Outcome, Stream, StreamReader
 from deepskip.optimizer import learning_rate
 from deepskip.precision import agreed_precision
+from deepskip.prequential import image_counts
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
@@ -126,6 +129,7 @@ class Window:
     Attributes:
         steps: results of the window's steps.
         keys: keys of the samples of each step.
+        taken: sum of the fingerprints of the steps' samples on this rank.
         clock: start of the window, of time.perf_counter.
         images: number of images in all windows closed so far.
         seconds: duration of all windows closed so far.
@@ -133,6 +137,7 @@ class Window:
 
     steps: list[StepResult] = field(default_factory=list)
     keys: list[list[str]] = field(default_factory=list)
+    taken: int = 0
     clock: float = field(default_factory=time.perf_counter)
     images: int = 0
     seconds: float = 0.0
@@ -149,30 +154,134 @@ class Window:
             writer: writer of checkpoints, which finishes before an error is raised.
 
         Returns:
-            "loss" and "images_per_second", and unless the network has its own loss, "bce", "dice" and "iou".
+            "loss" and "images_per_second", and unless the network has its own loss, "bce", "dice" and "iou". `taken` is
+            then the sum over all ranks.
 
         Raises:
             NonFiniteLoss: on every rank, if a loss or a weight is nan or infinite.
         """
         losses = torch.stack([torch.stack(one[:3]) for one in self.steps])
         counts = torch.stack(
-            [*torch.stack([one.overlap for one in self.steps]).sum(0), broken_weights(training.network)]
+            [
+                *torch.stack([one.overlap for one in self.steps]).sum(0),
+                broken_weights(training.network),
+                torch.tensor(self.taken, device=training.device),
+            ]
         )
         if training.world_size > 1:
             dist.all_reduce(counts)
         # One copy to the host. fp64 holds counts exactly up to 2^53.
         numbers = torch.cat([losses.double().flatten(), counts.double()]).cpu()
-        losses, (tp, fp, fn, broken) = numbers[: -len(counts)].view(-1, 3), numbers[-len(counts) :].tolist()
+        losses, (tp, fp, fn, broken, taken) = numbers[: -len(counts)].view(-1, 3), numbers[-len(counts) :].tolist()
         # Check before anything is written.
         stop_if_not_finite(losses[:, 0], broken > 0, training.step, self.keys, training.world_size, writer)
         images, took = len(self.steps) * training.config.optim.global_batch_size, time.perf_counter() - self.clock
         self.images, self.seconds = self.images + images, self.seconds + took
-        self.steps, self.keys = [], []
+        self.steps, self.keys, self.taken = [], [], int(taken)
         loss, bce, dice_loss = losses.mean(0).tolist()
         if training.own_loss:
             return {"loss": loss, "images_per_second": images / took}
         iou = tp / max(tp + fp + fn, 1)
         return {"loss": loss, "bce": bce, "dice": 1 - dice_loss, "iou": iou, "images_per_second": images / took}
+
+
+@dataclass
+class Loop:
+    """What a training does between its steps: it logs, validates, saves and stops.
+
+    Attributes:
+        training: the training.
+        record: its best validation.
+        writer: writer of its checkpoints.
+        validation_images: as for `train`, like all that follow.
+        window: the steps since the last synchronisation.
+    """
+
+    training: TrainingStep
+    record: Record
+    writer: CheckpointWriter
+    validation_images: Callable[[], Iterable[Batch]]
+    rank: int
+    observe: Callable[[str, int, dict[str, Any]], None]
+    validated: Callable[[int], None]
+    mlflow_run_id: str | None
+    stream: Stream | None = None
+    window: Window = field(default_factory=Window)
+
+    def finish(self, validation: bool, save: bool, stopping: bool) -> None:
+        """Synchronise with the device after a step, log the steps since the last call, and do what is due.
+
+        Args:
+            validation: whether to validate.
+            save: whether to write a checkpoint.
+            stopping: whether to stop, with a checkpoint.
+
+        Raises:
+            NonFiniteLoss: as `Window.close`.
+            Preempted: if `stopping`.
+        """
+        training, optim, better = self.training, self.training.config.optim, False
+        # A stream that waits may be left before a step is done.
+        if self.window.steps:
+            means = self.window.close(training, self.writer)
+            if self.stream is not None:
+                self.stream.took(self.window.taken)
+            self.window.taken = 0
+            if self.rank == 0:
+                means["learning_rate"] = learning_rate(optim, training.step - 1)
+                if optim.steps is not None:
+                    left = (optim.steps - training.step) * optim.global_batch_size / self.window.rate()
+                    means["seconds_left"] = left
+                if self.stream is not None:
+                    self.observe("stream", training.step, self.stream.progress(training.step))
+                self.observe("train", training.step, means)
+        if validation:
+            better = self.validate()
+        settings = training.config.run
+        save = save or stopping or self.record.out_of_patience(settings.patience)
+        if self.rank == 0 and (save or better):
+            snapshot: dict[str, Any] = {
+                **training.state_dict(), **self.record.state_dict(), "mlflow_run_id": self.mlflow_run_id,
+            }  # fmt: skip
+            if self.stream is not None:
+                snapshot["stream"] = self.stream.state_dict()
+            self.writer.save(cast(State, snapshot), step=save, best=better)
+        if stopping:
+            self.writer.wait()
+            if training.world_size > 1:
+                # A rank that exits ends the others, so all wait until rank 0 has written.
+                dist.barrier()
+            raise Preempted(training.step)
+        self.window.clock = time.perf_counter()
+
+    def reader(self, stream: Stream, stop_requested: Callable[[], bool] | None) -> StreamReader:
+        """Return a reader of the stream, which measures the network on each generation before it is trained on it.
+
+        Args:
+            stream: the stream.
+            stop_requested: as for `train`.
+        """
+        training = self.training
+
+        def begun(step: int) -> None:
+            for generation, samples in stream.begun(step):
+                # The first segment would measure weights that were never trained.
+                if step and training.config.run.prequential:
+                    counts = image_counts(training, stream.images(samples), samples)
+                    if self.rank == 0:
+                        self.observe("stream", step, stream.scored(step, generation, counts))
+
+        to_device = partial(on_device, device=training.device)
+        every = training.config.run.log_every
+        return StreamReader(
+            stream, self.rank, training.world_size, training.device, every, to_device, stop_requested, begun
+        )
+
+    def validate(self) -> bool:
+        """Validate, and return whether that was the best so far."""
+        metrics = validate(self.training, self.validation_images(), self.rank, self.observe, self.validated)
+        self.training.network.train()
+        return self.record.take(metrics, self.training.step)
 
 
 def train(
@@ -189,6 +298,7 @@ def train(
     mlflow_run_id: str | None = None,
     stop_requested: Callable[[], bool] | None = None,
     validated: Callable[[int], None] = lambda step: None,
+    stream: Stream | None = None,
 ) -> Summary:
     """Train from the run's newest checkpoint, or from scratch, to config.optim.steps or until run.patience is used up.
 
@@ -201,10 +311,11 @@ def train(
         rank: rank of this process; every rank of a process group calls this function.
         world_size: number of ranks.
         device: device on which to train.
-        observe: called on rank 0 with ("train" | "validation" | "panel" | "warning", steps done, values).
+        observe: called on rank 0 with ("train" | "validation" | "stream" | "panel" | "warning", steps done, values).
         mlflow_run_id: MLflow's run, stored in the checkpoints.
         stop_requested: called after every step; true on any rank, it ends all within ranks.VOTE_STEPS steps.
         validated: called on every rank after a validation, with the number of steps done.
+        stream: a stream that grows, which is then read in the place of train_batches.
 
     Returns:
         A summary: metrics of the best validation, sizes and times.
@@ -227,52 +338,47 @@ def train(
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
     training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
-    writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
     stop_vote = StopVote(stop_requested, world_size)
-    window = Window()
+    loop = Loop(
+        training, record, CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None),
+        validation_images, rank, observe, validated, mlflow_run_id, stream,
+    )  # fmt: skip
+    reader: StreamReader | None = None
+    if stream is not None:
+        stream.load_state_dict(state.get("stream") if state else None, training.step)
+        reader = loop.reader(stream, stop_requested)
     batches = on_device(train_batches(training.step), device)
+    last = math.inf if optim.steps is None else optim.steps
     training.network.train()
-    with writer:
-        while training.step < optim.steps and not record.out_of_patience(settings.patience):
-            batch = next(batches)
-            window.steps.append(training(batch, stop_vote.asked))
-            window.keys.append(batch["key"])
-            writer.check()
-            stopping = stop_vote(training.votes) and training.step < optim.steps
-            log, validation, save = due(settings, training.step, optim.steps)
-            if not (log or validation or save or stopping):
-                continue
-            means = window.close(training, writer)
-            if rank == 0:
-                left = (optim.steps - training.step) * optim.global_batch_size / window.rate()
-                means |= {"learning_rate": learning_rate(optim, training.step - 1), "seconds_left": left}
-                observe("train", training.step, means)
-            better = False
-            if validation:
-                metrics = validate(training, validation_images(), rank, observe, validated)
-                better = record.take(metrics, training.step)
-                training.network.train()
-            save = save or stopping or record.out_of_patience(settings.patience)
-            if rank == 0 and (save or better):
-                snapshot: State = {**training.state_dict(), **record.state_dict(), "mlflow_run_id": mlflow_run_id}
-                writer.save(snapshot, step=save, best=better)
-            if stopping:
-                writer.wait()
-                if world_size > 1:
-                    # A rank that exits ends the others, so all wait until rank 0 has written.
-                    dist.barrier()
-                raise Preempted(training.step)
-            window.clock = time.perf_counter()
+    with loop.writer:
+        while training.step < last and not record.out_of_patience(settings.patience):
+            if stream is None or reader is None:
+                batch = next(batches)
+            elif (found := reader.next(training.step)) is not None:
+                batch = found
+                loop.window.clock += reader.waited
+                loop.window.taken += stream.fingerprint(training.step, batch)
+            else:
+                stopping = reader.outcome is Outcome.STOPPED
+                loop.finish(not stopping, True, stopping)
+                break
+            loop.window.steps.append(training(batch, stop_vote.asked))
+            loop.window.keys.append(batch["key"])
+            loop.writer.check()
+            stopping = stop_vote(training.votes) and training.step < last
+            log, validation, save = due(settings, training.step, last)
+            if log or validation or save or stopping:
+                loop.finish(validation, save, stopping)
 
     if record.best is None:
-        record.take(validate(training, validation_images(), rank, observe, validated), training.step)
+        loop.validate()
     return {
         "val": record.best,
         "parameters": sum(p.numel() for p in training.network.parameters()),
         "conv_weights": convolution_weights(training.network),
         "steps": training.step,
-        "stopped_early": training.step < optim.steps,
-        "images_per_second": window.rate(),
+        "stopped_early": optim.steps is not None and training.step < optim.steps,
+        "images_per_second": loop.window.rate(),
         "seconds": record.total_seconds(),
     }
 
@@ -282,7 +388,7 @@ def warner(observe: Callable[[str, int, dict[str, Any]], None]) -> Callable[[str
     return lambda text: observe("warning", 0, {"text": text})
 
 
-def due(settings: RunConfig, step: int, last: int) -> tuple[bool, ...]:
+def due(settings: RunConfig, step: int, last: float) -> tuple[bool, ...]:
     """Return whether a step is logged, validated and saved; the last one is all three."""
     every = (settings.log_every, settings.validate_every, settings.checkpoint_every)
     return tuple(step % one == 0 or step == last for one in every)

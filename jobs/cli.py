@@ -27,6 +27,7 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
         "predict": ("jobs.options:PredictConfig", "segment images of any number and size"),
         "export": ("jobs.options:ExportConfig", "write ONNX, torch.export and a model card"),
         "serve": ("jobs.serving.settings:ServeConfig", "serve a trained model over HTTP"),
+        "audit": ("jobs.options:AuditConfig", "check that a run on a stream took each sample exactly once"),
         "compare": ("jobs.comparison.grid:Grid", "train, test and compare networks"),
     },
     "machines": {
@@ -41,6 +42,7 @@ EXTRAS = {
     "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "torchmetrics", "webdataset"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "geo": ("rasterio", "zarr"),
+    "stream": ("river",),
 }
 
 

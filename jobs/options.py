@@ -69,3 +69,13 @@ class ExportConfig:
     """report.json of deepskip evaluate; its metrics and best threshold are copied into the card"""
     tracking_uri: str | None = None
     """MLflow server; null takes MLFLOW_TRACKING_URI, else the database in runs/"""
+
+
+@dataclass(kw_only=True)
+class AuditConfig:
+    """Check that a run which followed a stream has trained on each sample exactly once."""
+
+    run: Path
+    """the run's folder (runs/NAME); deepskip audit runs/NAME is short for it"""
+    out: Path | None = None
+    """CSV file to write, with a line for each sample of each step: step, generation, sample, key, replayed"""

@@ -27,24 +27,36 @@ WIDTH = max(len(name) for name in METRICS.values())
 IOU_NEAR_0, IOU_GOOD = 0.1, 0.5
 
 
-def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+def steps_in_words(config: Config) -> str:
+    """Return the length of a training."""
+    steps = config.optim.steps
+    return "until it is stopped" if steps is None else f"{steps} steps"
+
+
+def progress_line(step: int, steps: int | None, values: dict[str, float]) -> str:
     """Return the progress line of a training.
 
     `deepskip submit` shows lines that begin with "step " in one place.
 
     Args:
         step: steps done.
-        steps: steps of the whole training.
-        values: "loss", "images_per_second" and "seconds_left"; "dice" too, unless the network has its own loss.
+        steps: steps of the whole training; None if it has no end.
+        values: "loss", "images_per_second" and, if there is an end, "seconds_left"; "dice" too, unless the network has its own
+            loss. Of a stream also "stream/iou", "stream/lag_seconds" and "stream/samples_behind", as far as they are known.
     """
-    minutes, seconds = divmod(round(values["seconds_left"]), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    left, of = "", f"step {step}"
+    if steps is not None:
+        minutes, seconds = divmod(round(values["seconds_left"]), 60)
+        hours, minutes = divmod(minutes, 60)
+        left = f"  {hours}:{minutes:02d}:{seconds:02d} left" if hours else f"  {minutes}:{seconds:02d} left"
+        of = f"step {step}/{steps}"
     # a network with its own loss has no Dice while it trains
     dice = f"Dice {values['dice']:.3f}  " if "dice" in values else ""
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  {dice}{values['images_per_second']:.1f} images/s  {left} left"
-    )
+    forms = {
+        "stream/iou": "  IoU of new {:.3f}", "stream/lag_seconds": "  lag {:.1f} s", "stream/samples_behind": "  {:.0f} behind",
+    }  # fmt: skip
+    stream = "".join(form.format(values[name]) for name, form in forms.items() if name in values)
+    return f"{of}  loss {values['loss']:.4f}  {dice}{values['images_per_second']:.1f} images/s{stream}{left}"
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -125,7 +137,7 @@ def print_next_steps(config: Config, run: runs.Run, uri: str | None, argv: list[
     python = shlex.quote(shown(Path(sys.executable)))
     command = shlex.quote(shown(Path(sys.executable).with_name("deepskip")))
     folder = shlex.quote(shown(run.folder))
-    more = {"--run.name": run.name, "--optim.steps": str(2 * config.optim.steps)}
+    more = {"--run.name": run.name} | ({"--optim.steps": str(2 * config.optim.steps)} if config.optim.steps else {})
     again = shlex.join(with_options(argv, more))
     if uri is None:
         print("MLflow page:  none, the run is not tracked")

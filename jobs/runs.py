@@ -15,7 +15,7 @@ from deepskip.config import Config, is_free
 from deepskip.data_shards import storage
 from deepskip.data_shards.order import automatic_lanes
 from deepskip.identity import Identity
-from deepskip.jobs import journal
+from deepskip.jobs import admissions, journal
 from deepskip.jobs.journal import BadSamples, BrokenFile, read_measured
 from deepskip.jobs.settings import differences, flatten
 
@@ -39,6 +39,9 @@ UNKNOWN_BEFORE = {
     "data.bands": None,
     "data.fixed_lanes": False,
     "data.lanes": 1,
+    "data.follow": False,
+    "data.replay": 0.0,
+    "data.replay_generations": 10,
     "model.enlarge": 1,
     "model.network": "deepskip",
     "model.options": {},
@@ -204,7 +207,10 @@ def reason_against(
     changed = [
         key for key in differences(earlier["config"], config) if not is_free(key) and before.get(key) != now.get(key)
     ]
-    longer = config["optim"]["steps"] > earlier["config"]["optim"]["steps"]
+    few, many = (
+        math.inf if each["optim"]["steps"] is None else each["optim"]["steps"] for each in (earlier["config"], config)
+    )
+    longer = many > few
     may_grow = grow and longer and changed == ["optim.steps"]
     if changed and not may_grow:
         return f"has other settings ({', '.join(changed)})"
@@ -213,9 +219,11 @@ def reason_against(
     data = beginning_of(earlier, data)
     if data and isinstance(noted, dict) and (refusal := identity.refusal(noted, data, accepted)):
         return refusal
-    if may_grow:
+    if may_grow or not (folder / SUMMARY).is_file():
         return None
-    return FINISHED if (folder / SUMMARY).is_file() else None
+    # A stream that was idle ends a run before its last step.
+    ended_early = config.get("data", {}).get("follow") and read_json(folder / SUMMARY).get("steps", many) < many
+    return None if grow and ended_early and admissions.has_more(folder, config["data"]["path"]) else FINISHED
 
 
 def beginning_of(
@@ -234,7 +242,8 @@ def beginning_of(
     found = identity.beginning(noted, data)
     for split in found if say else ():
         first, last = identity.generations(found[split]), identity.generations(data[split])
-        if first < last:
+        followed = split == "train" and earlier["config"].get("data", {}).get("follow")
+        if first < last and not followed:
             print(f"{split} has {last} generations; the run resumes on the {first} that it began with", flush=True)
     return found
 
@@ -420,7 +429,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if earlier and not (
         isinstance(config, dict)
         and all(isinstance(section, dict) for section in config.values())
-        and isinstance(config.get("optim", {}).get("steps"), int)
+        and isinstance(config.get("optim", {}).get("steps", ""), int | None)
     ):
         raise BrokenFile(f"{folder / RECORD} holds no settings of a training. {CURE}")
     return earlier

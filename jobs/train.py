@@ -22,7 +22,7 @@ from deepskip.data_shards.bands import BandError, choose_bands
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
 from deepskip.identity import TARS, Identity
-from deepskip.jobs import report, runs
+from deepskip.jobs import admissions, journal, report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
 from deepskip.jobs.training.tracked import log_model, send_late, tracked
 
@@ -77,11 +77,12 @@ def recorded(split: Index) -> Identity:
     return identity_of(split) | {TARS: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def check_data(config: Config) -> dict[str, Identity] | None:
+def check_data(config: Config, generations: int | None = None) -> dict[str, Identity] | None:
     """Check that the shards exist and fit the settings.
 
     Args:
         config: settings of the training.
+        generations: number of generations of the training split that the run began with; None takes all.
 
     Returns:
         The identity of each split, or None if the built-in data is not packed yet.
@@ -94,7 +95,8 @@ def check_data(config: Config) -> dict[str, Identity] | None:
         check_network(config, 3, 1)
         return None
     try:
-        train, validation = (load_index(storage.join(path, split), cache_of(config)) for split in ("train", "val"))
+        train = load_index(storage.join(path, "train"), cache_of(config), generations)
+        validation = load_index(storage.join(path, "val"), cache_of(config))
     except (MissingIndex, BrokenIndex, storage.StorageError) as error:
         stop(f"data.path is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     faults = []
@@ -247,7 +249,11 @@ def launch(config: Config, stem: str, fit: Fit, argv: list[str] | None = None) -
 
         print(f"packing the built-in {config.data.builtin} into {config.data.path}", flush=True)
         pack_coins(Path(config.data.path))
-    data = check_data(config)
+    followed = folder / config.run.name if config.data.follow and config.run.name else None
+    try:
+        data = check_data(config, admissions.begun_with(followed) if followed else None)
+    except (journal.BrokenFile, OSError) as error:
+        stop(str(error))
     settings = asdict(config)
     try:
         run = runs.claim(folder, config.run.name, stem, settings, data)

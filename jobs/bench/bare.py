@@ -34,7 +34,7 @@ def main() -> None:
     )
     training.network.train()
     seconds = []
-    for _ in range(config.optim.steps):
+    for _ in range(config.optim.steps or 0):
         start = time.perf_counter()
         training(next(batches))
         seconds.append(time.perf_counter() - start)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from deepskip.config import Config
 from deepskip.jobs import journal, report, runs
-from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Warned
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Waiting, Warned
 
 if TYPE_CHECKING:
     # It imports MLflow, which need not be installed.
@@ -15,10 +15,11 @@ class Console:
     """Reports the events of a training, on Ray and in one process alike.
 
     Attributes:
-        steps: number of optimizer steps of the whole training.
+        steps: number of optimizer steps of the whole training; None if it has no end.
         tracker: sends metrics and images to MLflow; None without MLflow.
         bad_samples: the run's list of skipped samples.
         training: the newest training metrics.
+        stream: the newest metrics of the stream that is followed; names begin with "stream/".
         disagreed: whether `report.disagreement` of training and validation metrics was printed; it is printed once.
     """
 
@@ -26,6 +27,7 @@ class Console:
         self.steps, self.tracker = config.optim.steps, tracker
         self.bad_samples = journal.BadSamples(run.folder)
         self.training: dict[str, float] = {}
+        self.stream: dict[str, float] = {}
         self.disagreed = False
 
     def take(self, event: Event) -> None:
@@ -34,7 +36,9 @@ class Console:
             case Measured(kind, step, values, stamp):
                 if kind == "train":
                     self.training = values
-                    print(report.progress_line(step, self.steps, values), flush=True)
+                    print(report.progress_line(step, self.steps, values | self.stream), flush=True)
+                elif kind == "stream":
+                    self.stream |= {f"stream/{name}": value for name, value in values.items()}
                 elif not self.disagreed and (text := report.disagreement(step, self.training, values)):
                     self.disagreed = True
                     print(f"warning: {text}", flush=True)
@@ -43,6 +47,8 @@ class Console:
             case Panel(step, images):
                 if self.tracker:
                     self.tracker.take("panel", step, {"images": images}, 0)
+            case Waiting(step):
+                print(f"step {step}  waiting for new data", flush=True)
             case Warned(text):
                 print(f"warning: {text}", flush=True)
             case SampleSkipped(about):

@@ -12,7 +12,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
 from deepskip.config import Config
-from deepskip.jobs import runs
+from deepskip.jobs import report, runs
 from deepskip.jobs.settings import STOPPED, listen_to_sigterm, stop
 from deepskip.jobs.training import allocation, process_group, reports, restarts
 from deepskip.jobs.training import events as told
@@ -187,5 +187,5 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
         ),
     )
     allocation.claim_machines(trainer, run.folder / runs.MACHINES)
-    print(f"training {run.name} on {allocated}, {config.optim.steps} steps", flush=True)
+    print(f"training {run.name} on {allocated}, {report.steps_in_words(config)}", flush=True)
     return Driver(config, run, tracker, queue, allocated.fewest < allocated.most).run(trainer)

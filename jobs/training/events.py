@@ -28,16 +28,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a window of training steps, or of a validation.
+    """Metrics of a window of training steps, of a validation, or of a stream that is followed.
 
     Attributes:
-        kind: "train" or "validation".
+        kind: "train", "validation" or "stream".
         step: the last step that the metrics cover.
         values: the metrics by name.
         stamp: time in ms since the epoch, as in the run's journal; 0 until the event is written there.
     """
 
-    kind: Literal["train", "validation"]
+    kind: Literal["train", "validation", "stream"]
     step: int
     values: dict[str, float]
     stamp: int = 0
@@ -80,6 +80,17 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """All that is known of a stream is trained on, and nothing is new.
+
+    Attributes:
+        step: number of steps done.
+    """
+
+    step: int
+
+
+@dataclass(frozen=True)
 class SampleSkipped:
     """A bad sample was skipped.
 
@@ -118,7 +129,7 @@ class Finished:
     summary: "Summary"
 
 
-Event = Started | Measured | Panel | Warned | SampleSkipped | WorkersFailed | Stopped | Fatal | Finished
+Event = Started | Measured | Panel | Warned | Waiting | SampleSkipped | WorkersFailed | Stopped | Fatal | Finished
 
 
 class EventQueue:

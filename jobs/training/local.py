@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from deepskip import trainer
 from deepskip.config import Config, workers_range
-from deepskip.jobs import journal, runs
+from deepskip.jobs import journal, report, runs
 from deepskip.jobs.settings import STOPPED, stop
 from deepskip.jobs.training import preemption, share
 from deepskip.jobs.training.console import Console, note_skipped
@@ -110,7 +110,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
             f"warning: cluster.workers is {config.cluster.workers}, which is for Ray: here torchrun sets the number of ranks",
             flush=True,
         )
-    print(f"training {run.name} in this process, {one_of}, {config.optim.steps} steps", flush=True)
+    print(f"training {run.name} in this process, {one_of}, {report.steps_in_words(config)}", flush=True)
 
     def tell(event: Event) -> None:
         if isinstance(event, Started) and event.step:

@@ -1,6 +1,7 @@
 """One rank's share of a training on shards, and the events that it sends; it does not depend on Ray."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import train_batches, whole_images
-from deepskip.jobs import runs
+from deepskip.jobs import admissions, journal, runs
 from deepskip.jobs.settings import cache_of
-from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Warned
+from deepskip.jobs.training import drift
+from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Waiting, Warned
+from deepskip.jobs.training.follower import Follower
 from deepskip.training_step import DataInfo
 
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
-    checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData,
+    drift.MissingRiver, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData, admissions.OtherLog,
+    journal.BrokenFile,
 )  # fmt: skip
 
 
@@ -68,20 +72,13 @@ def train(
     """
     torch.set_num_threads(max(1, threads))
     lease = runs.acquire_writer_lease(folder) if rank == 0 else ""
+
+    def check_lease() -> None:
+        runs.check_writer_lease(folder, lease)
+
     data, lanes = config.data, config.data.lanes
     assert lanes != "auto", "the driver chooses"
-    crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
-    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
-    # What is appended while the run is trained does not change it.
-    generations = runs.generations_of(folder)
-    train_shards = Shards(
-        storage.join(data.path, "train"), data.normalize, crops, generations=generations.get("train"), **options
-    )
-    validation_shards = Shards(
-        storage.join(data.path, "val"), data.normalize, generations=generations.get("val"), **options
-    )
-    # Validation normalises as predictions will, by the training set.
-    validation_shards.mean, validation_shards.std = train_shards.mean, train_shards.std
+    train_shards, validation_shards = open_splits(config, folder)
     splits = {"train": identity_of(train_shards.index), "val": identity_of(validation_shards.index)}
     if rank == 0:
         # The trainer compares those of the other ranks with this one.
@@ -91,7 +88,7 @@ def train(
         loader_workers = 4 if device.type == "cuda" else 0
 
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
-        runs.check_writer_lease(folder, lease)
+        check_lease()
         tell(event_of(kind, step, values))
 
     def skipped(split: str, report: SkipReport) -> None:
@@ -112,29 +109,53 @@ def train(
                 skipped("train", report)
             yield batch
 
-    return trainer.train(
-        config,
-        data_info(train_shards.index, splits, data.normalize),
-        run=folder,
-        train_batches=train_stream,
-        validation_images=lambda: whole_images(
-            validation_shards, rank, world_size, lambda report: skipped("val", report), loader_workers, ranks_here
-        ),
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        observe=observe,
-        mlflow_run_id=run_id,
-        stop_requested=stop_requested,
-        validated=validated,
+    stream = None
+    if data.follow:
+        stream = Follower(
+            config, folder, train_shards, rank=rank, world_size=world_size, device=device, entries=draws,
+            loader_workers=loader_workers, ranks_here=ranks_here, skipped=lambda report: skipped("train", report),
+            started=lambda step: tell(Started(step, world_size)), waiting=lambda step: tell(Waiting(step)),
+            warn=lambda text: tell(Warned(text)), check_lease=check_lease,
+        )  # fmt: skip
+    with closing(stream) if stream else nullcontext():
+        return trainer.train(
+            config, data_info(train_shards.index, splits, data.normalize), run=folder, train_batches=train_stream,
+            validation_images=lambda: whole_images(
+                validation_shards, rank, world_size, lambda report: skipped("val", report), loader_workers, ranks_here
+            ),
+            rank=rank, world_size=world_size, device=device, observe=observe, mlflow_run_id=run_id,
+            stop_requested=stop_requested, validated=validated, stream=stream,
+        )  # fmt: skip
+
+
+def open_splits(config: Config, folder: Path) -> tuple[Shards, Shards]:
+    """Return the training split, cropped, and the validation split, with the generations that a run began with.
+
+    Args:
+        config: settings of the training.
+        folder: folder of the run.
+    """
+    data = config.data
+    crops = Crops(data.crop, data.foreground_crops, config.run.seed, data.copy_paste)
+    options: dict[str, Any] = {"on_bad_sample": data.on_bad_sample, "cache": cache_of(config), "bands": data.bands}
+    # What is appended while the run is trained does not change it.
+    generations = runs.generations_of(folder)
+    train_shards = Shards(
+        storage.join(data.path, "train"), data.normalize, crops, generations=generations.get("train"), **options
     )
+    validation_shards = Shards(
+        storage.join(data.path, "val"), data.normalize, generations=generations.get("val"), **options
+    )
+    # Validation normalises as predictions will, by the training set.
+    validation_shards.mean, validation_shards.std = train_shards.mean, train_shards.std
+    return train_shards, validation_shards
 
 
-def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
+def event_of(kind: Any, step: int, values: dict[str, Any]) -> Measured | Panel | Warned:
     """Return the event for one call of the trainer's `observe`.
 
     Args:
-        kind: "train", "validation", "panel" or "warning".
+        kind: "train", "validation", "stream", "panel" or "warning".
         step: number of steps done.
         values: metrics by name; for a panel {"images": list of PanelImage}; for a warning {"text": str}.
     """
@@ -142,7 +163,8 @@ def event_of(kind: str, step: int, values: dict[str, Any]) -> Measured | Panel |
         return Panel(step, values["images"])
     if kind == "warning":
         return Warned(values["text"])
-    return Measured("train" if kind == "train" else "validation", step, values)
+    assert kind in ("train", "validation", "stream")
+    return Measured(kind, step, values)
 
 
 def data_info(index: Index, splits: dict[str, dict[str, str | int]], normalize: str) -> DataInfo:

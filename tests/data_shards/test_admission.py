@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from deepskip.data_shards.admission import REPLAY, Admission, StreamOrder, replay_size, segments
+from deepskip.data_shards.admission import REPLAY, Admission, StreamOrder, fingerprint, replay_size, segments
 from deepskip.data_shards.order import EpochOrder, Slot, rank_slots
 
 
@@ -23,8 +23,9 @@ def random_stream(seed: int) -> tuple[StreamOrder, list[list[int]], list[Admissi
     while len(log) < len(shard_sizes):
         step = order.next_step + (int(rng.integers(3)) if log else 0)
         together = int(rng.integers(1, 4))
-        log += [Admission(n, step) for n in range(len(log), min(len(log) + together, len(shard_sizes)))]
-        order = StreamOrder(seed, log, shard_sizes, batch, **options)
+        new = [Admission(n, step) for n in range(len(log), min(len(log) + together, len(shard_sizes)))]
+        order.admit(new, shard_sizes[len(log) :])
+        log += new
     return order, shard_sizes, log, options
 
 
@@ -77,6 +78,44 @@ def test_a_longer_log_changes_no_earlier_step(seed: int) -> None:
         earlier = StreamOrder(seed, log[:length], shard_sizes[:length], order.global_batch_size, **options)
         for step in range(log[length].step):
             assert earlier.slots(step, 0, 2) == order.slots(step, 0, 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_segments_are_appended(seed: int) -> None:
+    order, shard_sizes, log, options = random_stream(seed)
+    whole = StreamOrder(seed, log, shard_sizes, order.global_batch_size, **options)
+    assert order.log().tolist() == [list(entry) for entry in log] == whole.log().tolist()
+    assert order.segments == whole.segments
+    assert order.ends.tolist() == np.cumsum([0, *(sum(sizes) for sizes in shard_sizes)]).tolist()
+    for step in range(whole.next_step + 2):
+        assert order.slots(step, 1, 2) == whole.slots(step, 1, 2)
+    with pytest.raises(ValueError, match=r"after \d+ others"):
+        order.admit([Admission(0, order.next_step)], [[1]])
+
+
+def test_fingerprints_are_sums_of_splitmix64_and_depend_on_each_sample() -> None:
+    def following(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    # The first number of the published generator with seed 1234567.
+    assert following(1234567) == 6457827717110365317
+
+    def term(step: int, epoch: int, sample: int) -> int:
+        return following((following((following(sample) + epoch) % 2**64) + step) % 2**64) >> 32
+
+    epochs, samples = [0, 0, REPLAY + 7, 3], [5, 2, 9, 2**40]
+    expected = sum(term(7, epoch, sample) for epoch, sample in zip(epochs, samples, strict=True))
+    assert fingerprint(7, epochs, samples) == expected
+    assert fingerprint(7, epochs[2:], samples[2:]) + fingerprint(7, epochs[:2], samples[:2]) == expected
+    assert fingerprint(7, [], []) == 0
+    others = {fingerprint(7, epochs, [*samples[:3], other]) for other in range(1000)} | {
+        fingerprint(step, epochs, samples) for step in range(1000)
+    }
+    # Step 7 has the samples themselves.
+    assert len(others) == 2000
 
 
 def test_the_first_segment_is_the_first_epoch_of_a_closed_set() -> None:
