@@ -25,6 +25,7 @@ from deepskip.data_shards.storage import Location
 from deepskip.evaluation import evaluate
 from deepskip.optimizer import learning_rate
 from deepskip.precision import agreed_precision
+from deepskip.publishing import publisher
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
@@ -227,9 +228,9 @@ def train(
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
     training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
-    writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None)
-    stop_vote = StopVote(stop_requested, world_size)
-    window = Window()
+    publish = publisher(config, rank, warner(observe))
+    writer = CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None, publish)
+    stop_vote, window = StopVote(stop_requested, world_size), Window()
     batches = on_device(train_batches(training.step), device)
     training.network.train()
     with writer:
