@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from deepskip import weight_files
-from deepskip.checkpoint import BEST, FOLDER, CheckpointError, ModelState, read, sound
+from deepskip.checkpoint import BEST, FOLDER, CheckpointError, DataState, ModelState, read, sound
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
@@ -189,6 +189,26 @@ def is_digest(value: Any) -> str:
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
         raise ValueError(f"{str(value)[:80]!r} is not a sha256")
     return value
+
+
+def load_like(path: Location, sha256: str, data: DataState) -> ModelState:
+    """Load a published model that takes the place of another one.
+
+    Args:
+        path: folder or URL of the models.
+        sha256: sha256 of its file.
+        data: data of the other model.
+
+    Raises:
+        BrokenPublication: as `load`, and if it takes other images or has other classes.
+        OSError: if it cannot be read.
+    """
+    state = load(path, sha256)
+    for name, words in (("in_channels", "bands"), ("num_classes", "classes"), ("preparation", "preparation")):
+        new, old = state["data"].get(name), data.get(name)
+        if new != old:
+            raise BrokenPublication(f"model {sha256} has {words} {new}, but the served one {old}")
+    return state
 
 
 def load(path: Location, sha256: str) -> ModelState:

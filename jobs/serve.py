@@ -6,8 +6,9 @@ starts its own Ray. docs/serve.md describes the requests and answers.
 
 import sys
 
+from deepskip import publishing
 from deepskip.checkpoint import ModelState
-from deepskip.data_shards import trouble
+from deepskip.data_shards import storage, trouble
 from deepskip.jobs import models
 from deepskip.jobs.serving import settings
 from deepskip.jobs.settings import NotHere, stop
@@ -38,29 +39,47 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: status 2 for invalid settings or a missing model.
     """
     config, token = settings.parse(sys.argv[1:] if argv is None else argv)
-    state = load(config)
+    state, sha256 = load(config)
 
     from deepskip.jobs.serving import run
 
-    run.serve(config, token, state)
+    run.serve(config, token, state, sha256)
 
 
-def load(config: settings.ServeConfig) -> ModelState:
-    """Read the model's checkpoint.
+def load(config: settings.ServeConfig) -> tuple[ModelState, str]:
+    """Read the model's checkpoint, or the model that is published where config.model says.
 
     Args:
         config: settings of the server.
 
     Returns:
-        State of the checkpoint.
+        State of the checkpoint, and the digest of a published model; "" for another one.
 
     Raises:
         NotHere: there is no such model.
     """
     try:
-        return models.find(config.model, config.tracking_uri).state
-    except models.ModelNotFound as error:
+        if (sha256 := published(config.model)) is not None:
+            return publishing.load(config.model, sha256), sha256
+        return models.find(config.model, config.tracking_uri).state, ""
+    except (models.ModelNotFound, publishing.BrokenPublication) as error:
         stop(f"model: {error}", NotHere)
+
+
+def published(model: str) -> str | None:
+    """Return the digest of the model that is published in a folder or at a URL, or None if none is.
+
+    Raises:
+        BrokenPublication: if the pointer is damaged.
+    """
+    if model.startswith(("runs:/", "models:/")):
+        return None
+    try:
+        pointer = publishing.read_pointer(storage.locate(model))
+    # What is wrong with the place is reported when the model is looked for.
+    except OSError:
+        return None
+    return None if pointer is None else pointer.sha256
 
 
 if __name__ == "__main__":
