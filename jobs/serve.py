@@ -8,7 +8,7 @@ import sys
 
 from deepskip import publishing
 from deepskip.checkpoint import ModelState
-from deepskip.data_shards import storage, trouble
+from deepskip.data_shards import trouble
 from deepskip.jobs import models
 from deepskip.jobs.serving import settings
 from deepskip.jobs.settings import NotHere, stop
@@ -59,27 +59,11 @@ def load(config: settings.ServeConfig) -> tuple[ModelState, str]:
         NotHere: there is no such model.
     """
     try:
-        if (sha256 := published(config.model)) is not None:
+        if (sha256 := models.published(config.model)) is not None:
             return publishing.load(config.model, sha256), sha256
         return models.find(config.model, config.tracking_uri).state, ""
     except (models.ModelNotFound, publishing.BrokenPublication) as error:
         stop(f"model: {error}", NotHere)
-
-
-def published(model: str) -> str | None:
-    """Return the digest of the model that is published in a folder or at a URL, or None if none is.
-
-    Raises:
-        BrokenPublication: if the pointer is damaged.
-    """
-    if model.startswith(("runs:/", "models:/")):
-        return None
-    try:
-        pointer = publishing.read_pointer(storage.locate(model))
-    # What is wrong with the place is reported when the model is looked for.
-    except OSError:
-        return None
-    return None if pointer is None else pointer.sha256
 
 
 if __name__ == "__main__":

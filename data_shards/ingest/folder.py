@@ -83,9 +83,15 @@ class WatchedFolder:
         self._lock, self._woken = threading.Lock(), threading.Event()
         self._next_scan = 0.0
         self._observer = Observer()
-        for each in self.folders:
-            self._observer.schedule(_Handler(self._record), str(each))
-        self._observer.start()
+        try:
+            for each in self.folders:
+                self._observer.schedule(_Handler(self._record), str(each))
+            self._observer.start()
+        except OSError as error:
+            raise storage.StorageError(
+                f"{folder} cannot be watched: {error}; Linux limits such watches: sysctl fs.inotify.max_user_instances and "
+                "fs.inotify.max_user_watches"
+            ) from error
 
     def close(self) -> None:
         """Stop to watch the folder."""
@@ -142,11 +148,7 @@ class WatchedFolder:
         if time.monotonic() >= self._next_scan:
             self._next_scan = time.monotonic() + SCAN_SECONDS
             self.pairs.clear()
-            places = {
-                (each / entry).relative_to(self.folder).as_posix()
-                for each in self.folders
-                for entry in storage.names(each)
-            }
+            places = self._places()
             for known in (self.states, self.since):
                 for gone in known.keys() - places:
                     del known[gone]
@@ -159,6 +161,21 @@ class WatchedFolder:
             if role is not None and self.pairs.is_new(role[1]):
                 with contextlib.suppress(FileNotFoundError):
                     self.pairs.add(role, self._file(place))
+
+    def _places(self) -> set[str]:
+        """List the folder.
+
+        Raises:
+            StorageError: If that fails.
+        """
+        try:
+            return {
+                (each / entry).relative_to(self.folder).as_posix()
+                for each in self.folders
+                for entry in storage.names(each)
+            }
+        except OSError as error:
+            raise storage.StorageError(f"{self.folder} cannot be listed any more: {error}") from error
 
     def _file(self, place: str) -> File:
         status = (self.folder / place).stat()

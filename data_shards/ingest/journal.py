@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from deepskip.data_shards import storage
+
 
 class Journal:
     """Items that were refused, on disk and in memory, so that each is listed once.
@@ -27,12 +29,13 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         whole = 0
-        with path.open("rb") as lines:
+        # Another source may have the same journal.
+        with storage.flock(self._file), path.open("rb") as lines:
             for line in lines:
                 if line.endswith(b"\n"):
                     whole += len(line)
                     self._remember(line)
-        self._file.truncate(whole)
+            self._file.truncate(whole)
         self._synced = True
 
     def _remember(self, line: bytes) -> None:
@@ -65,8 +68,9 @@ class Journal:
         if self.has(item, version):
             return False
         told = {"time": time.time(), "source": self.source, "item": item, "version": version, "reason": reason}
-        self._file.write(json.dumps(told).encode() + b"\n")
-        self._file.flush()
+        with storage.flock(self._file):
+            self._file.write(json.dumps(told).encode() + b"\n")
+            self._file.flush()
         self.refused[item] = version
         self.count += 1
         self._synced = False

@@ -34,6 +34,8 @@ OUTAGE_SECONDS = 5.0
 TICK = 0.25
 # Errors of a file that no time heals.
 NEVER = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+# HTTP's answers for addresses that have no file.
+NEVER_STATUS = (400, 404, 410, 414)
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Ingest:
         stop: Ends the ingest when it is set; what is complete is committed.
         say: Called with each line to report.
         moved: When an item was last worked on, of time.monotonic.
+        trouble: The last report that an item cannot be read now.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Ingest:
     stop: Event = field(default_factory=Event)
     say: Callable[[str], None] = no_word
     moved: float = field(default_factory=time.monotonic)
+    trouble: str = ""
 
 
 def run(ingest: Ingest, samples: int = 256, seconds: float = 60.0, idle_seconds: float | None = None) -> int:
@@ -114,6 +118,7 @@ def is_idle(ingest: Ingest, idle_seconds: float | None) -> bool:
     """Return whether nothing has come for a time; None is never."""
     if ingest.source.behind:
         ingest.moved = time.monotonic()
+        return False
     return idle_seconds is not None and time.monotonic() - ingest.moved >= idle_seconds
 
 
@@ -205,7 +210,7 @@ def decoded(ingest: Ingest, pool: ThreadPoolExecutor) -> Generator[tuple[Item, S
                 sample = outcome(ingest, item, future)
             # A storage that does not answer now. Without this item, no later one of its source may be committed.
             except OSError as error:
-                ingest.say(f"{item.name} cannot be read now, trying again: {error}")
+                report(ingest, item, error)
                 ahead.appendleft((item, pool.submit(after_outage, item, ingest)))
                 continue
             if item.offset is not None:
@@ -254,7 +259,7 @@ def outcome(ingest: Ingest, item: Item, future: "Future[Sample]") -> Sample | No
         if not is_final(error):
             if item.offset is not None:
                 raise
-            ingest.say(f"{item.name} cannot be read now, trying again later: {error}")
+            report(ingest, item, error)
             ingest.source.again(item, True)
             return None
         reason = str(error)
@@ -266,9 +271,16 @@ def outcome(ingest: Ingest, item: Item, future: "Future[Sample]") -> Sample | No
 
 
 def is_final(error: OSError) -> bool:
-    """Return whether a file can never be read, as opposed to a storage that does not answer now."""
-    status = getattr(error.__cause__, "status", None)
-    return isinstance(error, PermissionError) or error.errno in NEVER or (status is not None and 400 <= status < 500)
+    """Return whether a file can never be read, as opposed to a storage that does not answer, or denies it, now."""
+    return error.errno in NEVER or getattr(error.__cause__, "status", None) in NEVER_STATUS
+
+
+def report(ingest: Ingest, item: Item, error: OSError) -> None:
+    """Report that an item cannot be read now, once in succession."""
+    text = f"{item.name} cannot be read now, trying again: {error}"
+    if text != ingest.trouble:
+        ingest.say(text)
+    ingest.trouble = text
 
 
 def begin(

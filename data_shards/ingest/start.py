@@ -127,12 +127,22 @@ def kind_of(origin: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set while the block runs; in another thread than the main one it stays unset."""
+    """Yield an event that SIGTERM or SIGINT sets while the block runs; a second signal ends the process at once.
+
+    In another thread than the main one it stays unset.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {
+        number: signal.signal(number, handle) for number in (int(signal.SIGTERM), int(signal.SIGINT))
+    }
     try:
         yield stop
     finally:

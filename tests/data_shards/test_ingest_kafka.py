@@ -115,8 +115,10 @@ def test_an_ingest_of_a_topic_that_dies_at_any_step_takes_each_message_once(
 
         def finish(copy: str = copy) -> None:
             ingest(f"kafka://{address}/deaths", copy, **options)
+            os._exit(7)
 
-        assert os.waitpid(in_child(finish), 0)[1] == 0
+        # 7, since an error would end the child with 0.
+        assert os.waitstatus_to_exitcode(os.waitpid(in_child(finish), 0)[1]) == 7
         assert sorted(values_of(copy)) == [0, 1, 2, 3]
         assert load_index(copy).generations[-1].offsets == {"t/0": 2, "t/1": 2}
         # Some of the steps, and at last none.

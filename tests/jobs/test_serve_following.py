@@ -14,6 +14,7 @@ from PIL import Image
 
 import deepskip
 from deepskip import publishing
+from deepskip.jobs import models
 from deepskip.publishing import Publisher
 from tests.deepskip.test_publishing import validated
 from tests.jobs.bad_requests import picture, png
@@ -92,6 +93,8 @@ def test_better_models_are_taken_over_without_losing_a_request(tmp_path: Path) -
         for sha256 in (first, second, third)
     }
     assert len({mask.tobytes() for mask in expected.values()}) == 3
+    # Other commands name the published model in the same way.
+    np.testing.assert_array_equal(255 * models.load(place).predict(IMAGE), expected[third])
     for own in replies:
         assert {reply.status for reply in own} == {200}
         order = [(first, second, third).index(reply.headers["deepskip-model"]) for reply in own]
