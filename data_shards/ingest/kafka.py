@@ -21,6 +21,8 @@ ANSWER_SECONDS = 15.0
 PARTITIONS_SECONDS = 30.0
 # Kilobytes of messages that the client fetches ahead.
 AHEAD_KB = 32768
+# Milliseconds that a broker waits for more messages before it answers.
+WAIT_MS = 100
 # The first bytes of an image file, and its extension.
 KINDS = (
     (b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"II*\x00", "tif"), (b"MM\x00*", "tif"),
@@ -67,6 +69,7 @@ class Topic:
         own = {
             "bootstrap.servers": brokers, "enable.auto.commit": False, "enable.auto.offset.store": False,
             "enable.partition.eof": True, "auto.offset.reset": "error", "queued.max.messages.kbytes": AHEAD_KB,
+            "fetch.wait.max.ms": WAIT_MS,
             # Errors are reported by poll.
             "log_level": 0, "error_cb": self._report,
         }  # fmt: skip

@@ -122,7 +122,7 @@ def test_an_ingest_of_a_topic_that_dies_at_any_step_takes_each_message_once(
         assert sorted(values_of(copy)) == [0, 1, 2, 3]
         assert load_index(copy).generations[-1].offsets == {"t/0": 2, "t/1": 2}
         # Some of the steps, and at last none.
-        moment += 7
+        moment += 9
     assert generations == {1, 2, 3}
 
 
