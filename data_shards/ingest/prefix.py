@@ -46,13 +46,15 @@ class Prefix:
     def items(self) -> Iterator[Item | None]:
         """Yield the item of each pair that is new, and None after a short wait without any."""
         while True:
+            started = time.monotonic()
             self._list()
+            took = time.monotonic() - started
             self.waiting = self.pairs.lone()
             for pair in list(self.pairs.complete()):
                 self.pairs.deliver(pair)
                 place = storage.join(self.url, pair.image.place)
                 yield Item(pair.key, place, pair.version, pair.time, partial(self._read, pair))
-            end = time.monotonic() + self.poll_seconds
+            end = time.monotonic() + max(self.poll_seconds, took)
             while (left := end - time.monotonic()) > 0:
                 yield None
                 time.sleep(min(TICK, left))

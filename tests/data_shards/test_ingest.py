@@ -174,14 +174,18 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: 
     (place / "images" / "001.png").write_bytes(png(picture(1)[..., 0]))
     (place / "masks" / "002.png").write_bytes(png(mask(2)[:8]))
     (place / "images" / "003.tif").write_bytes(b"any")
+    # A pipe, which would block whoever opens it.
+    os.mkfifo(place / "images" / "005.png")
+    (place / "masks" / "005.png").write_bytes(b"any")
     shutil.copy(place / "images" / "004.png", place / "images" / "a.b.png")
     shutil.copy(place / "masks" / "004.png", place / "masks" / "a.b.png")
     time.sleep(0.3)
     for _ in range(2):
         drain(tmp_path, split)
         found = {told["item"]: told["reason"] for told in journal_of(split)}
-        assert len(journal_of(split)) == len(found) == 4
+        assert len(journal_of(split)) == len(found) == 5
     assert "does not decode" in found["images/000.png"]
+    assert found["images/005.png"] == "is not a file"
     assert "has 1 bands" in found["images/001.png"]
     assert "the mask of the image is 8 x 20" in found["images/002.png"]
     assert "has the stem of" in found.get("images/003.tif", found.get("images/003.png", ""))
