@@ -77,6 +77,7 @@ def append_split(
     offsets: Mapping[str, int | str] | None = None,
     chain: list[Generation] | None = None,
     repeated_keys: bool = False,
+    unlike: int = 0,
     cache: storage.Cache | None = None,
 ) -> Appended:
     """Append the samples of a packed split to another split, as its next generation.
@@ -90,6 +91,7 @@ def append_split(
         offsets: For each source the offset up to which its data is in the chain after this.
         chain: Generations that were read before, of which then only later ones are read.
         repeated_keys: Whether samples may have keys of earlier ones. If not, the keys of all generations are read.
+        unlike: Number of generations, from the first, that are known to have neither these keys nor this source.
         cache: Where the samples files of a remote split are kept.
 
     Raises:
@@ -111,7 +113,7 @@ def append_split(
     if reason := conflict(chain[0].raw, fields):
         raise AppendError(f"the samples do not fit {split}: {reason}")
     keys = None if repeated_keys else index.samples["key"]
-    if (before := look_for(split, chain, index.source, keys, cache)) is not None:
+    if (before := look_for(split, chain[unlike:], index.source, keys, cache)) is not None:
         return Appended(before, True, chain)
     written = [storage.join(split, each) for each in (*placed.values(), name)]
     try:

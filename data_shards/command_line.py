@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.set_defaults(run="run_index")
 
     add_append(commands)
+    add_ingest(commands)
     joined = commands.add_parser("compact", help="join the generations of a data set to a new closed set, elsewhere")
     joined.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
     joined.add_argument("--out", type=Path, required=True, help="folder to make")
@@ -258,6 +259,69 @@ def add_append(commands: Any) -> None:
     append.set_defaults(run="run_append")
 
 
+def add_ingest(commands: Any) -> None:
+    """Add the command that fills a data set from a source that never ends.
+
+    Args:
+        commands: The subparsers of `deepskip`.
+    """
+    ingest = commands.add_parser(
+        "ingest",
+        help="append what arrives in a folder, an object store or a Kafka topic, each item once",
+        description="Append what arrives at a source to a data set as generations, each item exactly once, until SIGTERM. "
+        "After a crash, the same command resumes where the data set ends.",
+    )
+    ingest.add_argument(
+        "--from",
+        dest="origin",
+        required=True,
+        metavar="SOURCE",
+        help="folder:DIR, s3://BUCKET/PREFIX (or another object store) or kafka://HOST:PORT/TOPIC",
+    )
+    ingest.add_argument("--to", required=True, metavar="DATA", help="a data set, or one split of it: folder or URL")
+    ingest.add_argument("--split_name", choices=SPLITS, default="train", help="split to append to (train)")
+    ingest.add_argument("--name", help="name of the source in keys and offsets (from the source; it stays the same)")
+    ingest.add_argument("--samples", type=int, default=256, help="samples at which a generation is committed (256)")
+    ingest.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help="seconds after its first sample at which a generation is committed (60)",
+    )
+    ingest.add_argument("--idle_seconds", type=float, help="end after this time without anything new (never)")
+    ingest.add_argument(
+        "--journal", type=Path, help="file that lists what cannot be used, and why (refused.jsonl in the split)"
+    )
+    ingest.add_argument(
+        "--mask_suffix",
+        default="",
+        help="of a folder or store: what follows the image's stem in the mask's, in one folder (images/ and masks/ in it)",
+    )
+    ingest.add_argument(
+        "--settle_seconds",
+        type=float,
+        default=2,
+        help="of a folder: a file whose writing was not observed counts after this time without a change (2)",
+    )
+    ingest.add_argument("--poll_seconds", type=float, default=5, help="of a store: seconds between listings (5)")
+    ingest.add_argument(
+        "--paths_under", help="of Kafka: folder or URL of the files that messages name (such are refused)"
+    )
+    ingest.add_argument(
+        "--kafka_settings", type=json_file, help="of Kafka: JSON file of librdkafka's settings, such as TLS and SASL"
+    )
+    ingest.add_argument("--cache", type=Path, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})")
+    ingest.add_argument("--labels", choices=KINDS, default="auto", help="meaning of mask values, as for append (auto)")
+    ingest.add_argument("--ignore_label", type=mask_value, help="mask value to ignore in training and metrics; nan too")
+    add_storing(ingest)
+    ingest.add_argument(
+        "--alpha", choices=ALPHA, default="auto", help="bands flagged as transparency, as for pack (auto)"
+    )
+    ingest.add_argument("--orientation", choices=ORIENTATION, default="auto", help="rotated images, as for pack (auto)")
+    add_values(ingest)
+    ingest.set_defaults(run="run_ingest")
+
+
 def json_object(text: str) -> dict[str, Any]:
     """Parse a JSON object."""
     try:
@@ -267,6 +331,14 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return found
+
+
+def json_file(text: str) -> dict[str, Any]:
+    """Read a file with a JSON object."""
+    try:
+        return json_object(Path(text).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from error
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:

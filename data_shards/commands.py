@@ -16,6 +16,7 @@ from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
 from deepskip.data_shards.compacting import compact
 from deepskip.data_shards.index import FILE, Index, load_first, load_index, refuse_chain
 from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
+from deepskip.data_shards.ingest.start import ingest
 from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
 from deepskip.data_shards.labels import Values, listed
 from deepskip.data_shards.pictures import Reading
@@ -264,6 +265,22 @@ def newest(path: Path) -> float:
     """Return when a file, or the newest one in a folder, was last written, in seconds since 1970."""
     files = path.rglob("*") if path.is_dir() else [path]
     return max((each.stat().st_mtime for each in files if each.is_file()), default=path.stat().st_mtime)
+
+
+def run_ingest(arguments: argparse.Namespace) -> None:
+    """Append what arrives at a source to a split until the process is stopped, and print how much that was."""
+    path = arguments.to
+    split = path if storage.exists(storage.join(path, FILE)) else split_of(path, arguments.split_name)
+    names = (
+        "name", "mask_suffix", "paths_under", "journal", "settle_seconds", "poll_seconds", "samples", "seconds", "idle_seconds",
+        "labels", "ignore_label", "samples_per_shard", "tile", "kafka_settings",
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    options |= {"reading": Reading(arguments.alpha, arguments.orientation), "values": values_of(arguments)}
+    committed = ingest(
+        arguments.origin, split, cache=cache_of(arguments), say=lambda line: print(line, flush=True), **options
+    )
+    print(f"{split}: {committed} samples committed")
 
 
 def run_compact(arguments: argparse.Namespace) -> None:

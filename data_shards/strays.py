@@ -67,7 +67,7 @@ def _listed(folder: str, pattern: re.Pattern[str]) -> Iterator[Stray]:
     for entry in entries:
         name = storage.name(entry["name"])
         if pattern.fullmatch(name):
-            yield Stray(storage.join(folder, name), _time_of(entry))
+            yield Stray(storage.join(folder, name), time_of(entry))
 
 
 def _modified(path: Path) -> float:
@@ -76,7 +76,7 @@ def _modified(path: Path) -> float:
     return float(max(each.stat().st_mtime for each in files))
 
 
-def _time_of(entry: dict[str, Any]) -> float:
+def time_of(entry: dict[str, Any]) -> float:
     """Return when an object was written; the present if its store does not say."""
     for name in ("LastModified", "mtime", "updated", "last_modified"):
         found = entry.get(name)

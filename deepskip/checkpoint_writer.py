@@ -17,6 +17,7 @@ from deepskip import checkpoint
 from deepskip.checkpoint import CheckpointNotWritten, StepState
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
+from deepskip.publishing import Publisher
 
 _ADVICE = {
     errno.ENOSPC: "Free space there, or lower run.keep_checkpoints",
@@ -37,15 +38,27 @@ class CheckpointWriter:
         run: folder or URL of the run.
         keep: number of step checkpoints to keep, the newest.
         last_step: step of the checkpoint that the training resumed from, for error messages.
+        publisher: publishes the best checkpoint once it is written; None does not.
     """
 
-    def __init__(self, run: Location, keep: int, last_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Location,
+        keep: int,
+        last_step: int | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
         self.run, self.keep, self.last_step = run, keep, last_step
+        self.publisher = publisher
+        # Why the last publication failed, until it is reported.
+        self.unpublished = ""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.written: Future[None] | None = None
         self.buffers: Any = None
 
     def __enter__(self) -> "CheckpointWriter":
+        if self.publisher is not None and self.last_step is not None:
+            self.written = self.thread.submit(self._publish, None)
         return self
 
     def __exit__(
@@ -99,6 +112,9 @@ class CheckpointWriter:
         written, self.written = self.written, None
         if written is not None:
             written.result()
+        text, self.unpublished = self.unpublished, ""
+        if text and self.publisher is not None:
+            self.publisher.warn(text)
 
     def _write(self, state: StepState, done: torch.cuda.Event | None, step: bool, best: bool) -> None:
         if done is not None:
@@ -106,12 +122,25 @@ class CheckpointWriter:
         # The best is written first: a step's checkpoint refers to a best one, which must exist.
         if best:
             self._put({**state, "optimizer": None}, storage.join(self.run, checkpoint.FOLDER, checkpoint.BEST))
+            self._publish(state)
         if step:
             self._put(state, checkpoint.step_path(self.run, state["step"]))
             self.last_step = state["step"]
             # An old checkpoint that cannot be removed does no harm.
             with contextlib.suppress(OSError):
                 checkpoint.prune(self.run, self.keep)
+
+    def _publish(self, state: StepState | None) -> None:
+        """Publish a state, or the run's best checkpoint; the training does not end if that fails."""
+        if self.publisher is None:
+            return
+        try:
+            if state is None:
+                self.publisher.publish_best(self.run)
+            else:
+                self.publisher.publish(state)
+        except OSError as error:
+            self.unpublished = f"the best model is not published: {error}. The next better one is tried"
 
     def _put(self, state: Mapping[str, Any], location: Location) -> None:
         try:

@@ -210,6 +210,16 @@ class RunConfig:
 
 
 @dataclass
+class PublishConfig:
+    """Where the best model is published, for `deepskip serve` to take over."""
+
+    path: str | None = None
+    """folder or URL in which published.json names the model's file by its sha256; null does not publish"""
+    min_gain: float = setting(0.0, 0, 1)
+    """IoU by which a model must be better than the published one"""
+
+
+@dataclass
 class ClusterConfig:
     """The resources that the training takes from Ray, and how it handles lost machines."""
 
@@ -242,6 +252,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig, metadata={"free": True})
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"free": True})
 
 

@@ -28,6 +28,7 @@ from deepskip.following import Outcome, Stream, StreamReader
 from deepskip.optimizer import learning_rate
 from deepskip.precision import agreed_precision
 from deepskip.prequential import image_counts
+from deepskip.publishing import publisher
 from deepskip.ranks import StopVote, agreed_start, share_buffers
 from deepskip.training_step import Batch, DataInfo, StepResult, TrainingStep
 
@@ -338,9 +339,10 @@ def train(
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
     training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
+    publish = publisher(config, rank, warner(observe))
     stop_vote = StopVote(stop_requested, world_size)
     loop = Loop(
-        training, record, CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None),
+        training, record, CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None, publish),
         validation_images, rank, observe, validated, mlflow_run_id, stream,
     )  # fmt: skip
     reader: StreamReader | None = None

@@ -15,6 +15,7 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
         "pack": ("data", "make WebDataset shards of images and masks"),
         "index": ("data", "write the index of existing shards"),
         "append": ("data", "append samples to a data set while others read it, as its next generation"),
+        "ingest": ("data", "append what arrives in a folder, an object store or a Kafka topic, each item once"),
         "compact": ("data", "join the generations of a data set to a new closed set"),
         "verify": ("data", "compare shards with their index and decode every sample"),
         "info": ("data", "print counts, sizes, bands, class balance and object sizes"),
@@ -43,6 +44,7 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "geo": ("rasterio", "zarr"),
     "stream": ("river",),
+    "ingest": ("confluent_kafka", "watchdog"),
 }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from deepskip import checkpoint
+from deepskip import checkpoint, publishing
+from deepskip.data_shards import storage
 from deepskip.predictor import Predictor
 
 # place in a logged model of the checkpoint that it was made from
@@ -78,8 +79,8 @@ def find(name: str | Path, tracking_uri: str | None = None) -> Found:
     """Find a model by any of its names.
 
     Args:
-        name: folder or URL of a run, a checkpoint file, or an MLflow name: a run's ID or runs:/ID,
-            models:/NAME/VERSION, models:/NAME@ALIAS, models:/m-ID.
+        name: folder or URL of a run or of a training's publish.path, a checkpoint file, or an MLflow name: a run's ID or
+            runs:/ID, models:/NAME/VERSION, models:/NAME@ALIAS, models:/m-ID.
         tracking_uri: MLflow server; None takes MLFLOW_TRACKING_URI, else the database in runs/.
 
     Returns:
@@ -99,8 +100,9 @@ def _found(name: str | Path, tracking_uri: str | None) -> Found:
     if RUN_ID.fullmatch(text) or text.startswith(("runs:/", "models:/")):
         return _find_tracked(text, tracking_uri)
     try:
-        state = checkpoint.load_for_inference(name)
-    except (checkpoint.CheckpointError, OSError) as error:
+        sha256 = published(text)
+        state = publishing.load(name, sha256) if sha256 else checkpoint.load_for_inference(name)
+    except (checkpoint.CheckpointError, publishing.BrokenPublication, OSError) as error:
         raise ModelNotFound(str(error)) from error
     folder = None
     if "://" not in text:
@@ -108,6 +110,22 @@ def _found(name: str | Path, tracking_uri: str | None) -> Found:
         # runs/NAME/checkpoints/best.pt, or runs/NAME itself
         folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path if path.is_dir() else None
     return Found(text, state, folder, state.get("mlflow_run_id"), tracking_uri)
+
+
+def published(name: str) -> str | None:
+    """Return the digest of the model that is published in a folder or at a URL, or None if none is.
+
+    Raises:
+        BrokenPublication: if the pointer is damaged.
+    """
+    if RUN_ID.fullmatch(name) or name.startswith(("runs:/", "models:/")):
+        return None
+    try:
+        pointer = publishing.read_pointer(storage.locate(name))
+    # What is wrong with the place is reported when the model is looked for.
+    except OSError:
+        return None
+    return None if pointer is None else pointer.sha256
 
 
 def _find_tracked(name: str, asked: str | None) -> Found:

@@ -6,6 +6,7 @@ starts its own Ray. docs/serve.md describes the requests and answers.
 
 import sys
 
+from deepskip import publishing
 from deepskip.checkpoint import ModelState
 from deepskip.data_shards import trouble
 from deepskip.jobs import models
@@ -38,28 +39,30 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: status 2 for invalid settings or a missing model.
     """
     config, token = settings.parse(sys.argv[1:] if argv is None else argv)
-    state = load(config)
+    state, sha256 = load(config)
 
     from deepskip.jobs.serving import run
 
-    run.serve(config, token, state)
+    run.serve(config, token, state, sha256)
 
 
-def load(config: settings.ServeConfig) -> ModelState:
-    """Read the model's checkpoint.
+def load(config: settings.ServeConfig) -> tuple[ModelState, str]:
+    """Read the model's checkpoint, or the model that is published where config.model says.
 
     Args:
         config: settings of the server.
 
     Returns:
-        State of the checkpoint.
+        State of the checkpoint, and the digest of a published model; "" for another one.
 
     Raises:
         NotHere: there is no such model.
     """
     try:
-        return models.find(config.model, config.tracking_uri).state
-    except models.ModelNotFound as error:
+        if (sha256 := models.published(config.model)) is not None:
+            return publishing.load(config.model, sha256), sha256
+        return models.find(config.model, config.tracking_uri).state, ""
+    except (models.ModelNotFound, publishing.BrokenPublication) as error:
         stop(f"model: {error}", NotHere)
 
 

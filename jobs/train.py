@@ -55,7 +55,7 @@ def check(argv: list[str]) -> None:
 
 
 def absolute_paths(config: Config) -> Path:
-    """Make data.path absolute in place, as a run's record has it, and return the folder of runs.
+    """Make data.path and publish.path absolute in place, as a run's record has it, and return the folder of runs.
 
     Args:
         config: settings of the training, changed in place.
@@ -67,6 +67,8 @@ def absolute_paths(config: Config) -> Path:
     config.data.path = config.data.path.removeprefix("file://")
     if not storage.is_remote(config.data.path):
         config.data.path = str(absolute(config.data.path, "data.path"))
+    if config.publish.path is not None and not storage.is_remote(config.publish.path):
+        config.publish.path = str(absolute(config.publish.path.removeprefix("file://"), "publish.path"))
     return folder
 
 

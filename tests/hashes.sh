@@ -6,7 +6,7 @@ set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 cd "$top"
 lock=requirements-cluster.txt
-extras=(--extra train --extra cloud --extra export --extra geo --extra serve --extra server --extra stream)
+extras=(--extra train --extra cloud --extra export --extra geo --extra ingest --extra serve --extra server --extra stream)
 
 # Print the index's own hashes of each version in requirements.lock.
 compiled() {

@@ -66,8 +66,8 @@ def test_files_and_functions_are_short_and_files_named_for_what_they_hold(room: 
 @pytest.mark.parametrize(
     ("file", "extras"),
     [
-        ("requirements.lock", ("test", "docs", "export", "geo", "networks", "serve", "stream", "train")),
-        ("requirements-cluster.txt", ("train", "cloud", "export", "geo", "serve", "server", "stream")),
+        ("requirements.lock", ("test", "docs", "export", "geo", "ingest", "networks", "serve", "stream", "train")),
+        ("requirements-cluster.txt", ("train", "cloud", "export", "geo", "ingest", "serve", "server", "stream")),
     ],
 )
 def test_every_dependency_is_pinned(file: str, extras: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Crops a second of one core, into a batch: whole images, large scenes and cubes of many bands, compared with other readers.
 
-`make bench-data ARGS=crops` runs it. All read one sample at a time in one process with one thread, alternately; the crop lies at
+`make bench-data ARGS=crops` runs it. All read one sample at a time in one process with one thread, alternately. A crop lies at
 random, and is uint8. DeepSkip's also have the mean and standard deviation of their image. The decoder alone turns the bytes of
 image and mask into arrays, and is the limit of every reader that decodes whole images with it.
 """
@@ -166,7 +166,11 @@ def images(folder: Path, kind: str, side: int, count: int, tiles: list[int]) -> 
     for tile in tiles:
         write_shards(scene, folder / f"tiles-{tile}", num_classes=1, tile=tile)
 
-    decode: dict[str, Callable[[bytes], Any]] = {"png": imagecodecs.spng_decode, "jpg": imagecodecs.jpeg8_decode, "npy": opened}
+    decode: dict[str, Callable[[bytes], Any]] = {
+        "png": imagecodecs.spng_decode,
+        "jpg": imagecodecs.jpeg8_decode,
+        "npy": opened,
+    }
 
     def decoded(number: int) -> Any:
         one = stored[number % count]

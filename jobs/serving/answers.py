@@ -30,6 +30,8 @@ class Answer:
         coverage: share of the image's pixels that the objects cover, 0 to 1.
         batch: number of images that went through the network together, this one included.
         seconds: time of each stage ("decode", "network", "encode"), s.
+        model: sha256 of the published model that answered; empty if it is not a published one.
+        fault: why the replica could not take over the model that it was told; empty if it could.
     """
 
     status: int
@@ -39,6 +41,8 @@ class Answer:
     coverage: float = 0.0
     batch: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    model: str = ""
+    fault: str = ""
 
 
 def encode(image_HWC: np.ndarray, p_VHW: np.ndarray, answer: str) -> Answer:

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from deepskip.jobs.serving import page
 from deepskip.jobs.serving.answers import FORMATS, Answer
+from deepskip.jobs.serving.following import Following
 from deepskip.jobs.serving.metrics import Metrics
 from deepskip.jobs.serving.settings import ServeConfig, is_loopback_address
 
@@ -71,6 +72,7 @@ class Front:
         ask: sends a request (body, file extension, format) to a replica, and returns its answer; may raise Unavailable.
         health: returns the number of replicas that are up.
         about: what the page and /healthz report on the model.
+        following: the published models that are taken over; None if the model is not a published one.
         metrics: the server's metrics, for Prometheus.
         open: number of requests in progress, of any kind.
         waiting: number of requests whose body is complete and that have no answer yet.
@@ -79,9 +81,16 @@ class Front:
     """
 
     def __init__(
-        self, config: ServeConfig, token: str | None, ask: Ask, health: Callable[[], int], about: dict[str, Any]
+        self,
+        config: ServeConfig,
+        token: str | None,
+        ask: Ask,
+        health: Callable[[], int],
+        about: dict[str, Any],
+        following: Following | None = None,
     ) -> None:
         self.config, self.token, self.ask, self.health, self.about = config, token, ask, health, about
+        self.following = following
         self.metrics = Metrics()
         self.open = self.waiting = self.held = 0
         self.stopping = False
@@ -220,6 +229,8 @@ class Front:
             "DeepSkip-Objects": str(answer.objects),
             "DeepSkip-Coverage": f"{answer.coverage:.6f}",
         }
+        if answer.model:
+            headers["DeepSkip-Model"] = answer.model
         return web.Response(body=answer.body, content_type=FORMATS[wanted], headers=headers)
 
     def check_head(self, request: web.Request) -> tuple[str, str]:
@@ -338,7 +349,10 @@ class Front:
     async def show_health(self, request: web.Request) -> web.Response:
         """Answer GET /healthz: status 200 while a replica is up, else 503."""
         up = self.health()
-        return web.json_response({"replicas": up, "waiting": self.waiting} | self.about, status=200 if up else 503)
+        told = {} if self.following is None else self.following.state()
+        return web.json_response(
+            {"replicas": up, "waiting": self.waiting} | self.about | told, status=200 if up else 503
+        )
 
     async def show_metrics(self, request: web.Request) -> web.Response:
         """Answer GET /metrics, in Prometheus's text format."""

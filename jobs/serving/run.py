@@ -13,7 +13,9 @@ from aiohttp import web
 
 from deepskip.checkpoint import NetworkState
 from deepskip.cluster.settings import of_loopback
+from deepskip.data_shards import storage
 from deepskip.jobs.serving.answers import Answer
+from deepskip.jobs.serving.following import Following
 from deepskip.jobs.serving.front import Front, Unavailable, answer_in_json
 from deepskip.jobs.serving.settings import ServeConfig
 from deepskip.jobs.settings import stop
@@ -28,30 +30,33 @@ LINGER_SECONDS = 5.0
 WATCH_SECONDS = 1.0
 
 
-def serve(config: ServeConfig, token: str | None, state: NetworkState) -> None:
+def serve(config: ServeConfig, token: str | None, state: NetworkState, sha256: str = "") -> None:
     """Serve a model until SIGTERM or SIGINT.
 
     Args:
         config: the server's settings.
         token: what requests must carry; None if the server needs no token.
         state: the model's checkpoint.
+        sha256: digest of a published model, whose successors are taken over; "" for another one.
 
     Raises:
         SystemExit: if the server cannot start, for example because the port is in use; an `error:` line is printed.
     """
     # The port is checked first, since Ray takes seconds to start.
     listener = listen(config)
-    with replicas(config, state) as handle:
-        asyncio.run(answer(config, token, listener, handle))
+    following = Following(config.model, sha256, state["data"], config.follow_seconds) if sha256 else None
+    with replicas(config, state, sha256) as handle:
+        asyncio.run(answer(config, token, listener, handle, following))
 
 
 @contextmanager
-def replicas(config: ServeConfig, state: NetworkState) -> Iterator[Any]:
+def replicas(config: ServeConfig, state: NetworkState, sha256: str = "") -> Iterator[Any]:
     """Start Ray, or join the cluster at RAY_ADDRESS, and run the replicas on it while the block runs.
 
     Args:
         config: the server's settings.
         state: the model's checkpoint.
+        sha256: digest of a published model; "" for another one.
 
     Yields:
         Ray Serve's handle to the replicas.
@@ -71,7 +76,7 @@ def replicas(config: ServeConfig, state: NetworkState) -> Iterator[Any]:
 
     allocation.start_ray()
     try:
-        yield deploy(config, state)
+        yield deploy(config, state, sha256)
     finally:
         with suppress(Exception):
             ray_serve.delete(APPLICATION)
@@ -91,12 +96,13 @@ def listen(config: ServeConfig) -> socket.socket:
         stop(f"host {config.host}, port {config.port}: {error.strerror}; choose others, or --port 0 for a free port")
 
 
-def deploy(config: ServeConfig, state: NetworkState) -> Any:
+def deploy(config: ServeConfig, state: NetworkState, sha256: str = "") -> Any:
     """Start the replicas, and wait until they have loaded the model.
 
     Args:
         config: the server's settings; `cpus` must be set.
         state: the model's checkpoint.
+        sha256: digest of a published model; "" for another one.
 
     Returns:
         Ray Serve's handle to the replicas.
@@ -127,8 +133,9 @@ def deploy(config: ServeConfig, state: NetworkState) -> Any:
         graceful_shutdown_wait_loop_s=0.2,
     )
     bound = deployment.bind(
-        kept, "cuda" if gpus else "cpu", config.max_pixels, config.batch, config.batch_wait, config.cpus
-    )
+        kept, "cuda" if gpus else "cpu", config.max_pixels, config.batch, config.batch_wait, config.cpus,
+        str(storage.locate(config.model)) if sha256 else None, sha256,
+    )  # fmt: skip
     ray_serve.start(proxy_location="Disabled")
     return ray_serve.run(
         bound, name=APPLICATION, route_prefix=None,
@@ -160,7 +167,9 @@ def check_room(needed: dict[str, float]) -> None:
         print(f"warning: {text}, or add machines: waiting for them", flush=True)
 
 
-async def answer(config: ServeConfig, token: str | None, listener: socket.socket, handle: Any) -> None:
+async def answer(
+    config: ServeConfig, token: str | None, listener: socket.socket, handle: Any, following: Following | None = None
+) -> None:
     """Answer requests until SIGTERM or SIGINT, and finish those in progress for up to LAST_SECONDS.
 
     Args:
@@ -168,14 +177,17 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
         token: what requests must carry; None if the server needs no token.
         listener: the server's socket.
         handle: Ray Serve's handle to the replicas.
+        following: the published models to take over; None if the model is not a published one.
     """
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    way = Replicas(handle)
-    watching = asyncio.create_task(way.watch())
-    front = Front(config, token, way.ask, lambda: way.up, await handle.describe.remote())
+    way = Replicas(handle, following)
+    tasks = [asyncio.create_task(way.watch())]
+    if following is not None:
+        tasks.append(asyncio.create_task(following.watch(lambda sha256: handle.prepare.remote(sha256))))
+    front = Front(config, token, way.ask, lambda: way.up, await handle.describe.remote(), following)
     runner, site = await open_front(front.application(), listener)
     host, port = listener.getsockname()[:2]
     print(f"serving {config.model} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -187,7 +199,8 @@ async def answer(config: ServeConfig, token: str | None, listener: socket.socket
     # aiohttp's own shutdown would close connections whose bodies are still arriving.
     await site.stop()
     await front.finish(LAST_SECONDS)
-    watching.cancel()
+    for task in tasks:
+        task.cancel()
     await runner.cleanup()
 
 
@@ -220,10 +233,11 @@ class Replicas:
     Attributes:
         handle: Ray Serve's handle to the replicas.
         up: number of replicas that run, as of the last look.
+        following: the published models to take over, or None.
     """
 
-    def __init__(self, handle: Any) -> None:
-        self.handle, self.up = handle, 1
+    def __init__(self, handle: Any, following: Following | None = None) -> None:
+        self.handle, self.up, self.following = handle, 1, following
 
     async def ask(self, body: bytes, extension: str, wanted: str) -> Answer:
         """Send a request to a replica, and once more to another if that replica died.
@@ -244,9 +258,12 @@ class Replicas:
         from ray.serve.exceptions import RayServeException
 
         for last in (False, True):
-            response = self.handle.segment.remote(body, extension, wanted)
+            sha256 = self.following.wanted if self.following else ""
+            response = self.handle.segment.remote(body, extension, wanted, sha256)
             try:
                 answer: Answer = await response
+                if self.following and answer.model:
+                    self.following.answered(answer.model, answer.fault)
                 return answer
             except asyncio.CancelledError:
                 response.cancel()
