@@ -1,4 +1,4 @@
-"""Benchmark the data stream: compared readers, S3, resuming, memory, size of the index. `make bench-data` runs it."""
+"""Benchmark the data stream: compared readers, crops, S3, resuming, memory, size of the index. `make bench-data` runs it."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ import psutil
 import pyarrow as pa
 
 from deepskip.data_shards import storage
-from deepskip.data_shards.bench import readers, samples
+from deepskip.data_shards.bench import crops, readers, samples
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.entries import SCHEMA
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="epochs that a reader is timed over, readers alternating (5)"
     )
+    parser.add_argument("--cubes", type=Path, help="folder of .npz files with cube and mask, in place of made ones")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,11 @@ def bench_readers(folder: Path, arguments: argparse.Namespace) -> list[Row]:
                      "lowest": round(min(values)), "highest": round(max(values)), "deepskip is": f"{ours / middle:.2f} x"}
                 )  # fmt: skip
     return rows
+
+
+def bench_crops(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+    """Measure crops/s of processor time in one process with one thread, from whole images and from tiles, alternately."""
+    return crops.bench(folder / "crops", 4, arguments.rounds, 1.0, [128, 256, 512], arguments.cubes)
 
 
 def read_epoch(batches: Iterator[Any]) -> tuple[int, float]:
@@ -332,6 +338,7 @@ def table(results: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Row]]] = {
     "readers": bench_readers,
+    "crops": bench_crops,
     "s3": bench_s3,
     "resume": bench_resume,
     "memory": bench_memory,

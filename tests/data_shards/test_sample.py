@@ -197,6 +197,21 @@ def test_a_tiff_of_very_many_pages_and_a_jpeg_of_very_many_scans() -> None:
         decode_image("jpg", jpeg + b"\xff\xda" * 101)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2, "progressive": True}, {"quality": 20}])
+def test_a_jpeg_has_the_values_that_pillow_reads(mode: str, options: dict) -> None:
+    for height, width in ((65, 131), (1, 1)):
+        data = pil(Image.fromarray(random(height, width, 3)).convert(mode), "JPEG", **options)
+        with Image.open(io.BytesIO(data)) as image:
+            expected = np.asarray(image.convert("RGB") if mode == "CMYK" else image).reshape(height, width, -1)
+        np.testing.assert_array_equal(decode_image("jpg", data), expected)
+        np.testing.assert_array_equal(decode_image("jpg", data + b"\0\0"), expected)
+        for cut in (len(data) - 1, len(data) - 2, len(data) - 20):
+            if height > 1 or cut == len(data) - 20:
+                with pytest.raises((ValueError, OSError)):
+                    decode_image("jpg", data[:cut])
+
+
 def test_pickles_are_not_run() -> None:
     data = npy(np.array([{"a": 1}], dtype=object), allow_pickle=True)
     for extension, payload in (("npy", data), ("npz", npz(image=np.array([{"a": 1}], dtype=object)))):
