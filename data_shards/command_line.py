@@ -290,6 +290,10 @@ def add_ingest(commands: Any) -> None:
     )
     ingest.add_argument("--idle_seconds", type=float, help="end after this time without anything new (never)")
     ingest.add_argument(
+        "--wait_for", type=Path, metavar="RUN", help="run (runs/NAME) with data.follow to wait for while it is --behind"
+    )
+    ingest.add_argument("--behind", type=int, default=10_000, help="samples that it may be behind (10000)")
+    ingest.add_argument(
         "--journal", type=Path, help="file that lists what cannot be used, and why (refused.jsonl in the split)"
     )
     ingest.add_argument(

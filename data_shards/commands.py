@@ -273,7 +273,7 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     split = path if storage.exists(storage.join(path, FILE)) else split_of(path, arguments.split_name)
     names = (
         "name", "mask_suffix", "paths_under", "journal", "settle_seconds", "poll_seconds", "samples", "seconds", "idle_seconds",
-        "labels", "ignore_label", "samples_per_shard", "tile", "kafka_settings",
+        "labels", "ignore_label", "samples_per_shard", "tile", "kafka_settings", "wait_for", "behind",
     )  # fmt: skip
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options |= {"reading": Reading(arguments.alpha, arguments.orientation), "values": values_of(arguments)}

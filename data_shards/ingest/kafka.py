@@ -70,6 +70,8 @@ class Topic:
             "bootstrap.servers": brokers, "enable.auto.commit": False, "enable.auto.offset.store": False,
             "enable.partition.eof": True, "auto.offset.reset": "error", "queued.max.messages.kbytes": AHEAD_KB,
             "fetch.wait.max.ms": WAIT_MS,
+            # A generation may take long to write, or the training to wait for.
+            "max.poll.interval.ms": 86_400_000,
             # Errors are reported by poll.
             "log_level": 0, "error_cb": self._report,
         }  # fmt: skip

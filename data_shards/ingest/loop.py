@@ -20,6 +20,7 @@ from deepskip.data_shards.appending import AppendError, append_split, staging
 from deepskip.data_shards.index import load_samples
 from deepskip.data_shards.ingest.items import Changed, Item, Rules, Source, sample_of
 from deepskip.data_shards.ingest.journal import Journal
+from deepskip.data_shards.ingest.pressure import Pressure
 from deepskip.data_shards.labels import IGNORE_INDEX
 from deepskip.data_shards.manifest import Generation, advance_of, conflict
 from deepskip.data_shards.progress import no_word
@@ -53,6 +54,7 @@ class Ingest:
         offsets: Offsets of the source after the last item that was used or refused.
         stop: Ends the ingest when it is set; what is complete is committed.
         say: Called with each line to report.
+        pressure: The training to wait for, or None.
         moved: When an item was last worked on, of time.monotonic.
         trouble: The last report that an item cannot be read now.
     """
@@ -67,6 +69,7 @@ class Ingest:
     offsets: dict[str, int | str]
     stop: Event = field(default_factory=Event)
     say: Callable[[str], None] = no_word
+    pressure: Pressure | None = None
     moved: float = field(default_factory=time.monotonic)
     trouble: str = ""
 
@@ -104,6 +107,7 @@ def wait_for_one(
     ingest: Ingest, stream: Iterator[tuple[Item, Sample] | None], idle_seconds: float | None
 ) -> tuple[Item, Sample] | None:
     """Return the next sample, or None if the ingest ends before it comes."""
+    wait_for_training(ingest)
     while not ingest.stop.is_set():
         found = next(stream)
         if found is not None:
@@ -112,6 +116,16 @@ def wait_for_one(
         if is_idle(ingest, idle_seconds):
             return None
     return None
+
+
+def wait_for_training(ingest: Ingest) -> None:
+    """Wait until the training is not too far behind, or the ingest is stopped."""
+    told = False
+    while ingest.pressure is not None and not ingest.stop.is_set() and ingest.pressure.is_high(ingest.chain):
+        if not told:
+            ingest.say(f"the training is {ingest.pressure.behind(ingest.chain)} samples behind: waiting for it")
+        told, ingest.moved = True, time.monotonic()
+        ingest.stop.wait(TICK)
 
 
 def is_idle(ingest: Ingest, idle_seconds: float | None) -> bool:

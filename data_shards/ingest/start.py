@@ -15,6 +15,7 @@ from deepskip.data_shards.ingest.files import Pairs
 from deepskip.data_shards.ingest.items import SPECIAL, Rules, Source
 from deepskip.data_shards.ingest.journal import Journal
 from deepskip.data_shards.ingest.loop import Ingest, begin, refusal, run
+from deepskip.data_shards.ingest.pressure import Pressure
 from deepskip.data_shards.manifest import read_chain
 from deepskip.data_shards.progress import no_word
 from deepskip.data_shards.sources.split import PackError
@@ -37,6 +38,8 @@ def ingest(
     samples: int = 256,
     seconds: float = 60.0,
     idle_seconds: float | None = None,
+    wait_for: Path | None = None,
+    behind: int = 10_000,
     cache: storage.Cache | None = None,
     say: Callable[[str], None] = no_word,
     **options: Any,
@@ -57,6 +60,8 @@ def ingest(
         samples: Number of samples at which a generation is committed.
         seconds: Time after its first sample at which a generation is committed.
         idle_seconds: The ingest ends when nothing has come for this long; None never ends it.
+        wait_for: Folder of a run that follows the split, to wait for while it is too far behind; None waits for none.
+        behind: Number of samples that it may be behind.
         cache: Where the samples files of a remote split are kept.
         say: Called with each line to report.
         **options: As for `items.Rules`: labels, ignore_label, reading, values, tile, samples_per_shard.
@@ -104,8 +109,10 @@ def ingest(
         before = f"{len(taken)} samples of it" if topic is None else ", ".join(f"{k} {v}" for k, v in offsets.items())
         say(f"{origin} is the source {name}; {split} has {before or 'nothing of it'}")
         with contextlib.closing(source), stopping() as stop:
+            pressure = None if wait_for is None else Pressure(wait_for, behind)
+            rules = Rules(first, **options)
             return run(
-                Ingest(name, split, source, Rules(first, **options), listed, chain, taken, offsets, stop, say),
+                Ingest(name, split, source, rules, listed, chain, taken, offsets, stop, say, pressure),
                 samples, seconds, idle_seconds,
             )  # fmt: skip
 

@@ -26,6 +26,7 @@ from deepskip.data_shards.ingest.journal import Journal
 from deepskip.data_shards.ingest.start import ingest
 from deepskip.data_shards.inspection import verify
 from deepskip.data_shards.sample import Sample
+from deepskip.data_shards.sources.split import PackError
 from deepskip.data_shards.writer import write_shards
 from deepskip.jobs import cli
 from tests.data_shards.test_generations import die_at, in_child
@@ -338,6 +339,36 @@ def test_a_folder_keeps_its_name_and_bad_input_is_explained(
     with pytest.raises(SystemExit):
         cli.main([*start, f"folder:{tmp_path / 'moved'}", *to])
     assert "pip install 'deepskip[ingest]'" in capsys.readouterr().err
+
+
+def test_a_slow_training_is_waited_for(tmp_path: Path, split: str) -> None:
+    for value in range(6):
+        put(tmp_path / "in", value)
+    log = tmp_path / "admissions.jsonl"
+    behind = []
+
+    def look(line: str) -> None:
+        if "generation" not in line:
+            return
+        admitted = len(log.read_bytes().splitlines()) if log.exists() else 0
+        behind.append(sum(each.samples for each in load_index(split).generations[admitted:]))
+
+    def admit() -> None:
+        for number in range(4):
+            time.sleep(0.5)
+            with log.open("a") as file:
+                file.write(f'{{"generation": {number}}}\n')
+
+    training = threading.Thread(target=admit)
+    training.start()
+    assert drain(tmp_path, split, wait_for=tmp_path, behind=1, say=look) == 6
+    training.join()
+    # What was allowed, and one generation that was begun then.
+    assert len(behind) == 3
+    assert max(behind) <= 1 + 2
+    check(split, list(range(6)))
+    with pytest.raises(PackError, match="is not the folder of a run"):
+        drain(tmp_path, split, wait_for=tmp_path / "none")
 
 
 def test_a_journal_survives_a_torn_line(tmp_path: Path) -> None:
