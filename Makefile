@@ -6,6 +6,7 @@
 # make stress SEED=1   30 short trainings beside busy processes, with a slow tracking server and clocks that jump; ends in JSON
 # make bench-attacks   seconds and megabytes of what strangers can send
 # make shortage   every command on machines that are short of disk, rights, memory or descriptors; root alone can
+# make stream-demo   coins arrive in a folder, a training follows, its score climbs and a server takes it over: two minutes
 # make test-hashes   requirements-cluster.txt against the index, and an installation by it
 # make test-faults   every fault by itself over real Ray nodes
 # make test-next   the GPU launches of run.kernels: next, interpreted, built and counted
@@ -34,7 +35,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage stream-demo test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -91,6 +92,9 @@ test-fast: setup
 
 stress: setup
 	@$(VENV)/bin/python -m tests.stress $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+stream-demo: setup
+	@$(VENV)/bin/python -m tests.stream_demo $(ARGS)
 
 bench-attacks: setup
 	@$(VENV)/bin/python -m tests.attacks.bench $(ARGS)
