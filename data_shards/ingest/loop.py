@@ -56,6 +56,7 @@ class Ingest:
         say: Called with each line to report.
         pressure: The training to wait for, or None.
         moved: When an item was last worked on, of time.monotonic.
+        working: Whether items are being read or decoded.
         trouble: The last report that an item cannot be read now.
     """
 
@@ -71,6 +72,7 @@ class Ingest:
     say: Callable[[str], None] = no_word
     pressure: Pressure | None = None
     moved: float = field(default_factory=time.monotonic)
+    working: bool = False
     trouble: str = ""
 
 
@@ -130,7 +132,7 @@ def wait_for_training(ingest: Ingest) -> None:
 
 def is_idle(ingest: Ingest, idle_seconds: float | None) -> bool:
     """Return whether nothing has come for a time; None is never."""
-    if ingest.source.behind:
+    if ingest.source.behind or ingest.working:
         ingest.moved = time.monotonic()
         return False
     return idle_seconds is not None and time.monotonic() - ingest.moved >= idle_seconds
@@ -216,6 +218,7 @@ def decoded(ingest: Ingest, pool: ThreadPoolExecutor) -> Generator[tuple[Item, S
     for new in ingest.source.items():
         if new is not None:
             ahead.append((new, pool.submit(read, new, ingest.rules)))
+            ingest.working = True
         while ahead and (new is None or len(ahead) >= AHEAD or ahead[0][1].done()):
             item, future = ahead.popleft()
             while not done(future, ingest):
@@ -232,6 +235,7 @@ def decoded(ingest: Ingest, pool: ThreadPoolExecutor) -> Generator[tuple[Item, S
             if sample is not None:
                 yield item, sample
         if new is None:
+            ingest.working = False
             yield None
 
 

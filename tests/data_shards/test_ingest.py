@@ -371,6 +371,22 @@ def test_a_slow_training_is_waited_for(tmp_path: Path, split: str) -> None:
         drain(tmp_path, split, wait_for=tmp_path / "none")
 
 
+def test_slow_items_are_waited_for_before_an_ingest_is_idle(
+    tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in range(3):
+        put(tmp_path / "in", value)
+    read = loop.read
+
+    def slow(item: Item, rules: Rules) -> Sample:
+        time.sleep(0.6)
+        return read(item, rules)
+
+    monkeypatch.setattr(loop, "read", slow)
+    assert drain(tmp_path, split) == 3
+    check(split, [0, 1, 2])
+
+
 def test_a_journal_survives_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     for number in range(2):
