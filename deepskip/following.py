@@ -48,8 +48,11 @@ class Stream(Protocol):
     def look(self, step: int) -> tuple[bytes, bool]:
         """Return on rank 0 what is new since `admit`, b"" if nothing is, and whether the stream has ended."""
 
+    def record(self, step: int, news: bytes) -> None:
+        """Record durably on rank 0 what is new from a step on, before any rank takes it."""
+
     def admit(self, step: int, news: bytes) -> None:
-        """Take what is new from a step on; rank 0 records this durably before it returns."""
+        """Take what is new from a step on."""
 
     def begun(self, step: int) -> list[tuple[int, range]]:
         """Return number and sample numbers of the generations that are trained on from a step on, if it begins a segment."""
@@ -159,6 +162,8 @@ class StreamReader:
             if stopped:
                 return Outcome.STOPPED
             if grown:
+                if self.rank == 0:
+                    self.stream.record(step, news)
                 if self.world_size > 1:
                     news = broadcast_bytes(news, self.rank, self.device)
                 self.stream.admit(step, news)

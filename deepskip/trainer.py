@@ -270,7 +270,7 @@ class Loop:
                 if step and training.config.run.prequential:
                     counts = image_counts(training, stream.images(samples), samples)
                     if self.rank == 0:
-                        self.observe("stream", step, stream.scored(step, generation, counts))
+                        self.observe("generation", step, stream.scored(step, generation, counts))
 
         to_device = partial(on_device, device=training.device)
         every = training.config.run.log_every
@@ -312,7 +312,8 @@ def train(
         rank: rank of this process; every rank of a process group calls this function.
         world_size: number of ranks.
         device: device on which to train.
-        observe: called on rank 0 with ("train" | "validation" | "stream" | "panel" | "warning", steps done, values).
+        observe: called on rank 0 with ("train" | "validation" | "stream" | "generation" | "panel" | "warning", steps done,
+            values).
         mlflow_run_id: MLflow's run, stored in the checkpoints.
         stop_requested: called after every step; true on any rank, it ends all within ranks.VOTE_STEPS steps.
         validated: called on every rank after a validation, with the number of steps done.

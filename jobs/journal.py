@@ -16,6 +16,8 @@ from deepskip.data_shards import storage
 
 MEASURED = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
+# Kinds of measurements whose metrics have another prefix than the kind.
+PREFIXES = {"validation": "val", "generation": "stream"}
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ class Measurement(NamedTuple):
     """A line of metrics.jsonl, a JSON list of these fields.
 
     Attributes:
-        kind: "train" or "validation".
+        kind: "train", "validation", "stream" or "generation".
         step: training step.
         values: metrics by name.
         stamp: time in ms since the epoch.
@@ -147,7 +149,7 @@ def write_down(path: Path, kind: str, step: int, values: dict[str, float]) -> in
 
     Args:
         path: the journal of the run.
-        kind: "train" or "validation".
+        kind: kind of the measurement.
         step: training step.
         values: metrics by name.
 

@@ -37,7 +37,7 @@ from mlflow.types import Schema, TensorSpec
 
 from deepskip import figures
 from deepskip.inference import Segmenter
-from deepskip.jobs.journal import read_measured
+from deepskip.jobs.journal import PREFIXES, read_measured
 from deepskip.jobs.settings import flatten
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -237,7 +237,7 @@ class Tracker:
     Attributes:
         waiting: queue of events that are not sent yet.
         history: pairs (step, value) of each metric of the run.
-        last_step: latest step of each kind of event.
+        last_step: latest step of each kind of event; of generations the latest number.
 
     Raises:
         BrokenFile: a line of the journal is not a measurement.
@@ -248,7 +248,7 @@ class Tracker:
         self.client, self.run_id, self.ignore_index = mlflow.MlflowClient(uri), run_id, ignore_index
         self.waiting: deque[Unsent] = deque()
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self.last_step: dict[str, int] = {}
+        self.last_step: dict[str, float] = {}
         self.next_try = 0.0
         # held while the queue changes, and never during a request
         self.lock = threading.Lock()
@@ -260,21 +260,24 @@ class Tracker:
     def take(self, kind: str, step: int, values: dict[str, Any], stamp: int) -> None:
         """Add an event of the trainer to the queue; an event of a step that a kind has passed is ignored.
 
+        Several generations of a stream may be measured at one step, each once.
+
         Args:
-            kind: "train" or "validation" for metrics, or "panel" for pictures of predictions.
+            kind: "train", "validation", "stream" or "generation" for metrics, or "panel" for pictures of predictions.
             step: training step.
             values: metrics by name, or {"images": pictures} for a panel.
             stamp: time of the event, milliseconds since the epoch.
         """
         # a restarted training repeats some steps
-        if step <= self.last_step.get(kind, -1):
+        place = values.get("generation", step) if kind == "generation" else step
+        if place <= self.last_step.get(kind, -1):
             return
-        self.last_step[kind] = step
+        self.last_step[kind] = place
         if kind == "panel":
             if values["images"]:
                 self._append(kind, step, figures.panel(values["images"], self.ignore_index))
             return
-        prefix = "val" if kind == "validation" else kind
+        prefix = PREFIXES.get(kind, kind)
         metrics = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
         for name, value in metrics.items():
             self.history.setdefault(name, []).append((step, value))

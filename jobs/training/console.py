@@ -37,7 +37,7 @@ class Console:
                 if kind == "train":
                     self.training = values
                     print(report.progress_line(step, self.steps, values | self.stream), flush=True)
-                elif kind == "stream":
+                elif kind in ("stream", "generation"):
                     self.stream |= {f"stream/{name}": value for name, value in values.items()}
                 elif not self.disagreed and (text := report.disagreement(step, self.training, values)):
                     self.disagreed = True

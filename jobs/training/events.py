@@ -28,16 +28,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a window of training steps, of a validation, or of a stream that is followed.
+    """Metrics of a window of training steps, of a validation, of a stream that is followed, or of one of its generations.
 
     Attributes:
-        kind: "train", "validation" or "stream".
+        kind: "train", "validation", "stream" or "generation".
         step: the last step that the metrics cover.
         values: the metrics by name.
         stamp: time in ms since the epoch, as in the run's journal; 0 until the event is written there.
     """
 
-    kind: Literal["train", "validation", "stream"]
+    kind: Literal["train", "validation", "stream", "generation"]
     step: int
     values: dict[str, float]
     stamp: int = 0

@@ -120,6 +120,8 @@ class Follower:
             BrokenIndex: a generation of the log cannot be read.
             OSError: as before.
         """
+        if not self.base.num_samples:
+            raise BrokenIndex(f"{self.base.location} holds no samples to begin with; append some, and then train")
         data = b""
         if self.rank == 0:
             entries = self._recover(state)
@@ -335,25 +337,29 @@ class Follower:
         over = time.monotonic() - since >= data.idle_seconds and self.poller.looks >= looks + 2
         return b"", data.when_idle == "end" and over
 
-    def admit(self, step: int, news: bytes) -> None:
-        """Take generations from a step on; rank 0 has written them to the log when it returns.
+    def record(self, step: int, news: bytes) -> None:
+        """Write to the log on rank 0 that generations are taken from a step on.
 
         Raises:
-            BrokenIndex: their samples cannot be read.
             admissions.OtherLog: another process has written to the log.
             OSError: the log cannot be written.
         """
-        found = [Generation(**each) for each in json.loads(news)]
-        sizes = [[shard["samples"] for shard in each.raw["shards"]] for each in found]
-        window = self.shards.index
+        self.check_lease()
+        found = generations_of(news)
+        admissions.append(self.folder, [Entry(each.number, step, sizes_of(each), each.digest) for each in found])
+
+    def admit(self, step: int, news: bytes) -> None:
+        """Take generations from a step on.
+
+        Raises:
+            BrokenIndex: their samples cannot be read.
+            OSError: as before.
+        """
+        found, window = generations_of(news), self.shards.index
         assert isinstance(window, ChainWindow)
-        if self.rank == 0:
-            self.check_lease()
-            lines = zip(found, sizes, strict=True)
-            admissions.append(self.folder, [Entry(each.number, step, own, each.digest) for each, own in lines])
         first = found[0].number - self.order.replay_generations
         self.shards.index = shortened(extended(window, found, cache=self.shards.cache), first)
-        self.order.admit([Admission(each.number, step) for each in found], sizes)
+        self.order.admit([Admission(each.number, step) for each in found], [sizes_of(each) for each in found])
         self.watermarks = {each.number: each.raw.get("watermark") for each in found}
         self.digests += bytes.fromhex("".join(each.digest for each in found))
 
@@ -361,6 +367,16 @@ class Follower:
         """End the look-out for what is new."""
         if self.poller is not None:
             self.poller.close()
+
+
+def generations_of(news: bytes) -> list[Generation]:
+    """Return the generations that `Follower.look` has found."""
+    return [Generation(**each) for each in json.loads(news)]
+
+
+def sizes_of(generation: Generation) -> list[int]:
+    """Return the number of samples in each shard of a generation."""
+    return [shard["samples"] for shard in generation.raw["shards"]]
 
 
 def entries_of(state: StreamState) -> list[Entry]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
+from deepskip.jobs.journal import PREFIXES
 from deepskip.jobs.training.events import Event, Measured
 
 # Folder in the run's folder where Ray keeps the reports of the newest driver, and the number of reports that it keeps.
@@ -44,8 +45,10 @@ class ValidationReports:
     def take(self, event: Event) -> None:
         """Keep the metrics of an event of rank 0 for the next report."""
         if isinstance(event, Measured):
-            prefix = "val" if event.kind == "validation" else event.kind
-            others = {name: value for name, value in self.metrics.items() if not name.startswith(f"{prefix}/")}
+            prefix = PREFIXES.get(event.kind, event.kind)
+            # What is known of a stream comes in two kinds of events.
+            stale = () if prefix == "stream" else (f"{prefix}/",)
+            others = {name: value for name, value in self.metrics.items() if not name.startswith(stale)}
             finite = {name: value for name, value in event.values.items() if math.isfinite(value)}
             self.metrics = others | {f"{prefix}/{name}": value for name, value in finite.items()}
 

@@ -155,7 +155,7 @@ def event_of(kind: Any, step: int, values: dict[str, Any]) -> Measured | Panel |
     """Return the event for one call of the trainer's `observe`.
 
     Args:
-        kind: "train", "validation", "stream", "panel" or "warning".
+        kind: "train", "validation", "stream", "generation", "panel" or "warning".
         step: number of steps done.
         values: metrics by name; for a panel {"images": list of PanelImage}; for a warning {"text": str}.
     """
@@ -163,7 +163,7 @@ def event_of(kind: Any, step: int, values: dict[str, Any]) -> Measured | Panel |
         return Panel(step, values["images"])
     if kind == "warning":
         return Warned(values["text"])
-    assert kind in ("train", "validation", "stream")
+    assert kind in ("train", "validation", "stream", "generation")
     return Measured(kind, step, values)
 
 

@@ -159,6 +159,10 @@ def test_learning_rate_is_torchs_warm_up_and_cosine() -> None:
         else:
             schedulers[1].step()
     np.testing.assert_allclose([learning_rate(optim, step) for step in range(50)], expected, rtol=1e-6)
+    # Without an end, the rate after the warm-up stays.
+    optim = OptimConfig(steps=None, warmup_steps=10, learning_rate=0.3, schedule="constant")
+    expected[10:] = [0.3] * 40
+    np.testing.assert_allclose([learning_rate(optim, step) for step in range(50)], expected, rtol=1e-6)
 
 
 def test_the_step_schedule_is_torchs_multi_step() -> None:

@@ -154,7 +154,7 @@ def test_each_generation_is_measured_before_it_is_trained_on(stream: tuple[Path,
     measured = {
         values["generation"]: (step, values)
         for kind, step, values, _ in read_measured(folder / "metrics.jsonl")
-        if kind == "stream" and "generation" in values
+        if kind == "generation"
     }
     whole = Shards(home / "data" / "train")
     for number, samples in ((1, range(10, 17)), (2, range(17, 22))):

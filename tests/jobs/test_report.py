@@ -66,3 +66,12 @@ def test_a_validation_that_misleads_is_said_once(tmp_path: Path, capsys: pytest.
         "warning: validation after step 40 has IoU 0.000 at threshold 0.5, but 0.920 at 0.10, and training has 0.810"
     )
     assert said(0.81, 0.0, 0.92) == ""
+
+
+def test_the_progress_line_of_a_stream() -> None:
+    values = {"loss": 0.5, "dice": 0.25, "images_per_second": 81.25}
+    assert report.progress_line(7, None, values) == "step 7  loss 0.5000  Dice 0.250  81.2 images/s"
+    stream = {"stream/iou": 0.8125, "stream/lag_seconds": 2.04, "stream/samples_behind": 64.0, "stream/generation": 3}
+    assert report.progress_line(7, 9, values | stream | {"seconds_left": 61.0}) == (
+        "step 7/9  loss 0.5000  Dice 0.250  81.2 images/s  IoU of new 0.812  lag 2.0 s  64 behind  1:01 left"
+    )

@@ -266,3 +266,17 @@ def test_mlflow_reports_to_nobody() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout == "None\n"
+
+
+def test_each_generation_of_a_stream_is_sent_once_whatever_its_step(tmp_path: Path) -> None:
+    tracker = tracking.Tracker("http://127.0.0.1:1", "run", 255, tmp_path / "metrics.jsonl")
+    # A step ends a segment and begins the next one, of two generations; a restart measures the second one again.
+    tracker.take("stream", 3, {"samples_behind": 0}, 1)
+    for number, iou in ((1, 0.5), (2, 0.6), (2, 0.6), (3, 0.7)):
+        tracker.take("generation", 3 if number < 3 else 6, {"generation": number, "iou": iou}, 2)
+    sent = [(metric.key, metric.value, metric.step) for event in tracker.waiting for metric in event.value]
+    assert sent == [
+        ("stream/samples_behind", 0, 3),
+        *(pair for number, iou, step in ((1, 0.5, 3), (2, 0.6, 3), (3, 0.7, 6))
+          for pair in (("stream/generation", number, step), ("stream/iou", iou, step))),
+    ]  # fmt: skip
