@@ -143,7 +143,8 @@ def opened(path: Path, flags: int) -> Iterator[BinaryIO]:
         raise OSError(
             errno.ELOOP, "is a symbolic link, through which nothing is written; remove it", str(path)
         ) from None
-    with os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "wb", buffering=0) as file:
+    mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
+    with os.fdopen(descriptor, mode, buffering=0) as file:
         yield file
 
 

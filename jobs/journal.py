@@ -1,7 +1,7 @@
 """Files of a run that grow line by line: measurements and skipped samples.
 
-A line is appended completely or not at all, and never through a symbolic link. If a power failure or a full disk left
-an incomplete last line, it is removed.
+A line is appended completely or not at all, and never through a symbolic link. An incomplete last line, as a power failure
+or a full disk leaves it, is ignored, and removed when the next line is appended.
 """
 
 import json
@@ -101,7 +101,9 @@ def cut_back(descriptor: int) -> int:
 
 
 def whole_lines(path: Path) -> list[tuple[int, Any]]:
-    """Read the JSON value of each line of a file, and remove an incomplete last line with a message.
+    """Read the JSON value of each line of a file, and ignore an incomplete last line with a message.
+
+    A process that only reads must not remove it: another one may be writing it.
 
     Args:
         path: the file; one that does not exist has no lines.
@@ -117,12 +119,12 @@ def whole_lines(path: Path) -> list[tuple[int, Any]]:
         return []
     if not path.is_file():
         raise BrokenFile(f"{path} is not a regular file; remove it")
-    size = path.stat().st_size
-    with storage.opened(path, os.O_RDWR) as file:
-        if torn := size - cut_back(file.fileno()):
-            print(f"{path}: removed the incomplete last line ({torn} bytes)", flush=True)
+    with storage.opened(path, os.O_RDONLY) as file:
+        whole, _, torn = file.read().rpartition(b"\n")
+    if torn:
+        print(f"{path}: ignored the incomplete last line ({len(torn)} bytes)", flush=True)
     found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             found.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
