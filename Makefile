@@ -4,6 +4,7 @@
 # make newcomer   a fresh clone with an empty home: make train, make test; the log goes to build/newcomer.  BUSY=2: beside two busy processes
 # make test-package   the wheel, a checkout and an editable installation, each in an environment of its own; the log goes to build/package
 # make stress SEED=1   30 short trainings beside busy processes, with a slow tracking server and clocks that jump; ends in JSON
+# make stream-faults SEED=1   40 generations are appended while a training follows, and its processes and S3 break; logs go to build/stream-faults
 # make bench-attacks   seconds and megabytes of what strangers can send
 # make shortage   every command on machines that are short of disk, rights, memory or descriptors; root alone can
 # make stream-demo   coins arrive in a folder, a training follows, its score climbs and a server takes it over: two minutes
@@ -35,7 +36,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage stream-demo test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress stream-faults bench-attacks shortage stream-demo test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -80,7 +81,7 @@ FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,
 # what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
 # wait for one another for half as long again
 ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
-	$(addprefix jobs/test_,compare end_to_end preemption) $(addprefix jobs/prediction/test_,resuming)))
+	$(addprefix jobs/test_,compare end_to_end preemption stream_faults) $(addprefix jobs/prediction/test_,resuming)))
 
 test: setup lint
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) $(addprefix --ignore=,$(ALONE)) $(FOLDERS)
@@ -89,6 +90,9 @@ test: setup lint
 test-fast: setup
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) -m 'not faults and not browser and not slow' \
 	  tests/data_shards tests/deepskip tests/kernels tests/test_imports.py tests/jobs/test_settings.py tests/jobs/test_runs.py
+
+stream-faults: setup
+	@$(VENV)/bin/python -m tests.jobs.stream_faults $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 stress: setup
 	@$(VENV)/bin/python -m tests.stress $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -145,11 +145,11 @@ def report(
         "|---|---:|---:|---:|",
         *(f"| {kind} | {len(v)} | {statistics.median(v):.1f} | {max(v):.1f} |" for kind, v in sorted(by_kind.items())),
         "",
-        "All faults, by the time of the next step in seconds since the start:",
+        "All faults in their order:",
         "",
-        "| at | training | step | workers | fault | seconds |",
-        "|---:|---|---:|---:|---|---:|",
-        *(f"| {x.at:.0f} | {x.training} | {x.step} | {x.workers} | {x.fault} | {x.seconds:.1f} |" for x in done),
+        "| training | step | workers | fault | seconds |",
+        "|---|---:|---:|---|---:|",
+        *(f"| {x.training} | {x.step} | {x.workers} | {x.fault} | {x.seconds:.1f} |" for x in done),
         "",
     ]
     return "\n".join(lines)

@@ -146,25 +146,29 @@ class Harness:
             self.attended()
             time.sleep(0.2)
 
-    def fault(self, kind: str) -> None:
-        """Make one fault of KINDS happen."""
-        if kind == "worker killed":
-            for process in self.processes("ray::RayTrainWorker")[:1]:
-                process.kill()
-        elif kind == "driver killed":
-            for process in self.processes("deepskip.jobs.train"):
-                if self.training is not None and process.pid != self.training.pid:
-                    process.kill()
-        elif kind == "writer killed" and self.writer is not None:
-            self.writer.kill()
-        elif kind == "S3 cut":
-            self.proxy.cut()
+    def fault(self, kind: str) -> bool:
+        """Make a fault of KINDS happen, and return whether there was anything to break."""
+        if kind == "writer killed":
+            if hit := self.writer is not None and self.writer.poll() is None:
+                self.writer.kill()
+            return hit
+        if kind in ("S3 cut", "S3 held"):
+            if cut := kind == "S3 cut":
+                self.proxy.cut()
+            else:
+                self.proxy.hold(True)
             time.sleep(4)
-            self.proxy.mend()
-        elif kind == "S3 held":
-            self.proxy.hold(True)
-            time.sleep(4)
-            self.proxy.hold(False)
+            if cut:
+                self.proxy.mend()
+            else:
+                self.proxy.hold(False)
+            return True
+        # The driver is the job that `deepskip train` gives to its own Ray.
+        name = "ray::RayTrainWorker" if kind == "worker killed" else "-m deepskip.jobs.train"
+        found = self.processes(name)[:1]
+        for process in found:
+            process.kill()
+        return bool(found)
 
     def run(self) -> Counter[str]:
         """Write, train and break until all is written and trained; return the number of faults of each kind."""
@@ -174,12 +178,12 @@ class Harness:
         writer = threading.Thread(target=self.write, daemon=True)
         writer.start()
         rng, made, coming = random.Random(self.seed), Counter[str](), list[str]()
-        while writer.is_alive():
+        while writer.is_alive() or not made.keys() >= {*KINDS} - {"writer killed"}:
             coming = coming or rng.sample(KINDS, len(KINDS))
             kind = coming.pop()
             print(f"{self.written} generations, {done(self.folder)} steps: {kind}", flush=True)
-            self.fault(kind)
-            made[kind] += 1
+            if self.fault(kind):
+                made[kind] += 1
             time.sleep(rng.uniform(0, 3))
             self.progress()
         if self.failure is not None:

@@ -1,0 +1,29 @@
+"""The short form of `make stream-faults`: a stream is trained on exactly once, whatever breaks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.jobs.growing import ROOT
+
+
+def test_a_stream_while_its_writer_workers_driver_and_endpoint_break(tmp_path: Path) -> None:
+    words = [
+        "-m",
+        "tests.jobs.stream_faults",
+        "--seed",
+        "3",
+        "--generations",
+        "4",
+        "--pause",
+        "4",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "of 5 generations, each trained exactly once in " in done.stdout, said
+    assert "0 losses differ" in done.stdout
+    for fault in ("S3 cut", "S3 held", "driver killed", "worker killed"):
+        assert fault in done.stdout.partition("faults: ")[2], said
