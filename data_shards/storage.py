@@ -143,8 +143,10 @@ def opened(path: Path, flags: int) -> Iterator[BinaryIO]:
         raise OSError(
             errno.ELOOP, "is a symbolic link, through which nothing is written; remove it", str(path)
         ) from None
-    mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
-    with os.fdopen(descriptor, mode, buffering=0) as file:
+    access = flags & os.O_ACCMODE
+    with os.fdopen(
+        descriptor, "rb" if access == os.O_RDONLY else "r+b" if access == os.O_RDWR else "wb", buffering=0
+    ) as file:
         yield file
 
 

@@ -64,5 +64,5 @@ class Proxy:
         self._call(self._listen())
 
     def hold(self, held: bool) -> None:
-        """Stop passing bytes on, or go on."""
+        """Stop passing bytes on, or resume."""
         self._call(self._set(not held))

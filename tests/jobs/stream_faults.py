@@ -64,7 +64,7 @@ class Harness:
         self.failure: BaseException | None = None
 
     def upload(self) -> None:
-        """Put generation 0 into the bucket."""
+        """Write generation 0 into the bucket."""
         os.environ |= {key: value for key, value in self.environment.items() if key.startswith("AWS_")}
         s3 = fsspec.filesystem("s3", skip_instance_cache=True)
         s3.mkdir("bucket")
