@@ -15,6 +15,7 @@
 # make test-readers   webdataset, Hugging Face datasets, Ray Data and Energon read packed coins, in an environment of its own (.venv-readers)
 # make test-oldest   the lowest version of Ray in pyproject.toml, in an environment of its own (.venv-oldest); another: ARGS=2.59.0
 # make chaos   random faults for 15 minutes:      make chaos ARGS='--minutes 5 --seed 1'; the report goes to docs/chaos.md
+# make stream-demo   coins arrive, a training follows them, a server takes its better models over: two minutes on two idle cores
 # make docs    the site of docs/, into build/site
 # make setup   the virtual environment alone
 # make compare-smoke   two networks beside one another, two seeds, at toy size
@@ -34,7 +35,7 @@ VENV := .venv
 TRAINING := $(VENV)/.training
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
+.PHONY: train test test-fast stress bench-attacks shortage test-hashes newcomer test-package test-faults test-next test-pages test-readers test-oldest chaos compare-smoke stream-demo docs test-browser screenshots lint setup lock bench bench-data bench-jobs bench-serve clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -136,6 +137,11 @@ compare-smoke: setup
 	@$(VENV)/bin/deepskip compare --config jobs/configs/compare.yaml --categories '{coins: jobs/configs/coins.yaml}' \
 	  --out build/compare-smoke/out --seeds '[0, 1]' --only '[deepskip, unet]' --workers 2 --settings \
 	  '{data: {path: build/compare-smoke/coins}, optim: {steps: 2}, run: {tracking_uri: none}, cluster: {gpu: false}}' $(ARGS)
+
+# the script prints each command of deepskip as it starts it; Ctrl-C ends all
+stream-demo: setup
+	@rm -rf build/stream-demo
+	@$(VENV)/bin/python -m deepskip.jobs.stream_demo --out build/stream-demo $(ARGS)
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
