@@ -217,7 +217,7 @@ class Client:
 
 
 def iou(found: np.ndarray, mask: np.ndarray) -> float:
-    """Return the IoU of two foregrounds of one shape, bool; 1 if both are empty."""
+    """Return the IoU of two foregrounds (H, W), bool; 1 if both are empty."""
     union = int((found | mask).sum())
     return int((found & mask).sum()) / union if union else 1.0
 

@@ -1,11 +1,25 @@
-"""The benchmarks of streams: their data and what they report, without a training."""
+"""The benchmarks of streams: their data, the committed generations and the tables, without a training."""
 
 from pathlib import Path
 
 import numpy as np
 
-from deepskip.jobs.bench import drift, stream_picture
+from deepskip.data_shards.index import load_index
+from deepskip.jobs.bench import arrivals, drift, stream_picture
 from deepskip.jobs.bench.drift import Row
+
+
+def test_generations_that_share_a_shard_are_a_whole_chain(tmp_path: Path) -> None:
+    writer = arrivals.prepared(tmp_path, 3)
+    for _ in range(4):
+        writer.commit()
+    # The reader checks every manifest, digest and samples file.
+    index = load_index(str(writer.split))
+    assert [each.samples for each in index.generations] == [drift.SAMPLES, 3, 3, 3, 3]
+    last = [index.shard(number) for number in range(1, len(index.shards))]
+    assert len({shard.name for shard in last}) == 4
+    inodes = {(writer.split / shard.name).stat().st_ino for shard in last}
+    assert len(inodes) == 1
 
 
 def test_inverted_discs_are_the_same_discs() -> None:
