@@ -187,7 +187,7 @@ def measure_rates(samples: int, seconds: float, rates: list[float]) -> dict[str,
                     row["catch_up_seconds"] = time.time() - begun
                 rows.append(row)
                 print(rows[-1], flush=True)
-    return {"samples": samples, "seconds": seconds, "rows": rows}
+    return {"samples": samples, "rows": rows}
 
 
 def measure_rate(home: Path, writer: Writer, process: psutil.Process, rate: float, seconds: float) -> dict[str, float]:
@@ -259,15 +259,15 @@ def page(found: dict[str, Any]) -> str:
     text = f"{found['cores']} cores, torch {found['torch']}. A load is that of all processes when a part began.\n"
     if rates := found.get("rates"):
         text += (
-            f"\nGenerations have {rates['samples']} samples, and arrive for {rates['seconds']:.0f} s at each rate. "
+            f"\nGenerations have {rates['samples']} samples. "
             "Behind (samples) and lag are the largest.\n\n"
-            "| samples/s | trained | load | behind, 1st half | 2nd half | lag, 1st half | 2nd half | to catch up | MB |\n"
-            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+            "| samples/s | for | trained | load | behind, 1st half | 2nd half | lag, 1st half | 2nd half | to catch up | MB |\n"
+            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
         )
         for row in rates["rows"]:
             caught = f"{row['catch_up_seconds']:.0f} s" if "catch_up_seconds" in row else "not measured"
             text += (
-                f"| {row['arrived'] / row['seconds']:.0f} | {row['trained']:.0f} | {row['load']:.1f} "
+                f"| {row['arrived'] / row['seconds']:.0f} | {row['seconds']:.0f} s | {row['trained']:.0f} | {row['load']:.1f} "
                 f"| {row['behind_first_half']:.0f} | {row['behind_second_half']:.0f} | {row['lag_first_half']:.1f} s "
                 f"| {row['lag_second_half']:.1f} s | {caught} | {row['megabytes']:.0f} |\n"
             )

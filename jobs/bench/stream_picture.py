@@ -1,8 +1,9 @@
 """Draw docs/stream-way.svg, the way of a sample through a stream: `python -m deepskip.jobs.bench.stream_picture`."""
 
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
-from xml.sax.saxutils import escape
+
 
 PICTURE = Path(__file__).parents[2] / "docs" / "stream-way.svg"
 WIDTH, HEIGHT = 1000, 330
@@ -52,7 +53,7 @@ def left_of(row: int, number: int) -> int:
 
 def text(x: float, y: float, words: str, style: str) -> str:
     """Return a centred line of text."""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="middle" {style}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="middle" {style}>{escape(words, quote=False)}</text>'
 
 
 def arrow(x: float, y: float, to_x: float, to_y: float, style: str = "") -> str:
