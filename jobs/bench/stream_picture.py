@@ -4,7 +4,6 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-
 PICTURE = Path(__file__).parents[2] / "docs" / "stream-way.svg"
 WIDTH, HEIGHT = 1000, 330
 BOX, GAP, TOP, TALL = 164, 30, 40, 66
