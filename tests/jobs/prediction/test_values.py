@@ -132,7 +132,7 @@ def test_zarr_and_shards_and_a_server_leave_the_same_out(tmp_path: Path) -> None
 
     state = checkpoint.read_model(model / checkpoint.FOLDER / checkpoint.BEST)
     state["data"]["preparation"] = {"bands": None, "longest_side": None, "nodata": -9999}
-    served = Model(state, "cpu", 10**6, 4, 0.0, 1)
+    served = Model(state, "cpu", 10**6, 4, 0.0, 1).loaded
     prepared = served.predictor.prepared(served.read(tif_of(image), "tif"))
     np.testing.assert_allclose(served.forward([prepared])[0][0], truth, atol=1e-4)
 
