@@ -199,12 +199,12 @@ class Harness:
                 return made
         raise RuntimeError(f"the training does not end; see {self.home}/training.log")
 
-    def again(self, name: str, **settings: object) -> dict[int, list[float]]:
+    def again(self, name: str, *flags: str) -> dict[int, list[float]]:
         """Train with the admission log when all data is there; return the losses of each step."""
         folder = self.home / "runs" / name
         folder.mkdir()
         shutil.copy(self.folder / admissions.FILE, folder)
-        if self.start(self.command(name, data__when_idle="end", **settings), name).wait():
+        if self.start([*self.command(name, data__when_idle="end"), *flags], name).wait():
             raise RuntimeError(f"{name} failed; see {self.home}/{name}.log")
         return losses(folder)
 
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         audit = [sys.executable, "-m", "deepskip", "audit", str(harness.folder)]
         checked = subprocess.run(audit, env=harness.environment, capture_output=True, text=True)
         live = losses(harness.folder)
-        wrong = compared(live, harness.again("same"), harness.again("one", cluster__workers=1))
+        wrong = compared(live, harness.again("same"), harness.again("one", "--local"))
     finally:
         harness.close()
     print(checked.stdout + checked.stderr, end="")
