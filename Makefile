@@ -145,7 +145,6 @@ compare-smoke: setup
 	  --out build/compare-smoke/out --seeds '[0, 1]' --only '[deepskip, unet]' --workers 2 --settings \
 	  '{data: {path: build/compare-smoke/coins}, optim: {steps: 2}, run: {tracking_uri: none}, cluster: {gpu: false}}' $(ARGS)
 
-# the script prints each command of deepskip as it starts it; Ctrl-C ends all
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"

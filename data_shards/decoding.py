@@ -202,20 +202,21 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
             tiff.check_scans(data, min(MAX_SCANS, LARGEST_SCANS * limits.pixels // pixels))
         if image.format == "GIF" and getattr(image, "is_animated", False):
             raise ValueError("it holds several images; write the one to use to a file of its own")
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        found = image.getexif().get(ORIENTATION_TAG, 1)
+        orientation = found if found in range(1, 9) else 1
         # GIF writers renumber colours, so their indices have no meaning.
         by_index = labels and image.format != "GIF"
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if by_index and image.mode == "P" else None
-        if image.format == "JPEG" and image.mode in ("L", "RGB") and bytes(data[-2:]) == END_OF_JPEG:
+        if image.format == "JPEG" and image.mode in ("L", "RGB") and data.endswith(END_OF_JPEG):
             # The same library as Pillow's, and the same values, without its copies. Pillow alone tells that a file is cut off.
-            return Picture(imagecodecs.jpeg8_decode(data), (), True, orientation if orientation in range(1, 9) else 1)
+            return Picture(imagecodecs.jpeg8_decode(data), (), True, orientation)
         array, alpha = _pixels(image, by_index)
         if labels and image.format == "PNG" and data[25] == 0 and data[24] in SHORT:
             # Undo pillow's stretching to 8 bits.
             array = array // SHORT[data[24]]
         if image.format == "GIF" and array.ndim == 3 and (array == array[..., :1]).all():
             array, alpha = array[..., 0], ()
-    return Picture(array, alpha, True, orientation if orientation in range(1, 9) else 1, palette=palette)
+    return Picture(array, alpha, True, orientation, palette=palette)
 
 
 def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ...]]:
