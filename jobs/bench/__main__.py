@@ -5,8 +5,8 @@ step is the median over windows of log_every steps. The first windows, in which 
 trainer does between steps (validation, checkpoints) is not measured.
 
 On 2 cores the processes of Ray (controller, agents, log monitor, GCS, waiting actors) take 14 % of one core, by their
-processor time in /proc over 30 s. An idle actor wakes 97 times a second to look for signals, and no setting changes that. Pinned
-workers, one malloc arena and SCHED_BATCH for Ray's processes changed nothing that was larger than the noise.
+processor time in /proc over 30 s. An idle actor wakes 97 times a second to look for signals, and no setting changes that.
+Pinned workers, one malloc arena and SCHED_BATCH for Ray's processes changed nothing that was larger than the noise.
 """
 
 import argparse
