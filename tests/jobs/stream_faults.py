@@ -165,9 +165,11 @@ class Harness:
             else:
                 self.proxy.hold(False)
             return True
-        # The driver is the job that `deepskip train` gives to its own Ray.
-        name = "ray::RayTrainWorker" if kind == "worker killed" else "-m deepskip.jobs.train"
-        found = self.processes(name)[:1]
+        if kind == "worker killed":
+            found = self.processes("ray::RayTrainWorker")[:1]
+        else:
+            # The job that `deepskip train` gives to its own Ray, and the shell that Ray starts it with.
+            found = self.processes("-m deepskip.jobs.train")
         for process in found:
             process.kill()
         return bool(found)
