@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def append_source(split: str, arguments: argparse.Namespace) -> Appended:
             folder = folder / "train"
         watermark = arguments.watermark
         if watermark is None and source != "shards":
-            watermark = newest(arguments.images)
+            watermark = min(time.time(), newest(arguments.images))
         return append_split(
             split,
             folder,
@@ -267,6 +268,11 @@ def newest(path: Path) -> float:
     return max((each.stat().st_mtime for each in files if each.is_file()), default=path.stat().st_mtime)
 
 
+def report(line: str) -> None:
+    """Print a line, in which names of files may have bytes that are not UTF-8."""
+    print(line.encode(errors="backslashreplace").decode(), flush=True)
+
+
 def run_ingest(arguments: argparse.Namespace) -> None:
     """Append what arrives at a source to a split until the process is stopped, and print how much that was."""
     path = arguments.to
@@ -277,9 +283,7 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     options |= {"reading": Reading(arguments.alpha, arguments.orientation), "values": values_of(arguments)}
-    committed = ingest(
-        arguments.origin, split, cache=cache_of(arguments), say=lambda line: print(line, flush=True), **options
-    )
+    committed = ingest(arguments.origin, split, cache=cache_of(arguments), say=report, **options)
     print(f"{split}: {committed} samples committed")
 
 

@@ -14,7 +14,7 @@ from deepskip.data_shards.index import Index, ShardEntry, save_index
 from deepskip.data_shards.manifest import advance_of
 from deepskip.data_shards.progress import Progress, no_progress
 from deepskip.data_shards.sample import BadSample
-from deepskip.data_shards.writer import LOCK, half_written, own_entries
+from deepskip.data_shards.writer import half_written, own_entries, publish
 
 
 def compact(
@@ -73,9 +73,7 @@ def compact(
             index, shards=tuple(written), samples=samples, formats=STORED, base=None, source=None, generations=()
         )
         save_index(joined, temporary, advance_of(index.generations))
-        (temporary / LOCK).unlink()
-        temporary.chmod(0o755)
-        temporary.rename(out)
+        publish(temporary, out)
     return replace(joined, location=str(out))
 
 

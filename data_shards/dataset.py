@@ -1,7 +1,9 @@
 """One split of shards as a dataset: batches of samples by number, read at their offsets in the tar and checked."""
 
 import copy
+import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from deepskip.data_shards.stored import MAX_GAP, StoredSample, read_stored
 
 NORMALIZATIONS = ("image", "dataset", "robust", "none")
 OPEN_SHARDS = 64
+# Seconds before a shard whose storage did not answer is tried again.
+UNREACHED_SECONDS = 60.0
 
 
 class SkipReport(TypedDict):
@@ -131,7 +135,8 @@ class Shards(Dataset[Batch]):
         self.mean, self.std = (np.array(values, np.float32) for values in self.index.normalization(normalize))
         # Keyed by process: file descriptors are not valid in another loader process.
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._broken: dict[int, BrokenShard] = {}
+        # The error of each shard that could not be opened, and until when it is raised without another try.
+        self._broken: dict[int, tuple[BrokenShard, float]] = {}
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -391,13 +396,17 @@ class Shards(Dataset[Batch]):
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        # A missing shard is not tried again for each of its samples.
-        if number in self._broken:
-            raise self._broken[number]
+        # A missing shard is not tried again for each of its samples, and one that cannot be reached not at once.
+        known, until = self._broken.get(number, (None, 0.0))
+        if known is not None and time.monotonic() < until:
+            raise known
         try:
             descriptor = self._open_file(number)
         except BrokenShard as error:
-            self._broken[number] = error
+            passing = isinstance(error.__cause__, storage.StorageError) and not isinstance(
+                error.__cause__, storage.ChangedFile
+            )
+            self._broken[number] = error, time.monotonic() + UNREACHED_SECONDS if passing else math.inf
             raise
         self._open[key] = descriptor
         if len(self._open) > OPEN_SHARDS:

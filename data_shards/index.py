@@ -32,7 +32,7 @@ from deepskip.data_shards.plain_values import (
     reading_of,
 )
 
-FILE = "index.json"
+FILE = manifest.INDEX
 FORMAT = "deepskip-shards"
 VERSION = 3
 # Version 2 has no statistics of single images.
@@ -348,7 +348,7 @@ def save_index(index: Index, folder: str | Path, extra: dict[str, Any] | None = 
 
 def refuse_chain(location: str) -> None:
     """Raise ValueError if generations were appended to the index at a location, which then never changes."""
-    if manifest.read_if_exists(manifest.location_of(location, 1)) is not None:
+    if manifest.read_if_exists(location, 1) is not None:
         raise ValueError(
             f"generations were appended to {location}, so its index never changes; make a new set of all its samples: "
             f"deepskip compact {location} --out FOLDER"

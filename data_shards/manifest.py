@@ -6,6 +6,7 @@ it. It is written once and never changes. Readers need no lock: what they read i
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from deepskip.data_shards import index_check, storage
 from deepskip.data_shards.entries import SCHEMA, STORED
 
 FOLDER = "manifest"
+# Generation 0 of a split.
+INDEX = "index.json"
 FORMAT = "deepskip-generation"
 VERSION = 1
 # Manifests that are read at the same time.
@@ -91,8 +94,12 @@ class Generation:
 
 
 def advance_of(chain: Sequence[Generation]) -> dict[str, Any]:
-    """Return the latest watermark of a chain, and the last offset in each source, as fields of a manifest."""
-    marks = [each.watermark for each in chain if each.watermark is not None]
+    """Return the latest watermark of a chain, and the last offset in each source, as fields of a manifest.
+
+    A watermark in the future is the mistake of a clock. It would be the latest one for ever, so it is not counted.
+    """
+    now = time.time()
+    marks = [each.watermark for each in chain if each.watermark is not None and each.watermark <= now]
     last: dict[str, int | str] = {}
     for each in chain:
         last |= each.offsets
@@ -217,7 +224,7 @@ def _probed(split: str, first: int, stop: int | None) -> Iterator[bytes]:
     with ThreadPoolExecutor(READERS) as pool:
         while stop is None or number < stop:
             end = number + together if stop is None else min(number + together, stop)
-            for text in pool.map(lambda n: read_if_exists(location_of(split, n)), range(number, end)):
+            for text in pool.map(lambda n: read_if_exists(split, n), range(number, end)):
                 if text is None:
                     return
                 yield text
@@ -237,23 +244,42 @@ def listed_numbers(split: str) -> list[int] | None:
     return sorted(int(name[:8]) for name in names if len(name) == 13 and name[:8].isdigit() and name[8:] == ".json")
 
 
-def read_if_exists(location: str) -> bytes | None:
-    """Return the contents of a file, or None if it does not exist.
+def read_if_exists(split: str, number: int) -> bytes | None:
+    """Return the contents of the manifest of a generation, or None if it does not exist.
 
-    Without the right to list, S3 answers 403 for a file that does not exist.
+    Without the right to list, S3 answers 403 for a file that does not exist. With expired credentials it does so for every
+    file, so then index.json is asked for too.
+
+    Args:
+        split: Path or URL of the split.
+        number: Number of the generation.
+
+    Raises:
+        OSError: If it cannot be read; a StorageError if access is denied to the whole split.
     """
+    location = location_of(split, number)
     try:
         return storage.read_bytes(location)
     except FileNotFoundError:
         return None
-    except PermissionError:
+    except PermissionError as error:
         if not storage.is_remote(location):
             raise
-        return None
+        denied: OSError = error
     except storage.StorageError as error:
-        if getattr(error.__cause__, "status", None) in (403, 404, 410):
+        status = getattr(error.__cause__, "status", None)
+        if status in (404, 410):
             return None
-        raise
+        if status != 403:
+            raise
+        denied = error
+    try:
+        storage.read_bytes(storage.join(split, INDEX))
+    except OSError as error:
+        raise storage.StorageError(
+            f"{split} cannot be read: access is denied ({denied}). Check the credentials"
+        ) from error
+    return None
 
 
 def _parse(path: str, text: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import random
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -204,6 +205,27 @@ def exists(location: Location) -> bool:
         return local(location).is_file()
     fs, path = filesystem(location)
     return with_retries(location, lambda: bool(fs.isfile(path)))
+
+
+def size(location: Location) -> int:
+    """Return the size of a file in bytes, before it is read.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is not a plain file, such as a pipe, which could be read for ever.
+        StorageError: If a remote storage cannot be asked after all tries.
+        OSError: As before.
+    """
+    if is_remote(location):
+        fs, path = filesystem(location)
+        told = with_retries(location, lambda: fs.info(path))
+        if told.get("type", "file") != "file":
+            raise ValueError(f"{location} is not a file")
+        return int(told.get("size") or 0)
+    found = local(location).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{location} is not a plain file")
+    return found.st_size
 
 
 def names(folder: Location) -> list[str]:

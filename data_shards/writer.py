@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,14 +17,17 @@ import webdataset
 from deepskip.data_shards import storage, tiles
 from deepskip.data_shards.entries import SampleEntry, sample_table, with_statistics
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, ShardEntry, load_index, save_index
+from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.labels import IGNORE_INDEX
 from deepskip.data_shards.percentiles import PixelSample, finite_or_none
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sample import Sample, encode_image, encode_mask
-from deepskip.data_shards.scan import sample_entry, scan_tar
+from deepskip.data_shards.scan import MAX_NAME, sample_entry, scan_tar
 
 LOCK = ".lock"
+# Characters of a key, whose files in a shard have longer names.
+MAX_KEY = MAX_NAME - 16
 # Side in pixels of the tiles of large masks.
 MASK_TILE = 1024
 
@@ -75,9 +79,7 @@ def write_shards(
             iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source, tile
         )
         save_index(index, temporary)
-        (temporary / LOCK).unlink()
-        temporary.chmod(0o755)
-        temporary.rename(folder)
+        publish(temporary, folder)
     return dataclasses.replace(index, location=str(folder))
 
 
@@ -100,6 +102,26 @@ def half_written(folder: Path) -> Iterator[Path]:
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Rename the folder of `half_written`, once all its files are synced to disk.
+
+    Args:
+        temporary: The folder.
+        folder: Its final path.
+
+    Raises:
+        OSError: If a file cannot be synced, or the folder renamed.
+    """
+    (temporary / LOCK).unlink()
+    temporary.chmod(0o755)
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    storage.sync_folder(temporary)
+    temporary.rename(folder)
+    storage.sync_folder(folder.parent)
 
 
 def _write(
@@ -221,6 +243,11 @@ def own_entries(path: Path) -> list[SampleEntry]:
         ]
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text has no surrogates, as which Python reads bytes of a file name that are not UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_sample(sample: Sample, keys: set[str], bands: int, num_classes: int, ignore_index: int) -> None:
     """Raise ValueError if a sample does not fit those before it.
 
@@ -237,6 +264,10 @@ def check_sample(sample: Sample, keys: set[str], bands: int, num_classes: int, i
     image, mask = sample.image_HWC, sample.mask_HW
     if not sample.key or any(c in sample.key for c in "./\\\0"):
         raise ValueError(f"key {sample.key!r} is empty or has a dot or slash, which have a meaning in tar shards")
+    if CONTROL.search(sample.key) or len(sample.key) > MAX_KEY or not is_utf8(sample.key):
+        raise ValueError(
+            f"key {sample.key!r} has control characters, bytes that are not UTF-8, or more than {MAX_KEY} characters"
+        )
     if sample.key in keys:
         raise ValueError(f"key {sample.key} occurs twice")
     if image.shape[:2] != mask.shape:

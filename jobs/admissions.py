@@ -85,7 +85,8 @@ def text_of(entries: Iterable[Entry]) -> bytes:
 def append(folder: Path, entries: list[Entry]) -> None:
     """Append entries to the log of a run; when this returns, they are durable.
 
-    A crash can leave some of the lines. They are an earlier end of the same log, which no step has used.
+    A crash can leave some of the lines. They are an earlier end of the same log, which no step has used. The generations that
+    a run begins with are written by `replace`.
 
     Args:
         folder: folder of the run.
@@ -168,5 +169,4 @@ def has_more(folder: Path, path: str) -> bool:
         journal.BrokenFile: as `read`.
         OSError: as `read`, or the data cannot be read.
     """
-    location = manifest.location_of(storage.join(path, "train"), len(read(folder)))
-    return manifest.read_if_exists(location) is not None
+    return manifest.read_if_exists(storage.join(path, "train"), len(read(folder))) is not None

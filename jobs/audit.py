@@ -92,6 +92,8 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
         config = record["config"]
         if not config["data"].get("follow"):
             stop(f"{folder} does not follow a stream (data.follow): deepskip order prints what its steps take")
+        # A checkpoint is read before the log, which has all that it has, also if the training goes on.
+        state, _ = checkpoint.newest(folder)
         entries = admissions.read(folder)
         bad = journal.checked(folder / journal.BAD_SAMPLES, journal.is_report, dict)
     except (journal.BrokenFile, OSError) as error:
@@ -100,7 +102,6 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
     if not entries:
         found.faults.append(f"{folder / admissions.FILE} is missing")
         return found
-    state, _ = checkpoint.newest(folder)
     found.steps = state["step"] if state else 0
     split = storage.join(config["data"]["path"], "train")
     found.faults += other_data(split, entries)
@@ -231,4 +232,5 @@ def walk(
         found.faults.append(
             f"the steps up to {found.steps} have taken other samples than the order says (fingerprint {taken} instead of "
             f"{total % FINGERPRINTS})"
+            + (f". One that was skipped and read later is such a sample: see {journal.BAD_SAMPLES}" if skipped else "")
         )

@@ -20,8 +20,8 @@ from deepskip.data_shards.writer import check_sample
 
 # Largest file that is read into memory, in bytes.
 MAX_FILE = 2**30
-# What a key may not hold: a dot ends it, and a slash or backslash is a folder.
-SPECIAL = re.compile(r"[./\\\0]")
+# What a key may not hold: a dot ends it, a slash or backslash is a folder, and surrogates are bytes that are not UTF-8.
+SPECIAL = re.compile(r"[./\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Content(NamedTuple):
@@ -126,7 +126,9 @@ def key_of(name: str, stem: str) -> str:
     """
     plain = SPECIAL.sub("_", stem)
     # Two stems may differ in such characters alone.
-    return f"{name}_{plain}" if plain == stem else f"{name}_{plain}-{xxhash.xxh3_64_hexdigest(stem.encode())}"
+    if plain == stem:
+        return f"{name}_{plain}"
+    return f"{name}_{plain}-{xxhash.xxh3_64_hexdigest(stem.encode(errors='surrogatepass'))}"
 
 
 def sample_of(key: str, contents: tuple[Content, Content], rules: Rules) -> Sample:

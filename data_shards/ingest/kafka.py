@@ -19,6 +19,8 @@ TICK = 0.25
 ANSWER_SECONDS = 15.0
 # Seconds between looks for new partitions.
 PARTITIONS_SECONDS = 30.0
+# Seconds before the next look if the brokers did not answer.
+AGAIN_SECONDS = 5.0
 # Kilobytes of messages that the client fetches ahead.
 AHEAD_KB = 32768
 # Milliseconds that a broker waits for more messages before it answers.
@@ -85,6 +87,8 @@ class Topic:
         self.name = name or short_name(topic, f"{found.cluster_id} {topic}")
         self._next: dict[int, int] = {}
         self.partitions: set[int] = set()
+        # Whether the brokers did not answer when the partitions were last looked for.
+        self._unassigned = False
 
     def begin(self, offsets: Mapping[str, int | str]) -> None:
         """Begin after the offsets of a chain; partitions without one begin with their first message.
@@ -96,8 +100,8 @@ class Topic:
 
     @property
     def behind(self) -> bool:
-        """Return whether a partition may have more messages."""
-        return not self.partitions <= self._ended
+        """Return whether a partition may have more messages, or is not known yet."""
+        return self._unassigned or not self.partitions <= self._ended
 
     def close(self) -> None:
         """Leave the brokers."""
@@ -117,7 +121,7 @@ class Topic:
         while True:
             if time.monotonic() >= look:
                 self._assign()
-                look = time.monotonic() + PARTITIONS_SECONDS
+                look = time.monotonic() + (AGAIN_SECONDS if self._unassigned else PARTITIONS_SECONDS)
             message = self._consumer.poll(TICK)
             if message is None:
                 yield None
@@ -145,8 +149,10 @@ class Topic:
                     place.offset = self._next[partition]
                 self._consumer.incremental_assign([place])
                 self.partitions.add(partition)
+            self._unassigned = False
         except self._kafka.KafkaException as error:
             # Those that are known are read as soon as the brokers answer again.
+            self._unassigned = True
             self._report(error.args[0])
 
     def _lost(self, partition: int, why: str) -> str:
@@ -250,10 +256,11 @@ def content_at(folder: str, path: str) -> Content:
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or ":" in path or "\\" in path or "\0" in path:
         raise ValueError(f"the path {path!r} is not one below the folder of --paths_under")
-    data = storage.read_bytes(storage.join(folder, path))
-    if len(data) > MAX_FILE:
-        raise ValueError(f"{path} has {len(data)} bytes; at most {MAX_FILE} are read")
-    return Content(parts.suffix[1:].lower(), data)
+    location = storage.join(folder, path)
+    size = storage.size(location)
+    if size > MAX_FILE:
+        raise ValueError(f"{path} has {size} bytes; at most {MAX_FILE} are read")
+    return Content(parts.suffix[1:].lower(), storage.read_bytes(location))
 
 
 def kind_of(data: bytes, what: str) -> str:

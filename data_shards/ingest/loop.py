@@ -181,7 +181,8 @@ def commit_batch(
         # The journal is durable before the offsets after its items are.
         ingest.journal.sync()
         before = advance_of(ingest.chain)["watermark"]
-        newest = max(item.time for item in items)
+        # A source's clock may be wrong.
+        newest = min(time.time(), max(item.time for item in items))
         try:
             made = append_split(
                 ingest.split,
@@ -318,7 +319,7 @@ def begin(
         in_order: Whether the source has offsets, so that keys are not needed.
 
     Raises:
-        AppendError: If the chain has such keys, but not of this source.
+        AppendError: If the chain has such keys, but not of this source, or a source with which it could have keys in common.
         ValueError: If a samples file is damaged.
         OSError: If it cannot be read.
     """
@@ -327,6 +328,13 @@ def begin(
         for found, value in advance_of(chain)["offsets"].items()
         if found == name or found.startswith(f"{name}/")
     }
+    # Keys are NAME_STEM: "2_a" of "cam" would have the key of "a" of "cam_2".
+    for other in {found.partition("/")[0] for found in advance_of(chain)["offsets"]} - {name}:
+        if other.startswith(f"{name}_") or name.startswith(f"{other}_"):
+            raise AppendError(
+                f"{split} has a source {other}, of whose name {name} is a part or the other way round, so that samples of both "
+                "could have one key; choose another name: --name"
+            )
     if offsets and in_order:
         return set(), offsets
     keys: set[str] = set()

@@ -52,8 +52,7 @@ class Prefix:
             self.waiting = self.pairs.lone()
             for pair in list(self.pairs.complete()):
                 self.pairs.deliver(pair)
-                place = storage.join(self.url, pair.image.place)
-                yield Item(pair.key, place, pair.version, pair.time, partial(self._read, pair))
+                yield Item(pair.key, pair.image.place, pair.version, pair.time, partial(self._read, pair))
             end = time.monotonic() + max(self.poll_seconds, took)
             while (left := end - time.monotonic()) > 0:
                 yield None

@@ -26,7 +26,7 @@ DECODED_BYTES = 2**29
 VALUE_BYTES = 4
 # Larger values would overflow in the network.
 LARGEST_VALUE = 1e30
-# A model whose storage did not answer is loaded again after this time.
+# A model that could not be loaded, but is not damaged, is loaded again after this time.
 RETRY_SECONDS = 5.0
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -172,8 +172,8 @@ class Model:
         except Exception as error:
             self.fault = f"model {sha256} cannot be taken over: {error}"
             logger.exception("model %s cannot be taken over", sha256)
-            if isinstance(error, OSError):
-                # The storage may answer again.
+            if not isinstance(error, publishing.BrokenPublication):
+                # The storage may answer again, and memory may be free.
                 await asyncio.sleep(RETRY_SECONDS)
                 self.loading = None
             return

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -96,6 +97,12 @@ def listen(config: ServeConfig) -> socket.socket:
         stop(f"host {config.host}, port {config.port}: {error.strerror}; choose others, or --port 0 for a free port")
 
 
+def place_of(published: str) -> str:
+    """Return a location as it is found from any folder: replicas have other ones."""
+    location = storage.locate(published)
+    return str(location.absolute() if isinstance(location, Path) else location)
+
+
 def deploy(config: ServeConfig, state: NetworkState, sha256: str = "") -> Any:
     """Start the replicas, and wait until they have loaded the model.
 
@@ -134,7 +141,7 @@ def deploy(config: ServeConfig, state: NetworkState, sha256: str = "") -> Any:
     )
     bound = deployment.bind(
         kept, "cuda" if gpus else "cpu", config.max_pixels, config.batch, config.batch_wait, config.cpus,
-        str(storage.locate(config.model)) if sha256 else None, sha256,
+        place_of(config.model) if sha256 else None, sha256,
     )  # fmt: skip
     ray_serve.start(proxy_location="Disabled")
     return ray_serve.run(

@@ -173,7 +173,8 @@ class Follower:
         begun = [Entry(each.number, 0, own, each.digest) for each, own in zip(base, sizes, strict=True)]
         if not entries:
             self.check_lease()
-            admissions.append(self.folder, begun)
+            # Written whole: a part of these lines would be the log of a run that began with fewer generations.
+            admissions.replace(self.folder, begun)
             return begun
         if len(entries) > len(noted):
             self.check_lease()
@@ -200,7 +201,7 @@ class Follower:
         previous = self.base.generations[-1]
         for entry in entries[max(len(self.base.generations), first) :]:
             path = manifest.location_of(self.base.location, entry.generation)
-            text = manifest.read_if_exists(path)
+            text = manifest.read_if_exists(self.base.location, entry.generation)
             try:
                 if text is None:
                     raise manifest.BrokenChain(f"{path} is missing")
@@ -283,7 +284,10 @@ class Follower:
         """
         measured = counts[counts[:, 3] > 0, :3]
         scores = iou_of(measured).tolist()
-        found = {"generation": generation, "samples": len(scores), "iou": iou_of(measured.sum(0)).item()}
+        found: dict[str, float] = {"generation": generation, "samples": len(scores)}
+        # If none of its samples can be read, nothing is measured.
+        if scores:
+            found["iou"] = iou_of(measured.sum(0)).item()
         if self.lag is not None:
             found["lag_seconds"] = self.lag
         drift.write(self.folder, generation, step, scores)

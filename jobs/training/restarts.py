@@ -10,6 +10,9 @@ from deepskip.config import ClusterConfig
 from deepskip.jobs.training.allocation import allocation, look_at_machines
 from deepskip.jobs.training.events import WorkersFailed
 
+# A group that has waited for data this long before it failed has not failed at once, seconds.
+IDLE_SECONDS = 3600.0
+
 
 class FailureReports(UserCallback):
     """Reports to the driver, through the event queue, which workers failed and why; runs in Ray's controller."""
@@ -52,6 +55,7 @@ class RestartPolicy:
         newest_step: newest step that was done.
         failures: number of failures in a row, without a new checkpoint in between.
         last_failure: description of the last failure.
+        started_at: time (s, monotonic) at which the newest group began.
         waiting_since: time (s, monotonic) since which no group trains; None while one trains.
     """
 
@@ -59,6 +63,7 @@ class RestartPolicy:
         self.requested, self.checkpoint_every = requested, checkpoint_every
         self.starts = self.failures = self.start_step = self.newest_step = 0
         self.last_failure = ""
+        self.started_at = time.monotonic()
         self.waiting_since: float | None = time.monotonic()
 
     def started(self, step: int) -> None:
@@ -67,7 +72,7 @@ class RestartPolicy:
         if step > self.start_step:
             self.failures = 0
         self.start_step = self.newest_step = step
-        self.waiting_since = None
+        self.started_at, self.waiting_since = time.monotonic(), None
 
     def came_to(self, step: int) -> None:
         """Record a step that was done."""
@@ -76,7 +81,9 @@ class RestartPolicy:
     def failed(self, text: str) -> None:
         """Record that the group failed; after a new checkpoint the count of failures begins again at 1."""
         further = self.newest_step // self.checkpoint_every > self.start_step // self.checkpoint_every
-        self.failures = 1 if further else self.failures + 1
+        # A training that follows a stream may wait for days. Machines that it loses on one day do not count on the next.
+        waited = self.newest_step == self.start_step and time.monotonic() - self.started_at > IDLE_SECONDS
+        self.failures = 1 if further or waited else self.failures + 1
         self.last_failure = text
         self.waiting_since = time.monotonic()
 

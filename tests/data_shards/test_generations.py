@@ -27,6 +27,7 @@ from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, load_index, save_index
 from deepskip.data_shards.inspection import verify
 from deepskip.data_shards.order import Slot
+from deepskip.data_shards.polling import ChainPoller
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.strays import remove, strays
 from deepskip.data_shards.stream import train_batches
@@ -159,6 +160,34 @@ def test_a_store_that_ignores_the_condition_is_refused(
         append(split, "a", 0)
     assert s3.ls("bucket/ignoring/train", refresh=True, detail=False) == s3.ls("bucket/ignoring/train", detail=False)
     assert len(load_index(split).generations) == 1
+
+
+def test_a_denial_is_the_end_of_a_chain_only_if_the_rest_is_readable(
+    tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the right to list, S3 denies a file that does not exist; with expired credentials it denies every file."""
+    split = uploaded(s3, packed(tmp_path / "train", ["first"]), "denied")
+    (first,) = load_index(split).generations
+    allowed, read = ["index.json"], storage.read_bytes
+
+    def answer(location: str) -> bytes:
+        if not location.endswith(tuple(allowed)):
+            raise PermissionError("The provided token has expired.")
+        return read(location)
+
+    monkeypatch.setattr(storage, "read_bytes", answer)
+    said: list[str] = []
+    poller = ChainPoller(split, first.raw, first, 0.0, said.append)
+    poller.look()
+    allowed.clear()
+    with pytest.raises(storage.StorageError, match=r"access is denied .*token has expired.*Check the credentials"):
+        poller.look()
+    poller.start()
+    while not said:
+        time.sleep(0.01)
+    assert poller.looks == 0
+    poller.close()
+    assert "trying again" in said[0]
 
 
 def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

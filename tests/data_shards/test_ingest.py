@@ -1,6 +1,7 @@
 """`deepskip ingest`: what arrives in a folder or an object store is in the chain exactly once, whatever is killed."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -21,10 +22,13 @@ from deepskip.data_shards.command_line import main
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.ingest import folder, loop
+from deepskip.data_shards.ingest.files import Pairs
 from deepskip.data_shards.ingest.items import Content, Item, Rules
 from deepskip.data_shards.ingest.journal import Journal
+from deepskip.data_shards.ingest.prefix import Prefix
 from deepskip.data_shards.ingest.start import ingest
 from deepskip.data_shards.inspection import verify
+from deepskip.data_shards.manifest import Generation, advance_of
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.sources.split import PackError
 from deepskip.data_shards.writer import write_shards
@@ -180,6 +184,10 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: 
     (place / "masks" / "005.png").write_bytes(b"any")
     shutil.copy(place / "images" / "004.png", place / "images" / "a.b.png")
     shutil.copy(place / "masks" / "004.png", place / "masks" / "a.b.png")
+    # Names that a tar of samples cannot hold: a control character, and bytes that are not UTF-8.
+    for name in (b"c\n1.png", b"d\xfc2.png", b"d\xfd2.png"):
+        for kind in ("images", "masks"):
+            shutil.copy(place / kind / "004.png", os.fsencode(place / kind) + b"/" + name)
     time.sleep(0.3)
     for _ in range(2):
         drain(tmp_path, split)
@@ -193,12 +201,14 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: 
     keys = load_index(split).keys(list(range(load_index(split).num_samples)))
     assert sorted(keys)[2:4] == ["in_003", "in_004"]
     # A dot would end the key.
-    assert sorted(keys)[4].startswith("in_a_b-")
+    assert [key[:7] for key in sorted(keys)[4:]] == ["in_a_b-", "in_c_1-", "in_d_2-", "in_d_2-"]
+    assert len(set(keys)) == 8
+    assert list(verify(split)) == []
     for value in range(3):
         put(place, value, LONG_AGO + 100)
     assert drain(tmp_path, split) == 3
     assert drain(tmp_path, split) == 0
-    assert load_index(split).generations[-1].offsets == {"in": 6}
+    assert load_index(split).generations[-1].offsets == {"in": 9}
 
 
 def test_two_ingests_of_one_source_never_double_an_item(tmp_path: Path, split: str) -> None:
@@ -294,8 +304,11 @@ def test_an_object_store_is_a_source(tmp_path: Path, split: str, s3: Any) -> Non
     assert sorted(index.keys(list(range(5))))[2:] == ["out_000", "out_001", "out_002"]
     assert index.generations[-1].offsets == {"out": 3}
     assert [json.loads(line)["item"] for line in (tmp_path / "j.jsonl").read_text().splitlines()] == [
-        "s3://bucket/in/images/003.png"
+        "images/003.png"
     ] * 2
+    # What is refused is not read at each listing.
+    source = Prefix("s3://bucket/in", Pairs("in", "", set(), Journal(tmp_path / "j.jsonl", "in")), 0.0, print)
+    assert len([item for item in itertools.islice(source.items(), 10) if item is not None]) < 10
     put(tmp_path / "in", 3)
     s3.put(str(tmp_path / "in" / "images" / "003.png"), "bucket/in/images/003.png")
     assert ingest("s3://bucket/in", split, **(options | {"name": "in"})) == 1
@@ -335,10 +348,31 @@ def test_a_folder_keeps_its_name_and_bad_input_is_explained(
     with pytest.raises(SystemExit):
         main([*start, f"folder:{tmp_path / 'moved'}", "--to", str(tmp_path / "named"), "--name", "cam"])
     assert "choose another name: --name" in capsys.readouterr().err
+    # A name that makes keys of another source's name: 2_a of cam is a of cam_2.
+    start += [f"folder:{tmp_path / 'moved'}", "--to", str(tmp_path / "data" / "train"), "--name"]
+    main([*start, "cam_2"])
+    for name in ("cam", "cam_2_a"):
+        with pytest.raises(SystemExit):
+            main([*start, name])
+        assert "has a source cam_2, of whose name" in capsys.readouterr().err
+    start = start[:4]
     monkeypatch.setitem(sys.modules, "watchdog.observers", None)
     with pytest.raises(SystemExit):
         cli.main([*start, f"folder:{tmp_path / 'moved'}", *to])
-    assert "pip install 'deepskip[ingest]'" in capsys.readouterr().err
+    assert "pip install '.[ingest]' in the checkout" in capsys.readouterr().err
+
+
+def test_a_clock_that_is_ahead_does_not_stay_in_the_chain(tmp_path: Path, split: str) -> None:
+    put(tmp_path / "in", 0, time.time() + 1e9)
+    drain(tmp_path, split)
+    assert load_index(split).generations[-1].watermark == pytest.approx(time.time(), abs=60)
+    # Such a watermark of an earlier version is not counted.
+    chain = [
+        *load_index(split).generations[:1],
+        Generation(1, "", {"watermark": 1e12}),
+        Generation(2, "", {"watermark": 5.0}),
+    ]
+    assert advance_of(chain)["watermark"] == 5.0
 
 
 def test_a_slow_training_is_waited_for(tmp_path: Path, split: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import webdataset
 
+from deepskip.data_shards import dataset, storage
 from deepskip.data_shards import stream as streams
 from deepskip.data_shards.crops import Crops, Item, pasted, random_crop
 from deepskip.data_shards.dataset import BrokenShard, Shards
@@ -104,6 +105,30 @@ def test_a_packing_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_samples_that_do_not_fit(tmp_path: Path, sample: Sample, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         packed(tmp_path / "train", [*samples(1), sample])
+
+
+def test_a_shard_that_cannot_be_reached_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [Sample(f"s{i}", np.full((16, 16, 3), i, np.uint8), np.zeros((16, 16), np.uint8)) for i in range(3)]
+    write_shards(made, tmp_path / "train", num_classes=1)
+    shards, slots, now, tries = (
+        Shards(tmp_path / "train", "none", on_bad_sample="skip"),
+        [Slot(0, i, 1) for i in range(3)],
+        100.0,
+        [],
+    )
+
+    def unreachable(number: int) -> Path:
+        tries.append(number)
+        raise storage.StorageError("the storage does not answer")
+
+    monkeypatch.setattr(dataset.time, "monotonic", lambda: now)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "local_path", unreachable)
+        assert len(shards[slots]["bad"]) == 3
+    assert len(shards[slots]["bad"]) == 3
+    assert len(tries) == 1
+    now += dataset.UNREACHED_SECONDS
+    assert shards[slots]["bad"] == []
 
 
 def test_missing_and_broken_indexes(tmp_path: Path) -> None:

@@ -47,6 +47,25 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
     assert watch.reason_to_give_up() == "the training failed 3 times after step 10: rank 0 died"
 
 
+def test_machines_that_an_idle_stream_loses_on_other_days_do_not_count_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: now)
+    watch = restarts.RestartPolicy(ClusterConfig(max_failures=0), checkpoint_every=10)
+    for _ in range(3):
+        watch.started(5)
+        now += 2 * restarts.IDLE_SECONDS
+        watch.failed("rank 0 died")
+        assert watch.failures == 1
+    watch.started(5)
+    now += 2 * restarts.IDLE_SECONDS
+    # This one was not idle: it comes to the same step each time.
+    watch.came_to(7)
+    watch.failed("rank 0 died")
+    assert watch.failures == 2
+
+
 def test_no_failure_is_forgiven_or_every_one() -> None:
     for allowed, given_up in ((0, True), (-1, False)):
         watch = restarts.RestartPolicy(ClusterConfig(max_failures=allowed), checkpoint_every=10)
