@@ -191,6 +191,9 @@ class RunConfig:
     """validations without a better IoU after which the training ends; 0 trains to the last step"""
     kernels: Literal["auto", "triton", "next", "reference"] = setting("auto", free=True)
     """operators: auto takes Triton kernels on GPUs that can run them, optimised forms on CPUs, else plain PyTorch"""
+    weights: str | None = None
+    """model whose weights the training starts from: coins or microorganisms, a run's folder or URL, or a file of weights; null
+    starts from random ones"""
     precision: Literal["auto", "float32", "bfloat16"] | None = None
     """number format: null takes bfloat16 on GPUs and float32 on CPUs; auto also takes bfloat16 on CPUs that multiply it in
     hardware. Losses on another number of workers then agree less closely. A resumed training keeps its format"""
@@ -200,7 +203,7 @@ class RunConfig:
     prequential: bool = setting(True, free=True)
     """with data.follow, measure the network on each generation before it is trained on it (stream/iou)"""
     drift: bool = setting(False, free=True)
-    """with data.follow, warn when new samples are segmented worse than earlier ones; needs river (deepskip[stream])"""
+    """with data.follow, warn when new samples are segmented worse than earlier ones; needs river (pip install '.[stream]')"""
     panels: int = setting(8, 0, 64)
     """validation images in the prediction panel"""
     experiment: str = "deepskip"

@@ -332,12 +332,13 @@ def train(
     kernels.backend.choose(settings.kernels)
     if device.type == "cpu":
         keep_freed_memory()
-
     training = TrainingStep(config, data, device, world_size)
     state = agreed_start(run, rank, world_size, device, warner(observe), data.splits, config.data.accept)
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
+    elif settings.weights is not None and (left := training.start_from(settings.weights)):
+        warner(observe)(f"{settings.weights} has other bands or classes: {', '.join(left)} start from random values")
     training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
     publish = publisher(config, rank, warner(observe))

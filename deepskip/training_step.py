@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import AveragedModel
 
-from deepskip import augment, micro_batches, networks
+from deepskip import augment, initial_weights, micro_batches, networks
 from deepskip.checkpoint import DataState, StepState
 from deepskip.config import Config, part_size
 from deepskip.copies import to_device
@@ -206,6 +206,22 @@ class TrainingStep:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def start_from(self, weights: str) -> list[str]:
+        """Take over the weights of another model before the first step, and return the names of those that do not fit.
+
+        Args:
+            weights: the model, as `initial_weights.fitting` takes it.
+
+        Raises:
+            initial_weights.OtherNetwork: if it is the model of another network.
+            checkpoint.CheckpointError, OSError: if it cannot be read.
+        """
+        found, left = initial_weights.fitting(self.network, weights, self.data.in_channels, self.data.num_classes)
+        self.network.load_state_dict(found, strict=False)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(self.network.state_dict())
+        return left
 
     def distribute(self) -> None:
         """Compile the network if the config says so, and wrap it for the process group if there are several ranks."""

@@ -47,6 +47,7 @@ UNKNOWN_BEFORE = {
     "model.options": {},
     "optim.momentum": 0.95,
     "run.precision": None,
+    "run.weights": None,
     "optim.schedule": "cosine",
 }
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepskip import networks
+from deepskip import checkpoint, initial_weights, networks, weight_files
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage, trouble
@@ -55,7 +55,7 @@ def check(argv: list[str]) -> None:
 
 
 def absolute_paths(config: Config) -> Path:
-    """Make data.path and publish.path absolute in place, as a run's record has it, and return the folder of runs.
+    """Make data.path, publish.path and run.weights absolute in place, as a run's record has it, and return the folder of runs.
 
     Args:
         config: settings of the training, changed in place.
@@ -69,6 +69,12 @@ def absolute_paths(config: Config) -> Path:
         config.data.path = str(absolute(config.data.path, "data.path"))
     if config.publish.path is not None and not storage.is_remote(config.publish.path):
         config.publish.path = str(absolute(config.publish.path.removeprefix("file://"), "publish.path"))
+    weights = config.run.weights
+    if weights is not None and not storage.is_remote(weights):
+        path = Path(weights.removeprefix("file://"))
+        # The name of a model that comes with DeepSkip is no path, unless there is one.
+        if path.exists() or weights not in weight_files.installed():
+            config.run.weights = str(absolute(str(path), "run.weights"))
     return folder
 
 
@@ -154,6 +160,11 @@ def check_network(config: Config, bands: int, num_classes: int) -> None:
         network = networks.outline(asdict(config.model), bands, num_classes)
     except (ValueError, ImportError) as error:
         stop(str(error))
+    if config.run.weights is not None:
+        try:
+            initial_weights.fitting(network, config.run.weights, bands, num_classes)
+        except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
+            stop(f"run.weights is {config.run.weights}: {error}")
     if config.run.compile != "none" and networks.brings_loss(network):
         stop(
             f"run.compile is {config.run.compile}, but {config.model.network} has its own loss, which cannot be compiled; "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepskip import augment, checkpoint, identity, trainer
+from deepskip import augment, checkpoint, identity, initial_weights, trainer
 from deepskip.config import Config
 from deepskip.data_shards import storage
 from deepskip.data_shards.crops import Crops
@@ -28,8 +28,9 @@ from deepskip.training_step import DataInfo
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
-    drift.MissingRiver, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData, admissions.OtherLog,
-    journal.BrokenFile,
+    drift.MissingRiver, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, checkpoint.CheckpointError,
+    identity.OtherData, admissions.OtherLog,
+    journal.BrokenFile, initial_weights.OtherNetwork,
 )  # fmt: skip
 
 

@@ -34,7 +34,11 @@ NEW_KEYS |= {f"/best/{name}" for name in ("best_threshold", "iou_best_threshold"
 IDENTITY = ("samples", "shards", "bands", "num_classes", "ignore_index", "contents", "statistics", "reading")
 NEW_KEYS |= {f"/config/data/{key}" for key in ("accept", "bands", "lanes", "fixed_lanes")}
 STREAM = ("follow", "replay", "replay_generations", "when_idle", "idle_seconds", "poll_seconds")
-NEW_KEYS |= {f"/config/data/{key}" for key in STREAM} | {"/config/run/prequential", "/config/run/drift"}
+NEW_KEYS |= {f"/config/data/{key}" for key in STREAM} | {
+    "/config/run/prequential",
+    "/config/run/drift",
+    "/config/run/weights",
+}
 NEW_KEYS |= {f"/data/splits/{split}/{key}" for split in ("train", "val") for key in IDENTITY}
 # This share of pixels must agree. A few of those on the threshold may change sides.
 ALIKE = 0.999
