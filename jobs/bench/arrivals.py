@@ -288,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for arrivals.json and arrivals.md")
     parser.add_argument("--only", choices=["rates", "memory"], help="one part alone")
     parser.add_argument("--samples", type=int, default=16, help="samples of a generation, for the rates")
-    parser.add_argument("--seconds", type=float, default=40, help="time for each rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 200, 400], help="samples/s")
+    parser.add_argument("--seconds", type=float, default=30, help="time for each rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 200, 300, 400], help="samples/s")
     parser.add_argument("--generations", type=int, default=10_000, help="generations, for the memory")
     arguments = parser.parse_args(argv)
     path = arguments.out / "arrivals.json"
