@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if extra is None:
             raise
         print(
-            f"error: deepskip {command} needs {package}, which is not installed: pip install 'deepskip[{extra}]' "
-            f"(in a checkout: pip install '.[{extra}]')",
+            f"error: deepskip {command} needs {package}, which is not installed: pip install '.[{extra}]' "
+            "in the checkout",
             file=sys.stderr,
         )
         raise SystemExit(2) from None

@@ -14,7 +14,8 @@ class EvaluateConfig:
     """Measure a trained model on shards: metrics, scores by object size, best threshold, classes and worst samples."""
 
     model: str
-    """a run's folder (runs/NAME) or URL, a checkpoint file, an MLflow run's id, models:/NAME/VERSION or models:/NAME@ALIAS"""
+    """coins or microorganisms (they come with DeepSkip), a run's folder (runs/NAME) or URL, a file of weights, an MLflow run's
+    id, models:/NAME/VERSION or models:/NAME@ALIAS"""
     data: str | None = None
     """folder or URL of one split of shards, such as data/coins/test; null takes the validation split of the model's training"""
     out: Path | None = None
@@ -48,7 +49,8 @@ class PredictConfig(Options):
     """Segment images with a trained model; running the same command again resumes an interrupted job."""
 
     model: str
-    """a run's folder (runs/NAME) or URL, a checkpoint file, or an MLflow name: a run's id, models:/NAME/VERSION"""
+    """coins or microorganisms (they come with DeepSkip), a run's folder (runs/NAME) or URL, a file of weights, an MLflow run's
+    id, or models:/NAME/VERSION"""
     images: list[str]
     """files, folders of them, Zarr arrays, folders of shards, and URLs of each"""
     out: str
@@ -60,7 +62,8 @@ class ExportConfig:
     """Export a trained model to ONNX and torch.export, compare the files with PyTorch, and write a model card."""
 
     model: str
-    """a run's folder (runs/NAME) or URL, a checkpoint file, an MLflow run's id, models:/NAME/VERSION or models:/NAME@ALIAS"""
+    """coins or microorganisms (they come with DeepSkip), a run's folder (runs/NAME) or URL, a file of weights, an MLflow run's
+    id, models:/NAME/VERSION or models:/NAME@ALIAS"""
     out: Path | None = None
     """folder for the files; null takes exports/MODEL"""
     formats: list[Literal["onnx", "pt2", "safetensors"]] = field(default_factory=lambda: ["onnx", "pt2"])

@@ -20,7 +20,8 @@ class ServeConfig:
     """Serve a trained model over HTTP: an image in; a mask, polygons or an overlay out; with a web page to try it."""
 
     model: str
-    """a run's folder (runs/NAME), its URL, a checkpoint file, an MLflow run's id, or models:/NAME/VERSION; or the
+    """coins or microorganisms (they come with DeepSkip), a run's folder (runs/NAME), its URL, a file of weights, an MLflow
+    run's id, or models:/NAME/VERSION; or the
     publish.path of a training, whose best model is taken over while the server runs"""
     follow_seconds: float = setting(5, 0.05, 3600)
     """seconds between looks for a better model in a publish.path"""

@@ -56,7 +56,8 @@ class DriftDetector:
             from river.drift import ADWIN
         except ImportError as error:
             raise MissingRiver(
-                "run.drift needs river, which is not installed: pip install 'deepskip[stream]', or set run.drift to false"
+                "run.drift needs river, which is not installed: pip install '.[stream]' in the checkout, or set run.drift to "
+                "false"
             ) from error
         self.adwin = ADWIN(delta=delta, clock=CLOCK)
         # Generation and score of the samples since ADWIN began anew.

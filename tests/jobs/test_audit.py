@@ -213,5 +213,5 @@ def test_the_division_is_that_of_the_least_squares() -> None:
 
 def test_without_river_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "river.drift", None)
-    with pytest.raises(drift.MissingRiver, match=r"pip install 'deepskip\[stream\]'"):
+    with pytest.raises(drift.MissingRiver, match=r"pip install '\.\[stream\]'"):
         drift.DriftDetector()

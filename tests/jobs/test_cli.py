@@ -116,6 +116,6 @@ def test_what_the_base_installation_does_and_what_a_missing_extra_is_called(tmp_
     ):
         refused = deepskip(*words)
         assert refused.returncode == 2, refused.stderr
-        message = f"error: deepskip {words[0]} needs {package}, which is not installed: pip install 'deepskip[train]'"
+        message = f"error: deepskip {words[0]} needs {package}, which is not installed: pip install '.[train]'"
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
