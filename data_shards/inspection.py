@@ -19,8 +19,8 @@ from deepskip.data_shards.progress import Progress, no_progress
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 
-# Upper bounds of the bins of the object-size histogram, as shares of the image.
-SIZE_EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
+# First area of each bin of the object-size histogram but the first, in pixels, as in the report of `deepskip evaluate`.
+SIZE_EDGES = (16, 64, 256, 1024)
 
 
 def verify(folder: str | Path, cache: storage.Cache | None = None, progress: Progress = no_progress) -> Iterator[str]:
@@ -66,8 +66,7 @@ class Contents:
         heights: Height of each image in pixels.
         widths: Width of each image in pixels.
         pixels: Number of pixels of each label, (256,) int64.
-        objects: Number of objects in each bin of SIZE_EDGES, (bins,) int64.
-        shares: Area of each object, as a share of its image.
+        areas: Area of each object in pixels.
         empty: Number of images without objects.
         bad: Number of samples that cannot be read.
     """
@@ -75,8 +74,7 @@ class Contents:
     heights: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
-    objects: np.ndarray = field(default_factory=lambda: np.zeros(len(SIZE_EDGES), np.int64))
-    shares: list[float] = field(default_factory=list)
+    areas: list[int] = field(default_factory=list)
     empty: int = 0
     bad: int = 0
 
@@ -106,9 +104,7 @@ def contents(folder: str | Path, cache: storage.Cache | None = None, progress: P
         found.empty += not labels
         for label in labels:
             regions, _ = ndimage.label(mask == label, structure=everywhere)
-            shares = np.bincount(regions.ravel())[1:] / mask.size
-            found.shares += shares.tolist()
-            found.objects += np.bincount(np.searchsorted(SIZE_EDGES, shares), minlength=len(SIZE_EDGES))
+            found.areas += np.bincount(regions.ravel())[1:].tolist()
     return found
 
 
@@ -136,15 +132,15 @@ def describe(index: Index, found: Contents) -> str:
         for label in np.flatnonzero(found.pixels)
     )
     lines.append(f"  pixels     {balance}")
-    lines.append(f"  objects    {len(found.shares)}, {found.empty} images without any")
-    if found.shares:
-        lines[-1] += f"; median {np.median(found.shares):.3%} of the image"
-        most = found.objects.max()
-        for edge, below, count in zip(SIZE_EDGES, (0.0, *SIZE_EDGES), found.objects, strict=False):
-            bar = "#" * round(40 * count / most)
+    lines.append(f"  objects    {len(found.areas)}, {found.empty} images without any")
+    if found.areas:
+        lines[-1] += f"; median {np.median(found.areas):g} pixels"
+        counts = np.bincount(np.searchsorted(SIZE_EDGES, found.areas, side="right"), minlength=len(SIZE_EDGES) + 1)
+        for begin, edge, count in zip((1, *SIZE_EDGES), (*SIZE_EDGES, None), counts.tolist(), strict=True):
+            bounds = f"{begin} to {edge - 1}" if edge else f"{begin} and more"
             # Empty bins are not listed.
             if count:
-                lines.append(f"    {below:>7.2%} to {edge:<7.2%} {count:>8}  {bar}")
+                lines.append(f"    {bounds:<14} {count:>8}  {'#' * round(40 * count / counts.max())}".rstrip())
     return "\n".join(lines)
 
 

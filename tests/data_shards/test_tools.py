@@ -15,6 +15,7 @@ from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.crops import Crops
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
+from deepskip.data_shards.inspection import Contents, describe
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.stream import train_batches
 from deepskip.data_shards.writer import write_shards
@@ -103,10 +104,14 @@ def test_info_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     # 15 of 23 images have a second object of 10 pixels next to that of 1 pixel. An image has 400 pixels.
     assert "23 samples in 5 shards" in text
     assert f"label 1 {(23 + 150) / 9200:.2%}" in text
-    assert "objects    38, 0 images without any; median 0.250% of the image" in text
-    counts = [int(line.split()[3]) for line in text.splitlines() if " to " in line and "%" in line]
-    assert sum(counts) == 38
-    assert sorted(count for count in counts if count) == [15, 23]
+    assert "objects    38, 0 images without any; median 1 pixels\n    1 to 15              38  ####" in text
+    # At the bounds: 15 pixels are fewer than 16, and 16 are not.
+    found = Contents([64], [64], np.bincount([0], minlength=256), [1, 15, 16, 63, 64, 255, 256, 1023, 1024, 4000])
+    sizes = [line.split() for line in describe(load_index(folder), found).splitlines() if "#" in line]
+    assert [line[:-1] for line in sizes] == [
+        ["1", "to", "15", "2"], ["16", "to", "63", "2"], ["64", "to", "255", "2"], ["256", "to", "1023", "2"],
+        ["1024", "and", "more", "2"],
+    ]  # fmt: skip
 
 
 def test_the_card_names_each_splits_shards_and_leaves_the_users_own_alone(tmp_path: Path) -> None:
