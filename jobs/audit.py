@@ -92,7 +92,7 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
         config = record["config"]
         if not config["data"].get("follow"):
             stop(f"{folder} does not follow a stream (data.follow): deepskip order prints what its steps take")
-        # A checkpoint is read before the log, which has all that it has, also if the training goes on.
+        # A checkpoint is read before the log, which has all that it has, also if the training continues.
         state, _ = checkpoint.newest(folder)
         entries = admissions.read(folder)
         bad = journal.checked(folder / journal.BAD_SAMPLES, journal.is_report, dict)

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import runpy
 import statistics
@@ -180,6 +181,22 @@ def test_the_check_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     check.main([*words, "--predictions", str(tmp_path / "predictions")])
     # 3 of 8 pixels, the mean of 3 / 7 and 0, 2 of 3 targets, 2 of 144 pixels
     assert capsys.readouterr().out == "iou 0.375, niou 0.214286, pd 0.666667, fa 0.0138889\n"
+
+
+def test_the_place_of_a_target_beside_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(page.FOLDER)
+    alignment = importlib.import_module("alignment")
+    rows, columns = np.indices((40, 40))
+    for down, right in ((0.0, 0.0), (0.75, -0.5), (-0.25, 1.0)):
+        # The second one is cut by the border.
+        image = sum(
+            100 * np.exp(-((rows - y - down) ** 2 + (columns - x - right) ** 2) / 4) for y, x in ((20, 12), (37, 30))
+        )
+        mask = np.zeros((40, 40), bool)
+        mask[18:23, 10:15] = mask[35:40, 28:33] = True
+        found = list(alignment.distances(image + 7, mask))
+        assert [area for area, *_ in found] == [25, 25]
+        assert found[0][1:] == pytest.approx((down, right), abs=0.1)
 
 
 def test_a_recipe_is_what_is_trained_by_and_new_settings_that_are_off_do_not_count() -> None:
