@@ -41,8 +41,8 @@ FEW = ("--train", "6", "--val", "2", "--test", "2")
 def at_toy_size(words: list[str]) -> list[str]:
     """Return the words of a deepskip command, changed to run quickly."""
     if words[0] == "train":
-        # DeepSkip's widths are an error with another network.
-        other = "--model.network" in words
+        # DeepSkip's widths are an error with another network, and other ones with the weights of a file.
+        other = bool({"--model.network", "--run.weights"} & set(words))
         return [*words, *(word for word in SMALL if not (other and word.startswith("--model.base_channels")))]
     return [*words, *FEW] if words[:2] == ["pack", "coins"] else words
 
