@@ -64,7 +64,8 @@ def build_parser(program: str) -> ArgumentParser:
     """
     parser = ArgumentParser(
         prog=f"deepskip {program}",
-        description="Train a segmentation model. Settings come from the defaults, then --config, then the command line.",
+        description="Train a segmentation model. Settings come from the defaults, then --config, then the command line; "
+        "deepskip train DATA is short for --data.path DATA.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; see jobs/configs")
