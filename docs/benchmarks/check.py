@@ -32,7 +32,7 @@ def tested(path: Path) -> list[str]:
 def score(
     stems: list[str], truth_of: Callable[[str], np.ndarray], guess_of: Callable[[str], np.ndarray]
 ) -> dict[str, float]:
-    """Return iou, niou, pd and fa as docs/benchmarks.md defines them.
+    """Return iou, niou, pd and fa as docs/benchmark-runs.md defines them.
 
     Args:
         stems: names of the images.

@@ -236,6 +236,21 @@ def test_the_table_by_hand() -> None:
     assert not any("30.0" in line or "10.0" in line for line in lines)
 
 
+def test_the_trials_by_hand(tmp_path: Path) -> None:
+    recipes = {"first": {"a": 1, "b": 2}, "second": {"a": 1, "b": 3, "c": True}}
+    for name, recipe in recipes.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
+    rows = [
+        row_of("deepskip", 0, 0.5, part="search", recipe="first", steps="30"),
+        row_of("deepskip", 0, 0.9, recipe="first"),
+    ]
+    rows += [row_of("plain_unet", 0, 0.6, part="search", recipe="second", steps="30")]
+    assert page.trials(rows, tmp_path).splitlines()[2:] == [
+        "| NUDT-SIRST | - | 30 | 50.0 / 50.0 / 98.0 / 4.0 |",
+        "| NUDT-SIRST | DeepSkip without deep skips: `b: 3`, `c: True` | 30 | 60.0 / 50.0 / 98.0 / 4.0 |",
+    ]
+
+
 def test_the_page_is_up_to_date(tmp_path: Path) -> None:
     text, rows = page.PAGE.read_text(), runs.read_rows(page.RUNS)
     assert page.filled(text, rows) == text

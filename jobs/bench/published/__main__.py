@@ -1,6 +1,6 @@
 """Pack the sets, train and test one network on one of them, and draw the results.
 
-Run it as `python -m deepskip.jobs.bench.published pack | run | page`; docs/benchmarks.md explains the protocol.
+Run it as `python -m deepskip.jobs.bench.published pack | run | page`; docs/benchmark-runs.md explains it.
 """
 
 import argparse

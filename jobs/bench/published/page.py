@@ -1,13 +1,14 @@
 """Draw the results of the published benchmarks: a table, and a figure of IoU by parameters."""
 
 import csv
+import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepskip.jobs.bench.published.runs import METRICS, Row, read_rows
+from deepskip.jobs.bench.published.runs import METRICS, RECIPES, Row, read_rows
 
 ROOT = Path(__file__).parents[3]
 PAGE, FOLDER = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
@@ -64,6 +65,31 @@ def results(rows: Sequence[Row]) -> str:
         cells = [theirs(own.get(name)) for name in SET_NAMES]
         size = f"{int(first['parameters']) / 1e6:.2f} M" if first["parameters"] else "-"
         lines.append(f"| {network} | {size} | - | {' | '.join(cells)} | {first['protocol']} |")
+    return "\n".join(lines)
+
+
+def trials(rows: Iterable[Row], recipes: Path) -> str:
+    """Return the trials of recipes as Markdown, each with what differs from the set's first one.
+
+    Args:
+        rows: rows of the CSV of our runs.
+        recipes: folder of their recipes.
+    """
+    lines = ["| set | differs in | steps | IoU / nIoU / Pd / Fa |", "|---|---|---:|---:|"]
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["part"] != "search":
+            continue
+        own = json.loads((recipes / f"{row['recipe']}.json").read_text())
+        base = first.setdefault(row["set"], own)
+        changed = [
+            f"`{key}: {own.get(key, 'off')}`" for key in sorted(own.keys() | base) if own.get(key) != base.get(key)
+        ]
+        differs = ", ".join(changed) or "-"
+        network = "" if row["network"] == "deepskip" else f"{LABELS.get(row['network'], row['network'])}: "
+        lines.append(
+            f"| {SET_NAMES[row['set']].partition(',')[0]} | {network}{differs} | {row['steps']} | {ours([row])} |"
+        )
     return "\n".join(lines)
 
 
@@ -148,16 +174,17 @@ def point(axis: Any, parameters: int, iou: float, error: float, label: str, colo
 
 
 def filled(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with its table replaced: what is between <!-- results --> and <!-- end -->.
+    """Return the page with its tables replaced: what is between <!-- results --> or <!-- trials --> and <!-- end -->.
 
     Raises:
-        ValueError: if the page does not have one such place.
+        ValueError: if the page does not have one place for each.
     """
-    text = results(rows).replace("\\", r"\\")
-    made, count = re.subn(r"(<!-- results -->\n).*?(<!-- end -->)", rf"\1\n{text}\n\n\2", page, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{PAGE} has {count} places for the results; it must have one")
-    return made
+    for name, table in (("results", results(rows)), ("trials", trials(rows, FOLDER / RECIPES))):
+        text = table.replace("\\", r"\\")
+        page, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1\n{text}\n\n\2", page, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{PAGE} has {count} places for the {name}; it must have one")
+    return page
 
 
 def write(table: Path, out: Path | None) -> list[Path]:
