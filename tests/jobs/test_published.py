@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 import deepskip
+from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.data_shards.index import load_index
 from deepskip.jobs.bench.published import data, page, runs
@@ -249,6 +250,14 @@ def test_the_trials_by_hand(tmp_path: Path) -> None:
         "| NUDT-SIRST | - | 30 | 50.0 / 50.0 / 98.0 / 4.0 |",
         "| NUDT-SIRST | DeepSkip without deep skips: `b: 3`, `c: True` | 30 | 60.0 / 50.0 / 98.0 / 4.0 |",
     ]
+
+
+def test_the_stored_weights_are_those_of_a_row() -> None:
+    state = checkpoint.load_for_inference(page.FOLDER / "nudt-sirst.safetensors")
+    (row,) = [row for row in runs.read_rows(page.RUNS) if row["weights_sha256"] == runs.weights_digest(state["model"])]
+    assert (row["set"], row["part"], row["network"]) == ("nudt_sirst", "official", "deepskip")
+    # Prediction prepares images as the training did.
+    assert state["config"]["data"]["normalize"] == "image"
 
 
 def test_the_page_is_up_to_date(tmp_path: Path) -> None:
