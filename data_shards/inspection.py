@@ -135,12 +135,12 @@ def describe(index: Index, found: Contents) -> str:
     lines.append(f"  objects    {len(found.areas)}, {found.empty} images without any")
     if found.areas:
         lines[-1] += f"; median {np.median(found.areas):g} pixels"
-        counts = np.bincount(np.searchsorted(SIZE_EDGES, found.areas, side="right"), minlength=len(SIZE_EDGES) + 1)
-        for begin, edge, count in zip((1, *SIZE_EDGES), (*SIZE_EDGES, None), counts.tolist(), strict=True):
+        bins = np.bincount(np.searchsorted(SIZE_EDGES, found.areas, side="right"), minlength=len(SIZE_EDGES) + 1)
+        for begin, edge, count in zip((1, *SIZE_EDGES), (*SIZE_EDGES, None), bins.tolist(), strict=True):
             bounds = f"{begin} to {edge - 1}" if edge else f"{begin} and more"
             # Empty bins are not listed.
             if count:
-                lines.append(f"    {bounds:<14} {count:>8}  {'#' * round(40 * count / counts.max())}".rstrip())
+                lines.append(f"    {bounds:<14} {count:>8}  {'#' * round(40 * count / bins.max())}".rstrip())
     return "\n".join(lines)
 
 
