@@ -18,7 +18,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # A link to code becomes the name of the file. A link to a page stays a link.
-    data = (tmp_path / "stream.html").read_text()
+    data = (tmp_path / "exact-stream.html").read_text()
     assert "<code>data_shards/order.py</code>" in data
     assert "../data_shards" not in data
     assert 'href="chaos.html"' in (tmp_path / "faults.html").read_text()
