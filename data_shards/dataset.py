@@ -26,7 +26,7 @@ from deepskip.data_shards.order import Slot
 from deepskip.data_shards.pictures import filled, without_values
 from deepskip.data_shards.preparation import band_statistics
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
-from deepskip.data_shards.scan import BrokenShard, digest
+from deepskip.data_shards.scan import BrokenShard, UnreachedShard, digest
 from deepskip.data_shards.stored import MAX_GAP, StoredSample, read_stored
 
 NORMALIZATIONS = ("image", "dataset", "robust", "none")
@@ -403,9 +403,7 @@ class Shards(Dataset[Batch]):
         try:
             descriptor = self._open_file(number)
         except BrokenShard as error:
-            passing = isinstance(error.__cause__, storage.StorageError) and not isinstance(
-                error.__cause__, storage.ChangedFile
-            )
+            passing = isinstance(error, UnreachedShard)
             self._broken[number] = error, time.monotonic() + UNREACHED_SECONDS if passing else math.inf
             raise
         self._open[key] = descriptor
@@ -430,6 +428,8 @@ class Shards(Dataset[Batch]):
                         raise
         except storage.ChangedFile as error:
             raise BrokenShard(f"{error}. {again}") from error
+        except storage.Unreached as error:
+            raise UnreachedShard(str(error)) from error
         except storage.StorageError as error:
             raise BrokenShard(str(error)) from error
         except OSError as error:

@@ -37,7 +37,7 @@ def stream_batches(
         Batches with the additional entries.
 
     Raises:
-        ValueError: If the cache is too small for two windows of each lane.
+        SmallCache: If first_step is 0 and the cache is too small for two windows of each lane.
     """
     number = order.number_at(first_step)
     segment = order.segment(number)
@@ -45,7 +45,7 @@ def stream_batches(
     if ahead is not None:
         own = [shards.index.shard(n) for n in shards_of(order, segment.generations)]
         lanes = lanes_here(order.lanes, order.global_batch_size, world_size, ranks_here)
-        check_cache(shards, order.window, lanes, own)
+        check_cache(shards, order.window, lanes, own, started=first_step > 0)
 
     def slots() -> Iterator[list[Slot]]:
         in_use = None

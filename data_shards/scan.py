@@ -31,6 +31,10 @@ class BrokenShard(RuntimeError):
     """A shard that is missing, has changed since it was indexed, or is not a whole tar file."""
 
 
+class UnreachedShard(BrokenShard):
+    """A shard whose storage did not answer, or refused for now; later it may."""
+
+
 @dataclass
 class Scan:
     """Contents of one tar.

@@ -36,6 +36,10 @@ class CacheFull(StorageError):
     """A file does not fit into the cache."""
 
 
+class Unreached(StorageError):
+    """A server did not answer, or refused for now; later it may."""
+
+
 def is_remote(location: Location) -> bool:
     """Return whether a location is a URL of another machine; file:// is not."""
     return isinstance(location, str) and "://" in location and not location.startswith("file://")
@@ -278,7 +282,8 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError: If the action raises it; without a retry, like PermissionError, ChangedFile and CacheFull.
-        StorageError: If all tries fail, or the server answers that a retry is useless.
+        Unreached: If all tries fail.
+        StorageError: If the server answers that a retry is useless.
     """
     started = time.monotonic()
     for attempt in range(TRIES):
@@ -290,7 +295,7 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
         except Exception as error:
             permanent = getattr(error, "status", 500) in range(400, 500) and error.status not in (408, 425, 429)  # type: ignore[attr-defined]
             if permanent or attempt == TRIES - 1:
-                raise StorageError(
+                raise (StorageError if permanent else Unreached)(
                     f"{location} cannot be reached: {attempt + 1} tries in {time.monotonic() - started:.1f} s, "
                     f"the last: {type(error).__name__}: {error}. Check the address, the credentials and the network."
                 ) from error
@@ -330,22 +335,28 @@ class Cache:
         folder = self.folder.expanduser()
         path = folder / sha256
         part = folder / f"{sha256}.{size}{PART}"
-        while not self._touch(path):
+        while not self._touch(path, size):
             folder.mkdir(parents=True, exist_ok=True)
             with locked(part) as held:
                 # The process that held the lock before may have finished the file.
                 if held and not path.exists():
                     self._make_room(size, part)
                     download(location, part, size, sha256)
+                    with part.open("rb") as file:
+                        os.fsync(file.fileno())
                     part.replace(path)
         return path
 
-    def _touch(self, path: Path) -> bool:
+    def _touch(self, path: Path, size: int) -> bool:
         try:
             os.utime(path)
+            if path.stat().st_size == size:
+                return True
+            # An earlier version, or a disk that lost power, left less.
+            path.unlink()
         except FileNotFoundError:
-            return False
-        return True
+            pass
+        return False
 
     def _make_room(self, size: int, mine: Path) -> None:
         if size > self.limit:
@@ -424,7 +435,8 @@ def same_file(file: BinaryIO, path: Path) -> bool:
 def remove_abandoned(part: Path) -> bool:
     """Remove a partial file whose process has ended, and return whether it is gone."""
     try:
-        with part.open("rb") as file, flock(file, fcntl.LOCK_NB):
+        # NFS locks exclusively only what is open for writing.
+        with part.open("r+b") as file, flock(file, fcntl.LOCK_NB):
             if same_file(file, part):
                 part.unlink()
     except BlockingIOError:

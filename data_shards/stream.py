@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from deepskip.data_shards import storage
 from deepskip.data_shards.dataset import Batch, Shards, SkipReport
@@ -29,6 +30,8 @@ from deepskip.data_shards.order import (
     shards_ahead,
     steps_per_epoch,
 )
+from deepskip.data_shards.sample import BadSample
+from deepskip.data_shards.scan import BrokenShard
 
 # Remote shards that are fetched at the same time.
 FETCHES = 8
@@ -88,17 +91,25 @@ class ReadAhead:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_cache(shards: Shards, window: int, lanes: int = 1, entries: Sequence[ShardEntry] | None = None) -> None:
-    """Raise ValueError if the cache cannot hold two windows of the largest shards of a remote split for each lane.
+class SmallCache(ValueError):
+    """A cache that cannot hold what a machine reads at a time; the message has both sizes and the settings to change."""
+
+
+def check_cache(
+    shards: Shards, window: int, lanes: int = 1, entries: Sequence[ShardEntry] | None = None, started: bool = False
+) -> None:
+    """Raise SmallCache if the cache cannot hold two windows of the largest shards of a remote split for each lane.
 
     Args:
         shards: The split; nothing is checked if it is local or has no cache.
         window: Number of shards that are shuffled together.
         lanes: Number of lanes that the ranks of this machine read.
         entries: The shards that are read; None are all of the split.
+        started: Whether the training has made steps. Then it goes on with a warning: shards that do not fit are fetched more
+            often. It may have lost machines, so that this one reads more lanes, or a large generation may have come.
 
     Raises:
-        ValueError: If the shards do not fit; names both sizes and the settings to change.
+        SmallCache: If the shards do not fit.
     """
     if shards.cache is None or not storage.is_remote(shards.index.base or shards.folder):
         return
@@ -106,10 +117,13 @@ def check_cache(shards: Shards, window: int, lanes: int = 1, entries: Sequence[S
     largest = sum(sorted((shard.bytes for shard in read), reverse=True)[: 2 * window * lanes])
     if largest > shards.cache.limit:
         where = f" in each of this machine's {lanes} lanes" if lanes > 1 else ""
-        raise ValueError(
+        text = (
             f"two windows of {window} shards{where} of {shards.folder} have {largest / 1e9:.2f} GB, but the cache at "
-            f"{shards.cache.folder} holds {shards.cache.limit / 1e9:.2f} GB; raise data.cache_gb or lower data.shuffle_window"
+            f"{shards.cache.folder} holds {shards.cache.limit / 1e9:.2f} GB"
         )
+        if not started:
+            raise SmallCache(f"{text}; raise data.cache_gb or lower data.shuffle_window")
+        warnings.warn(f"{text}: shards are fetched more than once. Raise data.cache_gb", stacklevel=2)
 
 
 def train_batches(
@@ -148,11 +162,14 @@ def train_batches(
         Batches with the additional entries.
 
     Raises:
-        ValueError: If the split has no samples, or the cache is too small for two windows of each lane.
+        ValueError: If the split has no samples.
+        SmallCache: If first_step is 0 and the cache is too small for two windows of each lane.
+        BadSample: As a split raises it; also BrokenShard and OSError.
     """
     if len(shards) == 0:
         raise ValueError(f"{shards.folder} holds no samples")
-    check_cache(shards, window, lanes_here(lanes, global_batch_size, world_size, ranks_here))
+    lanes_of_machine = lanes_here(lanes, global_batch_size, world_size, ranks_here)
+    check_cache(shards, window, lanes_of_machine, started=first_step > 0)
     ahead = ReadAhead(shards) if storage.is_remote(shards.index.base or shards.folder) else None
 
     per_epoch = steps_per_epoch(len(shards), global_batch_size)
@@ -197,7 +214,7 @@ def read(
     """
     if loader_workers:
         loader = DataLoader(
-            shards,
+            Returned(shards),
             batch_sampler=slots,
             collate_fn=partial(collated, entries),
             num_workers=loader_workers,
@@ -230,9 +247,28 @@ def with_entries(entries: Entries | None, batch: Batch) -> Batch:
     return batch if entries is None else {**batch, **entries(batch["epoch"], batch["sample"])}
 
 
-def collated(entries: Entries | None, batch: Batch) -> dict[str, Any]:
-    """Make a batch ready to leave a loader process."""
-    return pack_small(with_entries(entries, batch))
+class Returned(Dataset[Batch | Exception]):
+    """A split for loader processes, which returns the errors of its data.
+
+    Of an error that a loader process raises, torch makes one of its own, with a traceback as its text.
+
+    Args:
+        shards: The split.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __getitems__(self, slots: Sequence[Slot]) -> Batch | Exception:
+        try:
+            return self.shards[slots]
+        except (BadSample, BrokenShard, OSError) as error:
+            return error
+
+
+def collated(entries: Entries | None, batch: Batch | Exception) -> dict[str, Any]:
+    """Make a batch, or the error in its place, ready to leave a loader process."""
+    return {"error": batch} if isinstance(batch, Exception) else pack_small(with_entries(entries, batch))
 
 
 def pack_small(batch: Batch) -> dict[str, Any]:
@@ -241,7 +277,13 @@ def pack_small(batch: Batch) -> dict[str, Any]:
 
 
 def unpack_small(packed: dict[str, Any]) -> Batch:
-    """Convert the arrays of `pack_small` back to tensors, pinned if there is a GPU: copies of others would wait for it."""
+    """Convert the arrays of `pack_small` back to tensors, pinned if there is a GPU: copies of others would wait for it.
+
+    Raises:
+        Exception: The error of a loader process.
+    """
+    if "error" in packed:
+        raise packed["error"]
     arrays = {name: torch.from_numpy(x) for name, x in packed.items() if isinstance(x, np.ndarray)}
     if torch.cuda.is_available():
         arrays = {name: x.pin_memory() for name, x in arrays.items()}
@@ -321,7 +363,7 @@ def single_images(shards: Shards, slots: Iterator[list[Slot]], count: int, loade
         yield from (shards[batch] for batch in slots)
         return
     loader = DataLoader(
-        shards,
+        Returned(shards),
         batch_sampler=slots,
         collate_fn=partial(collated, None),
         num_workers=min(loader_workers, left),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepskip.config import AugmentConfig
-from deepskip.copies import to_device
+from deepskip.device import to_device
 
 # tables of symmetries that are kept: a training has crops of one size
 TABLES = 4

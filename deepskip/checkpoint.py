@@ -25,6 +25,8 @@ FOLDER = "checkpoints"
 BEST = "best.pt"
 # The suffix that a broken checkpoint's name gets when a training skips it.
 BROKEN = ".broken"
+# Times that a folder is listed in which all checkpoints vanish before they are read.
+LISTINGS = 5
 _MARK = b"sha256:"
 _DIGITS = 64
 
@@ -308,25 +310,30 @@ def find_newest(run: Location) -> tuple[tuple[bytes, State] | None, dict[Locatio
     Raises:
         CheckpointTooNew: if a later DeepSkip wrote a checkpoint.
         OSError: if a file cannot be read: an unreachable storage must not look like an empty one. A bad sector is
-            reported as a fault instead.
+            reported as a fault instead. Also if checkpoints vanish each time that they are looked for.
     """
     faults: dict[Location, str] = {}
-    for path in step_paths(run):
-        try:
-            data = storage.read_bytes(path)
-            return (data, unpack(data, path)), faults
-        except CheckpointTooNew:
-            raise
-        except CheckpointError as error:
-            faults[path] = str(error)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            # EIO is a bad sector; an older checkpoint may still be readable.
-            if error.errno != errno.EIO:
+    # Workers that are cut off may still write a newer checkpoint, and remove the one that was listed.
+    for _ in range(LISTINGS):
+        vanished = 0
+        for path in step_paths(run):
+            try:
+                data = storage.read_bytes(path)
+                return (data, unpack(data, path)), faults
+            except CheckpointTooNew:
                 raise
-            faults[path] = f"{path} cannot be read: {error.strerror}"
-    return None, faults
+            except CheckpointError as error:
+                faults[path] = str(error)
+            except FileNotFoundError:
+                vanished += 1
+            except OSError as error:
+                # EIO is a bad sector; an older checkpoint may still be readable.
+                if error.errno != errno.EIO:
+                    raise
+                faults[path] = f"{path} cannot be read: {error.strerror}"
+        if not vanished:
+            return None, faults
+    raise OSError(f"the checkpoints of {run} vanish while they are read; does another process train it?")
 
 
 def newest(run: Location) -> tuple[State | None, list[str]]:

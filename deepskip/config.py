@@ -328,6 +328,11 @@ def check_values(config: Config) -> None:
             faults.append(
                 f"{given}; it takes a worker's share at the most workers, so set cluster.workers: [fewest, most]"
             )
+        if config.run.compile in ("reduce-overhead", "max-autotune"):
+            faults.append(
+                f"{given} and run.compile {config.run.compile}, whose CUDA graphs overwrite the gradients of an earlier part: "
+                "set run.compile to default"
+            )
         if config.model.norm == "sync-batch":
             faults.append(
                 f'{given}; with model.norm "sync-batch" all samples of a step are normalised together: set it to null'

@@ -15,14 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepskip import kernels
-from deepskip.allocator import keep_freed_memory
 from deepskip.checkpoint import RecordState, State
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
 from deepskip.config import Config, RunConfig
-from deepskip.copies import to_device
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
+from deepskip.device import on_device, prepared
 from deepskip.evaluation import evaluate
 from deepskip.following import Outcome, Stream, StreamReader
 from deepskip.optimizer import learning_rate
@@ -327,11 +326,9 @@ def train(
         checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData: see there.
         OSError: if the storage cannot be read.
     """
-    device, run = torch.device(device), storage.locate(run)
+    device, run = prepared(device), storage.locate(run)
     optim, settings, record = config.optim, config.run, Record()
     kernels.backend.choose(settings.kernels)
-    if device.type == "cpu":
-        keep_freed_memory()
     training = TrainingStep(config, data, device, world_size)
     state = agreed_start(run, rank, world_size, device, warner(observe), data.splits, config.data.accept)
     if state is not None:
@@ -426,23 +423,6 @@ def validate(
         observe("panel", training.step, {"images": panel})
     validated(training.step)
     return metrics
-
-
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches with their tensors on the device, copied while the last batch is computed."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in batches:
-        # With a stream of None the context does nothing.
-        with torch.cuda.stream(stream):
-            moved = {k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if stream is not None:
-            now = torch.cuda.current_stream(device)
-            now.wait_stream(stream)
-            for value in moved.values():
-                if isinstance(value, Tensor):
-                    # Its memory must not be reused by the next copy while this stream still reads it.
-                    value.record_stream(now)
-        yield cast(Batch, moved)
 
 
 def broken_weights(network: nn.Module) -> Tensor:

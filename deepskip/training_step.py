@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from deepskip import augment, initial_weights, micro_batches, networks
 from deepskip.checkpoint import DataState, StepState
 from deepskip.config import Config, part_size
-from deepskip.copies import to_device
+from deepskip.device import to_device
 from deepskip.inference import normalize, to_labels
 from deepskip.instance_batch_norm import InstanceBatchNorm
 from deepskip.loss import BCEDiceLoss, LossParts, total_over_ranks

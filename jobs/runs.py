@@ -4,6 +4,8 @@ import fcntl
 import itertools
 import json
 import math
+import platform
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -129,11 +131,16 @@ def claim(
             raise RunError(f"{error.filename}: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
             if name:
                 raise RunError(f"run {name} in {folder_of_runs} is being trained by another process") from None
             continue
+        except OSError as error:
+            lock.close()
+            raise RunError(
+                f"{folder / LOCK} cannot be locked: {error.strerror}. Set run.storage to a file system with locks (flock)"
+            ) from error
         try:
             earlier = check_files(folder)
         except (BrokenFile, OSError) as error:
@@ -303,6 +310,30 @@ def choose_lanes(run: Run, config: Config, machines: int) -> None:
         print(f"data.lanes is {run.lanes}, for {machines} machine{'s' * (machines > 1)}", flush=True)
         record(run, settings, run.mlflow_run_id)
     config.data.lanes = run.lanes
+
+
+class NotShared(RuntimeError):
+    """The folder of a run on a worker's machine is not the one on the driver's; the message has the machine."""
+
+
+def check_shared(folder: Path, seconds: float = 10.0) -> None:
+    """Raise NotShared if this machine does not see the folder of a run that another one has begun.
+
+    Args:
+        folder: folder of the run.
+        seconds: time that a file system may take to show a new file.
+
+    Raises:
+        NotShared: the run's record does not appear.
+    """
+    until = time.monotonic() + seconds
+    while not (folder / RECORD).is_file():
+        if time.monotonic() > until:
+            raise NotShared(
+                f"{folder} does not exist on {platform.node()}; set run.storage to a folder on a file system that all "
+                "machines share"
+            )
+        time.sleep(0.2)
 
 
 def check_data(folder: Path, now: Mapping[str, Identity]) -> None:

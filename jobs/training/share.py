@@ -16,8 +16,8 @@ from deepskip.data_shards.dataset import Batch, Shards, SkipReport
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex
 from deepskip.data_shards.sample import BadSample
-from deepskip.data_shards.scan import BrokenShard
-from deepskip.data_shards.stream import train_batches, whole_images
+from deepskip.data_shards.scan import BrokenShard, UnreachedShard
+from deepskip.data_shards.stream import SmallCache, train_batches, whole_images
 from deepskip.jobs import admissions, journal, runs
 from deepskip.jobs.settings import cache_of
 from deepskip.jobs.training import drift
@@ -27,11 +27,13 @@ from deepskip.training_step import DataInfo
 
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
-    BadSample, BrokenShard, MissingIndex, BrokenIndex, storage.StorageError, trainer.NonFiniteLoss,
+    BadSample, BrokenShard, MissingIndex, BrokenIndex, SmallCache, storage.StorageError, trainer.NonFiniteLoss,
     drift.MissingRiver, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, checkpoint.CheckpointError,
-    identity.OtherData, admissions.OtherLog,
+    identity.OtherData, admissions.OtherLog, runs.NotShared,
     journal.BrokenFile, initial_weights.OtherNetwork,
 )  # fmt: skip
+# Those of them that may be over when the workers start again.
+PASSING = (UnreachedShard, storage.Unreached)
 
 
 def train(
@@ -72,6 +74,7 @@ def train(
         runs.LeaseLost: on rank 0, if other workers have resumed this run meanwhile.
     """
     torch.set_num_threads(max(1, threads))
+    runs.check_shared(folder)
     lease = runs.acquire_writer_lease(folder) if rank == 0 else ""
 
     def check_lease() -> None:

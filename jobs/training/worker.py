@@ -43,6 +43,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         if ray.train.get_context().get_world_rank() == 0:
             ray.get(queue.put.remote(Stopped(str(error))))
         raise
+    except share.PASSING:
+        # Ray starts the workers again, up to cluster.max_failures times without a new checkpoint.
+        raise
     except share.FATAL as error:
         ray.get(queue.put.remote(Fatal(str(error))))
         raise

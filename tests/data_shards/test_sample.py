@@ -1,5 +1,4 @@
 import io
-import pickle
 import struct
 import zipfile
 import zlib
@@ -13,7 +12,7 @@ from PIL import Image
 from deepskip.data_shards import tiff
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image, decode_mask
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
-from deepskip.data_shards.sample import BadSample, encode_image, encode_mask
+from deepskip.data_shards.sample import encode_image, encode_mask
 
 RNG = np.random.default_rng(0)
 
@@ -279,8 +278,3 @@ def test_resizing() -> None:
     assert not small_mask[25:].any()
     same, _ = resize_longest_side(image, None, 100)
     assert same is image
-
-
-def test_the_error_survives_the_way_from_a_loader_process() -> None:
-    error = pickle.loads(pickle.dumps(BadSample("a.tar", "k", "is bad")))
-    assert (str(error), error.key) == ("a.tar: sample k: is bad", "k")

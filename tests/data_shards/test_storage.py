@@ -28,7 +28,7 @@ from deepskip.data_shards.order import Slot
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.storage import Cache, CacheFull, ChangedFile, StorageError
-from deepskip.data_shards.stream import train_batches
+from deepskip.data_shards.stream import SmallCache, train_batches
 from deepskip.data_shards.writer import write_shards
 
 
@@ -191,9 +191,24 @@ def test_the_cache_is_bounded_and_drops_the_oldest(tmp_path: Path, http: tuple[s
     packed(tmp_path / "www" / "train")
     stream_of = train_batches(Shards(f"{url}/train", cache=Cache(tmp_path / "c", 10**5)), 0, 4, 0, 0, 1)
     with pytest.raises(
-        ValueError, match=r"two windows of 16 shards.*raise data\.cache_gb or lower data\.shuffle_window"
+        SmallCache, match=r"two windows of 16 shards.*raise data\.cache_gb or lower data\.shuffle_window"
     ):
         next(stream_of)
+    # A training that is under way may have lost machines: it goes on.
+    whole = train_batches(Shards(tmp_path / "www" / "train"), 0, 4, 1, 0, 1)
+    resumed = train_batches(Shards(f"{url}/train", cache=Cache(tmp_path / "c", 10**5)), 0, 4, 1, 0, 1)
+    with pytest.warns(UserWarning, match=r"two windows of 16 shards.*fetched more than once"):
+        assert next(resumed)["key"] == next(whole)["key"]
+
+
+def test_a_copy_that_lost_its_end_is_fetched_again(tmp_path: Path, http: tuple[str, dict[str, int]]) -> None:
+    url, _ = http
+    (tmp_path / "www" / "file").write_bytes(b"whole")
+    file = f"{url}/file", 5, hashlib.sha256(b"whole").hexdigest()
+    cache = Cache(tmp_path / "cache", 10)
+    # As after a loss of power.
+    cache.fetch(*file).write_bytes(b"")
+    assert cache.fetch(*file).read_bytes() == b"whole"
 
 
 def test_the_cache_must_hold_the_lanes_of_its_machine(tmp_path: Path, http: tuple[str, dict[str, int]]) -> None:

@@ -22,7 +22,7 @@ from deepskip.data_shards.inspection import verify
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.sample import BadSample, Sample
 from deepskip.data_shards.storage import Cache
-from deepskip.data_shards.stream import ReadAhead, train_batches, whole_images
+from deepskip.data_shards.stream import ReadAhead, read, train_batches, whole_images
 from deepskip.data_shards.writer import write_shards
 
 
@@ -119,7 +119,7 @@ def test_a_shard_that_cannot_be_reached_is_tried_again_later(tmp_path: Path, mon
 
     def unreachable(number: int) -> Path:
         tries.append(number)
-        raise storage.StorageError("the storage does not answer")
+        raise storage.Unreached("the storage does not answer")
 
     monkeypatch.setattr(dataset.time, "monotonic", lambda: now)
     with monkeypatch.context() as patch:
@@ -169,12 +169,17 @@ def test_verify_and_reading_name_the_shard_that_changed(tmp_path: Path) -> None:
         )
     ]
     shards = Shards(tmp_path / "train")
-    with pytest.raises(BrokenShard, match=r"shard-000000\.tar cannot be opened"):
-        shards[[Slot(0, 0, 1)]]
     with pytest.raises(BrokenShard, match=r"shard-000001\.tar has .* bytes where its index says"):
         shards[[Slot(0, 4, 1)]]
-    with pytest.raises(BadSample, match=r"shard-000002\.tar: sample s008: has other bytes than when it was indexed"):
-        shards[[Slot(0, 8, 1)]]
+    # Loader processes say the same.
+    for workers in (0, 1):
+        with pytest.raises(BrokenShard, match=r"shard-000000\.tar cannot be opened"):
+            list(read(shards, iter([[Slot(0, 0, 1)]]), workers))
+        with pytest.raises(
+            BadSample, match=r"shard-000002\.tar: sample s008: has other bytes than when it was indexed"
+        ) as caught:
+            list(read(shards, iter([[Slot(0, 8, 1)]]), workers))
+        assert caught.value.key == "s008"
 
 
 def test_samples_that_are_not_what_the_index_says(tmp_path: Path) -> None:

@@ -138,6 +138,27 @@ def test_broken_ones_are_set_aside_and_do_not_push_whole_ones_out(tmp_path: Path
     assert start(tmp_path)[1] == []
 
 
+def test_checkpoints_that_vanish_are_not_a_run_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, listed = storage.read_bytes, checkpoint.step_paths
+    checkpoint.save(state(10), checkpoint.step_path(tmp_path, 10))
+
+    def written_meanwhile(path: storage.Location) -> bytes:
+        # Workers that are cut off write a newer one and remove this one.
+        checkpoint.step_path(tmp_path, 10).unlink(missing_ok=True)
+        checkpoint.save(state(11), checkpoint.step_path(tmp_path, 11))
+        return read(path)
+
+    monkeypatch.setattr(storage, "read_bytes", written_meanwhile)
+    found, _ = start(tmp_path)
+    assert found is not None
+    assert found["step"] == 11
+    monkeypatch.setattr(storage, "read_bytes", read)
+    # A listing that never shows what is there.
+    monkeypatch.setattr(checkpoint, "step_paths", lambda run: [*listed(run)[:0], checkpoint.step_path(run, 9)])
+    with pytest.raises(OSError, match="vanish while they are read"):
+        start(tmp_path)
+
+
 def test_the_writer_works_beside_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, saved = threading.Event(), checkpoint.save
 

@@ -142,6 +142,10 @@ def test_settings() -> None:
         check_values(settings)
     settings.cluster.workers, settings.model.norm = (1, 4), "batch"
     check_values(settings)
+    settings.run.compile = "max-autotune"
+    with pytest.raises(ValueError, match="whose CUDA graphs overwrite the gradients of an earlier part"):
+        check_values(settings)
+    settings.run.compile = "none"
     assert part_size(settings) == 3
     settings.optim.micro_batch = 0
     with pytest.raises(ValueError, match=r"optim\.micro_batch is 0; it must be 1 or more"):

@@ -1,3 +1,5 @@
+import errno
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,23 @@ def test_a_run_in_progress_is_not_taken(tmp_path: Path) -> None:
     assert (first.name, second.name) == ("coins", "coins-2")
     with pytest.raises(runs.RunError, match="being trained by another process"):
         runs.claim(tmp_path, "coins", "x", config())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    with pytest.raises(runs.RunError, match=r"cannot be locked: Function not implemented\. Set run\.storage"):
+        runs.claim(tmp_path, None, "coins", config())
+    assert [path.name for path in tmp_path.iterdir()] == ["coins"]
+
+
+def test_a_folder_that_machines_do_not_share(tmp_path: Path) -> None:
+    with pytest.raises(runs.NotShared, match=r"mine does not exist on .*; set run\.storage to a folder"):
+        runs.check_shared(tmp_path / "mine", 0)
+    trained(tmp_path, "mine", config(), finish=False)
+    runs.check_shared(tmp_path / "mine", 0)
 
 
 def test_a_named_run_of_other_settings_is_an_error(tmp_path: Path) -> None:

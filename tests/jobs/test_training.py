@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from deepskip.config import ClusterConfig, Config, check_values
+from deepskip.data_shards import storage
+from deepskip.data_shards.scan import BrokenShard, UnreachedShard
 from deepskip.jobs import runs
 from deepskip.jobs.settings import parse
-from deepskip.jobs.training import allocation, reports, restarts
-from deepskip.jobs.training.events import Measured, Warned
+from deepskip.jobs.training import allocation, reports, restarts, worker
+from deepskip.jobs.training.events import Fatal, Measured, Warned
 
 
 def test_workers_are_a_number_or_a_range() -> None:
@@ -23,6 +25,27 @@ def test_workers_are_a_number_or_a_range() -> None:
 def test_workers_that_cannot_be_are_named(workers: int | tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"cluster\.workers is"):
         check_values(Config(cluster=ClusterConfig(workers=workers)))
+
+
+def test_an_outage_of_the_storage_is_left_to_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    queue = SimpleNamespace(
+        is_over=SimpleNamespace(remote=lambda: False), put=SimpleNamespace(remote=lambda event: told.append(event))
+    )
+    monkeypatch.setattr(worker.ray, "get", lambda value: value)
+    for error, expected in (
+        (UnreachedShard("no route"), []),
+        (storage.Unreached("no route"), []),
+        (BrokenShard("changed"), [Fatal("changed")]),
+    ):
+
+        def failing(settings: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(worker, "train", failing)
+        with pytest.raises(type(error)):
+            worker.train_worker({"queue": queue})
+        assert told == expected
 
 
 def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
