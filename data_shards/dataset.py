@@ -98,6 +98,7 @@ class Shards(Dataset[Batch]):
         cache: Where copies of remote shards are kept; required for a URL.
         bands: Numbers and ranges of the bands to take, as in `bands.chosen_bands`; None takes all.
         generations: Number of generations of the split to read, from the first; None reads all.
+        fill: Whether pixels without a value get their band's mean; else whole images have nan there.
 
     Raises:
         BandError: If the images do not have these bands.
@@ -118,6 +119,7 @@ class Shards(Dataset[Batch]):
         cache: storage.Cache | None = None,
         bands: Sequence[int | str] | None = None,
         generations: int | None = None,
+        fill: bool = True,
     ) -> None:
         for name, value, allowed in (
             ("normalize", normalize, NORMALIZATIONS),
@@ -126,12 +128,14 @@ class Shards(Dataset[Batch]):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         self.folder, self.normalize, self.crops, self.cache = str(folder), normalize, crops, cache
+        self.fill = fill
         self.on_bad_sample = on_bad_sample
         self.index: Index = choose_bands(load_index(folder, cache, generations), bands)
         self.num_classes = num_classes or self.index.num_classes
         paste = crops is not None and crops.paste > 0
         # uint8 cannot hold an object's values after they are scaled to another image's contrast.
-        self.image_dtype = np.dtype(np.uint8 if self.index.dtype == "uint8" and not paste else np.float32)
+        whole = self.index.dtype == "uint8" and (fill or not self.index.reading.missing)
+        self.image_dtype = np.dtype(np.uint8 if whole and not paste else np.float32)
         self.mean, self.std = (np.array(values, np.float32) for values in self.index.normalization(normalize))
         # Keyed by process: file descriptors are not valid in another loader process.
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
@@ -264,7 +268,7 @@ class Shards(Dataset[Batch]):
         """
         image, mask = self.read(entry)
         mean, std = self.statistics(image, entry)
-        if self.index.reading.missing:
+        if self.index.reading.missing and self.fill:
             image = filled(image, mean if self.normalize != "none" else self.mean)
         return Item(image, mask, mean, std)
 

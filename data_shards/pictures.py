@@ -15,6 +15,9 @@ PLAIN_SHARE = 0.95
 SUSPECTED = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -2147483648.0, 65535.0, 1e20, -1e30, 9.96920996838687e36,
              -3.4028234663852886e38, 3.4028234663852886e38)  # fmt: skip
 
+# The variance of an image with larger values would overflow in fp32.
+LARGEST = 1e15
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -83,10 +86,7 @@ def image_of(picture: Picture, reading: Reading = AS_IT_COMES, bands: int | None
     if picture.alpha:
         dropped = dropped_alpha(picture, reading.alpha, bands)
         array = np.delete(array, dropped, axis=2) if dropped else array
-    if reading.missing:
-        array = without_nodata(array, picture.nodata, reading.nodata)
-    elif array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("has values that are nan or infinite")
+    array = without_nodata(array, *((picture.nodata, reading.nodata) if reading.missing else ()))
     if array.dtype == bool:
         array = array.astype(np.uint8)
     return array if reading.orientation == "ignore" else turned(array, picture.orientation)
@@ -136,7 +136,7 @@ def without_nodata(array: np.ndarray, *values: float | None) -> np.ndarray:
         The array unchanged if it has no such value, else a copy in float32 or float64.
 
     Raises:
-        ValueError: If other values are nan or infinite.
+        ValueError: If other values are nan, infinite or beyond LARGEST.
     """
     missing = np.zeros(array.shape, bool)
     named = [value for value in values if value is not None]
@@ -145,14 +145,28 @@ def without_nodata(array: np.ndarray, *values: float | None) -> np.ndarray:
             missing |= np.isnan(array) if array.dtype.kind == "f" else False
         elif (found := cast(value, array.dtype)) is not None:
             missing |= array == found
-    if array.dtype.kind == "f" and not (missing | np.isfinite(array)).all():
-        cure = "" if any(map(math.isnan, named)) else "; if nan means no data: --nodata nan"
-        raise ValueError(f"has values that are nan or infinite{cure}")
+    if array.dtype.kind == "f" and not (sound := missing | usable(array)).all():
+        if not (missing | np.isfinite(array)).all():
+            cure = "" if any(map(math.isnan, named)) else "; if nan means no data: --nodata nan"
+            raise ValueError(f"has values that are nan or infinite{cure}")
+        value = float(array[~sound][0])
+        raise ValueError(f"has values beyond {LARGEST:g}; if {value!r} means no data: --nodata={value!r}")
     if not missing.any():
         return array
     array = array.astype(array.dtype if array.dtype == np.float64 else np.float32)
     array[missing] = np.nan
     return array
+
+
+def usable(array: np.ndarray) -> np.ndarray:
+    """Return which values are finite and small enough to compute their variance in fp32.
+
+    Args:
+        array: Numbers of any shape (*,), of a floating-point dtype.
+    """
+    finite = np.isfinite(array)
+    # float16 holds nothing so large.
+    return finite if array.dtype == np.float16 else finite & (np.abs(array) <= LARGEST)
 
 
 def cast(value: float, dtype: np.dtype) -> np.generic | None:

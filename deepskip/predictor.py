@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepskip import checkpoint, inference
+from deepskip.data_shards.pictures import LARGEST
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.flips import Flipped
 from deepskip.inference import build_segmenter, predict_logits, to_labels, to_probabilities, without_values
@@ -238,11 +239,11 @@ class Predictor:
         missing = torch.zeros((), dtype=torch.bool, device=x.device)
         if nodata is not None:
             missing = x.isnan() if math.isnan(nodata) else x == float(np.float32(nodata))
-        bad = x.numel() - int((torch.isfinite(x) | missing).sum())
+        bad = x.numel() - int(((x.abs() <= LARGEST) | missing).sum())
         if bad:
             raise ValueError(
-                f"the image has {bad} values that are nan, infinite or beyond fp32; fill them in, or pass the value that "
-                "marks missing values, such as nodata=math.nan"
+                f"the image has {bad} values that are nan, infinite or beyond {LARGEST:g}; fill them in, or pass the value "
+                "that marks missing values, such as nodata=math.nan"
             )
         return torch.where(missing, math.nan, x) if bool(missing.any()) else x
 

@@ -29,7 +29,7 @@ from deepskip.evaluation import thumbnail
 from deepskip.inference import to_labels
 from deepskip.jobs import models, report, runs
 from deepskip.jobs.options import EvaluateConfig
-from deepskip.jobs.settings import NotHere, absolute, parse_settings, stop
+from deepskip.jobs.settings import NotHere, absolute, check_report, parse_settings, stop
 from deepskip.metrics import SegmentationMetrics, confusion_counts
 from deepskip.predictor import Predictor
 from deepskip.size_scores import SizeScores
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")
     folder = config.out or Path("evaluations") / found.title / split
     absolute(str(folder), "out")
+    check_report(folder / REPORT, shards.folder)
     started = time.perf_counter()
     try:
         # report.json is written last: if it exists, the folder is complete
@@ -187,15 +188,11 @@ def open_data(config: EvaluateConfig, model: Predictor) -> Shards:
     path = config.data or storage.join(model.state["config"]["data"]["path"], "val")
     cache = storage.Cache(Path(config.cache_dir), int(config.cache_gb * 1e9))
     try:
-        # the model normalizes its input itself
+        # the model normalizes its input itself, without pixels that have no value
         shards = Shards(
-            path,
-            "none",
-            num_classes=model.num_classes,
-            on_bad_sample=config.on_bad_sample,
-            cache=cache,
-            bands=model.chosen,
-        )
+            path, "none", num_classes=model.num_classes, on_bad_sample=config.on_bad_sample, cache=cache,
+            bands=model.chosen, fill=False,
+        )  # fmt: skip
     except (MissingIndex, BrokenIndex, BandError, storage.StorageError) as error:
         stop(f"data is {path}: {error}", NotHere if isinstance(error, MissingIndex) else SystemExit)
     index = shards.index
@@ -238,6 +235,7 @@ def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: 
         ThresholdCurve(model.num_classes, index.ignore_index),
         np.zeros((max(2, model.num_classes),) * 2, np.int64),
     )
+    nodata = math.nan if index.reading.missing else None
     with tqdm(total=len(shards), unit="image", desc=shards.folder[-40:], dynamic_ncols=True, disable=None) as bar:
 
         def left_out(report: SkipReport) -> None:
@@ -246,7 +244,7 @@ def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: 
 
         for batch in whole_images(shards, 0, 1, left_out):
             image = batch["image"][0]
-            p_VHW = model.predict_proba(image, chosen=True).numpy()
+            p_VHW = model.predict_proba(image, nodata=nodata, chosen=True).numpy()
             labels = to_labels(p_VHW, config.threshold).astype(np.uint8)
             add_row(add(scores, batch["key"][0], image, batch["mask"][0].numpy(), p_VHW, labels, config.worst))
             bar.update()

@@ -158,6 +158,12 @@ def limits(model: Predictor, normalization: str, names: dict[str, int]) -> list[
             f"They are bands {shown_bands(model.chosen)} of the {model.image_bands} of an image, counted from 0. The exported "
             "files take these alone; deepskip predict, deepskip serve and deepskip.load take whole images."
         )
+    nodata = model.preparation.get("nodata")
+    marked = f", such as the training images' {nodata}," if nodata is not None else ""
+    found.append(
+        "The exported files take no missing values: a nan makes all probabilities of its image nan, and a marked value"
+        f"{marked} counts as a number. deepskip predict, deepskip serve and deepskip.load exclude both."
+    )
     if bands is not None:
         found.append(
             f"The training images were converted to {bands} bands (deepskip pack --bands), and new ones must be too; "

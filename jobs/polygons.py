@@ -1,6 +1,7 @@
 """Outlines of a mask's objects as GeoJSON, along the edges of pixels, so that they enclose exactly the mask's pixels."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def feature_collection(objects_HW: np.ndarray, classes: np.ndarray, scores_HW: n
     # the outline of a part that is connected by edges never crosses itself
     parts, polygons = split_by_corners(objects_HW)
     owned: dict[int, list[list[Ring]]] = {}
-    for part, rings in outlines(parts).items():
+    for part, rings in outlines(parts, MAX_SIDES).items():
         owned.setdefault(int(polygons[part]), []).append(rings)
     features = []
     for number, label in enumerate(classes, 1):
@@ -102,7 +103,7 @@ def split_by_corners(objects_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return parts, np.array(owners)
 
 
-def outlines(parts_HW: np.ndarray) -> dict[int, list[Ring]]:
+def outlines(parts_HW: np.ndarray, most: float = math.inf) -> dict[int, list[Ring]]:
     """Trace the rings of each part, the outer ring first.
 
     Rings are closed and have only corners, as (x, y). The shoelace sum is positive for outer rings and negative for
@@ -110,17 +111,18 @@ def outlines(parts_HW: np.ndarray) -> dict[int, list[Ring]]:
 
     Args:
         parts_HW: part of each pixel, (H, W) of an integer dtype, 0 for background; parts are connected by edges.
+        most: largest number of pixel edges that are traced.
 
     Returns:
         The rings of each part, by its number.
 
     Raises:
-        TooLong: the outlines have more than MAX_SIDES pixel edges.
+        TooLong: the outlines have more pixel edges.
     """
     padded = np.pad(parts_HW, 1)
     sides = int((padded[1:] != padded[:-1]).sum() + (padded[:, 1:] != padded[:, :-1]).sum())
-    if sides > MAX_SIDES:
-        raise TooLong(f"the objects' outlines have {sides} pixel edges; at most {MAX_SIDES} are traced")
+    if sides > most:
+        raise TooLong(f"the objects' outlines have {sides} pixel edges; at most {most} are traced")
     steps: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     # one step along each pixel edge between a part and anything else, with the part on the right hand
     for (down, right), inside, outside in (

@@ -60,9 +60,9 @@ def check(argv: list[str]) -> None:
     Raises:
         SystemExit: status 2 after `error:` lines, if something is wrong; NotHere if the model is missing.
     """
-    run_or_path, places, _, _ = parse(argv)
+    run_or_path, places, out, _ = parse(argv)
     read_checkpoint(run_or_path)
-    inputs.find(places)
+    inputs.find(places, out)
 
 
 def read_checkpoint(run_or_path: str) -> NetworkState:
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         stop(
             "--out or --images is relative to a copy of your folder on the cluster; give paths that every machine sees"
         )
-    items = inputs.find(places)
+    items = inputs.find(places, out)
     made_by = fingerprint(state, options)
     out.mkdir(parents=True, exist_ok=True)
     done.remove_leftovers(out)
@@ -163,7 +163,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     progress.end()
     if options.polygons == "coco":
-        join_coco(out, [item.name for item in items], state["data"]["num_classes"])
+        # what an earlier model left of an image that now fails is not this model's
+        names = [item.name for item in items if done.is_done(out, item, made_by)]
+        join_coco(out, names, state["data"]["num_classes"])
     if not left:
         return
     seconds = time.monotonic() - progress.started

@@ -50,8 +50,9 @@ def read_split(path: Path, stems: list[str]) -> dict[str, list[str]]:
     """
     if not path.is_file():
         raise PackError(f"the split file {path} does not exist")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
+    # Excel begins a file with a byte order mark.
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
         if not reader.fieldnames or not {"stem", "split"} <= set(reader.fieldnames):
             raise PackError(f"{path} has columns {reader.fieldnames}; it needs stem,split")
         rows = [(row["stem"], row["split"]) for row in reader]
@@ -100,8 +101,9 @@ def read_colours(path: Path) -> tuple[tuple[int, int, int, int], ...]:
     """
     if not path.is_file():
         raise PackError(f"the colour file {path} does not exist")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
+    # Excel begins a file with a byte order mark.
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
         if not reader.fieldnames or not {"color", "label"} <= set(reader.fieldnames):
             raise PackError(f"{path} has columns {reader.fieldnames}; it needs color,label")
         found: dict[tuple[int, int, int], int] = {}

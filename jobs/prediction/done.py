@@ -41,6 +41,25 @@ def is_done(out: Path, item: Item, made_by: str) -> bool:
         return False
 
 
+def forget(out: Path, item: Item) -> None:
+    """Remove what an earlier prediction left of an image, as its note lists it, and the note.
+
+    Args:
+        out: Folder of all outputs.
+        item: The image.
+    """
+    path = note_path(out, item)
+    try:
+        names = [str(name) for name in json.loads(path.read_text())["outputs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        # A note could name any file.
+        if (out / name).resolve().is_relative_to(out.resolve()):
+            remove(out / name)
+    remove(path)
+
+
 def place(out: Path, item: Item, made_by: str, sinks: Sequence[Sink | Features]) -> None:
     """Write an image's note, then rename its finished outputs to their final names.
 

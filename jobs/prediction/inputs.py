@@ -34,6 +34,7 @@ class Item:
         bytes: Size of its file; Zarr arrays count as very large, so that they are never grouped.
         stamp: Text that changes when the image changes.
         sample: Number of the sample in its shards, or None for other images.
+        file: Path of the image's file, from the folder that was given.
     """
 
     name: str
@@ -42,18 +43,28 @@ class Item:
     bytes: int
     stamp: str
     sample: int | None = None
+    file: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The image's own name, for files that list images."""
+        return self.file or f"{self.name}.{self.extension}"
 
     def __str__(self) -> str:
         return self.location if self.sample is None else f"{self.location}: sample {unquote(self.name)}"
 
 
-def find(places: Sequence[str]) -> list[Item]:
+def find(places: Sequence[str], out: Path | None = None) -> list[Item]:
     """List the images at files, folders, shards and URLs.
+
+    Args:
+        places: Paths and URLs.
+        out: Folder of the outputs, which are no images to segment if it lies in one of the folders.
 
     Raises:
         SystemExit: A place has no images, or two images would be written to the same outputs.
     """
-    items = [item for place in places for item in found_at(place)]
+    items = [item for place in places for item in found_at(place, out)]
     names: dict[str, Item] = {}
     clashes = []
     for item in items:
@@ -68,8 +79,8 @@ def find(places: Sequence[str]) -> list[Item]:
     return items
 
 
-def found_at(place: str) -> list[Item]:
-    """List the images at one place; end the program if there are none."""
+def found_at(place: str, out: Path | None = None) -> list[Item]:
+    """List the images at one place, without those in `out`; end the program if there are none."""
     try:
         if extension_of(place) == "zarr":
             return [zarr_item(place, plain_name(place))]
@@ -81,16 +92,18 @@ def found_at(place: str) -> list[Item]:
         stop(f"--images: {error}")
     path = Path(place.removeprefix("file://"))
     if path.is_file():
-        return [file_item(path, plain_name(place))]
+        # A file has the name that it would have in its folder.
+        return [file_item(path, plain(path.stem) if path.name.startswith(".") else path.stem, path.name)]
     if not path.is_dir():
         stop(f"--images: {place} does not exist", NotHere)
     if next(path.glob("*.tar"), None):
         stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: deepskip index {place}")
     others: Counter[str] = Counter()
     items = [
-        zarr_item(str(each), name) if each.suffix == ".zarr" else file_item(each, name)
-        for each in walk(path, others=others)
-        for name in [each.relative_to(path).with_suffix("").as_posix()]
+        zarr_item(str(each), name) if each.suffix == ".zarr" else file_item(each, name, inside.as_posix())
+        for each in walk(path, others=others, out=out)
+        for inside in [each.relative_to(path)]
+        for name in [inside.with_suffix("").as_posix()]
     ]
     if not items:
         stop(f"--images: {place} holds no images ({', '.join(EXTENSIONS)}){how_to_convert(others, path)}")
@@ -100,15 +113,18 @@ def found_at(place: str) -> list[Item]:
     return items
 
 
-def walk(folder: Path, above: Set[tuple[int, int]] = frozenset(), others: Counter[str] | None = None) -> Iterator[Path]:
+def walk(
+    folder: Path, above: Set[tuple[int, int]] = frozenset(), others: Counter[str] | None = None, out: Path | None = None
+) -> Iterator[Path]:
     """Yield the images of a folder and its subfolders, sorted, without hidden files and the inner files of Zarr arrays.
 
-    Pipes, broken links and links back to a parent folder are reported and skipped.
+    Pipes, broken links, links back to a parent folder and results of other predictions are reported and skipped.
 
     Args:
         folder: The folder to search.
         above: Identities of the folders that led here.
         others: Counter to fill with the kinds of files that are not images.
+        out: Folder to pass over, with the results of this prediction.
     """
     above = {*above, identity(folder)}
     for each in sorted(folder.iterdir()):
@@ -117,8 +133,12 @@ def walk(folder: Path, above: Set[tuple[int, int]] = frozenset(), others: Counte
         if each.is_dir() and each.suffix != ".zarr":
             if identity(each) in above:
                 trouble.passed_over(each, "a link back to a folder that it is in")
+            elif out is not None and out.is_dir() and out.samefile(each):
+                continue
+            elif (each / "done").is_dir() and (each / "masks").is_dir():
+                trouble.passed_over(each, "results of deepskip predict")
             else:
-                yield from walk(each, above, others)
+                yield from walk(each, above, others, out)
         elif extension_of(each.name) in EXTENSIONS:
             if each.is_file() or each.is_dir():
                 yield each
@@ -135,14 +155,15 @@ def identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def file_item(path: Path, name: str) -> Item:
-    """Return the item of an image file."""
+def file_item(path: Path, name: str, file: str) -> Item:
+    """Return the item of an image file, with the name of its outputs and its own."""
     status = path.stat()
-    return Item(name, str(path), extension_of(path.name), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+    stamp = f"{status.st_size}-{status.st_mtime_ns}"
+    return Item(name, str(path), extension_of(path.name), status.st_size, stamp, file=file)
 
 
 def zarr_item(location: str, name: str) -> Item:
-    """Return the item of a Zarr array, stamped by the modification times of its metadata files.
+    """Return the item of a Zarr array, stamped by the number, size and newest time of its files.
 
     Remote arrays have an empty stamp.
 
@@ -154,7 +175,10 @@ def zarr_item(location: str, name: str) -> Item:
         folder = Path(location.removeprefix("file://"))
         if not folder.is_dir():
             stop(f"--images: {location} does not exist", NotHere)
-        stamp = "-".join(str(p.stat().st_mtime_ns) for p in sorted(folder.glob("*.json")) + sorted(folder.glob(".z*")))
+        found = [each.stat() for each in folder.rglob("*")]
+        stamp = (
+            f"{len(found)}-{sum(each.st_size for each in found)}-{max((each.st_mtime_ns for each in found), default=0)}"
+        )
     # The huge size keeps the array from being grouped with small files.
     return Item(name, location, "zarr", 2**40, stamp)
 

@@ -53,7 +53,7 @@ class Outputs:
             self.sinks.append(self.probabilities)
         if options.polygons != "none":
             path = out / features.FOLDER / f"{item.name}{features.ENDING[options.polygons]}"
-            self.features = Features(path, options.polygons, raster, f"{item.name}.{item.extension}")
+            self.features = Features(path, options.polygons, raster, item.file_name)
             self.sinks.append(self.features)
         if options.overlays:
             self.picture = Picture(raster)

@@ -1,6 +1,9 @@
 """Open images for reading by windows: TIFF, npy and Zarr of any size; other formats are read whole."""
 
+import base64
+import contextlib
 import math
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +15,15 @@ import tifffile
 
 from deepskip.data_shards import tiff
 from deepskip.data_shards.decoding import MAX_PIXELS, decode_image, read_image
-from deepskip.data_shards.pictures import Picture, Reading, dropped_alpha, image_of, turned, without_nodata
+from deepskip.data_shards.pictures import (
+    Picture,
+    Reading,
+    dropped_alpha,
+    image_of,
+    suspected_nodata,
+    turned,
+    without_nodata,
+)
 from deepskip.jobs.prediction import zarr_codecs
 from deepskip.jobs.prediction.georeference import Georeference, of_tiff, of_world_file
 
@@ -23,8 +34,14 @@ WHOLE_BYTES = 2**26
 MAX_CHUNK_BYTES = 2**30
 # The attributes in which xarray, NetCDF and GDAL name the value of missing pixels.
 FILL_ATTRIBUTES = ("_FillValue", "missing_value", "nodata")
+# The axes of an image by the names that Zarr arrays give them; others are bands.
+AXES = dict.fromkeys(("y", "lat", "latitude", "height", "row", "rows"), "H") | dict.fromkeys(
+    ("x", "lon", "longitude", "width", "column", "columns"), "W"
+)
 # The number of windows of a large image that are read to tell transparency from data, and their sides in pixels.
 LOOKS, LOOK_SIDE = 8, 256
+# The side of the windows of a large image in which undeclared no-data values are looked for.
+CORNER = 64
 
 
 @dataclass
@@ -94,6 +111,27 @@ class Raster:
             raise ValueError(
                 f"{what} in rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}{mark}{cure}"
             ) from error
+
+
+def suspected(raster: Raster) -> float | None:
+    """Return a value of a raster that probably means no data although nothing says so, or None.
+
+    Of a large raster the corners and the middle are looked at.
+
+    Args:
+        raster: The raster.
+    """
+    if raster.nodata or raster.dtype == np.uint8:
+        return None
+    if raster.whole is not None:
+        return suspected_nodata(raster.whole)
+    rows, columns = (
+        [slice(start, min(start + CORNER, length)) for start in (0, length // 2, max(0, length - CORNER))]
+        for length in (raster.height, raster.width)
+    )
+    places = [(0, 0), (0, 2), (1, 1), (2, 0), (2, 2)]
+    found = [raster.read(rows[i], columns[j]).reshape(-1, 1, raster.bands) for i, j in places]
+    return suspected_nodata(np.concatenate(found))
 
 
 def in_memory(image_HWC: np.ndarray) -> Raster:
@@ -242,7 +280,7 @@ def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: R
     axes = "".join({"Y": "H", "X": "W"}.get(series.axes[i], "C") for i in kept)
     if sorted(axes) not in (["H", "W"], ["C", "H", "W"]):
         raise ValueError(f"has axes {series.axes} of {series.shape}; height, width and one axis of bands are read")
-    check(shape, series.dtype)
+    check(shape, values_of(series))
     if series.dataoffset is not None:
         dtype = np.dtype(file.byteorder + series.dtype.char)
         raster = from_file(path, {"dtype": dtype, "offset": series.dataoffset, "shape": shape}, axes, by_rows=False)
@@ -289,7 +327,12 @@ def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: st
         return cut(found, axes, slice(None), slice(None))
 
     sizes = dict(zip(axes, shape, strict=True))
-    return Raster(sizes["H"], sizes["W"], sizes.get("C", 1), series.dtype, read, by_rows=not page.is_tiled)
+    return Raster(sizes["H"], sizes["W"], sizes.get("C", 1), values_of(series), read, by_rows=not page.is_tiled)
+
+
+def values_of(series: Any) -> np.dtype:
+    """Return the dtype in which the numbers of a TIFF's series are read: single bits as bytes."""
+    return np.dtype(np.uint8 if series.dtype == bool else series.dtype)
 
 
 def apply_palette(raster: Raster, page: Any, nodata: float | None) -> None:
@@ -404,7 +447,15 @@ def open_zarr(location: str, bands: int | None) -> tuple[Raster, float | None]:
         by_rows=store.chunks[axes.index("W")] >= shape["W"],
     )  # fmt: skip
     told = next((store.attrs[name] for name in FILL_ATTRIBUTES if name in store.attrs), None)
-    return raster, tiff.number(told)
+    return raster, fill_value(told)
+
+
+def fill_value(told: Any) -> float | None:
+    """Return the value that an attribute names, or None; xarray writes floats into Zarr 3 as base64 of their eight bytes."""
+    if isinstance(told, str) and len(told) == 12 and told.endswith("="):
+        with contextlib.suppress(ValueError, struct.error):
+            return float(struct.unpack("<d", base64.b64decode(told, validate=True))[0])
+    return tiff.number(told)
 
 
 def zarr_axes(array: Any, bands: int | None) -> str:
@@ -417,8 +468,8 @@ def zarr_axes(array: Any, bands: int | None) -> str:
     if array.ndim == 2:
         return "HW"
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS") or ()
-    first = [str(name).lower()[:1] for name in names]
-    if first[1:] == ["y", "x"] or (not first and array.shape[0] == bands != array.shape[2]):
+    known = [AXES.get(str(name).lower(), "C") for name in names]
+    if known[1:] == ["H", "W"] or (known[:2] != ["H", "W"] and array.shape[0] == bands != array.shape[2]):
         return "CHW"
     return "HWC"
 

@@ -19,11 +19,11 @@ from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.preparation import band_statistics, shrunk
 from deepskip.inference import filled, normalize, to_probabilities, without_values
 from deepskip.jobs.prediction import memory
-from deepskip.jobs.prediction.done import is_done
+from deepskip.jobs.prediction.done import forget, is_done
 from deepskip.jobs.prediction.inputs import Item, opened
 from deepskip.jobs.prediction.options import Options
 from deepskip.jobs.prediction.outputs import Outputs
-from deepskip.jobs.prediction.rasters import Raster
+from deepskip.jobs.prediction.rasters import Raster, suspected
 from deepskip.predictor import Predictor
 from deepskip.tiling import Span, batches, enlarged_rows, spans, stitched
 
@@ -70,12 +70,14 @@ class Loaded:
         raster: The image as stored.
         ready: Network input (H, W, bands), before normalisation, if the image is in memory or was shrunk; else None.
         open_files: Stack that closes the image.
+        note: Remark for the user, or None.
     """
 
     item: Item
     raster: Raster
     ready: np.ndarray | None
     open_files: contextlib.ExitStack
+    note: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -189,6 +191,7 @@ class PredictionWorker:
         """
         if is_done(self.out, item, self.made_by):
             return Outcome(item.name, skipped=True)
+        forget(self.out, item)
         open_files = contextlib.ExitStack()
         try:
             bands, longest_side = self.preparation["bands"], self.preparation["longest_side"]
@@ -196,13 +199,16 @@ class PredictionWorker:
             raster = open_files.enter_context(opened(item, None if bands else wanted, self.reading))
             if not bands and raster.bands != wanted:
                 raise ValueError(f"has {raster.bands} bands; the model takes {wanted}")
+            note, value = None, suspected(raster)
+            if value is not None:
+                note = f"has values of {value:g}, far from all others, which may mean no data: --nodata={value:g}"
             ready = raster.whole
             if ready is None and longest_side and max(raster.height, raster.width) > longest_side:
                 shape, columns = (raster.height, raster.width, raster.bands), slice(0, raster.width)
                 ready = shrunk(lambda a, b: raster.read(slice(a, b), columns), shape, raster.dtype, longest_side)
             if ready is not None:
                 ready = self.predictor.prepared(ready)
-            return Loaded(item, raster, ready, open_files)
+            return Loaded(item, raster, ready, open_files, note)
         except (ValueError, OSError) as error:
             open_files.close()
             return fault(item, error)
@@ -340,7 +346,8 @@ class PredictionWorker:
         except BaseException:
             outputs.discard()
             raise
-        note = image.raster.place.note if self.options.polygons == "geojson" else None
+        place = image.raster.place.note if self.options.polygons == "geojson" else None
+        note = "; ".join(filter(None, (image.note, place))) or None
         return Outcome(image.item.name, image.raster.height * image.raster.width, note=note)
 
     def tiled(self, image: Loaded, told: Told) -> Iterator[tuple[int, np.ndarray]]:

@@ -107,6 +107,22 @@ class Front:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer a request; it counts as open until its answer is sent.
+
+        Args:
+            request: the request.
+            handler: aiohttp's handler of the route.
+
+        Returns:
+            The answer, which has been sent.
+        """
+        self.open += 1
+        try:
+            return await self.answer(request, handler)
+        finally:
+            self.open -= 1
+
+    async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Check the caller, turn refusals and errors into JSON answers, send the answer, and update the metrics.
 
         Args:
@@ -117,7 +133,6 @@ class Front:
             The answer, which has been sent.
         """
         started = time.perf_counter()
-        self.open += 1
         try:
             if self.stopping:
                 raise Refused(503, "this server is shutting down")
@@ -136,8 +151,6 @@ class Front:
             # A bug in the server must not end it.
             logger.exception("%s %s failed", request.method, request.path)
             response = refusal(500, "the server failed on this request; its log has the reason")
-        finally:
-            self.open -= 1
         if self.stopping:
             response.force_close()
         if request.path == "/predict":

@@ -15,7 +15,7 @@ import torch
 from deepskip import inference, publishing
 from deepskip.checkpoint import NetworkState
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
-from deepskip.data_shards.pictures import Reading
+from deepskip.data_shards.pictures import LARGEST, Reading
 from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
@@ -24,8 +24,6 @@ from deepskip.predictor import Predictor
 DECODED_BYTES = 2**29
 # Bytes per value of an image, which convert the limit in pixels into one in bytes.
 VALUE_BYTES = 4
-# Larger values would overflow in the network.
-LARGEST_VALUE = 1e30
 # A model that could not be loaded, but is not damaged, is loaded again after this time.
 RETRY_SECONDS = 5.0
 T = TypeVar("T")
@@ -67,7 +65,7 @@ class Loaded:
             The image (H, W, bands), in the file's dtype. If pixels have no value, it is float32 or float64 with nan there.
 
         Raises:
-            ValueError: if the file cannot be decoded, has other bands than the model, or values beyond LARGEST_VALUE.
+            ValueError: if the file cannot be decoded, has other bands than the model, or values beyond LARGEST.
             TooLarge: if the image has too many pixels or bytes; it is a ValueError.
         """
         bands = self.predictor.image_bands if self.predictor.preparation["bands"] is None else None
@@ -75,8 +73,8 @@ class Loaded:
         image = decode_image(extension, body, self.limits, bands, reading)
         if self.predictor.preparation["bands"] is None and image.shape[2] != bands:
             raise ValueError(f"has {image.shape[2]} bands; the model takes {bands}")
-        if image.dtype.kind == "f" and np.abs(image).max(initial=0, where=~np.isnan(image)) > LARGEST_VALUE:
-            raise ValueError(f"has values beyond {LARGEST_VALUE:g}")
+        if image.dtype.kind == "f" and np.abs(image).max(initial=0, where=~np.isnan(image)) > LARGEST:
+            raise ValueError(f"has values beyond {LARGEST:g}")
         return image
 
     def forward(self, images: list[np.ndarray]) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.sources.folder import PackError, pack_folder
+from deepskip.data_shards.sources.split import read_split
 
 SHARED = Path(os.environ.get("DEEPSKIP_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RNG = np.random.default_rng(0)
@@ -208,3 +209,11 @@ def test_real_cubes_of_six_band_counts(tmp_path: Path) -> None:
         shards = Shards(tmp_path / "out" / split)
         assert (len(shards), shards.index.bands, shards.index.num_classes) == (count, 32, 1)
         assert all(shards[[Slot(0, i, 1)]]["mask"].any() for i in range(count))
+
+
+def test_a_split_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    (tmp_path / "split.csv").write_text("stem,split\na,train\nb,val\n", encoding="utf-8-sig")
+    assert read_split(tmp_path / "split.csv", ["a", "b"]) == {"train": ["a"], "val": ["b"]}
+    (tmp_path / "short.csv").write_text("stem,split\na,train\nb\n")
+    with pytest.raises(PackError, match=r"has splits .*; allowed are train, val, test"):
+        read_split(tmp_path / "short.csv", ["a", "b"])

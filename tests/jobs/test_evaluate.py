@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,16 @@ def test_classes_of_five_bands_by_a_checkpoint_file_into_a_new_run(home: Path) -
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval-test-flips/class-2/average_precision"] == report["classes"][1]["average_precision"]
     assert run.data.params["evaluate.data"] == "data/scenes/test"
+
+
+def test_a_report_on_other_data_is_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "runs/coins", "--track", "none", "--out", "reports"]
+    evaluate.main([*words, "--data", "data/coins/val"])
+    shutil.copytree("data/coins/val", "data/elsewhere/val")
+    with pytest.raises(SystemExit):
+        evaluate.main([*words, "--data", "data/elsewhere/val"])
+    assert "reports, which holds the report on data/coins/val; give --out another folder" in capsys.readouterr().err
+    evaluate.main([*words, "--data", str(home / "data" / "coins" / "val")])
 
 
 def test_a_full_disk_is_named_with_the_cure(

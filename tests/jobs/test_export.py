@@ -53,8 +53,12 @@ def test_the_files_are_the_model_at_any_size_and_batch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save(tmp_path, bands, classes, normalize, norm, enlarge)
-    export.main(["--model", "runs/some", "--formats", json.dumps(formats)])
     folder = tmp_path / "exports" / "some"
+    folder.mkdir(parents=True)
+    # what another model left
+    for name in ("model.json", "model.onnx", "model.pt2", "model.safetensors"):
+        (folder / name).write_text("old")
+    export.main(["--model", "runs/some", "--formats", json.dumps(formats)])
     assert {path.name for path in folder.iterdir()} == {
         "model.json",
         "README.md",

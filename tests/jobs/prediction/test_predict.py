@@ -21,7 +21,7 @@ from deepskip.data_shards.index import load_index
 from deepskip.data_shards.preparation import resample_bands, resize_longest_side
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
-from deepskip.jobs import predict
+from deepskip.jobs import polygons, predict
 from deepskip.jobs.prediction import rasters
 from deepskip.jobs.prediction.inputs import sample_bytes
 from tests.jobs.prediction.models import save_model
@@ -168,6 +168,34 @@ def test_flips_of_small_images_and_of_tiles(five: Path, tmp_path: Path) -> None:
             # Settings that make other outputs compute them again.
             found = np.load(tmp_path / f"out/probabilities/{name}.npy")
             np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=f"{place}, {name}")
+
+
+def test_results_are_no_images_and_images_keep_their_names(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Objects with longer outlines than the server traces.
+    monkeypatch.setattr(polygons, "MAX_SIDES", 7)
+    for name in ("Zürich Nord.PNG", "a.jpg"):
+        Image.fromarray(picture(60, 90, 3)).save(tmp_path / name)
+    words = ["--model", three, "--polygons", "coco", "--overlays", "true"]
+    run(*words, "--images", ".", "--out", "predictions")
+    first = json.loads((tmp_path / "predictions" / "coco.json").read_text())
+    assert sorted(image["file_name"] for image in first["images"]) == ["Zürich Nord.PNG", "a.jpg"]
+    assert first["annotations"]
+    run(*words, "--images", ".", "--out", "predictions")
+    assert "2 of 2 images are done already" in capsys.readouterr().out
+    run(*words, "--images", "Zürich Nord.PNG", "--out", "predictions")
+    assert "1 of 1 images are done already" in capsys.readouterr().out
+    run(*words, "--images", ".", "--out", "others")
+    assert "2 of 2 images segmented" in capsys.readouterr().out
+    # Another model cannot read an image that this one could.
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        run(*words, "--images", ".", "--out", "predictions", "--threshold", "0.4")
+    last = json.loads((tmp_path / "predictions" / "coco.json").read_text())
+    assert [image["file_name"] for image in last["images"]] == ["Zürich Nord.PNG"]
+    assert sorted(path.name for path in (tmp_path / "predictions" / "masks").iterdir()) == ["Zürich Nord.png"]
 
 
 def test_a_geotiff_keeps_its_place(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """Predictions respect missing values, transparency and orientation of a file, whole and in tiles."""
 
+import base64
 import io
+import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import deepskip
 from deepskip import checkpoint
 from deepskip.data_shards.pictures import turned
 from deepskip.data_shards.sources.folder import pack_folder
-from deepskip.jobs import predict
+from deepskip.jobs import evaluate, predict
 from deepskip.jobs.prediction import rasters
 from deepskip.jobs.serving.model import Model
 from tests.jobs.prediction.models import save_model
@@ -74,7 +77,7 @@ def test_nothing_is_predicted_where_there_is_no_value(
     np.testing.assert_allclose(p_HWV[..., 0], truth, atol=1e-4)
     image[image == -9999] = np.nan
     np.testing.assert_allclose(deepskip.load(model).predict_proba(image, nodata=math.nan)[..., 0], truth, atol=1e-4)
-    with pytest.raises(ValueError, match=r"nan, infinite or beyond fp32.*nodata=math\.nan"):
+    with pytest.raises(ValueError, match=r"nan, infinite or beyond 1e\+15.*nodata=math\.nan"):
         deepskip.load(model).predict(image)
 
 
@@ -105,14 +108,16 @@ def test_turned_images_have_turned_masks(tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(ignored, stored, atol=1e-4)
 
 
-def test_zarr_and_shards_and_a_server_leave_the_same_out(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "run", 3)
+@pytest.mark.parametrize("how", ["image", "dataset"])
+def test_zarr_and_shards_and_a_server_and_an_evaluation_leave_the_same_out(tmp_path: Path, how: str) -> None:
+    model = save_model(tmp_path / "run", 3, normalize=how)
     image = picture(H, W, 3, np.float32)
     image[:, :GAP] = -9999
-    truth = by_hand(model, np.where(image == -9999, np.nan, image).astype(np.float64), "image")
+    truth = by_hand(model, np.where(image == -9999, np.nan, image).astype(np.float64), how)
     array = zarr.create_array(tmp_path / "a.zarr", shape=image.shape, chunks=(100, 90, 3), dtype=image.dtype)
     array[:] = image
-    array.attrs["_FillValue"] = -9999
+    # As xarray writes it into Zarr 3: eight bytes of a float64.
+    array.attrs["_FillValue"] = base64.b64encode(struct.pack("<d", -9999)).decode() if how == "image" else -9999
     words = ["--probabilities", "true", "--model", str(model), "--out", str(tmp_path / "out")]
     predict.main(["--images", str(tmp_path / "a.zarr"), *words, *TILE])
     found = zarr.open_array(tmp_path / "out" / "probabilities" / "a.zarr", mode="r")
@@ -124,17 +129,63 @@ def test_zarr_and_shards_and_a_server_leave_the_same_out(tmp_path: Path) -> None
         tifffile.imwrite(
             tmp_path / "i" / f"{name}.tif", image, photometric="rgb", extratags=[(42113, "s", 0, "-9999", True)]
         )
-        Image.fromarray((image[..., 0] > 120).astype(np.uint8) * 255).save(tmp_path / "m" / f"{name}.png")
+        Image.fromarray((truth >= 0.5).astype(np.uint8) * 255).save(tmp_path / "m" / f"{name}.png")
     pack_folder(tmp_path / "i", tmp_path / "m", tmp_path / "set", val_share=0.5)
     predict.main(["--images", str(tmp_path / "set" / "val"), *words])
     (shown,) = (tmp_path / "out" / "probabilities").glob("*.tif")
     np.testing.assert_allclose(tifffile.imread(shown), truth, atol=1e-4)
+    report = tmp_path / "report"
+    evaluate.main(
+        ["--model", str(model), "--data", str(tmp_path / "set" / "val"), "--out", str(report), "--track", "none"]
+    )
+    # The masks are the predictions.
+    assert json.loads((report / "report.json").read_text())["metrics"]["iou"] == 1
 
     state = checkpoint.read_model(model / checkpoint.FOLDER / checkpoint.BEST)
     state["data"]["preparation"] = {"bands": None, "longest_side": None, "nodata": -9999}
     served = Model(state, "cpu", 10**6, 4, 0.0, 1).loaded
     prepared = served.predictor.prepared(served.read(tif_of(image), "tif"))
     np.testing.assert_allclose(served.forward([prepared])[0][0], truth, atol=1e-4)
+
+
+def test_values_that_no_file_declares_as_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, image = save_model(tmp_path / "run", 3), picture(H, W, 3, np.float32)
+    image[:, :GAP] = -9999
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
+    run(model, tmp_path / "a.tif", tmp_path / "out")
+    note = "has values of -9999, far from all others, which may mean no data: --nodata=-9999"
+    assert note in capsys.readouterr().out
+    for side, words in ((2**26, []), (0, TILE)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rasters, "WHOLE_BYTES", side)
+            run(model, tmp_path / "a.tif", tmp_path / f"out{side}", *words)
+            assert note in capsys.readouterr().out
+            for value in (-3.4028234663852886e38, 1e20):
+                image[:, :GAP] = value
+                tifffile.imwrite(tmp_path / "b.tif", image, photometric="rgb")
+                with pytest.raises(SystemExit):
+                    run(model, tmp_path / "b.tif", tmp_path / f"out{side}", *words)
+                assert "has values beyond 1e+15" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"beyond 1e\+15"):
+        deepskip.load(model).predict(image)
+
+
+def test_single_bits_and_the_names_of_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bits = save_model(tmp_path / "run", 1), picture(H, W, 1)[..., 0] > 120
+    tifffile.imwrite(tmp_path / "a.tif", bits, compression="zlib")
+    expected = deepskip.load(model).predict_proba(bits.astype(np.uint8)[..., None])[..., 0]
+    for side, words in ((2**26, []), (0, TILE)):
+        monkeypatch.setattr(rasters, "WHOLE_BYTES", side)
+        found = run(model, tmp_path / "a.tif", tmp_path / f"out{side}", *words)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    for names, order in (
+        (("band", "latitude", "longitude"), "CHW"), (("lat", "lon", "band"), "HWC"), (("band", "y", "x"), "CHW"),
+        (("time", "rows", "columns"), "CHW"), (("height", "width", "c"), "HWC"),
+    ):  # fmt: skip
+        array = zarr.create_array(
+            tmp_path / f"{'-'.join(names)}.zarr", shape=(3, 8, 9), dtype="u1", dimension_names=names
+        )
+        assert rasters.zarr_axes(array, None) == order
 
 
 def tif_of(image_HWC: np.ndarray) -> bytes:
