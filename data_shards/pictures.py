@@ -164,9 +164,11 @@ def usable(array: np.ndarray) -> np.ndarray:
     Args:
         array: Numbers of any shape (*,), of a floating-point dtype.
     """
-    finite = np.isfinite(array)
+    finite: np.ndarray = np.isfinite(array)
     # float16 holds nothing so large.
-    return finite if array.dtype == np.float16 else finite & (np.abs(array) <= LARGEST)
+    if array.dtype != np.float16:
+        finite &= np.abs(array) <= LARGEST
+    return finite
 
 
 def cast(value: float, dtype: np.dtype) -> np.generic | None:

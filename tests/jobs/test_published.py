@@ -252,10 +252,11 @@ def test_the_trials_by_hand(tmp_path: Path) -> None:
     ]
 
 
-def test_the_stored_weights_are_those_of_a_row() -> None:
-    state = checkpoint.load_for_inference(page.FOLDER / "nudt-sirst.safetensors")
+@pytest.mark.parametrize("name", ["nudt-sirst", "sirst-v1"])
+def test_the_stored_weights_are_those_of_a_row(name: str) -> None:
+    state = checkpoint.load_for_inference(page.FOLDER / f"{name}.safetensors")
     (row,) = [row for row in runs.read_rows(page.RUNS) if row["weights_sha256"] == runs.weights_digest(state["model"])]
-    assert (row["set"], row["part"], row["network"]) == ("nudt_sirst", "official", "deepskip")
+    assert (row["set"], row["part"], row["network"]) == (name.replace("-", "_"), "official", "deepskip")
     # Prediction prepares images as the training did.
     assert state["config"]["data"]["normalize"] == "image"
 
