@@ -105,7 +105,7 @@ def check_cache(
         window: Number of shards that are shuffled together.
         lanes: Number of lanes that the ranks of this machine read.
         entries: The shards that are read; None are all of the split.
-        started: Whether the training has made steps. Then it goes on with a warning: shards that do not fit are fetched more
+        started: Whether the training has made steps. Then it continues with a warning: shards that do not fit are fetched more
             often. It may have lost machines, so that this one reads more lanes, or a large generation may have come.
 
     Raises:

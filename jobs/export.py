@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     card = model_card.make(found, model, evaluation, {name: len(data) for name, data in made.items()}, checks)
     try:
-        # what another model left must not stand beside this one's card
+        # what another model left must not stand next to this one's card
         for name in (CARD, "model.onnx", "model.pt2", f"model.{WEIGHTS}"):
             (folder / name).unlink(missing_ok=True)
         for name, data in made.items():

@@ -194,7 +194,7 @@ def test_the_cache_is_bounded_and_drops_the_oldest(tmp_path: Path, http: tuple[s
         SmallCache, match=r"two windows of 16 shards.*raise data\.cache_gb or lower data\.shuffle_window"
     ):
         next(stream_of)
-    # A training that is under way may have lost machines: it goes on.
+    # A training that is under way may have lost machines: it continues.
     whole = train_batches(Shards(tmp_path / "www" / "train"), 0, 4, 1, 0, 1)
     resumed = train_batches(Shards(f"{url}/train", cache=Cache(tmp_path / "c", 10**5)), 0, 4, 1, 0, 1)
     with pytest.warns(UserWarning, match=r"two windows of 16 shards.*fetched more than once"):
