@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from deepskip.data_shards.preparation import LARGEST
+
 ALPHA = ("auto", "keep", "drop")
 ORIENTATION = ("auto", "apply", "ignore")
 # The tag of EXIF and of TIFF.
@@ -14,9 +16,6 @@ PLAIN_SHARE = 0.95
 # Values that writers use for "no data" without declaring it; the last three are those of NetCDF and the limits of float32.
 SUSPECTED = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -2147483648.0, 65535.0, 1e20, -1e30, 9.96920996838687e36,
              -3.4028234663852886e38, 3.4028234663852886e38)  # fmt: skip
-
-# The variance of an image with larger values would overflow in fp32.
-LARGEST = 1e15
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+# The variance of an image with larger values would overflow in fp32.
+LARGEST = 1e15
+
 TRIANGLE = Image.Resampling.BILINEAR
 # Number of rows of a large image that are processed at a time.
 ROWS = 512

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepskip import checkpoint, inference
-from deepskip.data_shards.pictures import LARGEST
-from deepskip.data_shards.preparation import resample_bands, resize_longest_side
+from deepskip.data_shards.preparation import LARGEST, resample_bands, resize_longest_side
 from deepskip.flips import Flipped
 from deepskip.inference import build_segmenter, predict_logits, to_labels, to_probabilities, without_values
 

@@ -15,7 +15,8 @@ import torch
 from deepskip import inference, publishing
 from deepskip.checkpoint import NetworkState
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
-from deepskip.data_shards.pictures import LARGEST, Reading
+from deepskip.data_shards.pictures import Reading
+from deepskip.data_shards.preparation import LARGEST
 from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
