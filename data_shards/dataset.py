@@ -24,7 +24,7 @@ from deepskip.data_shards.entries import SampleEntry
 from deepskip.data_shards.index import Index, load_index
 from deepskip.data_shards.order import Slot
 from deepskip.data_shards.pictures import filled, without_values
-from deepskip.data_shards.preparation import band_statistics
+from deepskip.data_shards.preparation import LARGEST, band_statistics
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, BadSample
 from deepskip.data_shards.scan import BrokenShard, UnreachedShard, digest
 from deepskip.data_shards.stored import MAX_GAP, StoredSample, read_stored
@@ -235,7 +235,8 @@ class Shards(Dataset[Batch]):
         highest = 1 if self.num_classes == 1 else self.num_classes - 1
         if masks.max() > highest and ((masks > highest) & (masks != self.index.ignore_index)).any():
             return None
-        if images.dtype.kind == "f" and not np.isfinite(images).all():
+        # A nan is its batch's lowest and highest value.
+        if images.dtype.kind == "f" and not (images.min() >= -LARGEST and images.max() <= LARGEST):
             return None
         return images, masks
 

@@ -106,7 +106,7 @@ class Predictor:
 
         Raises:
             TypeError: if the image is not an array or tensor of real numbers.
-            ValueError: for other bands than the network's, no pixels, or values that are nan, infinite or beyond fp32.
+            ValueError: for other bands than the network's, no pixels, or values that are nan, infinite or beyond 1e15.
         """
         labels = to_labels(self._of_images(image, flips, nodata), threshold)
         return self._as_given(labels.to(torch.uint8), image)

@@ -135,7 +135,7 @@ def walk(
                 trouble.passed_over(each, "a link back to a folder that it is in")
             elif out is not None and out.is_dir() and out.samefile(each):
                 continue
-            elif (each / "done").is_dir() and (each / "masks").is_dir():
+            elif (each / "masks").is_dir() and next((each / "done").rglob("*.json"), None):
                 trouble.passed_over(each, "results of deepskip predict")
             else:
                 yield from walk(each, above, others, out)

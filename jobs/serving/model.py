@@ -16,7 +16,6 @@ from deepskip import inference, publishing
 from deepskip.checkpoint import NetworkState
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
 from deepskip.data_shards.pictures import Reading
-from deepskip.data_shards.preparation import LARGEST
 from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
@@ -74,8 +73,6 @@ class Loaded:
         image = decode_image(extension, body, self.limits, bands, reading)
         if self.predictor.preparation["bands"] is None and image.shape[2] != bands:
             raise ValueError(f"has {image.shape[2]} bands; the model takes {bands}")
-        if image.dtype.kind == "f" and np.abs(image).max(initial=0, where=~np.isnan(image)) > LARGEST:
-            raise ValueError(f"has values beyond {LARGEST:g}")
         return image
 
     def forward(self, images: list[np.ndarray]) -> list[np.ndarray]:

@@ -158,7 +158,7 @@ def test_bands_are_brought_to_the_models_as_the_training_images_were(dtype: type
         (torch.zeros(8, 8, 3), ValueError, r"\(8, 8, 3\).*\(3, height, width\)"),
         (np.zeros((8, 0, 3)), ValueError, "no pixels"),
         (np.full((8, 8, 3), np.nan), ValueError, "192 values that are nan"),
-        (np.full((8, 8, 3), 1e300), ValueError, "beyond fp32"),
+        (np.full((8, 8, 3), 1e300), ValueError, r"beyond 1e\+15"),
         (torch.tensor([[[np.inf]]] * 3), ValueError, "3 values"),
         (np.zeros((8, 8, 3), complex), TypeError, "complex128"),
         (torch.zeros(3, 8, 8, dtype=torch.complex64), TypeError, "complex64"),

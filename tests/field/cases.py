@@ -246,7 +246,7 @@ def nodata(root: Path) -> None:
         np.testing.assert_allclose(pixels[0, 0], seen.mean((0, 1)), rtol=1e-5)
 
 
-@case("values like -9999 or -32768 without a nodata tag", "kept as values, with a warning", "`--nodata -9999`")
+@case("values like -9999 without a nodata tag", "kept as values, with a warning", "`--nodata -9999`")
 def nodata_without_a_tag(root: Path) -> None:
     write(root, lambda path, found: gap(path, found, False), width=100)
     found, said = packed(root)
@@ -256,6 +256,18 @@ def nodata_without_a_tag(root: Path) -> None:
     assert "warning" not in said
     assert (found["0"][1][:, :24] == 255).all()
     assert found["0"][0].min() >= 0
+
+
+@case("values beyond 1e15 without a nodata tag", "refused", "`--nodata=-3.4028235e38`")
+def nodata_at_the_end_of_float32(root: Path) -> None:
+    lowest = float(np.finfo(np.float32).min)
+    write(root, lambda path, found: gap(path, found, False, lowest))
+    with pytest.raises(
+        PackError, match=r"has values beyond 1e\+15; if -3\.40282\S*e\+38 means no data: --nodata=-3\.40282"
+    ):
+        packed(root)
+    # A value may be rounded as its dtype rounds it.
+    assert (packed(root, reading=Reading(nodata=-3.4028235e38))[0]["0"][1][:, :24] == 255).all()
 
 
 @case("floating-point images with NaN", "refused", "`--nodata nan`")
