@@ -129,9 +129,15 @@ def read_mask(extension: str, data: Data) -> Picture:
     """Decode a mask as its file stores it.
 
     Raises:
-        ValueError: If the file cannot be decoded or is too large; says why.
+        ValueError: If the file cannot be decoded, is too large or is not an array of numbers; says why.
     """
-    return _decode(extension, data, True, MASK_KEYS, LIMITS)
+    picture = _decode(extension, data, True, MASK_KEYS, LIMITS)
+    array = picture.array
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"has shape {array.shape}; a mask is (height, width)")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"has dtype {array.dtype}; a mask is of integers")
+    return picture
 
 
 def decode_mask(extension: str, data: Data, values: Values = AS_LABELS) -> np.ndarray:

@@ -16,7 +16,7 @@ TILE = 1536
 
 
 def image_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each band's mean and standard deviation over each image.
+    """Return each band's mean and standard deviation over each image; the deviation of a constant band is exactly 0.
 
     Args:
         image_NCHW: images (N, bands, H, W) of any real dtype.
@@ -28,7 +28,10 @@ def image_statistics(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     # Rows first: runtimes of exported models sum fp32 naively, and a quarter of a million numbers cost them four digits.
     mean_NC = image_NCHW.mean(3).mean(2)
     variance_NC = (image_NCHW - mean_NC[..., None, None]).square().mean(3).mean(2)
-    return mean_NC, variance_NC.sqrt()
+    # The mean of a constant is rounded, and what is left of the band would be scaled to 1 or -1.
+    lowest_NC = image_NCHW.amin((2, 3))
+    constant_NC = lowest_NC == image_NCHW.amax((2, 3))
+    return torch.where(constant_NC, lowest_NC, mean_NC), torch.where(constant_NC, 0, variance_NC.sqrt())
 
 
 def normalize(image_NCHW: Tensor, mean_NC: Tensor, std_NC: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ class Predictor:
         """Segment an image, or several of one size, into labels.
 
         Args:
-            image: array (H, W, bands), (H, W) or (N, H, W, bands), or tensor (bands, H, W) or (N, bands, H, W).
+            image: array (H, W, bands), (H, W) or (N, H, W, bands), or tensor (bands, H, W) or (N, bands, H, W). What a
+                masked array masks is missing.
             threshold: probability above which a pixel is foreground; with several classes the most likely one is taken.
             flips: average the probabilities of the image and its mirrorings, which takes four times as long. None takes
                 the predictor's own setting.
@@ -248,8 +249,9 @@ class Predictor:
 
     def _of_images(self, image: Image, flips: bool | None, nodata: float | None, chosen: bool = False) -> Tensor:
         """Return the probabilities (N, V, H, W) of one image or several, in their own size."""
+        image, nodata = without_mask(image, self.nodata if nodata is None else nodata)
         image = self._taken(image, chosen)
-        x = self._checked(image, self.nodata if nodata is None else nodata)
+        x = self._checked(image, nodata)
         H, W = x.shape[-2:]
         longest_side = self.preparation["longest_side"]
         # Of an image that is not resampled, the bands have been taken.
@@ -270,6 +272,16 @@ class Predictor:
         if isinstance(image, Tensor):
             return (result if image.ndim == 4 else result[0]).to(image.device)
         return np.ascontiguousarray((result if image.ndim == 4 else result[0]).cpu().numpy())
+
+
+def without_mask(image: Image, nodata: float | None) -> tuple[Image, float | None]:
+    """Return an image whose masked values, if it is a masked array, are `nodata`, or nan if that is None; and that value."""
+    if not isinstance(image, np.ma.MaskedArray) or image.dtype.kind not in "biuf":
+        return image, nodata
+    if not np.ma.is_masked(image):
+        return image.data, nodata
+    nodata = math.nan if nodata is None else nodata
+    return image.astype(np.promote_types(image.dtype, np.float32)).filled(nodata), nodata
 
 
 def as_arrays(image: Image) -> np.ndarray:

@@ -30,6 +30,10 @@ class BrokenPublication(ValueError):
     """A pointer or the model that it names is damaged or incomplete; the message says which and why."""
 
 
+class NotWhole(BrokenPublication):
+    """A model's file is missing or has other bytes than its name says; on a network file system it may be whole later."""
+
+
 @dataclass(frozen=True)
 class Pointer:
     """The contents of a pointer file.
@@ -219,16 +223,17 @@ def load(path: Location, sha256: str) -> ModelState:
         sha256: sha256 of its file.
 
     Raises:
-        BrokenPublication: if the file is missing, its bytes are not those of its name, or no model can be built from it.
+        NotWhole: if the file is missing, or its bytes are not those of its name.
+        BrokenPublication: if no model can be built from it.
         OSError: if it cannot be read.
     """
     location = storage.join(path, name_of(sha256))
     try:
         data = storage.read_bytes(location)
     except FileNotFoundError as error:
-        raise BrokenPublication(f"{location}, which {POINTER} names, is missing") from error
+        raise NotWhole(f"{location}, which {POINTER} names, is missing") from error
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise BrokenPublication(f"{location} is damaged or incomplete: {len(data)} bytes with sha256 {found}")
+        raise NotWhole(f"{location} is damaged or incomplete: {len(data)} bytes with sha256 {found}")
     try:
         return sound(cast(ModelState, weight_files.unpack(data)), location)
     except (weight_files.BrokenWeights, weight_files.TooNew) as error:

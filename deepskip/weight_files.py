@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import torch as safetensors
+from torch import Tensor
 
 SUFFIX = ".safetensors"
 FORMAT = "deepskip-weights"
@@ -35,6 +36,20 @@ class TooNew(ValueError):
 def installed() -> dict[str, Path]:
     """Return the files of the models that are installed with DeepSkip, by the name that `--model` takes."""
     return {path.stem: path for path in sorted(INSTALLED.glob(f"*{SUFFIX}"))}
+
+
+def digest_of(weights: Mapping[str, Tensor], begin: bytes = b"") -> str:
+    """Return the SHA-256 of weights by their names, types, shapes and values, in hexadecimal.
+
+    Args:
+        weights: the weights by name.
+        begin: what is digested before them.
+    """
+    digest = hashlib.sha256(begin)
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack(state: Mapping[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from deepskip import figures
+from deepskip import figures, weight_files
 from deepskip.data_shards import storage, trouble
 from deepskip.data_shards.bands import BandError
 from deepskip.data_shards.dataset import Shards, SkipReport
@@ -328,6 +328,7 @@ def describe(
             "title": found.title,
             "step": model.state["step"],
             "mlflow_run_id": found.run_id,
+            "weights": weight_files.digest_of(found.state["model"]),
             "parameters": sum(p.numel() for p in model.network.parameters()),
         },
         "data": {

@@ -50,6 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     config, found, evaluation = prepare(sys.argv[1:] if argv is None else argv)
     folder = config.out or Path("exports") / found.title
+    names = ("model.onnx", "model.pt2", f"model.{WEIGHTS}", "README.md")
+    if not (folder / CARD).exists() and (others := [name for name in names if (folder / name).exists()]):
+        stop(
+            f"{folder} holds {', '.join(others)} but no {CARD}, so it is no export, or one that was cut short; "
+            "remove what would be replaced, or choose another folder with --out"
+        )
     model = Predictor(found.state)
     segmenter = model.segmenter
     print(f"exporting {found.title} (step {model.state['step']})", flush=True)
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     card = model_card.make(found, model, evaluation, {name: len(data) for name, data in made.items()}, checks)
     try:
         # what another model left must not stand next to this one's card
-        for name in (CARD, "model.onnx", "model.pt2", f"model.{WEIGHTS}"):
+        for name in (CARD, *names):
             (folder / name).unlink(missing_ok=True)
         for name, data in made.items():
             storage.write_bytes(folder / name, data)
@@ -120,7 +126,7 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
             if not config.evaluation.is_file():
                 stop(f"evaluation is {config.evaluation}: there is no such file", NotHere)
             evaluation = runs.read_json(config.evaluation)
-            if not {"data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
+            if not {"model", "data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
                 raise ValueError("it is not a report of deepskip evaluate")
             if evaluation.get("flips"):
                 raise ValueError(
@@ -129,9 +135,19 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
         except (OSError, ValueError) as error:
             stop(f"evaluation is {config.evaluation}: {error}")
     try:
-        return config, models.find(config.model, config.tracking_uri), evaluation
+        found = models.find(config.model, config.tracking_uri)
     except models.ModelNotFound as error:
         stop(f"model: {error}", NotHere)
+    if evaluation is not None and not is_of(evaluation["model"], found):
+        stop(f"evaluation is {config.evaluation}: it is of {evaluation['model'].get('title')}, not of {found.title}")
+    return config, found, evaluation
+
+
+def is_of(told: dict[str, Any], found: models.Found) -> bool:
+    """Return whether a report's "model" is this one, by its weights; earlier versions recorded only their step."""
+    if "weights" in told:
+        return bool(told["weights"] == weight_files.digest_of(found.state["model"]))
+    return bool(told.get("step") == found.state["step"])
 
 
 def onnx_runner(data: bytes) -> Any:

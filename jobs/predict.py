@@ -1,6 +1,5 @@
 """Segment images of any number and size into masks of the same formats; the job can be stopped and resumed."""
 
-import hashlib
 import json
 import os
 import signal
@@ -104,7 +103,7 @@ def fingerprint(state: NetworkState, options: Options) -> str:
     Returns:
         The digest, in hexadecimal.
     """
-    import torch
+    from deepskip.weight_files import digest_of
 
     data = {key: value for key, value in state["data"].items() if key in ("in_channels", "num_classes", "mean", "std")}
     settings = [state["config"]["model"], state["config"]["data"]["normalize"], data, state["data"]["preparation"]]
@@ -114,11 +113,7 @@ def fingerprint(state: NetworkState, options: Options) -> str:
         deciding.append("flips")
     if told := {name: getattr(options, name) for name in READING if getattr(options, name) != getattr(Options, name)}:
         deciding.append(repr(told))
-    digest = hashlib.sha256(json.dumps([*settings, deciding]).encode())
-    for name, tensor in sorted(state["model"].items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_of(state["model"], json.dumps([*settings, deciding]).encode())
 
 
 @trouble.told()

@@ -116,6 +116,12 @@ class Rules:
     tile: int | None = None
     samples_per_shard: int = 256
 
+    @property
+    def digest(self) -> str:
+        """Return a digest of what decides whether an item can be used."""
+        decisive = (self.labels, self.ignore_label, self.reading, self.values)
+        return xxhash.xxh3_64_hexdigest(repr(decisive).encode())
+
 
 def key_of(name: str, stem: str) -> str:
     """Return the key of an item: the source's name, and the item's own. Different items have different keys.

@@ -12,19 +12,21 @@ from deepskip.data_shards import storage
 class Journal:
     """Items that were refused, on disk and in memory, so that each is listed once.
 
-    A line that a killed process left incomplete is removed. An item whose contents change is new.
+    A line that a killed process left incomplete is removed. An item whose contents change is new, and so is every item if it is
+    read with other options than those with which it was refused.
 
     Args:
         path: The file; it is made, or continued.
         source: Name of the source.
+        options: Digest of the options with which items are read.
 
     Attributes:
-        refused: Version of each refused item of this source; if versions are numbers, the last.
+        refused: Version of each item of this source that was refused with these options; if versions are numbers, the last.
         count: Number of items that this process refused.
     """
 
-    def __init__(self, path: Path, source: str) -> None:
-        self.path, self.source, self.count = path, source, 0
+    def __init__(self, path: Path, source: str, options: str = "") -> None:
+        self.path, self.source, self.options, self.count = path, source, options, 0
         self.refused: dict[str, str | int] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
@@ -41,7 +43,7 @@ class Journal:
     def _remember(self, line: bytes) -> None:
         try:
             told: dict[str, Any] = json.loads(line)
-            if told["source"] == self.source:
+            if (told["source"], told.get("options", "")) == (self.source, self.options):
                 self.refused[told["item"]] = told["version"]
         # A person may have edited the file.
         except (ValueError, KeyError, TypeError):
@@ -67,7 +69,10 @@ class Journal:
         """
         if self.has(item, version):
             return False
-        told = {"time": time.time(), "source": self.source, "item": item, "version": version, "reason": reason}
+        told = {
+            "time": time.time(), "source": self.source, "item": item, "version": version, "options": self.options,
+            "reason": reason,
+        }  # fmt: skip
         with storage.flock(self._file):
             self._file.write(json.dumps(told).encode() + b"\n")
             self._file.flush()

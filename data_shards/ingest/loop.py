@@ -114,7 +114,8 @@ def wait_for_one(
         found = next(stream)
         if found is not None:
             return found
-        ingest.journal.sync()
+        if not ingest.working:
+            ingest.journal.sync()
         if is_idle(ingest, idle_seconds):
             return None
     return None
@@ -207,7 +208,7 @@ def commit_batch(
 
 
 def decoded(ingest: Ingest, pool: ThreadPoolExecutor) -> Generator[tuple[Item, Sample] | None, None, None]:
-    """Yield items with their samples in the source's order, and None after a short wait without any.
+    """Yield items with their samples in the source's order, and None after a refused item or a short wait without any.
 
     Items that cannot be used are written to the journal. `offsets` are those after the item that was yielded last.
 
@@ -233,8 +234,8 @@ def decoded(ingest: Ingest, pool: ThreadPoolExecutor) -> Generator[tuple[Item, S
                 continue
             if item.offset is not None:
                 ingest.offsets[item.offset[0]] = item.offset[1]
-            if sample is not None:
-                yield item, sample
+            # Also after a refused item the loop looks at the clock and at signals.
+            yield None if sample is None else (item, sample)
         if new is None:
             ingest.working = False
             yield None
@@ -282,6 +283,11 @@ def outcome(ingest: Ingest, item: Item, future: "Future[Sample]") -> Sample | No
             ingest.source.again(item, True)
             return None
         reason = str(error)
+    except MemoryError:
+        raise
+    # A fault of ours in one item, which would stop the ingest again after each restart.
+    except Exception as error:
+        reason = f"cannot be read: {error!r}"
     if ingest.journal.add(item.name, version, reason):
         number = f" at {version}" if isinstance(version, int) else ""
         ingest.say(f"refused {item.name}{number}: {reason}")

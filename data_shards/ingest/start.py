@@ -94,7 +94,8 @@ def ingest(
         raise PackError(f"the name {name!r} of the source is empty or has a dot or slash, which have a meaning in keys")
     taken, offsets = begin(name, split, chain, cache, topic is not None)
     path = journal or (Path() if storage.is_remote(split) else storage.local(split)) / JOURNAL
-    with contextlib.closing(Journal(path, name)) as listed:
+    rules = Rules(first, **options)
+    with contextlib.closing(Journal(path, name, rules.digest)) as listed:
         source: Source
         if topic is not None:
             topic.begin(offsets)
@@ -108,9 +109,10 @@ def ingest(
             )
         before = f"{len(taken)} samples of it" if topic is None else ", ".join(f"{k} {v}" for k, v in offsets.items())
         say(f"{origin} is the source {name}; {split} has {before or 'nothing of it'}")
+        if topic is None and listed.refused:
+            say(f"{len(listed.refused)} items were refused before with these options and wait to be changed: {path}")
         with contextlib.closing(source), stopping() as stop:
             pressure = None if wait_for is None else Pressure(wait_for, behind)
-            rules = Rules(first, **options)
             return run(
                 Ingest(name, split, source, rules, listed, chain, taken, offsets, stop, say, pressure),
                 samples, seconds, idle_seconds,

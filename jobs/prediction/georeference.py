@@ -93,8 +93,15 @@ def in_words(path: Path) -> str | None:
         return file.crs.to_wkt() if file.crs else None
 
 
+def world_files(path: Path) -> list[Path]:
+    """Return the world files that an image may have, in the order in which they count: a.tfw, a.tifw or a.wld for a.tif."""
+    ending = path.suffix[1:]
+    names = {ending + "w", "wld"} | ({ending[0] + ending[-1] + "w"} if len(ending) > 1 else set())
+    return [path.with_suffix(f".{name}") for name in sorted(names | {each.upper() for each in names})]
+
+
 def of_world_file(path: Path, place: Georeference | None = None) -> Georeference:
-    """Read an image's world file: six numbers for pixel centres, in a.tfw, a.tifw or a.wld for a.tif.
+    """Read an image's world file: six numbers for pixel centres.
 
     Args:
         path: The image.
@@ -104,10 +111,7 @@ def of_world_file(path: Path, place: Georeference | None = None) -> Georeference
         The georeference, unchanged if there is no readable world file.
     """
     place = place or Georeference()
-    ending = path.suffix[1:]
-    names = {ending + "w", "wld"} | ({ending[0] + ending[-1] + "w"} if len(ending) > 1 else set())
-    for name in sorted(names | {each.upper() for each in names}):
-        world = path.with_suffix(f".{name}")
+    for world in world_files(path):
         try:
             a, d, b, e, x, y = (float(line) for line in world.read_text().split())
         except (OSError, ValueError):

@@ -16,6 +16,7 @@ from deepskip.data_shards.entries import FORMATS, STORED
 from deepskip.data_shards.index import Index
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.sources.elsewhere import how_to_convert, kind_of
+from deepskip.jobs.prediction.georeference import world_files
 from deepskip.jobs.prediction.rasters import Raster, in_memory, open_raster
 from deepskip.jobs.settings import NotHere, stop
 
@@ -32,7 +33,7 @@ class Item:
         location: Path or URL of the image; for a sample, the folder of its shards.
         extension: Format: the extension in lower case, without the dot.
         bytes: Size of its file; Zarr arrays count as very large, so that they are never grouped.
-        stamp: Text that changes when the image changes.
+        stamp: Text that changes when the image or its world file changes.
         sample: Number of the sample in its shards, or None for other images.
         file: Path of the image's file, from the folder that was given.
     """
@@ -96,6 +97,11 @@ def found_at(place: str, out: Path | None = None) -> list[Item]:
         return [file_item(path, plain(path.stem) if path.name.startswith(".") else path.stem, path.name)]
     if not path.is_dir():
         stop(f"--images: {place} does not exist", NotHere)
+    if out is not None and out.is_dir() and out.samefile(path):
+        stop(
+            f"--out: {out} is the folder of the images, and the next prediction would take its masks and overlays for images; "
+            f"choose another, such as {out / 'predictions'}"
+        )
     if next(path.glob("*.tar"), None):
         stop(f"--images: {place} holds .tar files but no {index.FILE}. Make one: deepskip index {place}")
     others: Counter[str] = Counter()
@@ -158,7 +164,8 @@ def identity(folder: Path) -> tuple[int, int]:
 def file_item(path: Path, name: str, file: str) -> Item:
     """Return the item of an image file, with the name of its outputs and its own."""
     status = path.stat()
-    stamp = f"{status.st_size}-{status.st_mtime_ns}"
+    worlds = [each.stat() for each in world_files(path) if each.is_file()]
+    stamp = "-".join(f"{each.st_size}-{each.st_mtime_ns}" for each in (status, *worlds))
     return Item(name, str(path), extension_of(path.name), status.st_size, stamp, file=file)
 
 

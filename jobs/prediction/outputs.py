@@ -43,6 +43,12 @@ class Outputs:
         ending = item.extension if kind == "tif" else kind
         self.mask = Sink(out / "masks" / f"{item.name}.{ending}", kind, Layout(size, np.dtype(np.uint8), tags))
         self.sinks.append(self.mask)
+        place = raster.place
+        if place.world and place.transform is not None and kind == "png":
+            text = np.frombuffer(georeference.world_file(place.transform).encode(), np.uint8)
+            world = Sink(out / "masks" / f"{item.name}.pgw", "pgw", Layout(text.shape, text.dtype))
+            world.put(text)
+            self.sinks.append(world)
         self.probabilities = self.features = self.picture = None
         if options.probabilities:
             kind = PROBABILITY_KIND.get(item.extension, item.extension)
@@ -89,10 +95,6 @@ class Outputs:
             self.overlay.put(overlay(self.picture.image, self.picture.labels))
         for sink in self.sinks:
             sink.finish()
-        place = self.raster.place
-        if place.world and place.transform is not None and self.mask.path.suffix == ".png":
-            world = self.mask.path.with_name(f"{self.item.name.rsplit('/', 1)[-1]}.pgw")
-            world.write_text(georeference.world_file(place.transform))
         done.place(self.out, self.item, made_by, self.sinks)
 
     def discard(self) -> None:

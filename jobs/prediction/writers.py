@@ -45,6 +45,11 @@ def write_png(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
     Image.fromarray(np.concatenate(list(rows))).save(path, "PNG")
 
 
+def write_bytes(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
+    """Write blocks of bytes (n,), uint8, as they are; the layout is not used."""
+    path.write_bytes(b"".join(block.tobytes() for block in rows))
+
+
 def write_npy(path: Path, layout: Layout, rows: Iterable[np.ndarray]) -> None:
     """Write blocks of rows (rows, W) or (rows, W, channels) as numpy.save does."""
     with path.open("wb") as file:
@@ -115,6 +120,7 @@ WRITERS: dict[str, Callable[[Path, Layout, Iterable[np.ndarray]], None]] = {
     "npz": partial(write_npz, name="mask"),
     "tif": write_tiff,
     "zarr": write_zarr,
+    "pgw": write_bytes,
 }
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from deepskip import inference, publishing
 from deepskip.checkpoint import NetworkState
 from deepskip.data_shards.decoding import Limits, TooLarge, decode_image
-from deepskip.data_shards.pictures import Reading
+from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.jobs.serving.answers import Answer, encode
 from deepskip.jobs.serving.batches import Batches
 from deepskip.predictor import Predictor
@@ -39,14 +40,24 @@ class Loaded:
         max_pixels: largest number of pixels of an image.
         batch: largest number of images that go through the network together.
         batch_wait: time, in seconds, that the first image of a batch waits for others that are being decoded.
+        reading: how images are read; without a nodata value the training data's counts.
         sha256: digest of a published model; "" for another one.
     """
 
     def __init__(
-        self, state: NetworkState, device: str, max_pixels: int, batch: int, batch_wait: float, sha256: str
+        self,
+        state: NetworkState,
+        device: str,
+        max_pixels: int,
+        batch: int,
+        batch_wait: float,
+        reading: Reading,
+        sha256: str,
     ) -> None:
         self.sha256 = sha256
         self.predictor = Predictor(state, device)
+        nodata = self.predictor.nodata if reading.nodata is None else reading.nodata
+        self.reading = replace(reading, missing=True, nodata=nodata)
         bands = self.predictor.image_bands
         self.limits = Limits(max_pixels, max_pixels * max(bands, 3) * VALUE_BYTES)
         most = (inference.TILE // inference.enlarged_by(self.predictor.network)) ** 2
@@ -69,8 +80,7 @@ class Loaded:
             TooLarge: if the image has too many pixels or bytes; it is a ValueError.
         """
         bands = self.predictor.image_bands if self.predictor.preparation["bands"] is None else None
-        reading = Reading(missing=True, nodata=self.predictor.nodata)
-        image = decode_image(extension, body, self.limits, bands, reading)
+        image = decode_image(extension, body, self.limits, bands, self.reading)
         if self.predictor.preparation["bands"] is None and image.shape[2] != bands:
             raise ValueError(f"has {image.shape[2]} bands; the model takes {bands}")
         return image
@@ -111,6 +121,7 @@ class Model:
         threads: number of torch's CPU threads, of threads that decode, and of threads that encode.
         published: folder or URL of published models, of which requests name the one to take over; None for one model.
         sha256: digest of the first model, if it is published.
+        reading: how images are read; without a nodata value the training data's counts.
     """
 
     def __init__(
@@ -123,10 +134,11 @@ class Model:
         threads: int,
         published: str | None = None,
         sha256: str = "",
+        reading: Reading = AS_IT_COMES,
     ) -> None:
         close_back_door()
         torch.set_num_threads(threads)
-        self.options = (device, max_pixels, batch, batch_wait)
+        self.options = (device, max_pixels, batch, batch_wait, reading)
         self.data = state["data"]
         # A replica that is started again begins with the newest model.
         state, sha256 = newest(published, state, sha256)
@@ -166,10 +178,12 @@ class Model:
             made = await asyncio.to_thread(Loaded, state, *self.options, sha256)
         # Whatever is wrong with the new model, the old one answers.
         except Exception as error:
-            self.fault = f"model {sha256} cannot be taken over: {error}"
-            logger.exception("model %s cannot be taken over", sha256)
-            if not isinstance(error, publishing.BrokenPublication):
-                # The storage may answer again, and memory may be free.
+            fault = f"model {sha256} cannot be taken over: {error}"
+            if fault != self.fault:
+                logger.exception("model %s cannot be taken over", sha256)
+            self.fault = fault
+            if not isinstance(error, publishing.BrokenPublication) or isinstance(error, publishing.NotWhole):
+                # The storage may answer again or show the whole file, and memory may be free.
                 await asyncio.sleep(RETRY_SECONDS)
                 self.loading = None
             return

@@ -15,6 +15,7 @@ from aiohttp import web
 from deepskip.checkpoint import NetworkState
 from deepskip.cluster.settings import of_loopback
 from deepskip.data_shards import storage
+from deepskip.data_shards.pictures import Reading
 from deepskip.jobs.serving.answers import Answer
 from deepskip.jobs.serving.following import Following
 from deepskip.jobs.serving.front import Front, Unavailable, answer_in_json
@@ -142,6 +143,7 @@ def deploy(config: ServeConfig, state: NetworkState, sha256: str = "") -> Any:
     bound = deployment.bind(
         kept, "cuda" if gpus else "cpu", config.max_pixels, config.batch, config.batch_wait, config.cpus,
         place_of(config.model) if sha256 else None, sha256,
+        Reading(config.alpha, config.orientation, nodata=config.nodata),
     )  # fmt: skip
     ray_serve.start(proxy_location="Disabled")
     return ray_serve.run(

@@ -5,6 +5,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from deepskip.cluster.local import usable_cpus
 from deepskip.config import faults_of, setting
@@ -33,6 +34,12 @@ class ServeConfig:
     """port to listen on; 0 takes a free one"""
     token_file: Path | None = None
     """file whose only line is the token that requests must carry; null takes $DEEPSKIP_TOKEN, if that is set"""
+    nodata: float | None = None
+    """value, or nan, that marks missing pixels, in addition to that in the files; null takes the training data's"""
+    alpha: Literal["auto", "keep", "drop"] = "auto"
+    """bands that are flagged as transparency; auto keeps or drops them to match the bands of the model"""
+    orientation: Literal["apply", "ignore"] = "apply"
+    """rotation named in EXIF or TIFF tags: apply rotates images, ignore does not"""
     max_body_mb: float = setting(64, 0.001, 2000)
     """largest body of a request, MB; a larger one is refused before it is read (413)"""
     max_megapixels: float = setting(32, 0.001, 268)

@@ -21,7 +21,7 @@ from deepskip.data_shards.appending import AppendError
 from deepskip.data_shards.command_line import main
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
-from deepskip.data_shards.ingest import folder, loop
+from deepskip.data_shards.ingest import folder, items, loop
 from deepskip.data_shards.ingest.files import Pairs
 from deepskip.data_shards.ingest.items import Content, Item, Rules
 from deepskip.data_shards.ingest.journal import Journal
@@ -173,7 +173,9 @@ def test_only_complete_files_are_read_however_they_appear(tmp_path: Path, split:
     assert "1 files wait" in said[-1]
 
 
-def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: Path, split: str) -> None:
+def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(
+    tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "in"
     for value in range(5):
         put(place, value)
@@ -181,9 +183,19 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: 
     (place / "images" / "001.png").write_bytes(png(picture(1)[..., 0]))
     (place / "masks" / "002.png").write_bytes(png(mask(2)[:8]))
     (place / "images" / "003.tif").write_bytes(b"any")
+    # Masks that are no pictures, of which one fails in an unknown way.
+    for value, array in ((5, np.zeros(3)), (6, np.zeros((2, 3, 4, 5))), (7, np.zeros((16, 20), [("a", "u1")]))):
+        (place / "images" / f"{value:03d}.png").write_bytes(png(picture(value)))
+        np.save(place / "masks" / f"{value:03d}.npy", array)
+    put(place, 8)
+
+    def sample_of(key: str, *read: Any) -> Sample:
+        return items.sample_of(key, *read) if key != "in_008" else [][len(key)]
+
+    monkeypatch.setattr(loop, "sample_of", sample_of)
     # A pipe, which would block whoever opens it.
-    os.mkfifo(place / "images" / "005.png")
-    (place / "masks" / "005.png").write_bytes(b"any")
+    os.mkfifo(place / "images" / "009.png")
+    (place / "masks" / "009.png").write_bytes(b"any")
     shutil.copy(place / "images" / "004.png", place / "images" / "a.b.png")
     shutil.copy(place / "masks" / "004.png", place / "masks" / "a.b.png")
     # Names that a tar of samples cannot hold: a control character, and bytes that are not UTF-8.
@@ -194,9 +206,13 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: 
     for _ in range(2):
         drain(tmp_path, split)
         found = {told["item"]: told["reason"] for told in journal_of(split)}
-        assert len(journal_of(split)) == len(found) == 5
+        assert len(journal_of(split)) == len(found) == 9
     assert "does not decode" in found["images/000.png"]
-    assert found["images/005.png"] == "is not a file"
+    assert found["images/005.png"].startswith("has shape (3,); a mask is")
+    assert found["images/006.png"].startswith("has shape (2, 3, 4, 5); a mask is")
+    assert "a mask is of integers" in found["images/007.png"]
+    assert found["images/008.png"] == "cannot be read: IndexError('list index out of range')"
+    assert found["images/009.png"] == "is not a file"
     assert "has 1 bands" in found["images/001.png"]
     assert "the mask of the image is 8 x 20" in found["images/002.png"]
     assert "has the stem of" in found.get("images/003.tif", found.get("images/003.png", ""))
@@ -211,6 +227,21 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(tmp_path: 
     assert drain(tmp_path, split) == 3
     assert drain(tmp_path, split) == 0
     assert load_index(split).generations[-1].offsets == {"in": 9}
+    # Other options may take what was refused.
+    put(place, 10)
+    (place / "masks" / "010.png").write_bytes(
+        png(mask(10) * np.random.default_rng(0).integers(1, 9, (16, 20), np.uint8))
+    )
+    time.sleep(0.3)
+    assert drain(tmp_path, split) == 0
+    assert "labels above num_classes" in journal_of(split)[-1]["reason"]
+    said: list[str] = []
+    assert drain(tmp_path, split, say=said.append) == 0
+    assert "items were refused before with these options and wait to be changed" in said[1]
+    assert drain(tmp_path, split, labels="binary") == 1
+    shards = Shards(split, normalize="none")
+    entry = shards.index.entries([len(shards) - 1])[0]
+    np.testing.assert_array_equal(shards.read(entry)[1], mask(10))
 
 
 def test_two_ingests_of_one_source_never_double_an_item(tmp_path: Path, split: str) -> None:
@@ -256,25 +287,54 @@ def test_sigterm_commits_what_is_complete(tmp_path: Path, split: str) -> None:
     assert len(load_index(split).generations) == 2
 
 
+class Endless:
+    """A source without end; after `good` items none can be read."""
+
+    waiting, behind = 0, True
+
+    def __init__(self, good: int = 10**9) -> None:
+        self.good = good
+
+    def items(self) -> Iterator[Item | None]:
+        for value in range(10**9):
+            image = png(picture(value)) if value < self.good else b"no image"
+            files = Content("png", image), Content("png", png(mask(value)))
+            yield Item(f"x_{value:03d}", "x", value, 1.0, lambda files=files: files, ("x/0", value + 1))
+
+    def again(self, item: Item, soon: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_clock_and_signals_are_heard_while_all_items_are_refused(tmp_path: Path, split: str) -> None:
+    index, said = load_index(split), list[str]()
+    journal = Journal(tmp_path / "refused.jsonl", "x")
+    state = loop.Ingest("x", split, Endless(1), Rules(index), journal, list(index.generations), set(), {})
+
+    def hear(line: str) -> None:
+        said.append(line)
+        if "generation" in line:
+            threading.Timer(0.3, state.stop.set).start()
+
+    state.say = hear
+    assert loop.run(state, samples=7, seconds=0.3) == 1
+    check(split, [0], "x")
+    assert "refused" in said[0]
+    assert "refused" in said[-1]
+
+
 def test_little_is_read_ahead(tmp_path: Path, split: str) -> None:
     delivered, ahead = [0], []
 
-    class Endless:
-        waiting, behind = 0, True
-
+    class Counted(Endless):
         def items(self) -> Iterator[Item | None]:
-            for value in range(10**9):
+            for item in super().items():
                 delivered[0] += 1
-                files = Content("png", png(picture(value))), Content("png", png(mask(value)))
-                yield Item(f"x_{value:03d}", "x", value, 1.0, lambda files=files: files, ("x/0", value + 1))
-
-        def again(self, item: Item, soon: bool) -> None: ...
-
-        def close(self) -> None: ...
+                yield item
 
     journal = Journal(tmp_path / "refused.jsonl", "x")
     index = load_index(split)
-    state = loop.Ingest("x", split, Endless(), Rules(index), journal, list(index.generations), set(), {})
+    state = loop.Ingest("x", split, Counted(), Rules(index), journal, list(index.generations), set(), {})
 
     def look(line: str) -> None:
         found = load_index(split)

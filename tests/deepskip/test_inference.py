@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import deepskip
 from deepskip import checkpoint
 from deepskip.config import Config
-from deepskip.inference import Segmenter, to_labels
+from deepskip.inference import Segmenter, image_statistics, normalize, to_labels
 
 
 class Identity(nn.Module):
@@ -27,6 +27,19 @@ def test_normalisation_of_raw_images(how: str) -> None:
     expected = 1 / (1 + np.exp(-np.clip((band - mean) / std, -80, 80)))
     found = segmenter(torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))[None])
     np.testing.assert_allclose(found[0, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 60001, 1e-3, -9999.7])
+def test_a_constant_band_becomes_0(value: float) -> None:
+    # The mean of as many equal numbers is rounded, to 1 ulp beside them at some of these sizes.
+    for H, W in ((100, 120), (256, 256), (513, 1025)):
+        x = torch.full((2, 2, H, W), value)
+        x[:, 1, 0, 0] *= 2
+        mean, std = image_statistics(x)
+        assert normalize(x, mean, std)[:, 0].count_nonzero() == 0
+        np.testing.assert_array_equal(std[:, 0], 0)
+        wide = x[0, 1].double()
+        np.testing.assert_allclose(std[:, 1], float(wide.std(correction=0)), rtol=1e-2)
 
 
 def test_labels_of_tensors_and_arrays() -> None:

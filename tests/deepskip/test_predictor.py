@@ -150,9 +150,25 @@ def test_bands_are_brought_to_the_models_as_the_training_images_were(dtype: type
         model(np.zeros(5))
 
 
+@pytest.mark.parametrize("told", [None, -9999, 200])
+def test_what_a_masked_array_masks_is_missing(told: float | None) -> None:
+    model = deepskip.Predictor(state_of(3, 1, nodata=told))  # type: ignore[arg-type]
+    image = np.random.default_rng(0).integers(0, 200, (40, 30, 3)).astype(np.uint8)
+    missing = np.zeros(image.shape, bool)
+    missing[:9] = missing[20:, :5, 1] = True
+    # The numbers below a mask are arbitrary.
+    masked = np.ma.array(np.where(missing, 255, image), mask=missing)
+    wide = np.where(missing, np.nan, image.astype(np.float32))
+    np.testing.assert_array_equal(model.predict_proba(masked), model.predict_proba(wide, nodata=np.nan))
+    assert not model(masked)[:9].any()
+    nothing = np.ma.array(image, mask=False)
+    np.testing.assert_array_equal(model.predict_proba(nothing), model.predict_proba(image))
+
+
 @pytest.mark.parametrize(
     ("image", "error", "said"),
     [
+        (np.ma.array(np.zeros((8, 8, 3), complex), mask=True), TypeError, "complex128"),
         (np.zeros((8, 8, 4)), ValueError, r"\(8, 8, 4\).*\(height, width, 3\)"),
         (np.zeros((8, 8)), ValueError, r"\(8, 8\)"),
         (torch.zeros(8, 8, 3), ValueError, r"\(8, 8, 3\).*\(3, height, width\)"),

@@ -156,14 +156,24 @@ def test_a_graph_that_is_not_the_model_is_not_written(
             ["--model", "runs/some", "--evaluation", "flips.json"],
             "error: evaluation is flips.json: it was made with --flips true, but exported files predict without flips",
         ),
+        (
+            ["--model", "runs/some", "--evaluation", "other.json"],
+            "error: evaluation is other.json: it is of other, step 9, not of some",
+        ),
+        (["--model", "runs/some", "--out", "mine"], "error: mine holds README.md but no model.json"),
     ],
 )
 def test_bad_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report = dict.fromkeys(("data", "threshold", "metrics", "classes", "by_size")) | {"flips": True}
-    Path("flips.json").write_text(json.dumps(report))
+    save(tmp_path, 3, 1, "image", "batch", 1)
+    report = dict.fromkeys(("model", "data", "threshold", "metrics", "classes", "by_size"))
+    Path("flips.json").write_text(json.dumps(report | {"flips": True}))
+    other = {"weights": "0" * 64, "title": "other, step 9"}
+    Path("other.json").write_text(json.dumps(report | {"model": other}))
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("mine")
     with pytest.raises(SystemExit) as stopped:
         export.main(arguments)
     assert stopped.value.code == 2

@@ -1,9 +1,11 @@
 """A replica alone, without Ray or HTTP, and the outlines that it draws."""
 
 import asyncio
+import hashlib
 import io
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import rasterio.features
 import torch
 from PIL import Image
 
-from deepskip import inference
+from deepskip import inference, publishing, weight_files
+from deepskip.data_shards.pictures import Reading
 from deepskip.jobs import polygons
+from deepskip.jobs.serving import model as serving
 from deepskip.jobs.serving.answers import Answer
 from deepskip.jobs.serving.batches import Batches
 from deepskip.jobs.serving.model import Model, Room, Slots
@@ -141,6 +145,39 @@ def test_what_the_model_cannot_take_is_said() -> None:
         answers[1:], ("30 x 21 pixels", "4 bands; the model takes 3", "nan", "beyond"), strict=True
     ):
         assert word in answer.reason
+
+
+def test_missing_values_are_those_that_the_settings_name() -> None:
+    image = np.random.default_rng(0).normal(size=(30, 20, 3)).astype(np.float32)
+    image[:9] = np.nan
+    (answer,) = ask(Model(state(3, 1), "cpu", 600, 4, 0, 1, reading=Reading(nodata=np.nan)), [image])
+    expected = Predictor(state(3, 1)).predict(image, nodata=np.nan)
+    assert expected.sum() > 0
+    np.testing.assert_array_equal(mask_of(answer), expected * 255)
+
+
+def test_a_model_that_is_not_whole_yet_is_taken_over_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "RETRY_SECONDS", 0.05)
+    data = weight_files.pack(state(3, 1))
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = tmp_path / publishing.name_of(sha256)
+
+    async def follow() -> list[str]:
+        model, faults = Model(state(3, 1), "cpu", 600, 4, 0, 1, str(tmp_path), "old"), []
+        for content in (None, data[:-9], data):
+            if content is not None:
+                path.write_bytes(content)
+            seen = ""
+            while seen in ["", *faults] and model.loaded.sha256 != sha256:
+                await asyncio.sleep(0.01)
+                seen = (await model.prepare(sha256))[1]
+            faults.append(seen)
+        return [*faults, model.loaded.sha256, model.fault]
+
+    missing, cut, *rest = asyncio.run(asyncio.wait_for(follow(), 60))
+    assert "is missing" in missing
+    assert "is damaged or incomplete" in cut
+    assert rest[1:] == [sha256, ""]
 
 
 def test_whoever_would_hold_too_much_waits() -> None:

@@ -393,6 +393,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(
         (["--checkpoint", "twins", "--images", "one"], "model: twins holds no checkpoint"),
         (["--images", "one", "--tile", "64"], "--tile is 64; with this model it must be 128 or more"),
         (["--images", "one", "--out", "s3://bucket/out"], "out is s3://bucket/out; it must be a folder"),
+        (["--images", "one", "--out", "./one"], "error: --out: one is the folder of the images"),
         (["--images", "one", "--threshold", "2"], "threshold is 2.0; it must be 0 to 1"),
         (["--images", "one", "--polygons", "svg"], "polygons"),
         (["--images", "one", "--tiles", "64"], "unknown setting tiles"),

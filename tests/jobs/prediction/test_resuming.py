@@ -102,6 +102,17 @@ def test_what_another_model_made_or_another_image_is_not_done(
     assert done(two) == 0
     mask = np.asarray(Image.open(out / "masks" / "0001.png"))
     np.testing.assert_array_equal(mask, deepskip.load(two).predict(images["0001"]) * 255)
+    # A world file belongs to its image, and the mask's to the mask.
+    world, copy = tmp_path / "images" / "0001.wld", out / "masks" / "0001.pgw"
+    for x in (500000, 700000):
+        world.write_text(f"2\n0\n0\n-2\n{x}\n4000000\n")
+        assert done(two) == 1
+        assert [float(line) for line in copy.read_text().split()] == [2, 0, 0, -2, x, 4000000]
+    copy.unlink()
+    assert done(two) == 1
+    world.unlink()
+    assert done(two) == 1
+    assert not copy.exists()
 
 
 def test_over_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
