@@ -80,7 +80,7 @@ FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,
 
 # what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
 # wait for one another for half as long again
-ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults faults_long local) \
+ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults local) \
 	$(addprefix jobs/test_,compare end_to_end preemption stream_faults) $(addprefix jobs/prediction/test_,resuming)))
 
 test: setup lint

@@ -110,7 +110,6 @@ def start_head(
     port: int = 0,
     dashboard_port: int = 0,
     num_cpus: int | None = None,
-    num_gpus: int | None = None,
     die_with_parent: bool = False,
 ) -> Head:
     """Start a Ray head and wait until jobs can be submitted to it.
@@ -119,7 +118,6 @@ def start_head(
         port: Port of the head; 0 chooses a free one.
         dashboard_port: Port of the dashboard; 0 chooses a free one.
         num_cpus: CPU cores that Ray may use; by default those that this process may use.
-        num_gpus: GPUs that Ray may use; by default those that Ray finds.
         die_with_parent: End the head when this process ends, in whatever way.
 
     Raises:
@@ -130,16 +128,14 @@ def start_head(
         raise HeadError(lack)
     for left in reversed(range(STARTS)):
         try:
-            return _start_head(port, dashboard_port, num_cpus, num_gpus, die_with_parent)
+            return _start_head(port, dashboard_port, num_cpus, die_with_parent)
         except HeadError as error:
             if not left or STARTED_SLOWLY not in str(error):
                 raise
     raise AssertionError
 
 
-def _start_head(
-    port: int, dashboard_port: int, num_cpus: int | None, num_gpus: int | None, die_with_parent: bool
-) -> Head:
+def _start_head(port: int, dashboard_port: int, num_cpus: int | None, die_with_parent: bool) -> Head:
     for name, asked in (("port", port), ("dashboard_port", dashboard_port)):
         if asked and not is_free(asked):
             raise PortTaken(
@@ -164,7 +160,6 @@ def _start_head(
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--temp-dir={temporary}"]
     command += [f"{name}={value}" for name, value in ports.items()]
     command += [f"--num-cpus={usable_cpus() if num_cpus is None else num_cpus}"]
-    command += [f"--num-gpus={num_gpus}"] if num_gpus is not None else []
     head_environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("RAY_ADDRESS", "RAY_AUTH"))
     }

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from deepskip.data_shards import png, tiff, tiles
 from deepskip.data_shards.entries import FORMATS
@@ -201,7 +201,11 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
             limits.check(*png.shape(data))
             array = png.decode_plain(data)
             return Picture(array, (array.shape[2] - 1,) if png.has_alpha(data) else (), True, orientation)
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF")) as image:
+    try:
+        opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF"))
+    except UnidentifiedImageError as error:
+        raise ValueError("its head is not that of a PNG, JPEG, BMP or GIF file") from error
+    with opened as image:
         limits.check(image.height, image.width)
         if image.format == "JPEG":
             pixels = max(1, image.height * image.width)

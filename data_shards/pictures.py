@@ -1,7 +1,7 @@
 """What an image file says about its numbers (transparency, orientation, no-data value), and how it is applied."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -57,11 +57,6 @@ class Reading:
     orientation: str = "auto"
     missing: bool = False
     nodata: float | None = None
-
-    @property
-    def as_stored(self) -> bool:
-        """Return whether this is how files are read by default, apart from missing values."""
-        return replace(self, missing=False, nodata=None) == Reading()
 
 
 AS_IT_COMES = Reading()

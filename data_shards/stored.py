@@ -38,11 +38,6 @@ class StoredSample:
     head: tiles.Head | None = None
     read: tiles.Read | None = None
 
-    @property
-    def in_tiles(self) -> bool:
-        """Return whether a window of the image can be read alone."""
-        return self.image is None
-
     def window(self, rows: slice, columns: slice) -> np.ndarray:
         """Return a window of the image, with the bands of the index.
 

@@ -275,13 +275,21 @@ class Predictor:
 
 
 def without_mask(image: Image, nodata: float | None) -> tuple[Image, float | None]:
-    """Return an image whose masked values, if it is a masked array, are `nodata`, or nan if that is None; and that value."""
+    """Replace the masked values of a masked array by `nodata`.
+
+    Args:
+        image: array (H, W), (H, W, C) or (N, H, W, C), masked or not, or tensor (C, H, W) or (N, C, H, W).
+        nodata: value that marks missing values; None takes nan if there are masked ones.
+
+    Returns:
+        The image, unchanged without masked values, and the value that marks missing ones.
+    """
     if not isinstance(image, np.ma.MaskedArray) or image.dtype.kind not in "biuf":
         return image, nodata
     if not np.ma.is_masked(image):
         return image.data, nodata
     nodata = math.nan if nodata is None else nodata
-    return image.astype(np.promote_types(image.dtype, np.float32)).filled(nodata), nodata
+    return np.ma.filled(image.astype(np.promote_types(image.dtype, np.float32)), nodata), nodata
 
 
 def as_arrays(image: Image) -> np.ndarray:

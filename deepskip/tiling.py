@@ -220,14 +220,13 @@ def batches(columns: Sequence[Span], batch: int) -> Iterator[Sequence[Span]]:
     yield group
 
 
-def logits_in_tiles(network: nn.Module, image_NCHW: Tensor, tile: int, overlap: Overlap | None = None) -> Tensor:
+def logits_in_tiles(network: nn.Module, image_NCHW: Tensor, tile: int) -> Tensor:
     """Compute the logits of normalised images tile by tile.
 
     Args:
         network: maps images (N, bands, H, W) to logits (N, V, H, W).
         image_NCHW: images (N, bands, H, W).
         tile: side of a tile, in pixels.
-        overlap: overlap of neighbouring tiles; None takes what the network needs.
 
     Returns:
         Logits (N, V, H, W) fp32.
@@ -235,7 +234,7 @@ def logits_in_tiles(network: nn.Module, image_NCHW: Tensor, tile: int, overlap: 
     Raises:
         ValueError: if a tile is too small for its overlaps.
     """
-    overlap = overlap or overlap_of(network)
+    overlap = overlap_of(network)
     H, W = image_NCHW.shape[-2:]
     first: dict[str, int] = {}
 

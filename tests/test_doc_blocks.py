@@ -109,16 +109,15 @@ def run(block: Block, folder: Path, given: set[str]) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write what the pages mention: images, masks, cubes, arrays, a COCO file, shards and trained runs."""
+    """Write what the pages mention: images, masks, arrays, a COCO file, shards and trained runs."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "docs").symlink_to(ROOT / "docs")
     (folder / "jobs").symlink_to(ROOT / "jobs")
-    for script in ("make_images.py", "make_cubes.py"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "docs" / "examples" / script], cwd=folder, capture_output=True, text=True,
-            check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "examples" / "make_images.py"], cwd=folder, capture_output=True, text=True,
+        check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     images = sorted((folder / "images").iterdir())
     np.save(folder / "x.npy", np.zeros((4, 64, 64, 3), np.uint8))
     np.save(folder / "y.npy", np.eye(64, dtype=np.uint8)[None].repeat(4, 0))

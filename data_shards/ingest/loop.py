@@ -285,7 +285,7 @@ def outcome(ingest: Ingest, item: Item, future: "Future[Sample]") -> Sample | No
         reason = str(error)
     except MemoryError:
         raise
-    # A fault of ours in one item, which would stop the ingest again after each restart.
+    # An unknown fault would stop the ingest again after each restart.
     except Exception as error:
         reason = f"cannot be read: {error!r}"
     if ingest.journal.add(item.name, version, reason):

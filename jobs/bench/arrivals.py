@@ -42,8 +42,6 @@ TRAINING = {
 COUNTS = (100, 500, 1000, 2000, 5000, 10000)
 # Generations that are committed and not admitted at most, where memory over many generations is measured.
 AHEAD = 100
-# Generations that are there at once, where the rate of training is measured.
-BACKLOG = 32
 
 
 @dataclass

@@ -275,10 +275,9 @@ def check_finished(split: Path, names: list[str]) -> None:
     assert {path.name for path in split.iterdir()} == known
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_writers_killed_at_random_moments(tmp_path: Path, seed: int) -> None:
+def test_writers_killed_at_random_moments(tmp_path: Path) -> None:
     split = packed(tmp_path / "train", ["first"])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for _ in range(5):
         children = [in_child(lambda name=name: write_many(str(split), name, 6)) for name in "ab"]
         for child in children:

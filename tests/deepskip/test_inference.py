@@ -31,7 +31,7 @@ def test_normalisation_of_raw_images(how: str) -> None:
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 60001, 1e-3, -9999.7])
 def test_a_constant_band_becomes_0(value: float) -> None:
-    # The mean of as many equal numbers is rounded, to 1 ulp beside them at some of these sizes.
+    # At some of these sizes the mean of equal numbers is rounded to the next number in fp32.
     for H, W in ((100, 120), (256, 256), (513, 1025)):
         x = torch.full((2, 2, H, W), value)
         x[:, 1, 0, 0] *= 2

@@ -50,9 +50,10 @@ def one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.slow
-def test_uneven_shares(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of these ranks one has no sample.
+    world_size = 4
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

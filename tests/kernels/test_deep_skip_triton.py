@@ -32,8 +32,8 @@ FORMS = [
     (torch.bfloat16, "bilinear", torch.channels_last), (torch.bfloat16, "nearest", torch.contiguous_format),
 ]  # fmt: skip
 SMALL = [(20, (2,), 6, 62), (64, (4, 2), 4, 8), (5, (2, 2), 2, 2)]
-# These take 10 to 20 s each, so each has three of the six forms: every dtype, both modes and both layouts.
-LARGE = [((8, (2, 4, 8, 2), 16, 40), (0, 3, 5)), ((4, (2, 4, 8, 16, 2), 16, 32), (1, 2, 4))]
+# These take 10 to 20 s each, so each has two of the six forms: both modes and both layouts.
+LARGE = [((8, (2, 4, 8, 2), 16, 40), (0, 3)), ((4, (2, 4, 8, 16, 2), 16, 32), (1, 4))]
 
 
 @pytest.mark.parametrize(

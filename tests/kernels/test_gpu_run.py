@@ -1,9 +1,7 @@
-"""The GPU run at toy size leaves whole rows whenever it is killed, a page of them and its journal."""
+"""The GPU run at toy size leaves whole rows, a page of them and its journal."""
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -33,31 +31,7 @@ def whole_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_killed_at_a_random_moment_it_leaves_whole_rows_and_the_page_is_made_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process = start(tmp_path, 280)
-    file = tmp_path / "rows.jsonl"
-    # The kill comes at a row of some phase, or within one.
-    wanted, pause = random.randint(4, 40), random.random()
-    while process.poll() is None and (not file.exists() or len(file.read_bytes().splitlines()) < wanted):
-        time.sleep(0.05)
-    time.sleep(pause)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    rows = whole_rows(tmp_path)
-    assert len(rows) >= wanted
-    assert rows[0]["suite"] == "environment"
-    monkeypatch.setattr(sys, "argv", ["gpu_page", str(tmp_path)])
-    gpu_page.main()
-    page = (tmp_path / "page.md").read_text()
-    assert "A rehearsal at toy size on a CPU" in page
-    assert "| copy" in page
-    # None of its processes continues.
-    time.sleep(1.5)
-    assert whole_rows(tmp_path) == rows
-
-
+@pytest.mark.new_launches
 def test_every_phase_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start(tmp_path, 1000)
     output, _ = process.communicate(timeout=850)
@@ -103,6 +77,7 @@ def test_parts_without_time_say_so_and_a_crash_takes_no_other_with_it(tmp_path: 
     assert "no_such_module" in (tmp_path / "output.txt").read_text()
 
 
+@pytest.mark.new_launches
 def test_what_is_wrong_beside_float64_is_not_timed(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     part = gpu.Part("deepskip.kernels.bench.gpu_phases", ("launches",), 1.0)
