@@ -42,7 +42,7 @@ def digest_of(weights: Mapping[str, Tensor], begin: bytes = b"") -> str:
     """Return the SHA-256 of weights by their names, types, shapes and values, in hexadecimal.
 
     Args:
-        weights: the weights by name.
+        weights: the weights by name, each of any shape (*,).
         begin: what is digested before them.
     """
     digest = hashlib.sha256(begin)
