@@ -7,6 +7,14 @@ import sys
 from deepskip.cluster.local import HeadError, environment, forget, head_processes, remember, remembered, start_head
 
 
+def port(text: str) -> int:
+    """Return the port that a text names; 0 for a free one."""
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is no port; ports are 0 to 65535")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command of `deepskip cluster`.
 
@@ -21,9 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     up = commands.add_parser("up", help="start a Ray head that runs until `down`")
-    up.add_argument("--port", type=int, default=0, help="port of the head; a free one by default")
+    up.add_argument("--port", type=port, default=0, help="port of the head; a free one by default")
     up.add_argument(
-        "--dashboard_port", type=int, default=0, help="port of the dashboard, which takes jobs; a free one by default"
+        "--dashboard_port", type=port, default=0, help="port of the dashboard, which takes jobs; a free one by default"
     )
     up.add_argument("--num_cpus", type=int, help="CPU cores that Ray may use; all by default")
     commands.add_parser("down", help="stop the head")

@@ -51,8 +51,9 @@ def locate(location: Location) -> Location:
 
 
 def local(location: Location) -> Path:
-    """Return the path on this machine of a location that is not remote."""
-    return Path(str(location).removeprefix("file://"))
+    """Return the path on this machine of a location that is not remote; ~ is the user's own folder."""
+    path = Path(str(location).removeprefix("file://"))
+    return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
 def join(folder: L, *names: str) -> L:

@@ -1,5 +1,6 @@
 """Define every setting of a training with its unit, default and bounds; jsonargparse reads YAML and the command line."""
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -177,7 +178,7 @@ class RunConfig:
     """name of the run and of its folder; null takes the config file's name, numbered if another or a finished run has it"""
     storage: str = setting("runs", free=True)
     """folder of all runs; every worker must see it under this path"""
-    seed: int = 0
+    seed: int = setting(0, 0, 2**63 - 1)
     """seed of the weights, of the order of samples and of the augmentation"""
     log_every: int = setting(10, 1, free=True)
     """steps between logged training metrics"""
@@ -290,8 +291,10 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
         # A word, such as "auto", has no bounds.
         if isinstance(value, str):
             continue
+        if isinstance(value, float) and not math.isfinite(value) and low is not None and high is None:
+            faults.append(f"{name} is {value}; it must be finite")
         # The comparison is negated, so that it is true for nan too.
-        if low is not None and value is not None and not low <= value <= (value if high is None else high):
+        elif low is not None and value is not None and not low <= value <= (value if high is None else high):
             faults.append(
                 f"{name} is {value}; it must be " + (f"{low:g} or more" if high is None else f"{low:g} to {high:g}")
             )

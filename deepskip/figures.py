@@ -16,6 +16,9 @@ FOUND, MISSED, FALSE_ALARM = BLUE, YELLOW, VERMILION
 # The colours of classes 1, 2, ...; they repeat for more classes.
 CLASS_COLOURS = (VERMILION, SKY, YELLOW, GREEN, BLUE, PURPLE, ORANGE)
 
+# Labels of a confusion matrix up to which its shares are written in numbers, and its largest side, inches.
+MOST_NUMBERED, LARGEST_MATRIX = 25, 16.0
+
 
 def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
     """Convert an image of any number of bands to a picture: the first, middle and last band, each stretched to its range.
@@ -208,15 +211,15 @@ def confusion(counts_VV: np.ndarray) -> Figure:
     """
     V = len(counts_VV)
     shares = counts_VV / np.maximum(counts_VV.sum(1, keepdims=True), 1)
-    side = max(3.5, 0.55 * V + 1.5)
+    side = min(max(3.5, 0.55 * V + 1.5), LARGEST_MATRIX)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for true in range(V):
-        for guessed in range(V):
-            share = shares[true, guessed]
-            axis.text(
-                guessed, true, f"{share:.1%}", ha="center", va="center", fontsize=7, color="w" if share > 0.5 else "k"
-            )
-    axis.set(xticks=range(V), yticks=range(V), xlabel="predicted", ylabel="true")
+    for true, guessed in np.ndindex(V, V) if V <= MOST_NUMBERED else ():
+        share = shares[true, guessed]
+        axis.text(
+            guessed, true, f"{share:.1%}", ha="center", va="center", fontsize=7, color="w" if share > 0.5 else "k"
+        )
+    ticks = range(0, V, -(-V // MOST_NUMBERED))
+    axis.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="true")
     return figure

@@ -238,7 +238,9 @@ class SegmentationMetrics:
             target_HW: true labels (H, W); ignored pixels are not counted.
         """
         counted = target_HW != self.ignore_index
-        self.pixels.update(prediction_HW[counted].long(), target_HW[counted].long())
+        # Torchmetrics does not take an image without pixels.
+        if counted.any():
+            self.pixels.update(prediction_HW[counted].long(), target_HW[counted].long())
         prediction_HW, target_HW = (torch.where(counted, labels, 0) for labels in (prediction_HW, target_HW))
         self.objects.update(prediction_HW, target_HW)
         if self.targets is not None:

@@ -59,9 +59,37 @@ def agreed_start(
         data = broadcast_bytes(data, rank, device)
         if rank != 0 and data:
             state = checkpoint.unpack(data, run)
+    if state is not None and state["best"] is not None:
+        lost = rank == 0 and best_is_lost(run, warn)
+        if world_size > 1:
+            lost = bool(broadcast_bytes(b"lost" if lost else b"", rank, device))
+        if lost:
+            state["best"], state["stale"] = None, 0
     if (text := check_data(state, splits, accepted, world_size)) and rank == 0:
         warn(text)
     return state
+
+
+def best_is_lost(run: Location, warn: Callable[[str], None]) -> bool:
+    """Return whether a run's best checkpoint is missing or broken; a broken one is renamed.
+
+    Args:
+        run: folder or URL of the run.
+        warn: function that is called with what is wrong, and with what follows.
+    """
+    path = storage.join(run, checkpoint.FOLDER, checkpoint.BEST)
+    try:
+        checkpoint.read_model(path)
+        return False
+    except FileNotFoundError:
+        fault = f"{path} is missing"
+    except checkpoint.CheckpointTooNew:
+        raise
+    except checkpoint.CheckpointError as error:
+        checkpoint.set_aside(path)
+        fault = f"{error}; renamed it to {storage.name(path)}{checkpoint.BROKEN}"
+    warn(f"the best checkpoint is lost: {fault}. The best of the validations from now on takes its place")
+    return True
 
 
 def check_data(

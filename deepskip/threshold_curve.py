@@ -30,9 +30,10 @@ class Curve:
 
     @property
     def best(self) -> int:
-        """The index of the best F1, which is also that of the best IoU; of several the middle one."""
-        top = np.flatnonzero(self.f1 == np.nanmax(self.f1)) if np.isfinite(self.f1).any() else np.array([STEPS // 2])
-        return int(top[len(top) // 2])
+        """The index of the best F1, which is also that of the best IoU; of several the middle one; that of 0.5 if it is 0."""
+        highest = np.nan_to_num(self.f1).max()
+        top = np.flatnonzero(self.f1 == highest)
+        return int(top[len(top) // 2]) if highest > 0 else STEPS // 2
 
 
 class ThresholdCurve:

@@ -77,7 +77,7 @@ class Record:
         Returns:
             Whether they are the best so far.
         """
-        better = self.best is None or _rank_of_iou(metrics["iou"]) > _rank_of_iou(self.best["iou"])
+        better = self.best is None or _rank(metrics) > _rank(self.best)
         self.best = metrics | {"step": step} if better else self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         return better
@@ -95,9 +95,10 @@ class Record:
         return {"best": self.best, "stale": self.validations_since_best, "seconds": self.total_seconds()}
 
 
-def _rank_of_iou(iou: float) -> float:
+def _rank(metrics: dict[str, Any]) -> tuple[float, float]:
+    """Return what the best validation has most of: IoU, and of equal ones the lower loss."""
     # nan: the split has no foreground, and none was predicted. No other outcome on that split is as good.
-    return math.inf if math.isnan(iou) else iou
+    return math.inf if math.isnan(metrics["iou"]) else metrics["iou"], -metrics.get("loss", math.inf)
 
 
 class Summary(TypedDict):
@@ -336,6 +337,7 @@ def train(
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
     elif settings.weights is not None and (left := training.start_from(settings.weights)):
         warner(observe)(f"{settings.weights} has other bands or classes: {', '.join(left)} start from random values")
+    warn_of_patience(record, config, training.step, warner(observe))
     training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
     publish = publisher(config, rank, warner(observe))
@@ -382,6 +384,16 @@ def train(
         "images_per_second": loop.window.rate(),
         "seconds": record.total_seconds(),
     }
+
+
+def warn_of_patience(record: Record, config: Config, step: int, warn: Callable[[str], None]) -> None:
+    """Warn if a training that shall go on from a step has no patience left for a single one."""
+    patience = config.run.patience
+    if step < (config.optim.steps or math.inf) and record.out_of_patience(patience):
+        warn(
+            f"the {patience} validations of run.patience were without a better IoU at step {step}; to train on, set "
+            "run.patience to 0, or to more"
+        )
 
 
 def warner(observe: Callable[[str, int, dict[str, Any]], None]) -> Callable[[str], None]:

@@ -124,8 +124,8 @@ def claim(
     names = [name] if name else (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
     for candidate in names:
         folder = folder_of_runs / candidate
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = storage.lock_file(folder / LOCK)
         except OSError as error:
             raise RunError(f"{error.filename}: {error.strerror}") from error
@@ -142,7 +142,7 @@ def claim(
                 f"{folder / LOCK} cannot be locked: {error.strerror}. Set run.storage to a file system with locks (flock)"
             ) from error
         try:
-            earlier = check_files(folder)
+            earlier = check_files(folder) or of_checkpoint(folder)
         except (BrokenFile, OSError) as error:
             lock.close()
             raise RunError(str(error)) from error
@@ -168,12 +168,34 @@ def check_name(folder: Path, config: dict[str, Any], data: Mapping[str, Identity
         RunError: the run has other settings or data, or its record cannot be read.
     """
     try:
-        earlier = read_record(folder)
+        earlier = read_record(folder) or of_checkpoint(folder)
     except (BrokenFile, OSError) as error:
         raise RunError(str(error)) from error
     refusal = reason_against(folder, earlier, config, grow=True, data=data)
     if refusal not in (None, FINISHED):
         raise refused(folder, refusal)
+
+
+def of_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the record of a run that has lost it, from its newest checkpoint; {} if there is none.
+
+    Raises:
+        BrokenFile: a later DeepSkip wrote a checkpoint.
+        OSError: the checkpoints cannot be read.
+    """
+    if next(folder.glob("*/step-*.pt"), None) is None:
+        return {}
+    # imported on demand: it imports torch
+    from deepskip import checkpoint
+
+    try:
+        state, _ = checkpoint.newest(folder)
+    except checkpoint.CheckpointTooNew as error:
+        raise BrokenFile(str(error)) from error
+    if state is None:
+        return {}
+    data = state["data"].get("splits") or None
+    return {"config": state["config"], "mlflow_run_id": state.get("mlflow_run_id"), "data": data}
 
 
 def refused(folder: Path, refusal: str) -> RunError:
@@ -229,9 +251,18 @@ def reason_against(
         return refusal
     if may_grow or not (folder / SUMMARY).is_file():
         return None
+    summary = read_json(folder / SUMMARY)
+    if grow and summary.get("stopped_early") and more_patient(earlier["config"], config):
+        return None
     # A stream that was idle ends a run before its last step.
-    ended_early = config.get("data", {}).get("follow") and read_json(folder / SUMMARY).get("steps", many) < many
+    ended_early = config.get("data", {}).get("follow") and summary.get("steps", many) < many
     return None if grow and ended_early and admissions.has_more(folder, config["data"]["path"]) else FINISHED
+
+
+def more_patient(earlier: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Return whether run.patience is larger than it was; 0 is the largest."""
+    before, now = (each["run"].get("patience", 0) or math.inf for each in (earlier, config))
+    return bool(now > before)
 
 
 def beginning_of(

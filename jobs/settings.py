@@ -345,9 +345,10 @@ def absolute(path: str, key: str) -> Path:
             f"{key} is {path}: a job keeps its lock, its record and its tracking database next to the checkpoints, which needs "
             "a file system; give a path that every machine sees (deepskip.trainer.train alone takes URLs)"
         )
-    if not Path(path).is_absolute() and "runtime_resources" in Path.cwd().parts:
+    found = storage.local(path)
+    if not found.is_absolute() and "runtime_resources" in Path.cwd().parts:
         stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
-    return Path(path).absolute()
+    return found.absolute()
 
 
 def check_report(path: Path, data: str) -> None:

@@ -47,7 +47,6 @@ DATABASE = "mlflow.db"
 # name of the model in its run
 MODEL = "model"
 ARTIFACTS = "mlartifacts"
-# seconds between looks at the queue, and after a request that failed
 SEND_SECONDS = 0.5
 RETRY_SECONDS = 5.0
 LAST_FLUSH_SECONDS = 20.0
@@ -88,6 +87,8 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
     Raises:
         TrackingUnreachable: a run cannot be created.
     """
+    if uri.startswith("sqlite:///") and {"%", "?"} & {*uri}:
+        raise TrackingUnreachable(f"{uri} holds % or ?; choose another run.storage, or --run.tracking_uri none")
     use(uri)
     client = mlflow.MlflowClient(uri)
     if run_id is not None:
@@ -480,7 +481,8 @@ def log_report(
     """
     database = Path(uri.removeprefix("sqlite:///"))
     if run_id is None:
-        database.parent.mkdir(parents=True, exist_ok=True)
+        if uri.startswith("sqlite:///"):
+            database.parent.mkdir(parents=True, exist_ok=True)
         run_id = start_run(uri, database.parent, experiment, name, None, {"evaluate": settings})
         own = True
     elif uri.startswith("sqlite:///") and not database.is_file():

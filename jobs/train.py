@@ -6,6 +6,7 @@ own Ray. With --local it trains in this process without Ray, and without MLflow 
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -134,6 +135,9 @@ def check_data(config: Config, generations: int | None = None) -> dict[str, Iden
         faults.append(
             f"loss.class_weights has {len(config.loss.class_weights)} weights for {train.num_classes} classes"
         )
+    weights = config.loss.class_weights or [1.0]
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+        faults.append(f"loss.class_weights is {weights}; none may be negative or infinite, one must be positive")
     if config.data.copy_paste and train.num_samples and max(train.shard_sizes) < 2:
         faults.append(
             f"data.copy_paste is {config.data.copy_paste:g}: it takes objects from other samples of a shard, "
@@ -160,7 +164,9 @@ def check_network(config: Config, bands: int, num_classes: int) -> None:
         network = networks.outline(asdict(config.model), bands, num_classes)
     except (ValueError, ImportError) as error:
         stop(str(error))
-    if config.run.weights is not None:
+    # A training that has begun has its own weights.
+    begun = config.run.name is not None and checkpoint.step_paths(storage.local(config.run.storage) / config.run.name)
+    if config.run.weights is not None and not begun:
         try:
             initial_weights.fitting(network, config.run.weights, bands, num_classes)
         except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:

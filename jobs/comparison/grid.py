@@ -100,6 +100,8 @@ def read_grid(argv: list[str]) -> Grid:
     grid.out = absolute(str(grid.out), "out")
     faults = [f"{name} is empty; a comparison needs one or more" for name in ("networks", "categories", "seeds")
               if not getattr(grid, name)]  # fmt: skip
+    if len({*grid.seeds}) < len(grid.seeds):
+        faults.append(f"seeds is {grid.seeds}; each seed may be named once")
     if grid.workers < 1:
         faults.append(f"workers is {grid.workers}; it must be 1 or more")
     faults += [f"only has {name!r}; the networks are {', '.join(grid.networks)}"

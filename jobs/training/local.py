@@ -1,6 +1,7 @@
 """Train in this process, without Ray: for notebooks, for debugging, and on machines without Ray; also as a rank of torchrun."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -189,10 +190,12 @@ def train(
         The trainer's summary.
 
     Raises:
-        SystemExit: for one of share.FATAL's errors (an `error:` line is printed), or with status STOPPED after a SIGTERM.
+        SystemExit: for one of share.FATAL's errors (an `error:` line is printed), or with status STOPPED after a SIGTERM, and
+            130 after Ctrl-C.
     """
+    heard: list[int] = []
     if threading.current_thread() is threading.main_thread():
-        preemption.set_handler()
+        heard = preemption.set_handler(signal.SIGINT)
     try:
         summary = share.train(
             config, folder, tell, preemption.asked,
@@ -205,6 +208,6 @@ def train(
         return summary
     except trainer.Preempted as error:
         print(f"warning: {error}", flush=True)
-        sys.exit(STOPPED)
+        sys.exit(128 + heard[0] if heard else STOPPED)
     except share.FATAL as error:
         stop(str(error))

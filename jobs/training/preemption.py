@@ -44,16 +44,28 @@ def _in_actor(actor: Any) -> None:
     set_handler()
 
 
-def set_handler() -> None:
-    """Make the first SIGTERM to this process request a stop; the next one goes to the handler that was set before."""
-    before = signal.getsignal(signal.SIGTERM)
+def set_handler(*signals: int) -> list[int]:
+    """Make the first SIGTERM to this process request a stop; a second one goes to the handler that was set before.
+
+    Args:
+        *signals: other signals that do the same.
+
+    Returns:
+        A list to which the number of the first signal is appended.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, *signals)}
+    heard: list[int] = []
 
     def ask(number: int, frame: object) -> None:
+        heard.append(number)
         _asked.set()
-        signal.signal(signal.SIGTERM, before)
+        # torchrun sends a SIGTERM after Ctrl-C.
+        signal.signal(number, before[number])
 
     _asked.clear()
-    signal.signal(signal.SIGTERM, ask)
+    for number in before:
+        signal.signal(number, ask)
+    return heard
 
 
 def asked() -> bool:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from deepskip.cluster import __main__ as command
 from deepskip.cluster import local
 from deepskip.cluster.local import MARK, Head, HeadError, PortTaken, environment, head_processes, start_head, stop_head
 from deepskip.cluster.settings import of_loopback, past_proxies
@@ -108,6 +109,14 @@ def test_where_no_proxy_is_named_nothing_is_set() -> None:
     assert past_proxies({"https_proxy": "http://proxy.example:3128"}) == {
         "no_proxy": "127.0.0.1,localhost,::1", "NO_PROXY": "127.0.0.1,localhost,::1",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ["99999", "-5"])
+def test_what_is_no_port_is_said(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["up", "--port", number])
+    assert ended.value.code == 2
+    assert f"{number} is no port; ports are 0 to 65535" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_named_at_once(head: Head) -> None:

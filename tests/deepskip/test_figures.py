@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from skimage.color import deltaE_ciede2000, rgb2lab
 
+from deepskip import figures
 from deepskip.figures import CLASS_COLOURS, FALSE_ALARM, FOUND, MISSED
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what reaches the eye of linear RGB
@@ -25,6 +26,15 @@ def closest(colours: Sequence[tuple[float, ...]], sight: np.ndarray) -> float:
     seen = np.clip(linear @ np.array(sight).T, 0, 1)
     lab = rgb2lab(np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)[None])[0]
     return min(float(deltaE_ciede2000(a, b)) for a, b in itertools.combinations(lab, 2))
+
+
+@pytest.mark.parametrize(("classes", "numbers"), [(4, 16), (200, 0)])
+def test_the_confusion_of_many_classes_is_drawn_without_numbers(classes: int, numbers: int) -> None:
+    figure = figures.confusion(np.eye(classes, dtype=np.int64))
+    (axis,) = figure.axes
+    assert len(axis.texts) == numbers
+    assert len(axis.get_xticks()) <= figures.MOST_NUMBERED
+    assert max(figure.get_size_inches()) <= figures.LARGEST_MATRIX
 
 
 @pytest.mark.parametrize("sight", SIGHTS)

@@ -114,6 +114,17 @@ def test_nothing_to_find_is_nan_and_not_1() -> None:
     assert result["pixel_accuracy"] == 1
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_an_image_whose_pixels_are_all_ignored_counts_nowhere(classes: int) -> None:
+    target, seen = torch.randint(0, max(2, classes), (9, 7)), torch.randint(0, max(2, classes), (9, 7))
+    alone, beside = SegmentationMetrics(classes, 255), SegmentationMetrics(classes, 255)
+    beside.update(seen, torch.full_like(seen, 255))
+    for metrics in (alone, beside):
+        metrics.update(seen, target)
+    same = alone.compute().keys() - {"false_alarms_per_image"}
+    assert {name: beside.compute()[name] for name in same} == {name: alone.compute()[name] for name in same}
+
+
 def test_pd_fa_and_niou_by_hand() -> None:
     truth, guess = torch.zeros(20, 20, dtype=torch.long), torch.zeros(20, 20, dtype=torch.long)
     # Centroids (1, 1) and (1, 3.5): 2.5 pixels apart, so detected without overlap.

@@ -156,3 +156,7 @@ def test_nothing_there_and_nothing_seen() -> None:
     # At threshold 0, all pixels are foreground, and wrong.
     assert (found.precision[0], found.f1[0]) == (0, 0)
     assert np.isnan(found.precision[1:]).all()
+    assert found.thresholds[found.best] == 0.5
+    curve.update(np.full((1, 4, 4), 0.3, np.float32), np.zeros((4, 4), np.uint8))
+    (found,) = curve.compute()
+    assert found.thresholds[found.best] == 0.5

@@ -262,6 +262,31 @@ def test_where_there_is_nothing_to_find_the_best_validation_found_nothing() -> N
         {"iou": ANY, "step": 1},
         2,
     )
+    # Of as good ones the one of the lower loss.
+    record = Record()
+    seen = [record.take({"iou": math.nan, "loss": loss}, step) for step, loss in enumerate((0.5, 0.4, 0.4, 0.9, 0.1))]
+    assert seen == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_best_checkpoint_that_is_lost_is_replaced(tmp_path: Path, damage: str) -> None:
+    settings = config(steps=4)
+    settings.run.validate_every = settings.run.checkpoint_every = 2
+    # Weights that do not change would never be better.
+    settings.optim.learning_rate = 0.0
+    losses(tmp_path / "run", settings)
+    path, told = tmp_path / "run" / checkpoint.FOLDER / checkpoint.BEST, []
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    settings.optim.steps = 6
+    train(
+        settings, DATA, run=tmp_path / "run", train_batches=batches, validation_images=images,
+        observe=lambda kind, step, values: told.append(values["text"]) if kind == "warning" else None,
+    )  # fmt: skip
+    assert checkpoint.read_model(path)["step"] == 6
+    assert any("the best checkpoint is lost" in text for text in told)
 
 
 def test_stopped_on_request_it_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_the_projects_grid_can_be() -> None:
     ("arguments", "message"),
     [
         (["--seeds", "[]"], "seeds is empty"),
+        (["--seeds", "[0, 1, 0]"], "seeds is [0, 1, 0]; each seed may be named once"),
         (["--workers", "0"], "workers is 0"),
         (["--only", "[vgg]"], "only has 'vgg'; the networks are deepskip, unet"),
         (["--categories", "{x: nowhere.yaml}"], "nowhere.yaml is not a file"),

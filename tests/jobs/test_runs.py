@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.identity import OtherData, name_of
 from deepskip.jobs import runs
@@ -89,6 +90,35 @@ def test_a_named_run_may_grow(tmp_path: Path) -> None:
     assert run.mlflow_run_id == "mlflow-id"
     runs.record(run, config(steps=20), "mlflow-id")
     assert not (run.folder / runs.SUMMARY).exists()
+
+
+def test_a_run_that_patience_ended_goes_on_with_more(tmp_path: Path) -> None:
+    run = {"name": None, "patience": 3}
+    trained(tmp_path, "mine", config() | {"run": run}, finish=False)
+    runs.write_json(tmp_path / "mine" / runs.SUMMARY, {"stopped_early": True, "steps": 4})
+    for patience in (3, 2):
+        with pytest.raises(runs.RunFinished):
+            runs.claim(tmp_path, "mine", "x", config() | {"run": run | {"patience": patience}})
+    for patience in (4, 0):
+        runs.claim(tmp_path, "mine", "x", config() | {"run": run | {"patience": patience}}).lock.close()
+    runs.write_json(tmp_path / "mine" / runs.SUMMARY, {"stopped_early": False, "steps": 10})
+    with pytest.raises(runs.RunFinished):
+        runs.claim(tmp_path, "mine", "x", config() | {"run": run | {"patience": 0}})
+
+
+def test_a_run_that_lost_its_record_is_known_by_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    trained(tmp_path, "mine", settings, finish=False)
+    (tmp_path / "mine" / runs.RECORD).unlink()
+    path = checkpoint.step_path(tmp_path / "mine", 4)
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    state = {"config": settings, "mlflow_run_id": "mlflow-id", "data": {}}
+    monkeypatch.setattr(checkpoint, "newest", lambda folder: (state, []))
+    with pytest.raises(runs.RunError, match=r"has other settings \(optim\.steps\)"):
+        runs.claim(tmp_path, "mine", "x", config(steps=5))
+    run = runs.claim(tmp_path, "mine", "x", settings)
+    assert run.mlflow_run_id == "mlflow-id"
 
 
 def test_how_often_a_run_looks_up_may_change(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> Non
         ("", ["--model.encoder", "vgg"], "model.encoder is 'vgg'; it must be one of 'vgg16', 'resnet34'"),
         ("optim: {steps: many}", [], "optim.steps is 'many'; it must be int"),
         ("", ["--optim.steps", "0"], "optim.steps is 0; it must be 1 or more"),
+        ("", ["--run.seed", "-1"], "run.seed is -1; it must be 0 to"),
+        ("", ["--data.cache_gb", ".inf"], "data.cache_gb is inf; it must be finite"),
         ("optim: [", [], "--config"),
         ("", ["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -253,6 +253,14 @@ def test_an_experiment_that_another_training_makes_in_between(
     assert looked == ["raced", "raced"]
 
 
+def test_an_address_that_would_be_read_as_another_is_an_error(tmp_path: Path) -> None:
+    for name in ("100%25", "what?x=1"):
+        uri = tracking.tracking_uri(tmp_path / name, None)
+        with pytest.raises(tracking.TrackingUnreachable, match=r"holds % or \?"):
+            tracking.start_run(uri, tmp_path / name, "e", "n", None, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_mlflow_reports_to_nobody() -> None:
     # The variables exclude those of pytest and of continuous integration, by which MLflow detects tests.
     variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "PYTHONPATH")}
