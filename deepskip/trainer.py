@@ -387,7 +387,7 @@ def train(
 
 
 def warn_of_patience(record: Record, config: Config, step: int, warn: Callable[[str], None]) -> None:
-    """Warn if a training that shall go on from a step has no patience left for a single one."""
+    """Warn if a training that shall continue at a step has no patience left for a single one."""
     patience = config.run.patience
     if step < (config.optim.steps or math.inf) and record.out_of_patience(patience):
         warn(
