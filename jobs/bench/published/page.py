@@ -57,7 +57,8 @@ def results(rows: Sequence[Row]) -> str:
     for (label, parameters), by_set in sorted(groups(rows).items(), key=lambda item: int(item[0][1])):
         cells = [ours(by_set.get(name, [])) for name in SET_NAMES]
         seeds = " / ".join(str(len(by_set.get(name, []))) for name in SET_NAMES)
-        lines.append(f"| **{label}** | {int(parameters) / 1e6:.2f} M | {seeds} | {' | '.join(cells)} | ours |")
+        protocol = "A" if label == LABELS["acm"] else "ours"
+        lines.append(f"| **{label}** | {int(parameters) / 1e6:.2f} M | {seeds} | {' | '.join(cells)} | {protocol} |")
     published = read_published()
     for network in dict.fromkeys(row["network"] for row in published):
         own = {row["set"]: row for row in published if row["network"] == network}
