@@ -194,6 +194,7 @@ def train(
             130 after Ctrl-C.
     """
     heard: list[int] = []
+    interrupt = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is threading.main_thread():
         heard = preemption.set_handler(signal.SIGINT)
     try:
@@ -211,3 +212,6 @@ def train(
         sys.exit(128 + heard[0] if heard else STOPPED)
     except share.FATAL as error:
         stop(str(error))
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)

@@ -25,6 +25,8 @@ from deepskip.data_shards.writer import write_shards
 from deepskip.jobs import evaluate, models, report, runs, train
 from deepskip.jobs.journal import read_measured
 from deepskip.jobs.training import tracked
+from deepskip.jobs.training.console import Console
+from deepskip.jobs.training.events import Event, Measured
 from tests.deepskip.networks.small import SMALL as NETWORK_SIZES
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +160,29 @@ def test_stopped_by_sigterm_it_goes_on_where_it_was(coins: Path) -> None:
     assert [end and end["step"] for end in ends] == [12, 12]
     left, right = (end["ema"] for end in ends if end)
     assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_ctrl_c_writes_a_checkpoint_and_is_the_callers_again(
+    coins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, said = signal.getsignal(signal.SIGINT), Console.take
+
+    def interrupted(self: Console, event: Event) -> None:
+        said(self, event)
+        if isinstance(event, Measured) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Console, "take", interrupted)
+    command = ["--local", "--data.path", str(coins / "coins"), *SMALL, "--optim.steps", "400", "--run.storage"]
+    command += [str(tmp_path), "--run.name", "mine", "--run.tracking_uri", "none"]
+    with pytest.raises(SystemExit) as ended:
+        train.main(command)
+    assert ended.value.code == 130
+    assert "stopped after step" in capsys.readouterr().out
+    state, _ = checkpoint.newest(tmp_path / "mine")
+    assert state is not None
+    assert 2 <= state["step"] < 400
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

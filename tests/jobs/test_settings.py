@@ -6,7 +6,7 @@ import yaml
 
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
-from deepskip.jobs.settings import KEYS, build_parser, differences, parse
+from deepskip.jobs.settings import KEYS, absolute, build_parser, differences, parse
 from deepskip.jobs.train import check
 
 # compare.yaml belongs to another job, and test_compare.py runs it.
@@ -72,6 +72,12 @@ def test_bad_settings_name_key_value_and_what_is_allowed(
     errors = capsys.readouterr().err
     assert all(line.startswith("error: ") for line in errors.splitlines())
     assert said in errors
+
+
+def test_the_users_own_folder_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute("~/runs", "run.storage") == absolute("file://~/runs", "run.storage") == tmp_path / "runs"
+    assert absolute("a~/b", "run.storage") == Path.cwd() / "a~" / "b"
 
 
 def test_help_explains_every_setting() -> None:
