@@ -4,7 +4,16 @@ import argparse
 import shlex
 import sys
 
-from deepskip.cluster.local import HeadError, environment, forget, head_processes, remember, remembered, start_head
+from deepskip.cluster.local import (
+    HeadError,
+    alone,
+    environment,
+    forget,
+    head_processes,
+    remember,
+    remembered,
+    start_head,
+)
 
 
 def port(text: str) -> int:
@@ -38,22 +47,23 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser("status", help="report whether the head is running, and its address")
     arguments = parser.parse_args(argv)
 
-    head = remembered()
-    if arguments.command == "down":
-        if head is not None:
-            forget(head)
-        print("stopped the Ray head" if head else "no Ray head of DeepSkip is running")
-        return
-    if arguments.command == "status" and head is None:
-        print("no Ray head of DeepSkip is running; start one with: deepskip cluster up")
-        sys.exit(1)
-    if head is None:
-        try:
-            head = start_head(arguments.port, arguments.dashboard_port, arguments.num_cpus)
-        except HeadError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        remember(head)
+    with alone():
+        head = remembered()
+        if arguments.command == "down":
+            if head is not None:
+                forget(head)
+            print("stopped the Ray head" if head else "no Ray head of DeepSkip is running")
+            return
+        if arguments.command == "status" and head is None:
+            print("no Ray head of DeepSkip is running; start one with: deepskip cluster up")
+            sys.exit(1)
+        if head is None:
+            try:
+                head = start_head(arguments.port, arguments.dashboard_port, arguments.num_cpus)
+            except HeadError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+            remember(head)
     print(f"Ray head running: {head.dashboard} ({len(head_processes(head))} processes). To use it from this shell:")
     for name, value in environment(head).items():
         print(f"export {name}={shlex.quote(value)}")

@@ -6,6 +6,7 @@ when it is stopped.
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -305,6 +306,19 @@ def state_file() -> Path:
     """Return the path of the file that stores the head of `deepskip cluster up`."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "deepskip" / "head.json"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Keep other commands of this user from starting or stopping a head while the block runs."""
+    folder = state_file().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remember(head: Head) -> None:

@@ -6,9 +6,11 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +175,24 @@ def test_with_too_few_files_addresses_or_disk_no_ray_is_started(monkeypatch: pyt
     with pytest.raises(HeadError, match=re.escape(said)):
         start_head()
     assert local.lacking("/no/such/folder") is None
+
+
+def test_two_ups_at_once_start_one_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    started: list[Head] = []
+
+    def start(*arguments: int | None) -> Head:
+        time.sleep(0.3)
+        started.append(Head(1, 2, "token", str(tmp_path), 4))
+        return started[-1]
+
+    monkeypatch.setattr(command, "start_head", start)
+    for module in (command, local):
+        monkeypatch.setattr(module, "head_processes", lambda head: [SimpleNamespace(pid=head.pid)])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(command.main, [["up"]] * 2))
+    assert len(started) == 1
+    assert local.remembered() == started[0]
 
 
 def test_up_status_down_beside_another_head(head: Head, tmp_path: Path) -> None:
