@@ -1,7 +1,7 @@
 """Define every setting of a training with its unit, default and bounds; jsonargparse reads YAML and the command line."""
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 
@@ -309,6 +309,24 @@ def is_free(key: str) -> bool:
         return False
     inner = {each.name: each for each in fields(outer.type)}.get(name)  # type: ignore[arg-type]
     return bool(outer.metadata.get("free") or (inner and inner.metadata.get("free")))
+
+
+def changed_settings(before: dict[str, Any], config: Config) -> list[str]:
+    """Return the keys of settings that decide a training, and that differ from those that it had.
+
+    Args:
+        before: the earlier settings by section; what it lacks is not compared.
+        config: the present ones. Data are compared by their contents, and the number of steps may change.
+    """
+    now = asdict(config)
+    decisive = [(section, key) for section in ("model", "loss", "augment", "optim") for key in now[section]]
+    return [
+        f"{section}.{key}"
+        for section, key in (*decisive, ("run", "seed"))
+        if before.get(section, {}).get(key, now[section][key]) != now[section][key]
+        and not is_free(f"{section}.{key}")
+        and key != "steps"
+    ]
 
 
 def check_values(config: Config) -> None:

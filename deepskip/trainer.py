@@ -324,7 +324,7 @@ def train(
 
     Raises:
         NonFiniteLoss, Preempted: if a loss or a weight is nan or infinite; if a stop was requested.
-        checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData: see there.
+        checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, identity.OtherData, OtherSettings: see there.
         OSError: if the storage cannot be read.
     """
     device, run = prepared(device), storage.locate(run)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from deepskip import augment, initial_weights, micro_batches, networks
 from deepskip.checkpoint import DataState, StepState
-from deepskip.config import Config, part_size
+from deepskip.config import Config, changed_settings, part_size
 from deepskip.device import to_device
 from deepskip.inference import normalize, to_labels
 from deepskip.instance_batch_norm import InstanceBatchNorm
@@ -24,6 +24,10 @@ from deepskip.network import DeepSkipUNet
 from deepskip.optimizer import averaging_decay, build_optimizer, learning_rate, set_learning_rate
 from deepskip.precision import NAMES, autocast
 from deepskip.sync_batch_norm import SyncBatchNorm2d
+
+
+class OtherSettings(RuntimeError):
+    """A checkpoint is of a training with other settings; the message names them."""
 
 
 class Batch(TypedDict):
@@ -194,7 +198,16 @@ class TrainingStep:
         }  # fmt: skip
 
     def load_state_dict(self, state: StepState) -> None:
-        """Load the state that `state_dict` returned."""
+        """Load the state that `state_dict` returned.
+
+        Raises:
+            OtherSettings: if it is of a training with other settings.
+        """
+        if changed := changed_settings(state["config"], self.config):
+            raise OtherSettings(
+                f"the checkpoint of step {state['step']} is of a training with other settings ({', '.join(changed)}); "
+                "train with those, or in another folder"
+            )
         # Only the best checkpoint is without, and no training resumes from that.
         assert state["optimizer"] is not None
         self.network.load_state_dict(state["model"])

@@ -23,13 +23,13 @@ from deepskip.jobs.settings import cache_of
 from deepskip.jobs.training import drift
 from deepskip.jobs.training.events import Event, Measured, Panel, SampleSkipped, Started, Waiting, Warned
 from deepskip.jobs.training.follower import Follower
-from deepskip.training_step import DataInfo
+from deepskip.training_step import DataInfo, OtherSettings
 
 # Failures that a restart would not fix, and whose message is enough for the user.
 FATAL = (
     BadSample, BrokenShard, MissingIndex, BrokenIndex, SmallCache, storage.StorageError, trainer.NonFiniteLoss,
     drift.MissingRiver, checkpoint.CheckpointNotWritten, checkpoint.CheckpointTooNew, checkpoint.CheckpointError,
-    identity.OtherData, admissions.OtherLog, runs.NotShared,
+    identity.OtherData, OtherSettings, admissions.OtherLog, runs.NotShared,
     journal.BrokenFile, initial_weights.OtherNetwork,
 )  # fmt: skip
 # Those of them that may be over when the workers start again.

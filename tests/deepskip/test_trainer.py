@@ -23,7 +23,7 @@ from deepskip.config import Config, OptimConfig
 from deepskip.data_shards.order import rank_block
 from deepskip.evaluation import evaluate
 from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, Record, learning_rate, train
-from deepskip.training_step import TrainingStep
+from deepskip.training_step import OtherSettings, TrainingStep
 
 DATA = DataInfo(2, 1, 255, [0.0, 0.0], [1.0, 1.0], {"bands": None, "longest_side": None})
 
@@ -230,6 +230,18 @@ def test_killed_twice_it_goes_on_bit_for_bit(tmp_path: Path, optimizer: Any, ema
         assert seen == {step: unbroken[step] for step in seen}
     assert parts[2][1]["val"] == pytest.approx(summary["val"], rel=0, abs=0, nan_ok=True)
     assert_same_state(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    settings = config(steps=2)
+    losses(tmp_path, settings)
+    settings.optim.steps, settings.run.log_every, settings.optim.micro_batch = 3, 2, 1
+    losses(tmp_path, settings)
+    settings.run.seed, settings.loss.beta, settings.model.base_channels = 9, 2.0, 8
+    with pytest.raises(
+        OtherSettings, match=r"step 3 is .* other settings \(model\.base_channels, loss\.beta, run\.seed\)"
+    ):
+        losses(tmp_path, settings)
 
 
 def test_out_of_patience(tmp_path: Path) -> None:
