@@ -59,7 +59,7 @@ def agreed_start(
         data = broadcast_bytes(data, rank, device)
         if rank != 0 and data:
             state = checkpoint.unpack(data, run)
-    if state is not None and state["best"] is not None:
+    if state is not None and state.get("best") is not None:
         lost = rank == 0 and best_is_lost(run, warn)
         if world_size > 1:
             lost = bool(broadcast_bytes(b"lost" if lost else b"", rank, device))

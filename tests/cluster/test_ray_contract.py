@@ -172,7 +172,7 @@ def test_commands_have_the_options_that_we_give() -> None:
     # The commands as cluster/ and jobs/ write them, in their sources.
     started = set(re.findall(r'"(--[a-z-]+)["=]', inspect.getsource(local._start_head)))
     started |= set(re.findall(r'f"(--[a-z-]+)=', inspect.getsource(local._start_head)))
-    assert {"--head", "--block", "--port", "--temp-dir", "--num-gpus"} <= started
+    assert {"--head", "--block", "--port", "--temp-dir"} <= started
     assert started <= options_of("start")
     drained = {"--reason", "--reason-message", "--deadline-remaining-seconds"}
     assert drained <= options_of("drain-node")
