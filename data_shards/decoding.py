@@ -116,12 +116,8 @@ def read_image(extension: str, data: Data, limits: Limits = LIMITS) -> Picture:
         ValueError: If the file cannot be decoded or is not an image of real numbers; says why.
     """
     picture = _decode(extension, data, False, IMAGE_KEYS, limits)
-    array = picture.array
-    if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"has shape {array.shape}; an image is (height, width) or (height, width, bands)")
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"has dtype {array.dtype}; an image is of integers or real numbers")
-    limits.check(array.shape[0], array.shape[1])
+    require_numbers(picture.array, "an image is (height, width) or (height, width, bands), of integers or real numbers")
+    limits.check(*picture.array.shape[:2])
     return picture
 
 
@@ -132,12 +128,16 @@ def read_mask(extension: str, data: Data) -> Picture:
         ValueError: If the file cannot be decoded, is too large or is not an array of numbers; says why.
     """
     picture = _decode(extension, data, True, MASK_KEYS, LIMITS)
-    array = picture.array
-    if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"has shape {array.shape}; a mask is (height, width)")
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"has dtype {array.dtype}; a mask is of integers")
+    require_numbers(picture.array, "a mask is (height, width), of integers")
     return picture
+
+
+def require_numbers(array: np.ndarray, wanted: str) -> None:
+    """Raise ValueError, which says what is wanted, unless an array (*,) has two or three axes and holds numbers."""
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"has shape {array.shape}; {wanted}")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"has dtype {array.dtype}; {wanted}")
 
 
 def decode_mask(extension: str, data: Data, values: Values = AS_LABELS) -> np.ndarray:
@@ -204,7 +204,7 @@ def _read_picture(data: bytes, labels: bool, limits: Limits) -> Picture:
     try:
         opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF"))
     except UnidentifiedImageError as error:
-        raise ValueError("its head is not that of a PNG, JPEG, BMP or GIF file") from error
+        raise ValueError("it is no whole PNG, JPEG, BMP or GIF file") from error
     with opened as image:
         limits.check(image.height, image.width)
         if image.format == "JPEG":

@@ -387,12 +387,12 @@ def train(
 
 
 def warn_of_patience(record: Record, config: Config, step: int, warn: Callable[[str], None]) -> None:
-    """Warn if a training that shall continue at a step has no patience left for a single one."""
+    """Warn if a training ends at once, since its patience was used up before it was resumed."""
     patience = config.run.patience
     if step < (config.optim.steps or math.inf) and record.out_of_patience(patience):
         warn(
-            f"the {patience} validations of run.patience were without a better IoU at step {step}; to train on, set "
-            "run.patience to 0, or to more"
+            f"{patience} validations without a better IoU (run.patience) ended this training at step {step}; to train on, "
+            "set run.patience to 0 or to a larger number"
         )
 
 

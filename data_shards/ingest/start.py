@@ -110,7 +110,7 @@ def ingest(
         before = f"{len(taken)} samples of it" if topic is None else ", ".join(f"{k} {v}" for k, v in offsets.items())
         say(f"{origin} is the source {name}; {split} has {before or 'nothing of it'}")
         if topic is None and listed.refused:
-            say(f"{len(listed.refused)} items were refused before with these options and wait to be changed: {path}")
+            say(f"{len(listed.refused)} items that these options refused before are skipped until they change: {path}")
         with contextlib.closing(source), stopping() as stop:
             pressure = None if wait_for is None else Pressure(wait_for, behind)
             return run(

@@ -210,7 +210,7 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(
     assert "does not decode" in found["images/000.png"]
     assert found["images/005.png"].startswith("has shape (3,); a mask is")
     assert found["images/006.png"].startswith("has shape (2, 3, 4, 5); a mask is")
-    assert "a mask is of integers" in found["images/007.png"]
+    assert "a mask is (height, width), of integers" in found["images/007.png"]
     assert found["images/008.png"] == "cannot be read: IndexError('list index out of range')"
     assert found["images/009.png"] == "is not a file"
     assert "has 1 bands" in found["images/001.png"]
@@ -237,7 +237,7 @@ def test_what_cannot_be_used_is_listed_and_taken_once_it_is_corrected(
     assert "labels above num_classes" in journal_of(split)[-1]["reason"]
     said: list[str] = []
     assert drain(tmp_path, split, say=said.append) == 0
-    assert "items were refused before with these options and wait to be changed" in said[1]
+    assert "items that these options refused before are skipped until they change" in said[1]
     assert drain(tmp_path, split, labels="binary") == 1
     shards = Shards(split, normalize="none")
     entry = shards.index.entries([len(shards) - 1])[0]
