@@ -1,7 +1,8 @@
 """Compare networks: a grid of ordinary trainings over networks, categories of data and seeds, each tested once.
 
 Every cell is a training as `jobs.train --local` runs it, then `deepskip evaluate` on the test split. Running the same
-command again resumes an interrupted comparison. The results are OUT/cells.csv, table.md and figure.svg.
+command again resumes an interrupted comparison. The results are OUT/cells.csv, table.md,
+categories.svg and parameters.svg.
 """
 
 import os

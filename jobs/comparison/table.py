@@ -1,4 +1,4 @@
-"""Report the results of a comparison: a CSV with a row per cell, a Markdown table, and a figure."""
+"""Report the results of a comparison: a CSV with a row per cell, Markdown tables, and two figures."""
 
 import csv
 import io
@@ -16,6 +16,12 @@ from deepskip.jobs import evaluate, runs
 from deepskip.jobs.comparison.grid import TEST, Grid, cells
 
 METRICS = ("iou", "dice", "precision", "recall", "object_recall", "false_alarms_per_image")
+# columns of the table, means over the categories: metric, its name, and its factor
+COLUMNS = (
+    ("iou", "mean IoU", 100), ("precision", "precision", 100), ("recall", "recall", 100), ("dice", "F1", 100),
+    ("object_recall", "object recall", 100), ("false_alarms_per_image", "false alarms an image", 1),
+    ("milliseconds_per_image", "ms an image", 1),
+)  # fmt: skip
 Result = dict[str, Any]
 
 
@@ -32,12 +38,15 @@ def collect(grid: Grid) -> list[Result]:
         model = {"best_step": report["model"]["step"], "parameters": summary["parameters"]}
         tested = {"validation_iou": summary["val"]["iou"], "threshold": report["threshold"], "flips": report["flips"]}
         times = {f"training_{name}": summary[name] for name in ("seconds", "images_per_second")}
+        metrics["milliseconds_per_image"] = 1000 / report["images_per_second"]
+        smallest = report["by_size"][0]
+        metrics |= {f"{what}_under_{smallest['to']}_pixels": smallest[what] for what in ("objects", "found")}
         results.append(place | model | tested | {"images": report["data"]["images"]} | metrics | times)
     return results
 
 
 def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
-    """Write cells.csv, table.md and figure.svg into the grid's folder, and return their paths.
+    """Write cells.csv, table.md, categories.svg and parameters.svg into the grid's folder, and return their paths.
 
     Args:
         grid: The comparison.
@@ -47,49 +56,57 @@ def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
     writer = csv.DictWriter(text, list(results[0]))
     writer.writeheader()
     writer.writerows(results)
-    picture = io.BytesIO()
-    draw(grid, results).savefig(picture, format="svg")
-    content = {"cells.csv": text.getvalue().encode(), "table.md": markdown(grid, results).encode(),
-               "figure.svg": picture.getvalue()}  # fmt: skip
+    content = {"cells.csv": text.getvalue().encode(), "table.md": markdown(grid, results).encode()}
+    for name, draw in (("categories.svg", draw_categories), ("parameters.svg", draw_parameters)):
+        picture = io.BytesIO()
+        draw(grid, results).savefig(picture, format="svg")
+        content[name] = picture.getvalue()
     for name, data in content.items():
         storage.write_bytes(grid.out / name, data)
     return [grid.out / name for name in content]
 
 
 def markdown(grid: Grid, results: Sequence[Result]) -> str:
-    """Return the Markdown table, with a row per network.
+    """Return the Markdown table, with a row per network, and for several categories one of the IoU of each.
 
-    It lists the IoU of each category and the mean IoU, both in percent. The mean is over categories, for the seeds with all
-    categories done; ± is the standard deviation over these seeds. The last column is the difference of the mean IoU to the
-    first network's, in percentage points, over the seeds that both have. Two or more such seeds give a 95 % interval
-    (Student's t).
+    Ratios are in percent. Means are over categories, for the seeds with all categories done; ± is the standard deviation
+    over these seeds. The time of an image is that of the test on its machine, with decoding. The last column is the
+    difference of the mean IoU to the first network's, in percentage points, over the seeds that both have. Two or more
+    such seeds give a 95 % interval (Student's t).
 
     Args:
         grid: The comparison.
         results: Results of the finished cells.
     """
     first = next(iter(grid.networks))
-    head = ["network", "parameters", *grid.categories, "mean IoU", "object recall", "false alarms an image", "seeds",
-            f"mean IoU to {label(grid, first)}"]  # fmt: skip
-    lines = [" | ".join(["", *head, ""]).strip(), "|".join(["", "---", *["---:"] * (len(head) - 1), ""])]
-    for name in grid.networks:
-        own = [result for result in results if result["network"] == name]
-        if not own:
-            continue
-        columns = [label(grid, name), millions(own)]
-        for category in grid.categories:
-            values = [percent(one["iou"]) for one in own if one["category"] == category]
-            columns.append(spread(values))
-        whole = {
-            metric: by_seed(grid, results, name, metric)
-            for metric in ("iou", "object_recall", "false_alarms_per_image")
-        }
-        iou, recall, alarms = (list(values.values()) for values in whole.values())
-        columns += [spread([100 * value for value in iou]), spread([100 * value for value in recall]), spread(alarms)]
-        against = "" if name == first else difference(by_seed(grid, results, first, "iou"), whole["iou"])
-        columns += [str(len(iou)), against]
-        lines.append(" | ".join(["", *columns, ""]).strip())
-    return "\n".join(lines) + "\n"
+    own = {name: [one for one in results if one["network"] == name] for name in grid.networks}
+    overall, each = [], []
+    for name in filter(own.__getitem__, grid.networks):
+        means = {metric: by_seed(grid, results, name, metric) for metric, _, _ in COLUMNS}
+        row = [label(grid, name), millions(own[name])]
+        row += [spread([factor * mean for mean in means[metric].values()]) for metric, _, factor in COLUMNS]
+        against = "" if name == first else difference(by_seed(grid, results, first, "iou"), means["iou"])
+        overall.append([*row, str(len(means["iou"])), against])
+        ious = [[percent(one["iou"]) for one in own[name] if one["category"] == place] for place in grid.categories]
+        each.append([label(grid, name), *map(spread, ious)])
+    head = [
+        "network",
+        "parameters",
+        *(column for _, column, _ in COLUMNS),
+        "seeds",
+        f"mean IoU to {label(grid, first)}",
+    ]
+    tables = [lines_of(head, overall)]
+    if len(grid.categories) > 1:
+        tables.append(lines_of(["IoU", *grid.categories], each))
+    return "\n".join(tables)
+
+
+def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first column to the left and all others to the right."""
+    rule = "|".join(["", "---", *["---:"] * (len(head) - 1), ""])
+    first, *others = (" | ".join(["", *row, ""]).strip() for row in (head, *rows))
+    return "\n".join([first, rule, *others, ""])
 
 
 def by_seed(grid: Grid, results: Sequence[Result], network: str, metric: str) -> dict[int, float]:
@@ -154,7 +171,30 @@ def label(grid: Grid, name: str) -> str:
     return grid.networks[name].label or name
 
 
-def draw(grid: Grid, results: Sequence[Result]) -> Figure:
+def draw_parameters(grid: Grid, results: Sequence[Result]) -> Figure:
+    """Draw each network's mean IoU over its parameters, for the seeds with all categories done.
+
+    Args:
+        grid: The comparison.
+        results: Results of the finished cells.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, name in enumerate(grid.networks):
+        means = [100 * mean for mean in by_seed(grid, results, name, "iou").values()]
+        if means:
+            parameters = statistics.fmean(one["parameters"] for one in results if one["network"] == name)
+            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+            error = statistics.stdev(means) if len(means) > 1 else 0.0
+            axis.errorbar(parameters, statistics.fmean(means), error, fmt="o", color=colour, label=label(grid, name))
+    axis.set(xlabel="parameters", ylabel="mean test IoU, %", xscale="log")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_categories(grid: Grid, results: Sequence[Result]) -> Figure:
     """Draw the IoU of every cell, with a line per network and a colour per category, and each network's mean.
 
     Args:
