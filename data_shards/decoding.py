@@ -247,7 +247,7 @@ def _pixels(image: Image.Image, labels: bool) -> tuple[np.ndarray, tuple[int, ..
 
 def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
     with tiff.open_tiff(data, limits.pixels) as file:
-        series = file.series[0]
+        series = tiff.series_of(file)
         page = file.pages.first
         limits.check_bytes(series.nbytes)
         axes = [
@@ -263,7 +263,7 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
         # Move the bands to the last axis.
         array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
-            colours = (page.colormap >> 8).astype(np.uint8).T
+            colours = tiff.colours_of(page)
             said = tiff.said(page, 1)
             if labels:
                 return Picture(array, palette=colours, **said)

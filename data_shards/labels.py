@@ -1,5 +1,6 @@
 """Meaning of mask values: binary or classes, colours, soft edges, and ignored values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -57,8 +58,8 @@ class Values:
             array = self.of_palette(array, picture.palette)
         if picture.alpha:
             alpha, array = array[..., picture.alpha[0]], np.delete(array, picture.alpha, axis=2)
-            # A mask that is stored only in the transparency channel.
-            if (array == array[:1, :1]).all() and alpha.min() != alpha.max():
+            # A mask that is stored only in the transparency channel; where nothing is drawn, nothing is foreground.
+            if (array == array[:1, :1]).all() and (alpha.min() != alpha.max() or alpha.max() == 0):
                 array = alpha
         if self.orientation != "ignore":
             array = turned(array, picture.orientation)
@@ -80,8 +81,8 @@ class Values:
     def of_palette(self, indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """Return the values of a palette image.
 
-        These are the colours if `colours` is set. If the used greys are not in rising order, it is their brightness, as 0 and
-        1 if there are two. Otherwise they are the indices.
+        These are the colours if `colours` is set. If the palette is grey up to the highest index in use, and its greys do not
+        rise, it is their brightness, as 0 and 1 if there are black and white. Otherwise they are the indices.
 
         Args:
             indices: Palette indices (H, W).
@@ -99,13 +100,11 @@ class Values:
         if self.colours:
             coloured: np.ndarray = palette[indices]
             return coloured
-        greys = palette[used, 0]
-        if (palette[used] != greys[:, None]).any() or (np.diff(greys.astype(int)) > 0).all():
-            # In an image that is all white, white may have index 0.
-            alone = len(used) == 1 and used[0] == 0 and len(palette) > 1 and (palette[:2] == [[255] * 3, [0] * 3]).all()
-            return np.ones_like(indices) if alone else indices
+        greys = falling_greys(palette, used)
+        if greys is None:
+            return indices
         brightness: np.ndarray = palette[indices, 0]
-        return (brightness == greys.max()).astype(np.uint8) if len(used) == 2 else brightness
+        return (brightness // 255) if set(greys.tolist()) == {0, 255} else brightness
 
     def of_white_is_zero(self, array: np.ndarray, bits: int) -> np.ndarray:
         """Return the values of a file in which 0 is white, inverted if `white_is_zero` says so.
@@ -151,6 +150,24 @@ class Values:
 
 
 AS_LABELS = Values()
+
+
+def falling_greys(palette: np.ndarray, used: np.ndarray) -> np.ndarray | None:
+    """Return the greys of a palette whose order is not that of brightness, so that its indices mean nothing; else None.
+
+    Args:
+        palette: Colours (n, 3) uint8.
+        used: Indices that occur in an image, rising (*,).
+
+    Returns:
+        The greys (*,) that count: those in use, and where only the first or second is, both of them.
+    """
+    # An image that is all black or all white may have a palette of white and black.
+    counted = used if len(used) > 1 or used[0] > 1 else np.arange(min(2, len(palette)))
+    greys: np.ndarray = palette[counted, 0]
+    if (palette[counted] != greys[:, None]).any() or len(np.unique(greys)) < len(greys):
+        return None
+    return None if (np.diff(greys.astype(int)) > 0).all() else greys
 
 
 def colours_of(array: np.ndarray) -> np.ndarray:
@@ -208,8 +225,10 @@ def thresholded(array: np.ndarray, threshold: float, kept: tuple[float | None, .
     """
     found = (array >= threshold).astype(np.int32)
     for value in kept:
-        if value is not None and value == round(value):
-            found[array == value] = int(value)
+        if value is not None:
+            # What no label can be stands for no value, as nan does.
+            is_label = math.isfinite(value) and value == round(value) and abs(value) < -NAN_LABEL
+            found[array == value] = int(value) if is_label else NAN_LABEL
     if array.dtype.kind == "f":
         found[np.isnan(array)] = NAN_LABEL
     return found.astype(np.uint8) if found.min() >= 0 and found.max() <= 255 else found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from deepskip.data_shards.labels import Values, listed
+from deepskip.data_shards.labels import Values, falling_greys, listed
 from deepskip.data_shards.pictures import (
     Picture,
     Reading,
@@ -46,6 +46,9 @@ class Survey:
         mask_nodata: Number of masks by the no-data value that they declare and hold.
         palette: Colour of each index in masks with a palette.
         palettes_differ: Masks whose palettes have other colours.
+        by_brightness: Masks whose palettes are read by brightness, other than those of black and white.
+        drawn: Masks of one colour whose transparency varies, so that they are drawn in it.
+        opaque: Masks of one colour that are not transparent anywhere.
     """
 
     images: int = 0
@@ -67,6 +70,9 @@ class Survey:
     mask_nodata: Counter[float] = field(default_factory=Counter)
     palette: dict[int, str] = field(default_factory=dict)
     palettes_differ: list[str] = field(default_factory=list)
+    by_brightness: list[str] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)
+    opaque: list[str] = field(default_factory=list)
 
     def look(self, name: str, image: Picture, mask: Picture, reading: Reading) -> None:
         """Record an image and its mask, as they are stored.
@@ -111,17 +117,23 @@ class Survey:
         """Record what a mask says about its values: its no-data value, and the colours of its indices."""
         if mask.nodata not in (None, 0) and (mask.array == mask.nodata).any():
             self.mask_nodata[float(mask.nodata or 0)] += 1
+        if mask.alpha:
+            alpha, colour = mask.array[..., mask.alpha[0]], np.delete(mask.array, mask.alpha, axis=2)
+            if (colour == colour[:1, :1]).all() and alpha.max() > 0:
+                (self.opaque if alpha.min() == alpha.max() else self.drawn).append(name)
         if mask.palette is None:
             return
-        used = [index for index in np.unique(mask.array).tolist() if index < len(mask.palette)]
-        # Greys are read by their brightness.
-        if (mask.palette[used] == mask.palette[used][:, :1]).all() and len(used) > 1:
+        used = np.unique(mask.array)
+        used = used[used < len(mask.palette)]
+        greys = falling_greys(mask.palette, used) if len(used) else None
+        if greys is not None:
+            if set(greys.tolist()) != {0, 255}:
+                self.by_brightness.append(name)
             return
-        for index in used:
-            colour = "#{:02x}{:02x}{:02x}".format(*mask.palette[index])
-            if self.palette.setdefault(index, colour) != colour:
-                self.palettes_differ.append(name)
-                return
+        colours = {index: "#{:02x}{:02x}{:02x}".format(*mask.palette[index]) for index in used.tolist()}
+        if any(self.palette.setdefault(index, colour) != colour for index, colour in list(colours.items())):
+            self.palettes_differ.append(name)
+        self.palette = colours | self.palette
 
     def faults_of_masks(self, labels: str, ignore_label: int | None, values: Values) -> list[str]:
         """Return what masks say that is ambiguous, each with the option that decides it.
@@ -138,13 +150,24 @@ class Survey:
                 f"{count} masks declare {shown(value)} as no data: --ignore_label={shown(value)} ignores it"
                 ", --labels binary or classes reads it as any other value"
             )
+        if self.drawn and self.opaque:
+            found.append(
+                f"{len(self.drawn)} masks, such as {self.drawn[0]}, are drawn in transparency alone, and {len(self.opaque)}, "
+                f"such as {self.opaque[0]}, have one colour and no transparency, which may mean all foreground or none: store "
+                "all masks without transparency, as grey of 0 and 255"
+            )
         first = self.palette.get(0)
         odd = first not in (None, BLACK) and BLACK in self.palette.values()
-        if labels == "auto" and not values.colours and (self.palettes_differ or odd):
+        # Of two greys, the darker first, both are what a binary mask may have.
+        two = all(map(is_grey, self.palette.values())) and max(self.palette, default=0) < 2
+        differ = [] if two else self.palettes_differ
+        # An index stands for its brightness in some masks, and not in others.
+        if any(colour != f"#{3 * f'{index:02x}'}" for index, colour in self.palette.items() if is_grey(colour)):
+            differ = [*differ, *self.by_brightness]
+        if labels == "auto" and not values.colours and (differ or odd):
             what = (
-                f"palettes give the same index different colours in {len(self.palettes_differ)} masks, such as "
-                f"{self.palettes_differ[0]}"
-                if self.palettes_differ
+                f"palettes give the same index different colours in {len(differ)} masks, such as {differ[0]}"
+                if differ
                 else f"palettes have black at an index other than 0, and index 0 is {first}"
             )
             found.append(
@@ -203,6 +226,20 @@ class Survey:
             )
             found.append(f"images differ in their number of bands ({seen}); {self.cure_of_bands(reading)}")
         return found
+
+    def faults_of_resampling(self, reading: Reading, bands: int | None) -> list[str]:
+        """Return that bands cannot be resampled if one is kept that later readers would take for transparency.
+
+        Args:
+            reading: How images are read.
+            bands: Number of bands that all images are resampled to, or None.
+        """
+        if bands is None or not self.transparency or self.alpha(reading) == "drop":
+            return []
+        return [
+            f"in {len(self.transparency)} images, such as {self.transparency[0]}, a band that is kept looks like transparency, "
+            f"which is dropped before bands are resampled: omit --bands {bands}, or give --alpha drop"
+        ]
 
     def cure_of_bands(self, reading: Reading) -> str:
         """Return which option gives all images the same number of bands."""
@@ -273,6 +310,11 @@ class Survey:
                 f"--nodata={shown(value)} removes it"
             )
         return lines
+
+
+def is_grey(colour: str) -> bool:
+    """Return whether a colour, written as #rrggbb, is grey."""
+    return colour[1:3] == colour[3:5] == colour[5:]
 
 
 def shown(value: float) -> str:

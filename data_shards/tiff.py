@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
@@ -33,6 +34,10 @@ MAX_MARGIN, FREE_BYTES = 4, 2**25
 MAX_SHARING, FREE_PIECES = 16, 2**26
 # Scans of a JPEG in a piece; progressive ones have about ten.
 TILE_SCANS = 20
+# Formats that tifffile knows and that locate their images by other means than directories.
+PLAIN = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
+# Bits of a page's NewSubfileType: a smaller version of another page, a mask.
+NOT_AN_IMAGE = 1 | 4
 # Tags that hold offsets of more directories: SubIFDs, EXIF, GPS, interoperability.
 NESTED = (330, 34665, 34853, 40965)
 DESCRIPTION = 270
@@ -73,10 +78,44 @@ def open_tiff(source: Path | bytes | memoryview, pixels: int) -> Iterator[tifffi
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
         check_directories(stream, FREE_NUMBERS + pixels // PIXELS_PER_NUMBER)
         stream.seek(0)
-        with tifffile.TiffFile(stream, _multifile=False, is_mmstack=False, is_ndtiff=False) as file:
+        with tifffile.TiffFile(stream, **PLAIN) as file:
             if file.is_ome:
                 check_ome(file.ome_metadata or "", len(file.pages), file.pages.first.size)
+            if not file.is_shaped or len(file.series) == 1:
+                yield file
+                return
+        # Written page by page, each with its own shape: alike pages are joined.
+        stream.seek(0)
+        with tifffile.TiffFile(stream, **PLAIN, is_shaped=False) as file:
             yield file
+
+
+def series_of(file: tifffile.TiffFile) -> Any:
+    """Return the first series of a TIFF, which is its image.
+
+    Args:
+        file: The open file.
+
+    Raises:
+        TiffError: If pages of the same size hold values of another type; overviews and mask pages do not count.
+    """
+    first, *others = file.series
+    sides = sides_of(first)
+    for other in others:
+        if other.dtype != first.dtype and sides_of(other) == sides and not other.keyframe.subfiletype & NOT_AN_IMAGE:
+            raise TiffError(f"its pages hold values of {first.dtype} and {other.dtype}; write all as one type")
+    return first
+
+
+def colours_of(page: Any) -> np.ndarray:
+    """Return the palette of a page (n, 3) uint8; libtiff, too, takes maps of 8 bits in place of 16."""
+    colours: np.ndarray = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8).T
+    return colours
+
+
+def sides_of(series: Any) -> dict[str, int]:
+    """Return the height and width of a series."""
+    return {axis: length for axis, length in zip(series.axes, series.shape, strict=True) if axis in "YX"}
 
 
 def check_directories(stream: BinaryIO, numbers: int) -> None:

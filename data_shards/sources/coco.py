@@ -329,7 +329,7 @@ def examine(
             except ValueError as error:
                 bad.append(f"{picture.path} {error}")
         picture.annotations = whole_ones
-    faults += survey.faults(reading, bands)
+    faults += survey.faults(reading, bands) + survey.faults_of_resampling(reading, bands)
     if bad and on_bad_annotation == "error":
         faults += [*bad[:SHOWN], f"{len(bad)} annotations have no valid outline; --on_bad_annotation skip skips them"]
     if faults:

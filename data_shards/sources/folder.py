@@ -312,7 +312,8 @@ def examine(
             faults.append(str(error))
             continue
         seen.add(pair.mask.name, found, ignore_label)
-    faults += survey.faults(reading, bands) + survey.faults_of_masks(labels, ignore_label, values)
+    faults += survey.faults(reading, bands) + survey.faults_of_resampling(reading, bands)
+    faults += survey.faults_of_masks(labels, ignore_label, values)
     reading, values = survey.decided(reading, values)
     try:
         how = decide_labels(seen, labels, num_classes, ignore_label, values)

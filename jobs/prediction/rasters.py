@@ -268,7 +268,7 @@ def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: R
     Raises:
         ValueError: The series is not an image, or its chunks are too large to read by windows.
     """
-    series, page, place = file.series[0], file.pages.first, of_tiff(file, path)
+    series, page, place = tiff.series_of(file), file.pages.first, of_tiff(file, path)
     tiff.guard(series, path.stat().st_size)
     # Like GDAL, do not rotate georeferenced images.
     reading = replace(reading, orientation="ignore") if place.transform else reading
@@ -344,7 +344,7 @@ def apply_palette(raster: Raster, page: Any, nodata: float | None) -> None:
         nodata: Index that marks missing pixels, or None.
     """
     raw = raster.read_raw
-    colours: np.ndarray = (page.colormap >> 8).astype(np.uint8).T
+    colours = tiff.colours_of(page)
 
     def read(rows: slice, columns: slice) -> np.ndarray:
         indices = raw(rows, columns)[..., 0]
