@@ -23,7 +23,9 @@ import pyarrow.compute as pc
 from deepskip.data_shards import commit, index_check, storage
 from deepskip.data_shards.index import (
     FILE,
+    BrokenIndex,
     Index,
+    MissingIndex,
     ShardEntry,
     load_first,
     load_index,
@@ -281,10 +283,16 @@ def pack_shards(
         The index of the copies.
 
     Raises:
+        AppendError: If there are no shards, or what the values of their masks mean is not known.
         IndexingError: If the shards cannot be indexed.
         OSError: If they cannot be listed or copied.
     """
-    names = tars_in(shards)
+    try:
+        names = tars_in(shards)
+    except FileNotFoundError as error:
+        raise AppendError(f"{shards} does not exist") from error
+    if not names:
+        raise AppendError(f"{shards} holds no .tar files")
     for name in progress(names, len(names)):
         source = storage.join(shards, name)
         if storage.is_remote(source):
@@ -292,16 +300,25 @@ def pack_shards(
         else:
             shutil.copyfile(storage.local(source), folder / name)
     how = first.labels
+    known = False
+    with contextlib.suppress(MissingIndex, BrokenIndex):
+        theirs = load_index(shards)
+        known = theirs.labels is None and theirs.ignore_index == first.ignore_index
     options |= {
         "labels": "binary" if (how.binary if how else first.num_classes == 1) else "classes",
         "num_classes": first.num_classes,
-        "ignore_label": how.ignore_label if how else first.ignore_index,
+        "ignore_label": how.ignore_label if how else first.ignore_index if first.num_classes > 1 or known else None,
         "values": replace(how.values, ignore=None) if how else AS_LABELS,
         "bands": first.preparation["bands"],
         "reading": first.reading,
     }
     index = index_shards(str(folder), workers=workers, progress=progress, **options)
     source = hashlib.sha256("".join(sorted(each.sha256 for each in index.shards)).encode()).hexdigest()
+    if how is None and index.labels is not None and first.num_classes == 1:
+        raise AppendError(
+            f"the masks of {shards} hold more than 0 and 1, and only an index that DeepSkip made would say what is foreground "
+            "and what is ignored: append their files in place of the shards (--images, --masks)"
+        )
     # What no mask or image of this generation shows is as in generation 0.
     labels = first.labels if index.labels is None else index.labels
     missing = first.reading.missing or index.reading.missing

@@ -67,14 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_labels(index)
     add_reading(index)
     add_values(index)
-    index.add_argument("--bands", type=int, help="resample every image to this number of bands when it is read")
+    index.add_argument("--bands", type=positive, help="resample every image to this number of bands when it is read")
     index.add_argument(
         "--on_bad_sample",
         choices=ON_BAD_SAMPLE,
         default="error",
         help=f"skip: skip faulty samples and shards, and list them in {BAD_SAMPLES} (error)",
     )
-    index.add_argument("--workers", type=int, help="number of processes (one a core)")
+    index.add_argument("--workers", type=positive, help="number of processes (one a core)")
     index.set_defaults(run="run_index")
 
     add_append(commands)
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     joined = commands.add_parser("compact", help="join the generations of a data set to a new closed set, elsewhere")
     joined.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
     joined.add_argument("--out", type=Path, required=True, help="folder to make")
-    joined.add_argument("--samples_per_shard", type=int, default=256, help="samples in a shard (256)")
+    joined.add_argument("--samples_per_shard", type=positive, default=256, help="samples in a shard (256)")
     joined.set_defaults(run="run_compact")
 
     for name, run, text in (
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     sheet = commands.add_parser("preview", help="write a picture of some samples with their masks outlined")
     sheet.add_argument("path", help="one split, such as data/coins/train")
     sheet.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (preview.png)")
-    sheet.add_argument("--count", type=int, default=16, help="number of samples (16)")
+    sheet.add_argument("--count", type=positive, default=16, help="number of samples (16)")
     sheet.set_defaults(run="run_preview")
 
     which = commands.add_parser(
@@ -187,7 +187,7 @@ def add_sources(pack: Any) -> None:
     arrays.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
     add_split(arrays)
     add_labels(arrays)
-    arrays.add_argument("--bands", type=int, help="resample every image to this number of bands")
+    arrays.add_argument("--bands", type=positive, help="resample every image to this number of bands")
     add_storing(arrays)
     arrays.add_argument("--nodata", type=float, help="pixel value that means no data in images; nan too")
     add_values(arrays)
@@ -196,7 +196,9 @@ def add_sources(pack: Any) -> None:
     built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
     built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
     for split, count in COINS_DEFAULT.items():
-        built_in.add_argument(f"--{split}", type=int, default=count, help=f"number of images for {split} ({count})")
+        built_in.add_argument(
+            f"--{split}", type=positive, default=count, help=f"number of images for {split} ({count})"
+        )
     built_in.add_argument("--seed", type=int, default=COINS_SEED, help=f"seed ({COINS_SEED})")
     built_in.set_defaults(run="run_pack_coins")
 
@@ -281,7 +283,9 @@ def add_ingest(commands: Any) -> None:
     ingest.add_argument("--to", required=True, metavar="DATA", help="a data set, or one split of it: folder or URL")
     ingest.add_argument("--split_name", choices=SPLITS, default="train", help="split to append to (train)")
     ingest.add_argument("--name", help="name of the source in keys and offsets (from the source; it stays the same)")
-    ingest.add_argument("--samples", type=int, default=256, help="samples at which a generation is committed (256)")
+    ingest.add_argument(
+        "--samples", type=positive, default=256, help="samples at which a generation is committed (256)"
+    )
     ingest.add_argument(
         "--seconds",
         type=float,
@@ -292,7 +296,7 @@ def add_ingest(commands: Any) -> None:
     ingest.add_argument(
         "--wait_for", type=Path, metavar="RUN", help="run (runs/NAME) with data.follow to wait for while it is --behind"
     )
-    ingest.add_argument("--behind", type=int, default=10_000, help="samples that it may be behind (10000)")
+    ingest.add_argument("--behind", type=positive, default=10_000, help="samples that it may be behind (10000)")
     ingest.add_argument(
         "--journal", type=Path, help="file that lists what cannot be used, and why (refused.jsonl in the split)"
     )
@@ -359,16 +363,16 @@ def add_split(parser: argparse.ArgumentParser) -> None:
 
 def add_preparation(parser: argparse.ArgumentParser) -> None:
     """Add the options that resample and resize images as they are packed."""
-    parser.add_argument("--bands", type=int, help="resample every image to this number of bands")
+    parser.add_argument("--bands", type=positive, help="resample every image to this number of bands")
     parser.add_argument(
-        "--longest_side", type=int, help="shrink larger images so that the longer side has this many pixels"
+        "--longest_side", type=positive, help="shrink larger images so that the longer side has this many pixels"
     )
     add_storing(parser)
 
 
 def add_storing(parser: argparse.ArgumentParser) -> None:
     """Add the options that define how samples are stored."""
-    parser.add_argument("--samples_per_shard", type=int, default=256, help="samples in a shard (256)")
+    parser.add_argument("--samples_per_shard", type=positive, default=256, help="samples in a shard (256)")
     parser.add_argument(
         "--tile",
         type=tile_side,
@@ -394,10 +398,18 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num_classes",
-        type=int,
+        type=positive,
         help="1 for binary, else the number of classes with background; default: from the masks",
     )
     parser.add_argument("--ignore_label", type=mask_value, help="mask value to ignore in training and metrics; nan too")
+
+
+def positive(text: str) -> int:
+    """Parse an integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
 
 
 def mask_value(text: str) -> int:

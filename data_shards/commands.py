@@ -1,6 +1,7 @@
 """The data commands: pack, index, verify, describe, preview and plan shards."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -11,15 +12,16 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from deepskip.data_shards import storage
-from deepskip.data_shards.appending import Appended, append_split, pack_shards, staging
+from deepskip.data_shards.appending import Appended, append_split, look_for, pack_shards, staging
 from deepskip.data_shards.card import write_card
 from deepskip.data_shards.command_line import COINS_DEFAULT, COINS_SEED
 from deepskip.data_shards.compacting import compact
-from deepskip.data_shards.index import FILE, Index, load_first, load_index, refuse_chain
+from deepskip.data_shards.index import FILE, BrokenIndex, Index, MissingIndex, load_first, load_index, refuse_chain
 from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
 from deepskip.data_shards.ingest.start import ingest
 from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
 from deepskip.data_shards.labels import Values, listed
+from deepskip.data_shards.manifest import read_chain
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample
@@ -142,7 +144,16 @@ def run_index(arguments: argparse.Namespace) -> None:
     shards = list(braceexpand(arguments.shards)) if arguments.shards else None
     options |= {"reading": reading_of(arguments), "values": values_of(arguments), "say": print}
     told = {name: value for name, value in vars(arguments).items() if name not in ("run", "path", "workers")}
-    if all(value == NEW_INDEX[name] for name, value in told.items()) and can_upgrade(arguments.path):
+    is_plain = all(value == NEW_INDEX[name] for name, value in told.items())
+    if is_packed(split := arguments.out or arguments.path) and not can_upgrade(split):
+        if not is_plain:
+            raise PackError(
+                f"{storage.join(split, FILE)} was made by pack or append, and holds what the shards do not: how images were "
+                "prepared, and the number of classes. Pack again to change them"
+            )
+        print(f"{storage.join(split, FILE)} was made by pack or append: it is kept")
+        return
+    if is_plain and can_upgrade(arguments.path):
         print(f"{storage.join(arguments.path, FILE)} is of an earlier version: adding the statistics of each image")
         index = upgrade(arguments.path, cache_of(arguments), arguments.workers, progress("shards"))
     else:
@@ -153,6 +164,17 @@ def run_index(arguments: argparse.Namespace) -> None:
     )
     if storage.exists(storage.join(index.location, BAD_SAMPLES)):
         print(f"skipped samples are listed in {storage.join(index.location, BAD_SAMPLES)}")
+
+
+def is_packed(split: str) -> bool:
+    """Return whether a split was packed by DeepSkip: its shards alone do not tell how, so its index cannot be made again.
+
+    Args:
+        split: Path or URL of the split.
+    """
+    with contextlib.suppress(MissingIndex, BrokenIndex):
+        return load_index(split).source is not None
+    return False
 
 
 def run_append(arguments: argparse.Namespace) -> None:
@@ -186,6 +208,8 @@ def append_source(split: str, arguments: argparse.Namespace) -> Appended:
         else:
             pack_like(first, source, folder, arguments)
             folder = folder / "train"
+        if not arguments.repeated_keys:
+            require_in_no_other(split, folder, cache)
         watermark = arguments.watermark
         if watermark is None and source != "shards":
             watermark = min(time.time(), newest(arguments.images))
@@ -197,6 +221,22 @@ def append_source(split: str, arguments: argparse.Namespace) -> Appended:
             repeated_keys=arguments.repeated_keys,
             cache=cache,
         )
+
+
+def require_in_no_other(split: str, folder: Path, cache: storage.Cache) -> None:
+    """Raise AppendError if samples have keys of another split of the data set: a model would be validated on what it trained.
+
+    Args:
+        split: Path or URL of the split to append to.
+        folder: The packed samples.
+        cache: Where the samples files of a remote split are kept.
+    """
+    root, _, name = split.rstrip("/").rpartition("/")
+    for other in SPLITS:
+        place = storage.join(root or ".", other)
+        if name in SPLITS and other != name and storage.exists(storage.join(place, FILE)):
+            chain = read_chain(place, [load_first(place, cache)[0]])
+            look_for(place, chain, None, load_index(folder).samples["key"], cache)
 
 
 def check_source(arguments: argparse.Namespace) -> str:
@@ -247,7 +287,7 @@ def pack_like(first: Index, source: str, out: Path, arguments: argparse.Namespac
         pack_coco(arguments.images, arguments.annotations, out, longest_side=prepared["longest_side"], **options)
         return
     options |= {
-        "labels": arguments.labels or ("auto" if first.num_classes == 1 else "classes"),
+        "labels": arguments.labels or "auto",
         "num_classes": first.num_classes,
         "ignore_label": arguments.ignore_label,
         "values": values_of(arguments),

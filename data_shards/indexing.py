@@ -249,6 +249,8 @@ def index_shards(
     if bad:
         lines = "".join(json.dumps(fault) + "\n" for fault in bad)
         storage.write_bytes(storage.join(target, BAD_SAMPLES), lines.encode())
+    elif storage.exists(storage.join(target, BAD_SAMPLES)):
+        storage.remove(storage.join(target, BAD_SAMPLES))
     save_index(index, target)
     return replace(index, location=target)
 

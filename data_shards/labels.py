@@ -362,6 +362,8 @@ def decide_labels(
     """
     if kind not in KINDS:
         raise ValueError(f"labels is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if num_classes is not None and not 1 <= num_classes <= IGNORE_INDEX:
+        raise ValueError(f"num_classes is {num_classes}; it must be 1 to {IGNORE_INDEX}")
     foreground = seen.pixels.keys() - {0}
     binary = kind == "binary" or (kind == "auto" and num_classes in (None, 1) and len(foreground) <= 1)
     if text := doubt(seen, kind, binary, num_classes):
@@ -369,7 +371,7 @@ def decide_labels(
     found = 1 if binary else max(foreground, default=0) + 1
     allowed = 1 if num_classes == 1 else (num_classes or found) - 1
     if not binary and num_classes is not None and found > num_classes:
-        above = [f"{name} ({label})" for name, label in seen.highest.items() if label > allowed]
+        above = [f"{name} ({label})" for name, label in seen.highest.items() if label > allowed or num_classes == 1]
         raise ValueError(f"labels above num_classes - 1 = {allowed} in {len(above)} masks: {listed(above)}")
     return Labels(binary, num_classes or found, ignore_label, values)
 

@@ -26,6 +26,8 @@ from deepskip.data_shards.sample import Sample, encode_image, encode_mask
 from deepskip.data_shards.scan import MAX_NAME, sample_entry, scan_tar
 
 LOCK = ".lock"
+# What the names of half-written folders have that those of users do not.
+HALF = ".deepskip-half-"
 # Characters of a key, whose files in a shard have longer names.
 MAX_KEY = MAX_NAME - 16
 # Side in pixels of the tiles of large masks.
@@ -68,19 +70,38 @@ def write_shards(
         FileExistsError: If the folder exists and was made of another source.
     """
     if folder.exists():
-        with contextlib.suppress(MissingIndex, BrokenIndex):
-            index = load_index(folder)
-            if source is not None and index.source == source:
-                return index
-        raise FileExistsError(f"{folder} exists already; remove it or pack to another folder")
+        return made_of_the_same(folder, source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with half_written(folder) as temporary:
         index = _write(
             iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source, tile
         )
         save_index(index, temporary)
-        publish(temporary, folder)
+        try:
+            publish(temporary, folder)
+        except OSError:
+            # Another process packed it meanwhile.
+            if not folder.exists():
+                raise
+            return made_of_the_same(folder, source)
     return dataclasses.replace(index, location=str(folder))
+
+
+def made_of_the_same(folder: Path, source: str | None) -> Index:
+    """Return the index of a split that exists already.
+
+    Args:
+        folder: Folder of the split.
+        source: Fingerprint of what it must be made of.
+
+    Raises:
+        FileExistsError: If it was made of something else.
+    """
+    with contextlib.suppress(MissingIndex, BrokenIndex):
+        index = load_index(folder)
+        if source is not None and index.source == source:
+            return index
+    raise FileExistsError(f"{folder} exists already; remove it or pack to another folder")
 
 
 @contextlib.contextmanager
@@ -90,12 +111,12 @@ def half_written(folder: Path) -> Iterator[Path]:
     Yields:
         The temporary folder, which is removed at the end unless it was renamed.
     """
-    for stale in folder.parent.glob(f".{folder.name}.*"):
+    for stale in folder.parent.glob(f".{folder.name}{HALF}*"):
         # A process that writes holds the lock, which ends with the process.
         with contextlib.suppress(OSError), storage.lock_file(stale / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}{HALF}", dir=folder.parent))
     try:
         with storage.lock_file(temporary / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -153,7 +153,7 @@ def read_coco(
         PackError: If the file is not valid, or images or categories are missing; lists the faults.
     """
     try:
-        raw = json.loads(annotations.read_text())
+        raw = json.loads(annotations.read_text(encoding="utf-8-sig"))
         names = {entry["id"]: entry["name"] for entry in raw["categories"]}
         found = {
             entry["id"]: CocoImage(
@@ -165,9 +165,11 @@ def read_coco(
         objects = [(entry["image_id"], entry["category_id"], entry) for entry in raw["annotations"]]
         ordered = [names[key] for key in sorted(names)]
         escaping = [] if by_basename else [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
+        texts(ordered)
+        roots = root_categories(raw["categories"], {category for _, category, _ in objects})
     except FileNotFoundError as error:
         raise PackError(f"{annotations} does not exist") from error
-    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise PackError(f"{annotations} is not a COCO file of objects: {error!r}") from error
     faults = []
     if escaping:
@@ -175,7 +177,6 @@ def read_coco(
     for what, given, kept in (("images", raw["images"], found), ("categories", raw["categories"], names)):
         if len(given) != len(kept):
             faults.append(f"{len(given) - len(kept)} {what} have the same id as another")
-    roots = root_categories(raw["categories"], {category for _, category, _ in objects})
     wanted = categories if categories is not None else [name for name in ordered if name not in roots]
     if not wanted or len(set(wanted)) != len(wanted):
         faults.append(f"there must be at least one category, and each only once: {listed(wanted)}")
@@ -200,6 +201,8 @@ def read_coco(
         if category in numbers:
             found[image].annotations.append(entry)
     lines = []
+    if len(wanted) > 1:
+        lines.append(f"classes: {listed([f'{number} {name}' for number, name in enumerate(wanted, 1)])}")
     if categories is None and roots:
         lines.append(f"skipped, since it only groups others and has no annotations: category {listed(roots)}")
     if empty := [name for key, name in names.items() if key in numbers and all(c != key for _, c, _ in objects)]:
@@ -216,6 +219,13 @@ def root_categories(categories: list[dict[str, Any]], used: set[int]) -> list[st
     """
     above = {entry.get("supercategory") for entry in categories if entry.get("supercategory") != entry["name"]}
     return [entry["name"] for entry in categories if entry["name"] in above and entry["id"] not in used]
+
+
+def texts(values: list[Any]) -> None:
+    """Raise TypeError unless all values are texts."""
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r} is not a name")
 
 
 def whole(value: Any) -> int:

@@ -166,6 +166,10 @@ def pair_files(
     if faults:
         raise PackError("\n".join(faults) + how_to_convert(others, images))
     pairs = [Pair(stem, found_images[stem], found_masks[stem]) for stem in sorted(found_images)]
+    if own := [pair.mask.name for pair in pairs if pair.mask in pair.images and pair.mask.suffix.lower() != ".npz"]:
+        raise PackError(
+            f"{len(own)} images would be their own masks: {listed(own)}; name the folder of the masks with --masks"
+        )
     return pairs, said_of_others(others)
 
 

@@ -48,14 +48,7 @@ def read_split(path: Path, stems: list[str]) -> dict[str, list[str]]:
     Raises:
         PackError: If the file is missing or has wrong columns, or stems or splits are missing, repeated or unknown.
     """
-    if not path.is_file():
-        raise PackError(f"the split file {path} does not exist")
-    # Excel begins a file with a byte order mark.
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        if not reader.fieldnames or not {"stem", "split"} <= set(reader.fieldnames):
-            raise PackError(f"{path} has columns {reader.fieldnames}; it needs stem,split")
-        rows = [(row["stem"], row["split"]) for row in reader]
+    rows = [(row["stem"], row["split"]) for row in rows_of(path, "split", ("stem", "split"))]
     by_stem = dict(rows)
     faults = []
     if len(by_stem) != len(rows):
@@ -72,6 +65,35 @@ def read_split(path: Path, stems: list[str]) -> dict[str, list[str]]:
         raise PackError("\n".join(faults))
     parts = {name: [stem for stem in stems if by_stem[stem] == name] for name in SPLITS}
     return {name: members for name, members in parts.items() if members}
+
+
+def rows_of(path: Path, what: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Read a CSV file in UTF-8.
+
+    Args:
+        path: The file.
+        what: What it is, for messages.
+        columns: Columns that it needs.
+
+    Returns:
+        The rows, with a text for each column.
+
+    Raises:
+        PackError: If it is missing, is not such a file or lacks a column.
+    """
+    if not path.is_file():
+        raise PackError(f"the {what} file {path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        # Excel begins a file with a byte order mark.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            if not set(columns) <= set(reader.fieldnames or ()):
+                raise PackError(f"{path} has columns {reader.fieldnames}; it needs {','.join(columns)}")
+            return list(reader)
+    except UnicodeDecodeError as error:
+        raise PackError(f"{path} is not in UTF-8: save it as CSV UTF-8") from error
+    except csv.Error as error:
+        raise PackError(f"{path} cannot be read as CSV: {error}; is a quote not closed?") from error
 
 
 def draw_split(stems: list[str], val_share: float, seed: int) -> dict[str, list[str]]:
@@ -99,21 +121,14 @@ def read_colours(path: Path) -> tuple[tuple[int, int, int, int], ...]:
     Raises:
         PackError: If the file is missing or has wrong columns, or a row is not valid; names the row.
     """
-    if not path.is_file():
-        raise PackError(f"the colour file {path} does not exist")
-    # Excel begins a file with a byte order mark.
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        if not reader.fieldnames or not {"color", "label"} <= set(reader.fieldnames):
-            raise PackError(f"{path} has columns {reader.fieldnames}; it needs color,label")
-        found: dict[tuple[int, int, int], int] = {}
-        for number, row in enumerate(reader, 2):
-            colour, label = (row["color"] or "").strip().removeprefix("#"), (row["label"] or "").strip()
-            if not re.fullmatch("[0-9a-fA-F]{6}", colour) or not re.fullmatch("[0-9]{1,3}", label) or int(label) > 255:
-                raise PackError(f"{path}, line {number}: {row['color']},{row['label']} is not a row such as #ff0000,1")
-            red, green, blue = bytes.fromhex(colour)
-            if found.setdefault((red, green, blue), int(label)) != int(label):
-                raise PackError(f"{path} gives #{colour} two labels, the second in line {number}")
+    found: dict[tuple[int, int, int], int] = {}
+    for number, row in enumerate(rows_of(path, "colour", ("color", "label")), 2):
+        colour, label = (row["color"] or "").strip().removeprefix("#"), (row["label"] or "").strip()
+        if not re.fullmatch("[0-9a-fA-F]{6}", colour) or not re.fullmatch("[0-9]{1,3}", label) or int(label) > 255:
+            raise PackError(f"{path}, line {number}: {row['color']},{row['label']} is not a row such as #ff0000,1")
+        red, green, blue = bytes.fromhex(colour)
+        if found.setdefault((red, green, blue), int(label)) != int(label):
+            raise PackError(f"{path} gives #{colour} two labels, the second in line {number}")
     if not found:
         raise PackError(f"{path} has no rows")
     return tuple((*colour, label) for colour, label in found.items())

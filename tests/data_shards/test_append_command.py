@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from deepskip.data_shards.command_line import main
@@ -91,6 +92,11 @@ def test_arrays_shards_and_options_of_other_sources(tmp_path: Path, capsys: pyte
     for path in (tmp_path / "foreign" / "train").glob("index.json"):
         path.unlink()
     foreign = ["append", data, "--split_name", "val", "--shards", str(tmp_path / "foreign" / "train")]
+    # What is validated is not trained on.
+    with pytest.raises(SystemExit):
+        main(foreign)
+    assert "4 samples have keys of generation 0 of" in capsys.readouterr().err
+    foreign.append("--repeated_keys")
     main(foreign)
     main(foreign)
     assert "generation 1 was made of the same source" in capsys.readouterr().out
@@ -105,7 +111,12 @@ def test_arrays_shards_and_options_of_other_sources(tmp_path: Path, capsys: pyte
             "--layout belongs to arrays, but the source is fold",
         ),
         (["--images", str(tmp_path / "x.npy")], "give the array of the masks"),
-        (["--images", images, "--masks", masks, "--offsets", '{"a": 1.5}'], "the generation.offsets is"),
+        (
+            ["--images", images, "--masks", masks, "--repeated_keys", "--offsets", '{"a": 1.5}'],
+            "the generation.offsets is",
+        ),
+        (["--shards", str(tmp_path / "nowhere")], "nowhere does not exist"),
+        (["--shards", str(tmp_path / "first" / "images")], "images holds no .tar files"),
         (["--images", images, "--masks", masks, "--offsets", "[1]"], "is not a JSON object"),
     ):
         with pytest.raises(SystemExit):
@@ -113,6 +124,42 @@ def test_arrays_shards_and_options_of_other_sources(tmp_path: Path, capsys: pyte
         assert words in capsys.readouterr().err
     # Nothing is left of what was refused.
     assert not list((tmp_path / "data" / "train").glob(".append*"))
+
+
+@pytest.mark.parametrize(("values", "known"), [((0, 255), False), ((0, 1), True), ((0, 1, 255), False)])
+def test_a_value_of_255_in_shards_of_another_program_is_not_taken_for_ignored(
+    values: tuple[int, ...], known: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = write_folder(tmp_path / "first", list("abcde"))
+    main(["pack", "folder", "--images", images, "--masks", masks, "--out", str(tmp_path / "data")])
+    (tmp_path / "foreign").mkdir()
+    mask = np.resize(np.array(values, np.uint8), (10, 12))
+    with webdataset.TarWriter(str(tmp_path / "foreign" / "x.tar")) as writer:
+        writer.write({"__key__": "x", "image.png": np.zeros((10, 12, 3), np.uint8), "mask.png": mask})
+    command = ["append", str(tmp_path / "data"), "--shards", str(tmp_path / "foreign")]
+    if known:
+        main(command)
+    else:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "hold more than 0 and 1, and only an index that DeepSkip made would say" in capsys.readouterr().err
+    assert load_index(tmp_path / "data" / "train").num_samples == 4 + known
+
+
+def test_the_index_of_a_packed_split_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = write_folder(tmp_path / "first", list("abcde"))
+    data = str(tmp_path / "data" / "train")
+    main(
+        ["pack", "folder", "--images", images, "--masks", masks, "--longest_side", "8", "--out", str(tmp_path / "data")]
+    )
+    before = (tmp_path / "data" / "train" / "index.json").read_bytes()
+    main(["index", data])
+    assert "was made by pack or append: it is kept" in capsys.readouterr().out
+    for options in (["--num_classes", "300"], ["--on_bad_sample", "skip"]):
+        with pytest.raises(SystemExit):
+            main(["index", data, *options])
+        assert "index.json was made by pack or append" in capsys.readouterr().err
+    assert (tmp_path / "data" / "train" / "index.json").read_bytes() == before
 
 
 def test_a_compacted_chain_has_the_same_samples(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,13 @@ def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, 
             "255 categories; a mask holds 254",
         ),
         (lambda c: c.pop("annotations"), "is not a COCO file of objects: KeyError"),
+        (lambda c: c["annotations"][0].update(category_id=[7]), "is not a COCO file of objects: TypeError"),
+        (
+            lambda c: c["categories"][0].update(name=["cell"]),
+            r"is not a COCO file of objects: TypeError.*is not a name",
+        ),
+        (lambda c: c["categories"][0].update(supercategory=["x"]), "is not a COCO file of objects: TypeError"),
+        (lambda c: c["images"][0].update(height=float("inf")), "is not a COCO file of objects: OverflowError"),
         (lambda c: c.update(images=[]), "has no images"),
     ],
 )

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from deepskip.data_shards import writer
 from deepskip.data_shards.command_line import main
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
@@ -217,3 +219,59 @@ def test_a_split_as_spreadsheets_write_it(tmp_path: Path) -> None:
     (tmp_path / "short.csv").write_text("stem,split\na,train\nb\n")
     with pytest.raises(PackError, match=r"has splits .*; allowed are train, val, test"):
         read_split(tmp_path / "short.csv", ["a", "b"])
+    for content, words in (
+        ("stem,split\né,train\n".encode("utf-16"), "is not in UTF-8: save it as CSV UTF-8"),
+        ("stem,split\né,train\n".encode("latin-1"), "is not in UTF-8: save it as CSV UTF-8"),
+        (b'stem,split\na,"train\n' + 200_000 * b"x", "cannot be read as CSV: .*; is a quote not closed"),
+    ):
+        (tmp_path / "odd.csv").write_bytes(content)
+        with pytest.raises(PackError, match=words):
+            read_split(tmp_path / "odd.csv", ["a"])
+    with pytest.raises(PackError, match=f"the split file {tmp_path} is not a file"):
+        read_split(tmp_path, ["a"])
+
+
+def test_options_and_folders_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = pairs(tmp_path)
+    command = ["pack", "folder", "--images", str(images), "--out", str(tmp_path / "out")]
+    for options, words in (
+        (["--samples_per_shard", "0"], "argument --samples_per_shard: 0 is not 1 or more"),
+        (["--longest_side", "-7"], "argument --longest_side: -7 is not 1 or more"),
+        (["--bands", "0"], "argument --bands: 0 is not 1 or more"),
+        (["--labels", "binary", "--num_classes", "300"], "num_classes is 300; it must be 1 to 255"),
+        (["--masks", str(images)], "images would be their own masks: "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--masks", str(masks), *options])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    # Hidden folders of others stay.
+    (tmp_path / "out" / ".train.backup").mkdir(parents=True)
+    main([*command, "--masks", str(masks)])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".train.backup", "README.md", "train", "val"]
+
+
+def test_of_two_that_pack_at_once_the_later_one_finds_the_work_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, masks = pairs(tmp_path)
+    publish, packed = writer.publish, []
+
+    def slowly(temporary: Path, folder: Path) -> None:
+        if not packed:
+            packed.append(folder)
+            pack_folder(images, masks, tmp_path / "out")
+        publish(temporary, folder)
+
+    monkeypatch.setattr(writer, "publish", slowly)
+    assert pack_folder(images, masks, tmp_path / "out") == {"train": 4, "val": 1}
+    shutil.rmtree(tmp_path / "out" / "train")
+
+    def beside(temporary: Path, folder: Path) -> None:
+        shutil.copytree(images, folder)
+        publish(temporary, folder)
+
+    monkeypatch.setattr(writer, "publish", beside)
+    with pytest.raises(PackError, match="train exists already"):
+        pack_folder(images, masks, tmp_path / "out")

@@ -402,7 +402,7 @@ def test_a_folder_keeps_its_name_and_bad_input_is_explained(
         (f"folder:{tmp_path / 'none'}", split, [], "is not a folder"),
         (f"folder:{tmp_path}", split, [], "images and masks are in images/ and masks/"),
         (f"folder:{tmp_path / 'moved'}", split, ["--name", "a.b"], "has a dot or slash"),
-        (f"folder:{tmp_path / 'moved'}", split, ["--samples", "0"], "samples must be at least 1"),
+        (f"folder:{tmp_path / 'moved'}", split, ["--samples", "0"], "argument --samples: 0 is not 1 or more"),
         (f"folder:{tmp_path / 'moved'}", str(foreign), [], "ignore_index is 255, but 254 in generation 0"),
         (f"folder:{tmp_path / 'moved'}", str(tmp_path / "nothing"), [], "no shards at"),
     ):

@@ -147,7 +147,7 @@ def test_a_kept_transparency_is_not_resampled(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((SIDE, SIDE, 4), np.uint8)).save(tmp_path / "images" / "a.png")
     Image.fromarray(truth(0)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(
-        PackError, match="in 1 images, such as a, a band that is kept looks like transparency, .* omit --bands 4"
+        PackError, match=r"in 1 images, such as a, a band that is kept looks like transparency, .* omit --bands 4"
     ):
         pack_folder(
             tmp_path / "images",

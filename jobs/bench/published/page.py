@@ -53,7 +53,10 @@ def results(rows: Sequence[Row]) -> str:
         rows: rows of the CSV of our runs.
     """
     names = [f"{name}: IoU / nIoU / Pd / Fa" for name in SET_NAMES.values()]
-    lines = [f"| network | parameters | runs on each set | {' | '.join(names)} | protocol |", "|---|---:|---:|---:|---:|---|"]
+    lines = [
+        f"| network | parameters | runs on each set | {' | '.join(names)} | protocol |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
     for (label, parameters), by_set in sorted(groups(rows).items(), key=lambda item: int(item[0][1])):
         cells = [ours(by_set.get(name, [])) for name in SET_NAMES]
         seeds = " / ".join(str(len(by_set.get(name, []))) for name in SET_NAMES)
