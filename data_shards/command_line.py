@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepskip.data_shards import storage, trouble
+from deepskip.data_shards.arguments import with_numbers
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.indexing import BAD_SAMPLES, IndexingError
 from deepskip.data_shards.labels import KINDS, NAN_LABEL, WHITE_IS_ZERO
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: The arguments after the program's name; None takes those of the process.
     """
-    arguments = build_parser().parse_args(argv)
+    numbers = {"--nodata", "--threshold", "--ignore_label"}
+    arguments = build_parser().parse_args(with_numbers(sys.argv[1:] if argv is None else argv, numbers))
     # Imported here, so that --help and errors in arguments do not wait for the libraries.
     from deepskip.data_shards import commands
 

@@ -31,6 +31,8 @@ SHORT = {2: 85, 4: 17}
 END_OF_JPEG = b"\xff\xd9"
 PICTURES = ("png", "jpg", "jpeg", "bmp", "gif")
 # The compression methods that numpy uses for archives.
+# Bytes before the header of a .npy, and the length of that.
+NPY_HEAD = 12
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # The highest compression ratio of deflate.
 DEFLATE_RATIO = 1032
@@ -279,6 +281,8 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
 
 
 def _read_npy(data: Data) -> np.ndarray:
+    if len(data) < NPY_HEAD:
+        raise ValueError(f"has {len(data)} bytes, less than a header")
     start = _npy_start(data)
     shape, fortran_order, dtype = _npy_header(bytes(data[:start]))
     count = math.prod(shape)

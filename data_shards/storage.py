@@ -113,7 +113,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     no locks and no time stamps.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+    # A name has 255 bytes at most.
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PART}")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -253,6 +253,7 @@ class Predictor:
         image = self._taken(image, chosen)
         x = self._checked(image, nodata)
         H, W = x.shape[-2:]
+        nowhere = x.isnan().all(1)
         longest_side = self.preparation["longest_side"]
         # Of an image that is not resampled, the bands have been taken.
         resampled = not chosen and self.preparation["bands"] is not None
@@ -266,7 +267,8 @@ class Predictor:
             x = torch.from_numpy(np.stack([np.moveaxis(one, 2, 0).astype(np.float32) for one in images]))
         # As many images at a time as together have the pixels of one large image.
         few = max(1, inference.most_pixels(self.network) // (x.shape[2] * x.shape[3]))
-        return torch.cat([enlarged_to(self.probabilities(part, flips), H, W) for part in x.split(few)])
+        found = torch.cat([enlarged_to(self.probabilities(part, flips), H, W) for part in x.split(few)])
+        return inference.without_values(found, nowhere if bool(nowhere.any()) else None)
 
     def _as_given(self, result: Tensor, image: Image) -> Any:
         if isinstance(image, Tensor):

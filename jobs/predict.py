@@ -16,7 +16,7 @@ from deepskip.data_shards import storage, trouble
 from deepskip.jobs import models
 from deepskip.jobs.options import PredictConfig
 from deepskip.jobs.prediction import done, inputs
-from deepskip.jobs.prediction.features import join_coco
+from deepskip.jobs.prediction.features import COCO_FILE, join_coco
 from deepskip.jobs.prediction.inputs import Item
 from deepskip.jobs.prediction.options import Options
 from deepskip.jobs.prediction.progress import Progress
@@ -134,9 +134,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     items = inputs.find(places, out)
     made_by = fingerprint(state, options)
-    out.mkdir(parents=True, exist_ok=True)
+    made(out)
     done.remove_leftovers(out)
     left = [item for item in items if not done.is_done(out, item, made_by)]
+    if left:
+        # it is of all images, and some are made anew
+        (out / COCO_FILE).unlink(missing_ok=True)
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} images are done already", flush=True)
     progress = Progress(len(left))
@@ -169,12 +172,34 @@ def main(argv: list[str] | None = None) -> None:
         f"{progress.pixels / seconds / 1e6:.2f} MPixel/s"
     )
     for note, names in notes.items():
-        print(f"note: {len(names)} images, such as {names[0]}: each {note}")
+        # a name may have bytes that are not UTF-8
+        first = names[0].encode(errors="backslashreplace").decode()
+        print(f"note: {len(names)} images, such as {first}: each {note}")
     for fault in sorted(faults):
         print(f"error: {fault}", file=sys.stderr)
     if faults:
         print(f"error: {len(faults)} of {len(left)} images could not be segmented", file=sys.stderr)
         sys.exit(1)
+
+
+def made(out: Path) -> None:
+    """Make the folder of the outputs.
+
+    Args:
+        out: the folder.
+
+    Raises:
+        SystemExit: status 2 if it cannot be made, or has files where outputs go although no prediction wrote to it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        stop(f"--out: the folder {out} cannot be made: {(error.strerror or '').lower()}")
+    if found := done.of_others(out):
+        stop(
+            f"--out: {found} was not made by a prediction and could be overwritten; choose another folder, such as "
+            f"{out / 'predictions'}"
+        )
 
 
 def outcomes(

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from deepskip.config import Config, check_values, faults_of
 from deepskip.data_shards import storage
+from deepskip.data_shards.arguments import with_numbers
 from deepskip.jobs.plain_yaml import check_arguments, look_through
 
 T = TypeVar("T")
@@ -187,6 +188,8 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
     }
     try:
         check_arguments(argv)
+        floats = {f"--{field.name}" for field in fields(kind) if str(field.type).startswith("float")}  # type: ignore[arg-type]
+        argv = [in_yaml(argument, floats) for argument in with_numbers(argv, floats)]
         parsed = parser.instantiate_classes(parser.parse_args(with_lists(argv, lists)))
         settings = kind(**{key: getattr(parsed, key) for key in keys})
         if faults := faults_of(settings):
@@ -196,6 +199,18 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
         stop(explain(str(error), keys))
     except yaml.YAMLError as error:
         stop(f"the config is not valid YAML: {' '.join(str(error).split())}")
+
+
+def in_yaml(argument: str, options: Set[str]) -> str:
+    """Return an argument; if it gives an option nan or inf, these are written as YAML has them: .nan and .inf.
+
+    Args:
+        argument: argument of the command line.
+        options: options whose values are floating-point numbers.
+    """
+    option, _, value = argument.partition("=")
+    found = re.fullmatch("([+-]?)(nan|inf)", value.lower()) if option in options else None
+    return f"{option}={found[1]}.{found[2]}" if found else argument
 
 
 def with_lists(argv: Sequence[str], options: Mapping[str, bool]) -> list[str]:

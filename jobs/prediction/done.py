@@ -5,15 +5,18 @@ holds wherever the program was killed.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from deepskip.data_shards import storage
-from deepskip.jobs.prediction.features import Features
+from deepskip.jobs.prediction import features
+from deepskip.jobs.prediction.features import COCO_FILE, Features
 from deepskip.jobs.prediction.inputs import Item
 from deepskip.jobs.prediction.writers import PART, Sink, remove
 
 FOLDER = "done"
+FOLDERS = (FOLDER, "masks", "overlays", features.FOLDER, "probabilities")
 
 
 def note_path(out: Path, item: Item) -> Path:
@@ -85,6 +88,16 @@ def stamp(path: Path) -> list[int]:
 
 def remove_leftovers(out: Path) -> None:
     """Remove partial outputs of killed runs; no other process may be writing to the folder."""
-    # List them all first: the contents of a removed folder must not be searched.
-    for part in list(out.rglob(f".*{PART}")):
-        remove(part)
+    # List them all first: the contents of a removed folder must not be searched. Files of others may end in .part too.
+    found = [part for folder in FOLDERS for part in (out / folder).rglob(f".*{PART}")]
+    for part in [*found, *out.glob(f".{COCO_FILE}.*{PART}")]:
+        if re.fullmatch(rf"\..*\.[0-9a-f]{{8}}{re.escape(PART)}", part.name, re.DOTALL):
+            remove(part)
+
+
+def of_others(out: Path) -> Path | None:
+    """Return a file that stands where outputs go in a folder that no prediction wrote to, or None."""
+    if (out / FOLDER).is_dir():
+        return None
+    files = (path for folder in FOLDERS for path in (out / folder).rglob("*"))
+    return next((path for path in (out / COCO_FILE, *files) if path.is_file() and not path.name.endswith(PART)), None)

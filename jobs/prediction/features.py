@@ -35,7 +35,7 @@ class Features:
     def __init__(self, path: Path, kind: str, raster: Raster, name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.kind, self.raster = path, kind, raster
-        self.temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+        self.temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PART}")
         self.objects, self.written = Objects(), 0
         self.file = self.temporary.open("w")
         head: dict[str, Any] = {"image": {"file_name": name, "height": raster.height, "width": raster.width}}

@@ -42,7 +42,10 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
     place = Georeference()
     for code in TAGS:
         if (tag := page.tags.get(code)) is not None:
-            place.tags.append((code, int(tag.dtype), 0 if isinstance(tag.value, str) else tag.count, tag.value, True))
+            # Names may have letters that are not ASCII, in UTF-8.
+            value = tag.value.encode() + b"\0" if isinstance(tag.value, str) else tag.value
+            count = len(value) if isinstance(value, bytes) else tag.count
+            place.tags.append((code, int(tag.dtype), count, value, True))
     # Read the tags themselves: they also exist in files without GeoKeys.
     values = {tag[0]: np.ravel(tag[3]).astype(float) for tag in place.tags if tag[0] in (SCALE, TIES, MATRIX)}
     ties = values.get(TIES, np.zeros(0))
@@ -51,8 +54,11 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
         place.transform = a, b, c, d, e, f
     elif len(values.get(SCALE, ())) >= 2 and len(ties) >= 6:
         (sx, sy), tie = values[SCALE][:2].tolist(), ties.tolist()
+        # A scale is positive; GDAL reads a negative one as if it were.
+        sy = abs(sy)
         place.transform = sx, 0.0, tie[3] - tie[0] * sx, 0.0, -sy, tie[4] + tie[1] * sy
-    if place.transform and int(found.get("GTRasterTypeGeoKey", 1)) == 2:
+    is_point = int(found.get("GTRasterTypeGeoKey", 1)) == 2
+    if place.transform and is_point:
         # The transform refers to pixel centres (PixelIsPoint); shift it to pixel corners.
         a, b, c, d, e, f = place.transform
         place.transform = a, b, c - (a + b) / 2, d, e, f - (d + e) / 2
@@ -61,7 +67,12 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
             "is georeferenced by ground control points only, so its outlines are in pixels; run gdalwarp on it first"
         )
     if place.transform is None:
-        return of_world_file(path, place)
+        place = of_world_file(path, place)
+        if place.transform is None:
+            return place
+        if is_point:
+            # The keys, which are copied, say that the matrix is of pixel centres.
+            place.tags[-1] = (MATRIX, DOUBLE, 16, matrix(of_centres(place.transform)), True)
     epsg = int(found.get("ProjectedCSTypeGeoKey", found.get("GeographicTypeGeoKey", 0)))
     if 0 < epsg < OWN_CODE:
         place.crs = f"EPSG:{epsg}"
@@ -71,8 +82,8 @@ def of_tiff(file: tifffile.TiffFile, path: Path) -> Georeference:
         except ImportError:
             place.note = "has a coordinate system without an EPSG code, which only rasterio reads: pip install '.[geo]'"
             return place
-    if place.crs is None:
-        place.note = "is georeferenced but names no coordinate system; its outlines are in the units of its transform"
+    unnamed = "is georeferenced but names no coordinate system; its outlines are in the units of its transform"
+    place.note = None if place.crs is not None else place.note or unnamed
     return place
 
 
@@ -95,7 +106,7 @@ def in_words(path: Path) -> str | None:
 
 def world_files(path: Path) -> list[Path]:
     """Return the world files that an image may have, in the order in which they count: a.tfw, a.tifw or a.wld for a.tif."""
-    ending = path.suffix[1:]
+    ending = path.suffix[1:].lower()
     names = {ending + "w", "wld"} | ({ending[0] + ending[-1] + "w"} if len(ending) > 1 else set())
     return [path.with_suffix(f".{name}") for name in sorted(names | {each.upper() for each in names})]
 
@@ -124,6 +135,12 @@ def of_world_file(path: Path, place: Georeference | None = None) -> Georeference
         )
         place.tags.append((MATRIX, DOUBLE, 16, matrix(place.transform), True))
         return place
+    beside = path.with_name(f"{path.name}.aux.xml")
+    if place.note is None and beside.is_file() and b"<GeoTransform>" in beside.read_bytes():
+        place.note = (
+            "has its place in a file .aux.xml, which is not read, so its outlines are in pixels; make it a GeoTIFF "
+            "(gdal_translate)"
+        )
     return place
 
 
@@ -133,10 +150,16 @@ def matrix(transform: Transform) -> tuple[float, ...]:
     return a, b, 0.0, c, d, e, 0.0, f, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0
 
 
+def of_centres(transform: Transform) -> Transform:
+    """Return the transform of pixel centres that belongs to one of pixel corners."""
+    a, b, c, d, e, f = transform
+    return a, b, c + (a + b) / 2, d, e, f + (d + e) / 2
+
+
 def world_file(transform: Transform) -> str:
     """Return the text of a world file, whose numbers refer to pixel centres."""
-    a, b, c, d, e, f = transform
-    return "".join(f"{value!r}\n" for value in (a, d, b, e, c + (a + b) / 2, f + (d + e) / 2))
+    a, b, c, d, e, f = of_centres(transform)
+    return "".join(f"{value!r}\n" for value in (a, d, b, e, c, f))
 
 
 def named(crs: str) -> str:

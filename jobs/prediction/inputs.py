@@ -1,13 +1,14 @@
 """Find and open the images to segment: files, folders of files, Zarr arrays, shards, and URLs of each."""
 
 import contextlib
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
 from deepskip.data_shards import index, storage, trouble
@@ -71,6 +72,11 @@ def find(places: Sequence[str], out: Path | None = None) -> list[Item]:
     for item in items:
         if (other := names.setdefault(item.name, item)) is not item:
             clashes.append(f"--images: {other} and {item} would both be written to {item.name}")
+    for item in items:
+        for folder in PurePosixPath(item.name).parents:
+            named = names.get(str(folder.with_suffix(""))) if folder.suffix else None
+            if named is not None:
+                clashes.append(f"--images: the mask of {named} may have the name of the folder of {item}, {folder}")
     if clashes:
         stop(
             "\n".join(
@@ -85,7 +91,7 @@ def found_at(place: str, out: Path | None = None) -> list[Item]:
     try:
         if extension_of(place) == "zarr":
             return [zarr_item(place, plain_name(place))]
-        if storage.exists(storage.join(place, index.FILE)):
+        if storage.exists(storage.join(place, index.FILE)) and not is_foreign(place):
             return samples(place)
         if storage.is_remote(place):
             return remote_items(place)
@@ -117,6 +123,17 @@ def found_at(place: str, out: Path | None = None) -> list[Item]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(12))
         print(f"skipped in {place}, since only {', '.join(EXTENSIONS)} are supported: {kinds}", flush=True)
     return items
+
+
+def is_foreign(place: str) -> bool:
+    """Return whether a folder on this machine has an index.json of another program, and no shards."""
+    if storage.is_remote(place) or next(storage.local(place).glob("*.tar"), None):
+        return False
+    try:
+        found = json.loads(storage.read_bytes(storage.join(place, index.FILE)))
+    except ValueError:
+        return True
+    return not isinstance(found, dict) or found.get("format") != index.FORMAT
 
 
 def walk(

@@ -113,7 +113,8 @@ class Picture:
 
     Attributes:
         every: The factor k.
-        image: Reduced image (h, w, bands), of the raster's dtype.
+        bands: Bands of the raster that are kept: all, or three of many.
+        image: Reduced image (h, w, bands); of many bands, as floating-point numbers.
         labels: Reduced labels (h, w), uint8.
     """
 
@@ -121,7 +122,12 @@ class Picture:
         self.raster = raster
         self.every = -(-max(raster.height, raster.width) // PICTURE_SIDE)
         size = -(-raster.height // self.every), -(-raster.width // self.every)
-        self.image = np.zeros((*size, raster.bands), raster.dtype)
+        # Those that a picture shows of many bands; as floats, which are not taken for red, green and blue.
+        self.bands = slice(None) if raster.bands <= 3 else [0, raster.bands // 2, raster.bands - 1]
+        shown, dtype = (
+            (raster.bands, raster.dtype) if raster.bands <= 3 else (3, np.result_type(raster.dtype, np.float16))
+        )
+        self.image = np.zeros((*size, shown), dtype)
         self.labels = np.zeros(size, np.uint8)
 
     def rows(self, top: int, labels_rW: np.ndarray) -> None:
@@ -142,4 +148,4 @@ class Picture:
             seen = self.raster.read(slice(first, min(first + step, bottom)), columns)[::every, ::every]
             # Missing pixels are drawn black.
             seen = np.nan_to_num(seen) if self.raster.nodata else seen
-            self.image[first // every : first // every + len(seen)] = seen
+            self.image[first // every : first // every + len(seen)] = seen[..., self.bands]

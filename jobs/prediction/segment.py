@@ -295,7 +295,13 @@ class PredictionWorker:
             else:
                 # Enlarge the probabilities rather than the labels, so that outlines are smooth.
                 for top in range(0, H, ROWS):
-                    yield top, enlarged_rows(p_VHW, H, W, top, min(top + ROWS, H))
+                    bottom = min(top + ROWS, H)
+                    p_VrW = enlarged_rows(p_VHW, H, W, top, bottom)
+                    if image.raster.nodata:
+                        window = self.predictor.of_network_bands(image.raster.read(slice(top, bottom), slice(0, W)))
+                        nowhere = torch.from_numpy(np.isnan(window).all(2))
+                        p_VrW = without_values(torch.from_numpy(p_VrW)[None], nowhere[None])[0].numpy()
+                    yield top, p_VrW
 
         try:
             return self.outcome(image, rows())

@@ -149,7 +149,7 @@ class Sink:
 
     def __init__(self, path: Path, kind: str, layout: Layout) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+        self.path, self.temporary = path, path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PART}")
         self.rows: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=2)
         self.error: BaseException | None = None
         self.ended = self.stopped = False

@@ -246,6 +246,9 @@ def test_options_and_folders_that_cannot_be(tmp_path: Path, capsys: pytest.Captu
         assert ended.value.code == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    # A number that argparse would take for an option.
+    main([*command, "--masks", str(masks), "--nodata", "-1e20", "--out", str(tmp_path / "numbers")])
+    assert load_index(tmp_path / "numbers" / "train").preparation["nodata"] == -1e20
     # Hidden folders of others stay.
     (tmp_path / "out" / ".train.backup").mkdir(parents=True)
     main([*command, "--masks", str(masks)])
