@@ -5,7 +5,7 @@ import math
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -261,12 +261,13 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
         sides = dict(axes)
         limits.check(sides["Y"], sides["X"])
         tiff.guard(series, len(data))
+        invalid = None if labels else _invalid(file, series, len(data), limits)
         array = series.asarray().reshape([length for _, length in axes])
         # Move the bands to the last axis.
         array = np.transpose(array, sorted(range(len(names)), key=lambda i: "YX".find(names[i]) % 3))
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and array.ndim == 2:
             colours = tiff.colours_of(page)
-            said = tiff.said(page, 1)
+            said = tiff.said(page, 1) | {"invalid": invalid}
             if labels:
                 return Picture(array, palette=colours, **said)
             if said["nodata"] is not None and (missing := array == said["nodata"]).any():
@@ -277,7 +278,19 @@ def _read_tiff(data: Data, labels: bool, limits: Limits) -> Picture:
                 )
                 return Picture(array, **said)
             return Picture(colours[array], **(said | {"nodata": None}))
-        return Picture(array, **tiff.said(page, array.shape[2] if array.ndim == 3 else 1))
+        return Picture(array, **tiff.said(page, array.shape[2] if array.ndim == 3 else 1), invalid=invalid)
+
+
+def _invalid(file: tifffile.TiffFile, series: Any, size: int, limits: Limits) -> np.ndarray | None:
+    """Return where the mask of a series says that pixels are not valid (H, W) bool, or None if all are."""
+    mask = tiff.mask_of(file, series)
+    if mask is None:
+        return None
+    limits.check_bytes(mask.nbytes)
+    tiff.guard(mask, size)
+    sides = tiff.sides_of(mask)
+    valid: np.ndarray = mask.asarray().reshape(sides["Y"], sides["X"]) != 0
+    return None if valid.all() else ~valid
 
 
 def _read_npy(data: Data) -> np.ndarray:

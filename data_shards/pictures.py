@@ -30,6 +30,7 @@ class Picture:
         white_is_zero: Number of bits of a value if 0 is white, else 0.
         nodata: Value that means no data, for all bands.
         palette: Colours (n, 3) uint8 of a mask whose numbers are indices.
+        invalid: Pixels (H, W) bool without a value in any band, as a mask in the file says; None if there are none.
     """
 
     array: np.ndarray
@@ -39,6 +40,7 @@ class Picture:
     white_is_zero: int = 0
     nodata: float | None = None
     palette: np.ndarray | None = None
+    invalid: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def image_of(picture: Picture, reading: Reading = AS_IT_COMES, bands: int | None
     array = without_nodata(array, *((picture.nodata, reading.nodata) if reading.missing else ()))
     if array.dtype == bool:
         array = array.astype(np.uint8)
+    if reading.missing and picture.invalid is not None:
+        array = array.astype(array.dtype if array.dtype == np.float64 else np.float32)
+        array[picture.invalid] = np.nan
     return array if reading.orientation == "ignore" else turned(array, picture.orientation)
 
 

@@ -104,9 +104,11 @@ class Survey:
         self.look_at_mask(name, mask)
         way = "keep" if reading.alpha == "keep" else "drop"
         values = image_of(image, replace(reading, alpha=way, orientation="ignore"))
-        if image.nodata is not None and values.dtype.kind == "f" and np.isnan(values).any():
+        declared = NAN if image.nodata is None or math.isnan(image.nodata) else image.nodata
+        told = image.nodata is not None or image.invalid is not None
+        if told and values.dtype.kind == "f" and np.isnan(values).any():
             # nan does not equal itself, so all nan are counted under one object.
-            self.tagged[NAN if math.isnan(image.nodata) else image.nodata] += 1
+            self.tagged[declared] += 1
         elif (found := suspected_nodata(values)) is not None:
             self.suspected[found] += 1
         if values.dtype.kind == "f":

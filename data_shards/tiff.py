@@ -36,8 +36,8 @@ MAX_SHARING, FREE_PIECES = 16, 2**26
 TILE_SCANS = 20
 # Formats that tifffile knows and that locate their images by other means than directories.
 PLAIN = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
-# Bits of a page's NewSubfileType: a smaller version of another page, a mask.
-NOT_AN_IMAGE = 1 | 4
+# Bits of a page's NewSubfileType: a mask of valid pixels; or that, or a smaller version of another page.
+MASK, NOT_AN_IMAGE = 4, 1 | 4
 # Tags that hold offsets of more directories: SubIFDs, EXIF, GPS, interoperability.
 NESTED = (330, 34665, 34853, 40965)
 DESCRIPTION = 270
@@ -105,6 +105,17 @@ def series_of(file: tifffile.TiffFile) -> Any:
         if other.dtype != first.dtype and sides_of(other) == sides and not other.keyframe.subfiletype & NOT_AN_IMAGE:
             raise TiffError(f"its pages hold values of {first.dtype} and {other.dtype}; write all as one type")
     return first
+
+
+def mask_of(file: tifffile.TiffFile, series: Any) -> Any | None:
+    """Return the series that masks the valid pixels of another, as GDAL writes it; None without one.
+
+    Args:
+        file: The open file.
+        series: Series of the image.
+    """
+    sides = sides_of(series)
+    return next((each for each in file.series if each.keyframe.subfiletype & MASK and sides_of(each) == sides), None)
 
 
 def colours_of(page: Any) -> np.ndarray:

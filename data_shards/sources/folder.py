@@ -359,7 +359,7 @@ def read_samples(
 
 def is_read_as(picture: Picture, image_HWC: np.ndarray) -> bool:
     """Return whether a file is read as the image (H, W, bands) with default options."""
-    if not picture.alpha and picture.orientation == 1 and picture.nodata is None:
+    if not picture.alpha and picture.orientation == 1 and picture.nodata is None and picture.invalid is None:
         return image_HWC.dtype.kind != "f" or not np.isnan(image_HWC).any()
     try:
         default = image_of(picture, Reading(missing=True), image_HWC.shape[2])

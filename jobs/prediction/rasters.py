@@ -286,12 +286,18 @@ def open_tiff(file: tifffile.TiffFile, path: Path, bands: int | None, reading: R
         raster = from_file(path, {"dtype": dtype, "offset": series.dataoffset, "shape": shape}, axes, by_rows=False)
     else:
         raster = open_tiff_by_chunks(series, page, shape, axes)
+    mask = tiff.mask_of(file, series) if reading.missing else None
+    if mask is not None:
+        tiff.guard(mask, path.stat().st_size)
+        apply_mask(raster, mask)
     said = tiff.said(page, raster.bands)
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and raster.bands == 1:
         apply_palette(raster, page, said["nodata"])
         said["nodata"] = None if said["nodata"] is None else math.nan
     drop_alpha(raster, said["alpha"], bands, reading)
     raster.mark_missing(said["nodata"], reading)
+    if mask is not None:
+        raster.nodata = (*raster.nodata, math.nan)
     raster.place = place
     return raster if reading.orientation == "ignore" else turned_raster(raster, said["orientation"])
 
@@ -328,6 +334,13 @@ def open_tiff_by_chunks(series: Any, page: Any, shape: tuple[int, ...], axes: st
 
     sizes = dict(zip(axes, shape, strict=True))
     return Raster(sizes["H"], sizes["W"], sizes.get("C", 1), values_of(series), read, by_rows=not page.is_tiled)
+
+
+def apply_mask(raster: Raster, mask: Any) -> None:
+    """Change a raster to return nan, in float32 or float64, where a series that is its mask is 0."""
+    raw, valid = raster.read_raw, open_tiff_by_chunks(mask, mask.keyframe, (raster.height, raster.width), "HW").read_raw
+    raster.dtype = np.dtype(np.float64 if raster.dtype == np.float64 else np.float32)
+    raster.read_raw = lambda rows, columns: np.where(valid(rows, columns) != 0, raw(rows, columns), np.nan)
 
 
 def values_of(series: Any) -> np.dtype:

@@ -10,8 +10,13 @@ import tifffile
 from PIL import Image
 
 import deepskip
+from deepskip.data_shards.dataset import Shards
+from deepskip.data_shards.decoding import read_image
+from deepskip.data_shards.pictures import Reading, image_of
+from deepskip.data_shards.sources.folder import pack_folder
 from deepskip.jobs import predict
 from deepskip.jobs.options import PredictConfig
+from deepskip.jobs.prediction import rasters
 from deepskip.jobs.prediction.georeference import of_world_file
 from deepskip.jobs.prediction.outputs import Picture
 from deepskip.jobs.prediction.rasters import in_memory
@@ -163,3 +168,39 @@ def test_an_overlay_keeps_three_of_many_bands() -> None:
         shown.rows(0, np.zeros((10, 12), np.uint8))
         np.testing.assert_array_equal(shown.image, array[..., [0, 100, 199]])
         assert shown.image.dtype != np.uint8
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("compress", ["deflate", "jpeg"])
+def test_what_the_mask_in_a_tiff_covers_has_no_value(
+    compress: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valid = np.full((SIDE, SIDE), 255, np.uint8)
+    valid[:, :20] = 0
+    path = tmp_path / "images" / "a.tif"
+    path.parent.mkdir()
+    size = {"width": SIDE, "height": SIDE, "count": 3, "dtype": "uint8", "blockxsize": 16, "blockysize": 16}
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(path, "w", driver="GTiff", compress=compress, tiled=True, **size) as file,
+    ):
+        file.write(RNG.integers(0, 255, (3, SIDE, SIDE), np.uint8))
+        file.write_mask(valid)
+        file.build_overviews([2])
+    segment(path.parent, tmp_path / "out", "--threshold", "1e-9", "--overlays", "false")
+    with rasterio.open(tmp_path / "out" / "masks" / "a.tif") as mask:
+        np.testing.assert_array_equal(mask.read(1), valid // 255)
+    # Read by windows it is the same.
+    whole = image_of(read_image("tif", path.read_bytes()), Reading(missing=True))
+    monkeypatch.setattr(rasters, "WHOLE_BYTES", 0)
+    with rasters.open_raster(path, "tif", 3) as raster:
+        np.testing.assert_array_equal(raster.read(slice(3, 40), slice(5, 47)), whole[3:40, 5:47])
+    # A training ignores it.
+    Image.fromarray(np.ones((SIDE, SIDE), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "masks" / "a.png")
+    pack_folder(path.parent, tmp_path / "masks", tmp_path / "data", split_name="train")
+    shards = Shards(str(tmp_path / "data" / "train"), normalize="none")
+    image, labels = shards.read(shards.index.entries([0])[0])
+    np.testing.assert_array_equal(image, whole)
+    np.testing.assert_array_equal(labels, np.where(valid, 1, 255))
