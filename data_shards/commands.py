@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from braceexpand import braceexpand
 from tqdm import tqdm
 
@@ -132,8 +133,31 @@ def show(path: Path | str, cache: storage.Cache | None = None) -> None:
         path: The data set, or one split of it: folder or URL.
         cache: Where copies of remote shards are kept.
     """
+    indexes: list[tuple[str, Index]] = []
     for folder in splits_of(str(path)):
-        print(describe(load_index(folder, cache), contents(folder, cache, progress("samples"))))
+        index = load_index(folder, cache)
+        print(describe(index, contents(folder, cache, progress("samples"))))
+        for line in (told for before, other in indexes if (told := said_of_both(folder, index, before, other))):
+            print(line)
+        indexes.append((folder, index))
+
+
+def said_of_both(split: str, index: Index, before: str, other: Index) -> str | None:
+    """Return a warning if samples of two splits have the same bytes, in image and mask; None if there are none.
+
+    Args:
+        split: Path or URL of a split.
+        index: Its index.
+        before: Path or URL of the other split.
+        other: Its index.
+    """
+    found = index.samples.filter(pc.is_in(index.samples["digest"], value_set=other.samples["digest"].combine_chunks()))
+    if not len(found):
+        return None
+    return (
+        f"warning: {len(found)} samples of {split} are also in {before}, byte by byte: {listed(found['key'].to_pylist())}. "
+        "A model that saw them in training is not tested by them"
+    )
 
 
 def run_index(arguments: argparse.Namespace) -> None:

@@ -4,11 +4,12 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +90,7 @@ def read_shard(
     ignore_label: int | None,
     reading: Reading,
     values: Values,
+    omitted: Mapping[str, str],
 ) -> ShardReport:
     """Read every sample of a shard once; faults are reported, not raised.
 
@@ -100,6 +102,7 @@ def read_shard(
         ignore_label: Mask value that is ignored, or None.
         reading: How images are read.
         values: How masks are read.
+        omitted: Keys of samples that are skipped, each with the reason.
 
     Returns:
         The report of the shard.
@@ -113,6 +116,9 @@ def read_shard(
             for fault in found.bad:
                 report.bad.append({"shard": name, "key": fault.key, "reason": fault.reason})
             for key, members in found.samples.items():
+                if key in omitted:
+                    report.bad.append({"shard": name, "key": key, "reason": omitted[key]})
+                    continue
                 try:
                     entry, (image_bytes, mask_bytes) = sample_entry(key, members, names, file.fileno())
                     picture = read_image(entry.image.format, image_bytes)
@@ -227,15 +233,17 @@ def index_shards(
         raise IndexingError(f"{location} holds no .tar files")
     names = (image, mask) if image and mask else detect_names(location, found, image, mask)
     reading, values = replace(reading, missing=True), replace(values, ignore=ignore_label)
-    arguments = ((location, name, names, bands, ignore_label, reading, values) for name in found)
     workers = min(len(found), workers or os.cpu_count() or 1)
-    kept: dict[str, PixelSample] = {}
-    if workers == 1:
-        reports = list(gathered(progress((read_shard(*a) for a in arguments), len(found)), kept))
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            several = pool.map(read_shard, *zip(*arguments, strict=True))
-            reports = list(gathered(progress(several, len(found)), kept))
+    omitted: dict[str, dict[str, str]] = {}
+    for _ in range(2):
+        kept: dict[str, PixelSample] = {}
+        options = bands, ignore_label, reading, values
+        tasks = [(location, name, names, *options, omitted.get(name, {})) for name in found]
+        reports = read_shards(tasks, workers, kept, progress)
+        omitted = repeated_keys(reports) if on_bad_sample == "skip" else {}
+        # What is skipped counts in no statistics, so all are read again without it.
+        if not omitted:
+            break
     index, bad, notes = merge(reports, labels, num_classes, ignore_label, bands, on_bad_sample, reading, values)
     pixels = kept.get("keep" if index.reading.alpha == "keep" else "drop")
     if pixels is not None:
@@ -253,6 +261,26 @@ def index_shards(
         storage.remove(storage.join(target, BAD_SAMPLES))
     save_index(index, target)
     return replace(index, location=target)
+
+
+def read_shards(
+    tasks: Sequence[tuple[Any, ...]], workers: int, kept: dict[str, PixelSample], progress: Progress
+) -> list[ShardReport]:
+    """Read shards, in several processes if there are more than one.
+
+    Args:
+        tasks: Arguments of `read_shard` for each.
+        workers: Number of processes.
+        kept: Samples of pixels by treatment of transparency, which are extended.
+        progress: Wraps the reports as they arrive.
+
+    Returns:
+        The report of each shard.
+    """
+    if workers == 1:
+        return list(gathered(progress((read_shard(*task) for task in tasks), len(tasks)), kept))
+    with ProcessPoolExecutor(workers) as pool:
+        return list(gathered(progress(pool.map(read_shard, *zip(*tasks, strict=True)), len(tasks)), kept))
 
 
 def gathered(reports: Iterable[ShardReport], kept: dict[str, PixelSample]) -> Iterator[ShardReport]:
@@ -349,7 +377,11 @@ def merge(
         raise IndexingError("\n".join(faults))
     reading, values = survey.decided(reading, values)
     counts = survey.kept if reading.alpha == "keep" else survey.dropped
-    bad += repeated_keys(whole)
+    bad += [
+        {"shard": shard, "key": key, "reason": reason}
+        for shard, keys in repeated_keys(whole).items()
+        for key, reason in keys.items()
+    ]
     if bad and on_bad_sample == "error":
         told = listed([f"{f['shard']}{': sample ' + f['key'] if f['key'] else ''}: {f['reason']}" for f in bad])
         raise IndexingError(f"{len(bad)} faults: {told}\nTo skip such samples and list them: --on_bad_sample skip")
@@ -386,26 +418,21 @@ def merge(
     return index, bad, [*survey.notes(reading), *foreground_note(seen.pixels, how.binary)]
 
 
-def repeated_keys(reports: list[ShardReport]) -> list[dict[str, str]]:
-    """Remove samples whose key occurs in an earlier shard from the reports, and return them as faults."""
-    keys = pa.chunked_array([report.samples["key"].combine_chunks() for report in reports], SCHEMA.field("key").type)
+def repeated_keys(reports: Sequence[ShardReport]) -> dict[str, dict[str, str]]:
+    """Return for each shard the keys of samples that an earlier shard has too, and the reason to skip them.
+
+    Args:
+        reports: One report for each shard, in the order of the index.
+    """
+    whole = [report for report in reports if report.shard is not None]
+    keys = pa.chunked_array([report.samples["key"].combine_chunks() for report in whole], SCHEMA.field("key").type)
     counted = pc.value_counts(keys)
     repeated = set(counted.filter(pc.greater(counted.field("counts"), 1)).field("values").to_pylist())
-    bad: list[dict[str, str]] = []
-    if not repeated:
-        return bad
     first: dict[str, str] = {}
-    for report in reports:
+    found: dict[str, dict[str, str]] = {}
+    for report in whole if repeated else ():
         assert report.shard is not None
-        keep = []
-        for key in report.samples["key"].to_pylist():
-            keep.append(key not in repeated or first.setdefault(key, report.shard.name) == report.shard.name)
-            if not keep[-1]:
-                bad.append({"shard": report.shard.name, "key": key, "reason": f"the key is also in {first[key]}"})
-        report.samples = report.samples.filter(pa.array(keep))
-        report.statistics = {
-            way: [one for one, kept in zip(found, keep, strict=True) if kept]
-            for way, found in report.statistics.items()
-        }
-        report.shard = ShardEntry(report.shard.name, report.shard.bytes, report.shard.sha256, len(report.samples))
-    return bad
+        for key in repeated.intersection(report.samples["key"].to_pylist()):
+            if (name := first.setdefault(key, report.shard.name)) != report.shard.name:
+                found.setdefault(report.shard.name, {})[key] = f"the key is also in {name}"
+    return found

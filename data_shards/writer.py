@@ -18,7 +18,7 @@ from deepskip.data_shards import storage, tiles
 from deepskip.data_shards.entries import SampleEntry, sample_table, with_statistics
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, ShardEntry, load_index, save_index
 from deepskip.data_shards.index_check import CONTROL
-from deepskip.data_shards.labels import IGNORE_INDEX
+from deepskip.data_shards.labels import IGNORE_INDEX, listed
 from deepskip.data_shards.percentiles import PixelSample, finite_or_none
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.data_shards.preparation import band_statistics
@@ -95,11 +95,16 @@ def made_of_the_same(folder: Path, source: str | None) -> Index:
         source: Fingerprint of what it must be made of.
 
     Raises:
-        FileExistsError: If it was made of something else.
+        FileExistsError: If it was made of something else, or is not whole.
     """
     with contextlib.suppress(MissingIndex, BrokenIndex):
         index = load_index(folder)
         if source is not None and index.source == source:
+            sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+            if changed := [shard.name for shard in index.shards if sizes.get(shard.name) != shard.bytes]:
+                raise FileExistsError(
+                    f"{folder} is made of the same files, but these shards changed: {listed(changed)}; remove it and pack again"
+                )
             return index
     raise FileExistsError(f"{folder} exists already; remove it or pack to another folder")
 

@@ -193,7 +193,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(out)])
     assert stopped.value.code == 1
-    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["pack", "folder", "--images", str(images), "--masks", str(masks), "--out", str(out)])
+    assert "but these shards changed: shard-000000.tar; remove it and pack again" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["pack", "folder", "--images", str(images), "--masks", str(masks), "--out", str(out), "--bands", "1"])
     assert stopped.value.code == 2
@@ -253,6 +255,17 @@ def test_options_and_folders_that_cannot_be(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "out" / ".train.backup").mkdir(parents=True)
     main([*command, "--masks", str(masks)])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".train.backup", "README.md", "train", "val"]
+
+
+def test_the_same_picture_in_two_splits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = pairs(tmp_path)
+    for folder in (images, masks):
+        shutil.copy(folder / "a.0.png", folder / "copy.png")
+    rows = [*((f"a.{i}", "train") for i in range(4)), ("a.4", "val"), ("copy", "val")]
+    command = ["pack", "folder", "--images", str(images), "--masks", str(masks), "--out", str(tmp_path / "out")]
+    main([*command, "--split", str(split_of(tmp_path, rows))])
+    said = capsys.readouterr().out
+    assert f"warning: 1 samples of {tmp_path}/out/val are also in {tmp_path}/out/train, byte by byte: copy." in said
 
 
 def test_of_two_that_pack_at_once_the_later_one_finds_the_work_done(

@@ -190,6 +190,27 @@ def test_a_bad_sample_is_named_or_left_out(tmp_path: Path, files: list[tuple[str
     assert [key for key in index.keys(list(range(index.num_samples))) if key.startswith("k")] == ["k0", "k1"]
 
 
+def test_what_is_left_out_counts_in_no_statistics(tmp_path: Path) -> None:
+    def sample(key: str, value: int, label: int) -> list[tuple[str, bytes]]:
+        image, mask = np.full((8, 8, 3), value, np.uint8), np.zeros((8, 8), np.uint8)
+        mask[:2], mask[4:6, :5] = 1, label
+        return [(f"{key}.jpg", encoded(image, "PNG")), (f"{key}.png", encoded(mask, "PNG"))]
+
+    for folder in ("whole", "twice"):
+        (tmp_path / folder).mkdir()
+        tar(tmp_path / folder / "a.tar", sample("k0", 10, 1) + sample("k1", 20, 1))
+    tar(tmp_path / "twice" / "b.tar", sample("k0", 250, 2) + sample("k1", 240, 2))
+    whole = index_shards(str(tmp_path / "whole"), workers=1)
+    index = index_shards(str(tmp_path / "twice"), workers=1, on_bad_sample="skip")
+    assert (index.mean, index.std, index.percentiles) == (whole.mean, whole.std, whole.percentiles)
+    assert (index.num_classes, index.num_samples) == (whole.num_classes, 2) == (1, 2)
+    bad = tmp_path / "twice" / "bad_samples.jsonl"
+    assert bad.read_text().count("the key is also in a.tar") == 2
+    (tmp_path / "twice" / "b.tar").unlink()
+    index_shards(str(tmp_path / "twice"), workers=1, on_bad_sample="skip")
+    assert not bad.exists()
+
+
 def test_links_and_special_files_are_refused(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", [("k.jpg", b""), ("k.png", b"")], type=tarfile.SYMTYPE, linkname="/etc/passwd")
     found = scan_tar(tmp_path / "a.tar", "a.tar")
