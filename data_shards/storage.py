@@ -105,6 +105,13 @@ def write_bytes(location: Location, data: bytes | bytearray | memoryview) -> Non
         file.write(data)
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a path next to another, hidden and with a name that nobody else chooses, for a file that is being written."""
+    # A name has 255 bytes at most, and a letter 4.
+    name = path.name if len(os.fsencode(path.name)) < 240 else path.name[:40]
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}{PART}")
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path, and rename it to `path` when the block ends; on an error it is removed.
@@ -113,8 +120,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     no locks and no time stamps.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name has 255 bytes at most.
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PART}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with temporary.open("rb") as file:

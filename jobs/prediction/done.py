@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepskip.data_shards import storage
+from deepskip.data_shards.storage import PART
 from deepskip.jobs.prediction import features
 from deepskip.jobs.prediction.features import COCO_FILE, Features
 from deepskip.jobs.prediction.inputs import Item
-from deepskip.jobs.prediction.writers import PART, Sink, remove
+from deepskip.jobs.prediction.writers import Sink, remove
 
 FOLDER = "done"
 FOLDERS = (FOLDER, "masks", "overlays", features.FOLDER, "probabilities")

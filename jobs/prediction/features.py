@@ -2,7 +2,6 @@
 
 import json
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from deepskip.jobs.polygons import outlines
 from deepskip.jobs.prediction import georeference
 from deepskip.jobs.prediction.objects import Object, Objects
 from deepskip.jobs.prediction.rasters import Raster
-from deepskip.jobs.prediction.writers import PART, remove
+from deepskip.jobs.prediction.writers import remove
 
 FOLDER, COCO_FILE = "polygons", "coco.json"
 ENDING = {"geojson": ".geojson", "coco": ".coco.json"}
@@ -35,7 +34,7 @@ class Features:
     def __init__(self, path: Path, kind: str, raster: Raster, name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.kind, self.raster = path, kind, raster
-        self.temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PART}")
+        self.temporary = storage.temporary_beside(path)
         self.objects, self.written = Objects(), 0
         self.file = self.temporary.open("w")
         head: dict[str, Any] = {"image": {"file_name": name, "height": raster.height, "width": raster.width}}

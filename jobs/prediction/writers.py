@@ -4,7 +4,6 @@ import contextlib
 import queue
 import shutil
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from deepskip.data_shards import storage
 from deepskip.data_shards.decoding import npy_header
 from deepskip.jobs.prediction.georeference import Tag
 from deepskip.jobs.prediction.rasters import zarr_of
@@ -22,7 +22,6 @@ from deepskip.jobs.prediction.rasters import zarr_of
 # The sides of the tiles of a TIFF and of the chunks of a Zarr array, pixels.
 TIFF_TILE = 512
 ZARR_CHUNK = 1024
-PART = ".part"
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class Sink:
 
     def __init__(self, path: Path, kind: str, layout: Layout) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.temporary = path, path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PART}")
+        self.path, self.temporary = path, storage.temporary_beside(path)
         self.rows: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=2)
         self.error: BaseException | None = None
         self.ended = self.stopped = False
