@@ -310,7 +310,12 @@ def conflict(first: dict[str, Any], raw: dict[str, Any]) -> str | None:
     """
     for name in SHARED:
         if first[name] != raw[name]:
-            return f"{name} is {index_check.shown(raw[name])}, but {index_check.shown(first[name])} in generation 0"
+            hint = (
+                "; shards of the program that made it would fit: --shards" if name == "labels" and not raw[name] else ""
+            )
+            return (
+                f"{name} is {index_check.shown(raw[name])}, but {index_check.shown(first[name])} in generation 0{hint}"
+            )
     if first["dtype"] == "uint8" and raw["dtype"] != "uint8":
         return f"its images are {raw['dtype']}, but uint8 in generation 0"
     before, now = first.get("reading"), raw.get("reading")
