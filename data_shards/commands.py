@@ -137,8 +137,9 @@ def show(path: Path | str, cache: storage.Cache | None = None) -> None:
     for folder in splits_of(str(path)):
         index = load_index(folder, cache)
         print(describe(index, contents(folder, cache, progress("samples"))))
-        for line in (told for before, other in indexes if (told := said_of_both(folder, index, before, other))):
-            print(line)
+        for before, other in indexes:
+            if told := said_of_both(folder, index, before, other):
+                print(told)
         indexes.append((folder, index))
 
 

@@ -81,8 +81,8 @@ class Values:
     def of_palette(self, indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """Return the values of a palette image.
 
-        These are the colours if `colours` is set. If the palette is grey up to the highest index in use, and its greys do not
-        rise, it is their brightness, as 0 and 1 if there are black and white. Otherwise they are the indices.
+        These are the colours if `colours` is set. If they are greys that do not rise with their index, it is their
+        brightness, as 0 and 1 if there are only black and white. Otherwise they are the indices.
 
         Args:
             indices: Palette indices (H, W).
@@ -364,6 +364,8 @@ def decide_labels(
         raise ValueError(f"labels is {kind!r}; it must be one of {', '.join(KINDS)}")
     if num_classes is not None and not 1 <= num_classes <= IGNORE_INDEX:
         raise ValueError(f"num_classes is {num_classes}; it must be 1 to {IGNORE_INDEX}")
+    if kind == "classes" and num_classes == 1:
+        raise ValueError("num_classes is 1, which means binary; classes are 2 or more, with background")
     foreground = seen.pixels.keys() - {0}
     binary = kind == "binary" or (kind == "auto" and num_classes in (None, 1) and len(foreground) <= 1)
     if text := doubt(seen, kind, binary, num_classes):
@@ -371,7 +373,7 @@ def decide_labels(
     found = 1 if binary else max(foreground, default=0) + 1
     allowed = 1 if num_classes == 1 else (num_classes or found) - 1
     if not binary and num_classes is not None and found > num_classes:
-        above = [f"{name} ({label})" for name, label in seen.highest.items() if label > allowed or num_classes == 1]
+        above = [f"{name} ({label})" for name, label in seen.highest.items() if label > allowed]
         raise ValueError(f"labels above num_classes - 1 = {allowed} in {len(above)} masks: {listed(above)}")
     return Labels(binary, num_classes or found, ignore_label, values)
 

@@ -133,7 +133,7 @@ class Survey:
                 self.by_brightness.append(name)
             return
         colours = {index: "#{:02x}{:02x}{:02x}".format(*mask.palette[index]) for index in used.tolist()}
-        if any(self.palette.setdefault(index, colour) != colour for index, colour in list(colours.items())):
+        if any(self.palette.get(index, colour) != colour for index, colour in colours.items()):
             self.palettes_differ.append(name)
         self.palette = colours | self.palette
 

@@ -34,7 +34,7 @@ MAX_MARGIN, FREE_BYTES = 4, 2**25
 MAX_SHARING, FREE_PIECES = 16, 2**26
 # Scans of a JPEG in a piece; progressive ones have about ten.
 TILE_SCANS = 20
-# Formats that tifffile knows and that locate their images by other means than directories.
+# Options by which formats that locate their images by other means than directories are read as plain TIFF.
 PLAIN = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
 # Bits of a page's NewSubfileType: a mask of valid pixels; or that, or a smaller version of another page.
 MASK, NOT_AN_IMAGE = 4, 1 | 4

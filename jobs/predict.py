@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     items = inputs.find(places, out)
     made_by = fingerprint(state, options)
-    made(out)
+    make_folder(out)
     done.remove_leftovers(out)
     left = [item for item in items if not done.is_done(out, item, made_by)]
     if left:
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def made(out: Path) -> None:
+def make_folder(out: Path) -> None:
     """Make the folder of the outputs.
 
     Args:

@@ -241,6 +241,7 @@ def test_options_and_folders_that_cannot_be(tmp_path: Path, capsys: pytest.Captu
         (["--longest_side", "-7"], "argument --longest_side: -7 is not 1 or more"),
         (["--bands", "0"], "argument --bands: 0 is not 1 or more"),
         (["--labels", "binary", "--num_classes", "300"], "num_classes is 300; it must be 1 to 255"),
+        (["--labels", "classes", "--num_classes", "1"], "num_classes is 1, which means binary"),
         (["--masks", str(images)], "images would be their own masks: "),
     ):
         with pytest.raises(SystemExit) as ended:
