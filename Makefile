@@ -72,20 +72,16 @@ install = ($(PIP) uv 2>$(VENV)/pip.log && $(UV) $(WHAT) 2>&1 | tee $(VENV)/uv.lo
 train: $(TRAINING)
 	@$(VENV)/bin/deepskip train --config $(CONFIG) $(ARGS)
 
-# Two processes take a module at a time, so that its fixtures are made once; the folders that take longest come first.
-# xdist's loadgroup does not group with pytest 9.2.
+# Two processes take a module at a time, so that its fixtures are made once; what takes longest comes first. Each has one thread:
+# two that have two each wait for one another for half as long again. xdist's loadgroup does not group with pytest 9.2.
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
+RAY := $(addprefix tests/,$(addsuffix .py,$(addprefix jobs/test_,stream_faults end_to_end preemption compare) \
+	$(addprefix cluster/test_,faults local) $(addprefix jobs/prediction/test_,resuming)))
 LONGEST := $(addprefix tests/,test_doc_blocks.py kernels jobs deepskip attacks data_shards)
 FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
 
-# what starts Ray's nodes has the machine to itself; all else goes two at a time, each with a thread: two that have two each
-# wait for one another for half as long again
-ALONE := $(addprefix tests/,$(addsuffix .py,$(addprefix cluster/test_,faults local) \
-	$(addprefix jobs/test_,compare end_to_end preemption stream_faults) $(addprefix jobs/prediction/test_,resuming)))
-
 test: setup lint
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) $(addprefix --ignore=,$(ALONE)) $(FOLDERS)
-	@$(VENV)/bin/python -m pytest $(ALONE)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) $(RAY) $(FOLDERS)
 
 test-fast: setup
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO) -m 'not faults and not browser and not slow' \
