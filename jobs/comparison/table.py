@@ -183,11 +183,13 @@ def draw_parameters(grid: Grid, results: Sequence[Result]) -> Figure:
     for number, name in enumerate(grid.networks):
         means = [100 * mean for mean in by_seed(grid, results, name, "iou").values()]
         if means:
-            parameters = statistics.fmean(one["parameters"] for one in results if one["network"] == name)
+            parameters = statistics.fmean(one["parameters"] for one in results if one["network"] == name) / 1e6
             colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
             error = statistics.stdev(means) if len(means) > 1 else 0.0
             axis.errorbar(parameters, statistics.fmean(means), error, fmt="o", color=colour, label=label(grid, name))
-    axis.set(xlabel="parameters", ylabel="mean test IoU, %", xscale="log")
+    axis.set(xlabel="parameters, millions", ylabel="mean test IoU, %", xscale="log")
+    for one in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        one("{x:g}")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
