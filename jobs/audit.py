@@ -4,6 +4,7 @@ All follows from the admission log and the order. The newest checkpoint has a su
 (`data_shards.admission.fingerprint`); it is compared with that of the order.
 """
 
+import contextlib
 import csv
 import sys
 from collections.abc import Iterable, Sequence
@@ -124,7 +125,12 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
         found.faults.append(f"{folder / admissions.FILE}: {error}")
         return found
     skipped = numbers_of(index, [each for each in bad if each["split"] == "train"]) if index else set()
-    walk(found, order, skipped, taken, index, out)
+    if out is None or index is None:
+        walk(found, order, skipped, taken, index, None)
+    else:
+        # An earlier table stays until this one is whole.
+        with contextlib.nullcontext(out) if out.exists() and not out.is_file() else storage.written_whole(out) as part:
+            walk(found, order, skipped, taken, index, part)
     return found
 
 
