@@ -96,7 +96,7 @@ class DataConfig:
     """decoding processes of each training worker; 0 decodes in the training process, null takes 4 with a GPU, else 0"""
     cache_dir: str = setting("~/.cache/deepskip", free=True)
     """folder on each machine for copies of remote shards, shared by its workers"""
-    cache_gb: float = setting(50.0, 0, 1e9, free=True)
+    cache_gb: float = setting(50.0, 0, 10**9, free=True)
     """size of all copies together, gigabytes; the least recently used are removed first"""
     follow: bool = False
     """train on the generations that are appended to train/ while the training runs, each sample once (docs/online.md)"""
@@ -106,7 +106,7 @@ class DataConfig:
     """number of generations before the new ones from which replayed samples are drawn"""
     when_idle: Literal["wait", "replay", "end"] = setting("wait", free=True)
     """with follow, if nothing is new: wait, train on replayed samples alone, or end after idle_seconds"""
-    idle_seconds: float = setting(60.0, 0, 1e9, free=True)
+    idle_seconds: float = setting(60.0, 0, 10**9, free=True)
     """how long nothing is new before when_idle: end ends the training, seconds"""
     poll_seconds: float = setting(1.0, 0.05, 3600, free=True)
     """time between two looks for new generations, seconds"""
@@ -234,15 +234,15 @@ class ClusterConfig:
     """CPU cores of each worker; null takes 1, and with --local all of this machine's, divided among its ranks"""
     gpu: bool | None = None
     """one GPU per worker; null uses GPUs if the cluster has any"""
-    wait_seconds: float = setting(20.0, 0, 1e9)
+    wait_seconds: float = setting(20.0, 0, 10**9)
     """how long to wait for the requested resources before giving up, seconds"""
-    resize_seconds: float = setting(60.0, 1, 1e9)
+    resize_seconds: float = setting(60.0, 1, 10**9)
     """how often an elastic training looks for new machines, seconds; it grows by restarting from its newest checkpoint"""
-    collective_timeout: float = setting(120.0, 1, 1e9)
+    collective_timeout: float = setting(120.0, 1, 10**9)
     """longest time that workers wait for each other, or do not answer Ray, before they count as lost, seconds"""
     max_failures: int = setting(3, -1)
     """number of consecutive restarts after a worker died, with no new checkpoint in between; -1 is unlimited"""
-    recovery_seconds: float = setting(600.0, 0, 1e9)
+    recovery_seconds: float = setting(600.0, 0, 10**9)
     """how long a training waits for machines that replace lost ones before it gives up, seconds"""
 
 
@@ -288,23 +288,19 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
             faults += faults_of(value, f"{name}.")
             continue
         low, high = each.metadata.get("low"), each.metadata.get("high")
-        if isinstance(value, int) and high is None:
-            # Steps are counted in 64 bits, and written into JSON, which has no larger whole numbers.
-            high = 2**53 - 1 if value >= 2**53 else None
+        if isinstance(value, int) and value >= 2**53 and high is None:
+            # Steps are counted in 64 bits, and other readers of JSON round larger numbers.
+            high = 2**53 - 1
         # A word, such as "auto", has no bounds.
         if isinstance(value, str):
             continue
-        if isinstance(value, float) and not math.isfinite(value) and low is not None and high is None:
+        if isinstance(value, float) and low is not None and (math.isinf(value) or (math.isnan(value) and high is None)):
             faults.append(f"{name} is {value}; it must be finite")
         # The comparison is negated, so that it is true for nan too.
         elif low is not None and value is not None and not low <= value <= (value if high is None else high):
             faults.append(
                 f"{name} is {value!s:.100}; it must be "
-                + (
-                    f"{low:g} or more"
-                    if high is None
-                    else f"{low:g} to {high if isinstance(high, int) else f'{high:.8g}'}"
-                )
+                + (f"{low:g} or more" if high is None else f"{low:g} to {high}")
             )
     return faults
 
@@ -369,8 +365,9 @@ def check_values(config: Config) -> None:
     if config.run.name is not None and not is_folder_name(config.run.name):
         faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
     paths = {
-        "run.storage": config.run.storage,
+        "data.path": config.data.path,
         "data.cache_dir": config.data.cache_dir,
+        "run.storage": config.run.storage,
         "publish.path": config.publish.path,
     }
     faults += [f"{name} is empty; name a folder" for name, path in paths.items() if path == ""]
@@ -388,12 +385,7 @@ def faults_of_stream(config: Config) -> list[str]:
             faults.append("run.drift is true; it needs data.follow: true")
         if optim.steps is None:
             faults.append("optim.steps is null; only a training with data.follow: true has no end")
-    elif data.replay and min(round(data.replay * optim.global_batch_size), optim.global_batch_size - 1) == 0:
-        faults.append(
-            f"data.replay is {data.replay:g} of optim.global_batch_size {optim.global_batch_size}, which replays no sample: "
-            "raise either"
-        )
-    if data.follow and optim.steps is None and optim.schedule != "constant":
+    elif optim.steps is None and optim.schedule != "constant":
         faults.append(
             f"optim.steps is null and optim.schedule {optim.schedule}, which needs their number; set it to constant"
         )

@@ -125,12 +125,11 @@ def audit(folder: Path, out: Path | None = None) -> Audit:
         found.faults.append(f"{folder / admissions.FILE}: {error}")
         return found
     skipped = numbers_of(index, [each for each in bad if each["split"] == "train"]) if index else set()
-    if out is None or index is None:
-        walk(found, order, skipped, taken, index, None)
-    else:
-        # An earlier table stays until this one is whole.
-        with contextlib.nullcontext(out) if out.exists() and not out.is_file() else storage.written_whole(out) as part:
-            walk(found, order, skipped, taken, index, part)
+    # An earlier table stays until this one is whole, and where the data has a fault. A pipe or a device is written to at once.
+    asked = out if index is not None else None
+    whole = asked is not None and (asked.is_file() or not asked.exists())
+    with storage.written_whole(asked) if asked and whole else contextlib.nullcontext(asked) as part:
+        walk(found, order, skipped, taken, index, part)
     return found
 
 

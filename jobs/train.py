@@ -19,6 +19,7 @@ from deepskip import checkpoint, initial_weights, networks, weight_files
 from deepskip.cluster.settings import DRIVER_SETTINGS, of_loopback
 from deepskip.config import Config
 from deepskip.data_shards import storage, trouble
+from deepskip.data_shards.admission import replay_size
 from deepskip.data_shards.bands import BandError, choose_bands
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
@@ -138,6 +139,11 @@ def check_data(config: Config, generations: int | None = None) -> dict[str, Iden
     weights = config.loss.class_weights or [1.0]
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
         faults.append(f"loss.class_weights is {weights}; none may be negative or infinite, one must be positive")
+    batch, replay = config.optim.global_batch_size, config.data.replay
+    if replay and not replay_size(batch, replay):
+        faults.append(
+            f"data.replay is {replay:g} of optim.global_batch_size {batch}, which replays no sample: raise either"
+        )
     if config.data.copy_paste and train.num_samples and max(train.shard_sizes) < 2:
         faults.append(
             f"data.copy_paste is {config.data.copy_paste:g}: it takes objects from other samples of a shard, "

@@ -69,6 +69,8 @@ def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
 def markdown(grid: Grid, results: Sequence[Result]) -> str:
     """Return the Markdown table, with a row per network, and for several categories one of the IoU of each.
 
+    The second table also has how many of the smallest test objects are found, over all finished cells.
+
     Ratios are in percent. Means are over categories, for the seeds with all categories done; ± is the standard deviation
     over these seeds. The time of an image is that of the test on its machine, with decoding. The last column is the
     difference of the mean IoU to the first network's, in percentage points, over the seeds that both have. Two or more
@@ -88,7 +90,7 @@ def markdown(grid: Grid, results: Sequence[Result]) -> str:
         against = "" if name == first else difference(by_seed(grid, results, first, "iou"), means["iou"])
         overall.append([*row, str(len(means["iou"])), against])
         ious = [[percent(one["iou"]) for one in own[name] if one["category"] == place] for place in grid.categories]
-        each.append([label(grid, name), *map(spread, ious)])
+        each.append([label(grid, name), *map(spread, ious), smallest(own[name])])
     head = [
         "network",
         "parameters",
@@ -98,8 +100,17 @@ def markdown(grid: Grid, results: Sequence[Result]) -> str:
     ]
     tables = [lines_of(head, overall)]
     if len(grid.categories) > 1:
-        tables.append(lines_of(["IoU", *grid.categories], each))
+        tables.append(lines_of(["IoU", *grid.categories, "smallest objects found"], each))
     return "\n".join(tables)
+
+
+def smallest(own: Sequence[Result]) -> str:
+    """Return the text of how many objects of the report's smallest sizes a network found, and how many there are."""
+    found, objects = (
+        sum(value for one in own for key, value in one.items() if key.startswith(prefix))
+        for prefix in ("found_under_", "objects_under_")
+    )
+    return f"{found} of {objects}"
 
 
 def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -188,8 +199,8 @@ def draw_parameters(grid: Grid, results: Sequence[Result]) -> Figure:
             error = statistics.stdev(means) if len(means) > 1 else 0.0
             axis.errorbar(parameters, statistics.fmean(means), error, fmt="o", color=colour, label=label(grid, name))
     axis.set(xlabel="parameters, millions", ylabel="mean test IoU, %", xscale="log")
-    for one in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        one("{x:g}")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -73,6 +73,21 @@ def test_the_audit_has_what_the_steps_took(
     assert {row["generation"] for row in rows if row["step"] == "4" and row["replayed"] == "0"} == {"1"}
 
 
+def test_a_table_stays_until_the_next_is_whole(stream: tuple[Path, dict[int, Counter[str]]], tmp_path: Path) -> None:
+    folder, table = stream[0] / "runs" / "live", tmp_path / "steps.csv"
+    table.write_text("an earlier table")
+    log = folder / admissions.FILE
+    kept = log.read_bytes()
+    log.write_bytes(b"".join(kept.splitlines(keepends=True)[:2]))
+    with pytest.raises(SystemExit):
+        cli.main(["audit", str(folder), "--out", str(table)])
+    assert table.read_text() == "an earlier table"
+    log.write_bytes(kept)
+    cli.main(["audit", str(folder), "--out", str(table)])
+    assert table.read_text().startswith("step,generation,sample,key,replayed")
+    assert [each.name for each in tmp_path.iterdir()] == ["steps.csv"]
+
+
 def test_the_audit_lists_what_is_wrong(
     stream: tuple[Path, dict[int, Counter[str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,17 +129,18 @@ def test_means_are_of_seeds_for_which_all_categories_are_done() -> None:
     results = [
         {"network": network, "category": category, "seed": seed, "iou": iou, "parameters": 650_000, "precision": 0.25,
          "recall": None, "dice": iou, "object_recall": 0.5, "false_alarms_per_image": 2.0,
-         "milliseconds_per_image": 10.0 if category == "a" else 40.0}
+         "milliseconds_per_image": 10.0 if category == "a" else 40.0, "objects_under_16_pixels": 5,
+         "found_under_16_pixels": 2 if category == "a" else 3}
         for (network, category, seed), iou in values.items()
     ]  # fmt: skip
     assert table.markdown(grid, results).splitlines()[2:] == [
         "| One | 0.65 M | 30.0 | 25.0 | 0.0 | 30.0 | 50.0 | 2.0 | 25.0 | 1 |  |",
         "| two | 0.65 M | 25.0 | 25.0 | 0.0 | 25.0 | 50.0 | 2.0 | 25.0 | 1 | -5.0 |",
         "",
-        "| IoU | a | b |",
-        "|---|---:|---:|",
-        "| One | 55.0 ± 49.5 | 40.0 |",
-        "| two | 50.0 | 0.0 |",
+        "| IoU | a | b | smallest objects found |",
+        "|---|---:|---:|---:|",
+        "| One | 55.0 ± 49.5 | 40.0 | 7 of 15 |",
+        "| two | 50.0 | 0.0 | 5 of 10 |",
     ]
 
 

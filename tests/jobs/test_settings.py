@@ -64,8 +64,9 @@ def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> Non
         ("", ["--optim.steps", "9" * 20], f"optim.steps is {'9' * 20}; it must be 1 to {2**53 - 1}"),
         ("", ["--optim.ema_decay", "1"], "optim.ema_decay is 1.0; it must be 0 to 0.99999999"),
         ("", ["--publish.path", ""], "publish.path is empty; name a folder"),
-        ("", ["--data.follow", "true", "--data.replay", "0.05"], "replays no sample: raise either"),
-        ("", ["--data.cache_gb", ".inf"], "data.cache_gb is inf; it must be 0 to 1e+09"),
+        ("", ["--data.path", ""], "data.path is empty; name a folder"),
+        ("", ["--data.cache_gb", "1e300"], "data.cache_gb is 1e+300; it must be 0 to 1000000000"),
+        ("", ["--data.cache_gb", ".inf"], "data.cache_gb is inf; it must be finite"),
         ("optim: [", [], "--config"),
         ("", ["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -106,6 +107,22 @@ def test_copy_paste_needs_shards_of_several_samples(tmp_path: Path, capsys: pyte
         check(["--data.path", str(tmp_path), "--data.copy_paste", "0.5"])
     assert stopped.value.code == 2
     assert "error: data.copy_paste is 0.5: it takes objects from other samples of a shard" in capsys.readouterr().err
+
+
+def test_a_share_that_replays_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [Sample(f"{i}", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)) for i in range(2)]
+    for split in ("train", "val"):
+        write_shards(made, tmp_path / split, num_classes=1)
+    follow = ["--data.path", str(tmp_path), "--data.follow", "true"]
+    check([*follow, "--data.replay", "0.07"])  # of 8 samples, 0.56
+    for share, batch in (("0.05", "8"), ("0.9", "1")):
+        with pytest.raises(SystemExit) as stopped:
+            check([*follow, "--data.replay", share, "--optim.global_batch_size", batch])
+        assert stopped.value.code == 2
+        said = (
+            f"error: data.replay is {share} of optim.global_batch_size {batch}, which replays no sample: raise either\n"
+        )
+        assert capsys.readouterr().err == said
 
 
 def test_differences() -> None:
