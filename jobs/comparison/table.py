@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from deepskip.data_shards import storage
 from deepskip.figures import CLASS_COLOURS
@@ -182,6 +183,11 @@ def label(grid: Grid, name: str) -> str:
     return grid.networks[name].label or name
 
 
+def look(number: int) -> tuple[Any, str]:
+    """Return the colour and the marker of the network or category of a number; when colours begin again, markers change."""
+    return CLASS_COLOURS[number % len(CLASS_COLOURS)], "os^D"[number // len(CLASS_COLOURS) % 4]
+
+
 def draw_parameters(grid: Grid, results: Sequence[Result]) -> Figure:
     """Draw each network's mean IoU over its parameters, for the seeds with all categories done.
 
@@ -195,12 +201,13 @@ def draw_parameters(grid: Grid, results: Sequence[Result]) -> Figure:
         means = [100 * mean for mean in by_seed(grid, results, name, "iou").values()]
         if means:
             parameters = statistics.fmean(one["parameters"] for one in results if one["network"] == name) / 1e6
-            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+            colour, marker = look(number)
             error = statistics.stdev(means) if len(means) > 1 else 0.0
-            axis.errorbar(parameters, statistics.fmean(means), error, fmt="o", color=colour, label=label(grid, name))
+            axis.errorbar(parameters, statistics.fmean(means), error, fmt=marker, color=colour, label=label(grid, name))
     axis.set(xlabel="parameters, millions", ylabel="mean test IoU, %", xscale="log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -221,8 +228,8 @@ def draw_categories(grid: Grid, results: Sequence[Result]) -> Figure:
         points = [(percent(one["iou"]), names.index(one["network"])) for one in results if one["category"] == category]
         places = np.array(points).reshape(-1, 2)
         shift = 0.5 * ((number + 0.5) / len(grid.categories) - 0.5)
-        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-        axis.plot(places[:, 0], places[:, 1] + shift, "o", color=colour, markersize=4, alpha=0.7, label=category)
+        colour, marker = look(number)
+        axis.plot(places[:, 0], places[:, 1] + shift, marker, color=colour, markersize=4, alpha=0.7, label=category)
     means = [statistics.fmean(percent(one["iou"]) for one in results if one["network"] == name) for name in names]
     axis.plot(means, range(len(names)), "|", color="black", markersize=22, markeredgewidth=2, label="mean of all cells")
     axis.set_yticks(range(len(names)), [label(grid, name) for name in names])
