@@ -27,17 +27,29 @@ def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
         image_HWC: image (H, W, bands). Three bands of uint8 are taken as RGB and only scaled.
 
     Returns:
-        The picture (H, W, 3), fp32, 0 to 1. The range of a band is from its 1st to its 99th percentile.
+        The picture (H, W, 3), fp32, 0 to 1. The range of a band is from its 1st to its 99th percentile. Pixels without a
+        value (nan) do not count for it, and are black.
     """
     bands = image_HWC.shape[2]
     if bands == 3 and image_HWC.dtype == np.uint8:
         return image_HWC.astype(np.float32) / 255
     shown = image_HWC[..., [0, bands // 2, bands - 1]].astype(np.float32)
     # In fp32 and in place: a picture of 2000 pixels a side takes 48 MB already.
-    low, high = np.percentile(shown, (1, 99), axis=(0, 1)).astype(np.float32)
+    missing = np.isnan(shown)
+    if missing.any():
+        low, high = np.transpose([seen_range(shown[..., band]) for band in range(3)])
+    else:
+        low, high = np.percentile(shown, (1, 99), axis=(0, 1)).astype(np.float32)
     shown -= low
     shown /= np.maximum(high - low, 1e-12)
+    shown[missing] = 0
     return np.clip(shown, 0, 1, out=shown)
+
+
+def seen_range(band_HW: np.ndarray) -> np.ndarray:
+    """Return the 1st and the 99th percentile of the values of a band (H, W) that are not nan, (2,) fp32; 0 without any."""
+    seen = band_HW[~np.isnan(band_HW)]
+    return np.percentile(seen, (1, 99)).astype(np.float32) if len(seen) else np.zeros(2, np.float32)
 
 
 def outline(mask_HW: np.ndarray) -> np.ndarray:

@@ -146,6 +146,4 @@ class Picture:
         step = max(every, PICTURE_ROWS // every * every)
         for first in range(-(-top // every) * every, bottom, step):
             seen = self.raster.read(slice(first, min(first + step, bottom)), columns)[::every, ::every]
-            # Missing pixels are drawn black.
-            seen = np.nan_to_num(seen) if self.raster.nodata else seen
             self.image[first // every : first // every + len(seen)] = seen[..., self.bands]

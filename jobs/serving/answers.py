@@ -67,7 +67,7 @@ def encode(image_HWC: np.ndarray, p_VHW: np.ndarray, answer: str) -> Answer:
             return Answer(422, reason=f"{error}; ask for format=mask")
         made.body = json.dumps(found, separators=(",", ":")).encode()
     elif answer == "overlay":
-        made.body = png(overlay(np.nan_to_num(image_HWC), labels))
+        made.body = png(overlay(image_HWC, labels))
     else:
         # A mask of 0 and 1 would look black in every viewer.
         made.body = png(labels * 255 if len(p_VHW) == 1 else labels)

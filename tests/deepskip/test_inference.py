@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import deepskip
 from deepskip import checkpoint
 from deepskip.config import Config
-from deepskip.inference import Segmenter, image_statistics, normalize, to_labels
+from deepskip.inference import Segmenter, normalized_by_itself, to_labels
 
 
 class Identity(nn.Module):
@@ -35,11 +35,21 @@ def test_a_constant_band_becomes_0(value: float) -> None:
     for H, W in ((100, 120), (256, 256), (513, 1025)):
         x = torch.full((2, 2, H, W), value)
         x[:, 1, 0, 0] *= 2
-        mean, std = image_statistics(x)
-        assert normalize(x, mean, std)[:, 0].count_nonzero() == 0
-        np.testing.assert_array_equal(std[:, 0], 0)
-        wide = x[0, 1].double()
-        np.testing.assert_allclose(std[:, 1], float(wide.std(correction=0)), rtol=1e-2)
+        found = normalized_by_itself(x)
+        assert found[:, 0].count_nonzero() == 0
+        wide = x[:, 1].double().numpy()
+        np.testing.assert_allclose(found[:, 1], (wide - wide.mean()) / wide.std(), rtol=1e-5, atol=5e-4)
+
+
+@pytest.mark.parametrize(("offset", "levels"), [(60000, 256), (1e6, 2), (-3e4, 17), (0, 256)])
+def test_an_image_of_low_contrast_on_a_large_offset(offset: float, levels: int) -> None:
+    # float64 takes the same numbers, which the offset has already rounded
+    x = (offset + np.random.default_rng(0).integers(0, levels, (1, 1, 301, 203)) / 256).astype(np.float32)
+    x = np.floor(x) if offset == 1e6 else x
+    x[..., :7] += 1
+    wide = x.astype(np.float64)
+    found = normalized_by_itself(torch.from_numpy(x))
+    np.testing.assert_allclose(found, (wide - wide.mean()) / wide.std(), atol=2e-5)
 
 
 def test_labels_of_tensors_and_arrays() -> None:
