@@ -274,6 +274,10 @@ def part_size(config: Config) -> int | None:
     return asked
 
 
+# The settings that are folders: an empty text would be the current one.
+FOLDERS = ("path", "cache_dir", "storage", "out")
+
+
 def faults_of(settings: Any, section: str = "") -> list[str]:
     """Return a message for each setting that is out of bounds: its key, its value and what is allowed.
 
@@ -293,6 +297,8 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
             high = 2**53 - 1
         # A word, such as "auto", has no bounds.
         if isinstance(value, str):
+            if not value:
+                faults.append(f"{name} is empty" + ("; name a folder" if each.name in FOLDERS else ""))
             continue
         if isinstance(value, float) and low is not None and (math.isinf(value) or (math.isnan(value) and high is None)):
             faults.append(f"{name} is {value}; it must be finite")
@@ -364,13 +370,6 @@ def check_values(config: Config) -> None:
             )
     if config.run.name is not None and not is_folder_name(config.run.name):
         faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
-    paths = {
-        "data.path": config.data.path,
-        "data.cache_dir": config.data.cache_dir,
-        "run.storage": config.run.storage,
-        "publish.path": config.publish.path,
-    }
-    faults += [f"{name} is empty; name a folder" for name, path in paths.items() if path == ""]
     if faults:
         raise ValueError("\n".join(faults))
 

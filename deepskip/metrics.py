@@ -210,7 +210,8 @@ class SegmentationMetrics:
     """Accumulate the metrics of a validation split over all images and all ranks.
 
     IoU, Dice, precision, recall and F1 are of the foreground over the whole split. With several classes they are the
-    mean over the foreground classes that occur in target or prediction. A ratio of 0 to 0 is nan.
+    mean over the foreground classes that occur in target or prediction, where precision or recall of 0 to 0 is 0. Other
+    ratios of 0 to 0 are nan.
 
     Args:
         num_classes: 1 for binary, else exclusive classes with background 0.
@@ -260,13 +261,18 @@ class SegmentationMetrics:
         else:
             accuracy = tp.sum() / (tp + fn).sum()
             tp, fp, fn = tp[1:], fp[1:], fn[1:]
+        precision, recall = tp / (tp + fp), tp / (tp + fn)
+        if self.num_classes > 1:
+            # A class that is never predicted, or that is nowhere in the target, counts as 0: left out, it would raise the mean.
+            occurs = tp + fp + fn > 0
+            precision, recall = (torch.where(occurs, ratio.nan_to_num(0), ratio) for ratio in (precision, recall))
         dice = (2 * tp / (2 * tp + fp + fn)).nanmean().item()
         result = {
             "iou": (tp / (tp + fp + fn)).nanmean().item(),
             "dice": dice,
             "pixel_accuracy": accuracy.mean().item(),
-            "precision": (tp / (tp + fp)).nanmean().item(),
-            "recall": (tp / (tp + fn)).nanmean().item(),
+            "precision": precision.nanmean().item(),
+            "recall": recall.nanmean().item(),
             # For pixels, F1 and Dice are the same number.
             "f1": dice,
         }

@@ -64,14 +64,15 @@ def main(argv: list[str]) -> None:
     """
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else argv
     config = parse_settings("audit", AuditConfig, words)
-    found = audit(config.run, config.out)
+    folder = storage.local(config.run)
+    found = audit(folder, storage.local(config.out) if config.out else None)
     for fault in found.faults:
         print(f"wrong: {fault}")
     if found.faults:
         sys.exit(1)
     skipped = f"; {found.skipped:,} could not be read" if found.skipped else ""
     print(
-        f"{config.run.name}: {found.trained:,} samples of {found.generations:,} generations, each trained exactly once in "
+        f"{folder.name}: {found.trained:,} samples of {found.generations:,} generations, each trained exactly once in "
         f"{found.steps:,} steps; {found.replayed:,} replayed; {found.remaining:,} to come{skipped}"
     )
 

@@ -144,7 +144,7 @@ def make_experiments(left: list[Cell], grid: Grid) -> None:
     for uri, experiment in {(cell.config.run.tracking_uri, cell.config.run.experiment) for cell in left}:
         if uri and uri != NOT_TRACKED:
             try:
-                tracking.experiment_id(uri, grid.out, experiment)
+                tracking.experiment_id(uri, Path(grid.out), experiment)
             except tracking.TrackingUnreachable as error:
                 stop(str(error))
 

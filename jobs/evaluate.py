@@ -27,15 +27,16 @@ from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import whole_images
 from deepskip.evaluation import thumbnail
 from deepskip.inference import to_labels
-from deepskip.jobs import models, report, runs
+from deepskip.jobs import earlier, models, report, runs
 from deepskip.jobs.options import EvaluateConfig
-from deepskip.jobs.settings import NotHere, absolute, check_report, parse_settings, stop
+from deepskip.jobs.prediction.memory import device_of
+from deepskip.jobs.settings import NotHere, parse_settings, stop
 from deepskip.metrics import SegmentationMetrics, confusion_counts
 from deepskip.predictor import Predictor
 from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
 
-REPORT = "report.json"
+REPORT, WORST = "report.json", "worst.png"
 # longest side of the worst samples' pictures, pixels
 PICTURE_SIDE = 512
 
@@ -92,26 +93,27 @@ def main(argv: list[str] | None = None) -> None:
     config = read_settings(sys.argv[1:] if argv is None else argv)
     found = find(config)
     model = Predictor(found.state, flips=config.flips)
-    device = config.device or default_device()
     try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        stop(f"device is {str(device)!r}: {str(error).splitlines()[0]}")
+        model.to(device_of(config.device))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        stop(str(error).splitlines()[0])
     shards = open_data(config, model)
     # a report with flips does not replace one without
     split = Path(shards.folder.rstrip("/")).name + ("-flips" if config.flips else "")
-    folder = config.out or Path("evaluations") / found.title / split
-    absolute(str(folder), "out")
-    check_report(folder / REPORT, shards.folder)
+    folder = storage.local(config.out) if config.out else Path("evaluations") / found.title / split
+    earlier.check_folder(folder)
+    earlier.check_report(folder / REPORT, shards.folder, found)
     started = time.perf_counter()
     try:
-        # report.json is written last: if it exists, the folder is complete
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT).unlink(missing_ok=True)
         with table(folder / "samples.csv") as add_row:
             scores = evaluate(config, model, shards, add_row)
-        result = describe(config, found, model, shards, scores, time.perf_counter() - started)
-        pictures = draw(scores, shards.index.ignore_index)
+            result = describe(config, found, model, shards, scores, time.perf_counter() - started)
+            pictures = draw(scores, shards.index.ignore_index)
+            # an earlier report stays until all is measured
+            for name in (REPORT, WORST):
+                (folder / name).unlink(missing_ok=True)
+        # report.json is written last: if it exists, the folder is complete
         for name, figure in pictures.items():
             save_figure(figure, folder / name)
         runs.write_json(folder / REPORT, runs.without_nan(result))
@@ -145,11 +147,6 @@ def read_settings(argv: list[str]) -> EvaluateConfig:
     if faults:
         stop("\n".join(faults))
     return config
-
-
-def default_device() -> str:
-    """Return "cuda" if torch sees a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find(config: EvaluateConfig) -> models.Found:
@@ -398,7 +395,7 @@ def draw(scores: Scores, ignore_index: int) -> dict[str, Figure]:
         shown = [
             item | {"key": item["row"]["key"], "note": f"IoU {item['row']['iou']:.3f}"} for item in worst_first(scores)
         ]
-        pictures["worst.png"] = figures.panel(shown, ignore_index, columns=5)
+        pictures[WORST] = figures.panel(shown, ignore_index, columns=5)
     return pictures
 
 

@@ -11,13 +11,15 @@ from deepskip import export, weight_files
 from deepskip.checkpoint import NetworkState
 from deepskip.data_shards import storage, trouble
 from deepskip.inference import build_segmenter
-from deepskip.jobs import model_card, models, runs
+from deepskip.jobs import earlier, model_card, models, runs
 from deepskip.jobs.options import ExportConfig
 from deepskip.jobs.settings import NotHere, parse_settings, stop
 from deepskip.predictor import Predictor
 
 CARD = "model.json"
 WEIGHTS = "safetensors"
+PAGE = "README.md"
+FILES = ("model.onnx", "model.pt2", f"model.{WEIGHTS}", PAGE)
 # sizes (N, H, W), with no side a multiple of the network's downsampling
 CHECKED = ((1, 97, 61), (2, 33, 130), (3, 65, 47))
 SMALL = (1, 5, 7)
@@ -49,17 +51,13 @@ def main(argv: list[str] | None = None) -> None:
             written. Status 2 also for invalid settings and a folder that cannot be written.
     """
     config, found, evaluation = prepare(sys.argv[1:] if argv is None else argv)
-    folder = config.out or Path("exports") / found.title
-    names = ("model.onnx", "model.pt2", f"model.{WEIGHTS}", "README.md")
-    if not (folder / CARD).exists() and (others := [name for name in names if (folder / name).exists()]):
-        stop(
-            f"{folder} holds {', '.join(others)} but no {CARD}, so it is no export, or one that was cut short; "
-            "remove what would be replaced, or choose another folder with --out"
-        )
+    kinds = list(dict.fromkeys(config.formats))
+    folder = storage.local(config.out) if config.out else Path("exports") / found.title
+    earlier.check_folder(folder)
+    earlier.check_export(folder / CARD, FILES, [PAGE, *(f"model.{kind}" for kind in kinds)], found)
     model = Predictor(found.state)
     segmenter = model.segmenter
     print(f"exporting {found.title} (step {model.state['step']})", flush=True)
-    kinds = list(dict.fromkeys(config.formats))
     program = None
     if kinds != [WEIGHTS]:
         try:
@@ -92,17 +90,15 @@ def main(argv: list[str] | None = None) -> None:
         )
     card = model_card.make(found, model, evaluation, {name: len(data) for name, data in made.items()}, checks)
     try:
-        # what another model left must not stand next to this one's card
-        for name in (CARD, *names):
-            (folder / name).unlink(missing_ok=True)
+        (folder / CARD).unlink(missing_ok=True)
         for name, data in made.items():
             storage.write_bytes(folder / name, data)
-        storage.write_bytes(folder / "README.md", model_card.to_markdown(card).encode())
+        storage.write_bytes(folder / PAGE, model_card.to_markdown(card).encode())
         # the card is written last: if it exists, the folder is complete
         runs.write_json(folder / CARD, runs.without_nan(card))
     except OSError as error:
         stop(f"out is {folder}: {trouble.in_words(error) or error}")
-    print(f"{folder} holds {', '.join(made)}, README.md, {CARD}")
+    print(f"{folder} holds {', '.join(made)}, {PAGE}, {CARD}")
 
 
 def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any] | None]:
@@ -122,32 +118,20 @@ def prepare(argv: list[str]) -> tuple[ExportConfig, models.Found, dict[str, Any]
         stop("formats is []; name onnx, pt2 or safetensors")
     evaluation = None
     if config.evaluation is not None:
+        path = storage.local(config.evaluation)
+        if not path.is_file():
+            stop(f"evaluation is {config.evaluation}: there is no such file", NotHere)
         try:
-            if not config.evaluation.is_file():
-                stop(f"evaluation is {config.evaluation}: there is no such file", NotHere)
-            evaluation = runs.read_json(config.evaluation)
-            if not {"model", "data", "threshold", "metrics", "classes", "by_size"} <= evaluation.keys():
-                raise ValueError("it is not a report of deepskip evaluate")
-            if evaluation.get("flips"):
-                raise ValueError(
-                    "it was made with --flips true, but exported files predict without flips; evaluate again without --flips"
-                )
+            evaluation = model_card.read_report(path)
         except (OSError, ValueError) as error:
             stop(f"evaluation is {config.evaluation}: {error}")
     try:
         found = models.find(config.model, config.tracking_uri)
     except models.ModelNotFound as error:
         stop(f"model: {error}", NotHere)
-    if evaluation is not None and not is_of(evaluation["model"], found):
+    if evaluation is not None and not earlier.is_of(evaluation["model"], found):
         stop(f"evaluation is {config.evaluation}: it is of {evaluation['model'].get('title')}, not of {found.title}")
     return config, found, evaluation
-
-
-def is_of(told: dict[str, Any], found: models.Found) -> bool:
-    """Return whether a report's "model" is this one, by its weights; earlier versions recorded only their step."""
-    if "weights" in told:
-        return bool(told["weights"] == weight_files.digest_of(found.state["model"]))
-    return bool(told.get("step") == found.state["step"])
 
 
 def onnx_runner(data: bytes) -> Any:

@@ -2,12 +2,13 @@
 
 import json
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepskip import export
+from deepskip import export, weight_files
 from deepskip.complexity import convolution_weights
 from deepskip.data_shards.bands import shown_bands
 from deepskip.inference import Segmenter
@@ -31,7 +32,12 @@ def threshold(model: Predictor, evaluation: dict[str, Any] | None) -> float | No
     """
     if model.num_classes > 1:
         return None
-    return evaluation["classes"][0]["best_threshold"] if evaluation else 0.5
+    return threshold_of(evaluation) if evaluation else 0.5
+
+
+def threshold_of(evaluation: dict[str, Any]) -> float:
+    """Return the best threshold of the first class of a report of `deepskip evaluate`."""
+    return float(evaluation["classes"][0]["best_threshold"])
 
 
 def properties(found: Found, model: Predictor, evaluation: dict[str, Any] | None) -> dict[str, str]:
@@ -77,6 +83,7 @@ def make(
     normalization = config["data"]["normalize"]
     return {
         "name": found.title,
+        "model": {"name": found.name, "weights": weight_files.digest_of(found.state["model"])},
         "task": "binary segmentation" if model.num_classes == 1 else f"segmentation into {model.num_classes} classes",
         "input": {
             "name": export.INPUT,
@@ -117,6 +124,31 @@ def make(
         "versions": {name: found_version for name in PACKAGES if (found_version := version_of(name))},
         "limits": limits(model, normalization, file_bytes),
     }
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report of `deepskip evaluate` for a card.
+
+    Args:
+        path: its report.json.
+
+    Raises:
+        ValueError: the file is no such report, or one of predictions that exported files do not make.
+        OSError: the file cannot be read.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_bytes())
+        # What the card takes of it is there, and is of the right kind.
+        metrics_lines(None, without_curves(report))
+        threshold_of(report)
+        flips, told = report.get("flips"), dict(report["model"])
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError("it is not a report of deepskip evaluate; name the report.json that it wrote") from error
+    if flips:
+        raise ValueError(
+            "it was made with --flips true, but exported files predict without flips; evaluate again without --flips"
+        )
+    return report | {"model": told}
 
 
 def without_curves(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -226,38 +258,7 @@ def to_markdown(card: dict[str, Any]) -> str:
         "## Metrics",
         "",
     ]
-    validation, evaluation = card["metrics"]["validation"], card["metrics"]["evaluation"]
-    columns = {"validation": validation} if validation else {}
-    if evaluation:
-        columns[f"{evaluation['data']['path']}, {evaluation['data']['images']} images"] = evaluation["metrics"]
-    if columns:
-        lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-        for key, name in METRICS.items():
-            lines.append(f"| {name} | {' | '.join(number(values[key]) for values in columns.values())} |")
-        for key, (name, form) in TARGET_METRICS.items():
-            if all(key in values for values in columns.values()):
-                lines.append(f"| {name} | {' | '.join(number(values[key], form) for values in columns.values())} |")
-    else:
-        lines.append("Not known: the checkpoint was written before the first validation.")
-    if evaluation and evaluation["threshold"] is not None:
-        (foreground,) = evaluation["classes"]
-        best = foreground["at_best_threshold"]
-        lines += [
-            "",
-            f"These metrics use a threshold of {evaluation['threshold']:g}. "
-            f"At {foreground['best_threshold']:g}, the best on these images: IoU {number(best['iou'])}, "
-            f"Dice {number(best['f1'])}, precision {number(best['precision'])}, recall {number(best['recall'])}.",
-        ]
-    if evaluation:
-        lines += [
-            "",
-            "| area of objects, pixels | objects | found | mean IoU | false alarms per image |",
-            "|---|---|---|---|---|",
-        ]
-        for size in evaluation["by_size"]:
-            bounds = f"{size['from']} to {size['to'] - 1}" if size["to"] else f"{size['from']} and more"
-            ratios = " | ".join(number(size[name], ".3f") for name in ("recall", "iou", "false_alarms_per_image"))
-            lines.append(f"| {bounds} | {size['objects']} | {ratios} |")
+    lines += metrics_lines(card["metrics"]["validation"], card["metrics"]["evaluation"])
     lines += ["", "## Limits", "", *(f"* {limit}" for limit in card["limits"])]
     lines += [
         "",
@@ -271,3 +272,48 @@ def to_markdown(card: dict[str, Any]) -> str:
     for name, differences in card["difference_from_pytorch"].items():
         lines += [f"| {name} | {size} | {value:.1g} |" for size, value in differences.items()]
     return "\n".join(lines) + "\n"
+
+
+def metrics_lines(validation: dict[str, Any] | None, evaluation: dict[str, Any] | None) -> list[str]:
+    """Return a card's metrics as lines of Markdown.
+
+    Args:
+        validation: metrics of the checkpoint on the validation split; None if there are none.
+        evaluation: a report of `deepskip evaluate`, or None.
+    """
+    columns = {"validation": validation} if validation else {}
+    if evaluation:
+        columns[f"{evaluation['data']['path']}, {evaluation['data']['images']} images"] = evaluation["metrics"]
+    if not columns:
+        return ["Not known: the checkpoint was written before the first validation."]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for key, name in METRICS.items():
+        lines.append(f"| {name} | {' | '.join(number(values[key]) for values in columns.values())} |")
+    for key, (name, form) in TARGET_METRICS.items():
+        if all(key in values for values in columns.values()):
+            lines.append(f"| {name} | {' | '.join(number(values[key], form) for values in columns.values())} |")
+    if not evaluation:
+        return lines
+    if evaluation["threshold"] is not None:
+        (foreground,) = evaluation["classes"]
+        best = foreground["at_best_threshold"]
+        lines += [
+            "",
+            f"These metrics use a threshold of {evaluation['threshold']:g}. "
+            f"At {foreground['best_threshold']:g}, the best on these images: IoU {number(best['iou'])}, "
+            f"Dice {number(best['f1'])}, precision {number(best['precision'])}, recall {number(best['recall'])}.",
+        ]
+    else:
+        lines += ["", "| class | IoU | average precision |", "|---|---|---|"]
+        for one in evaluation["classes"]:
+            lines.append(f"| {one['class']} | {number(one['iou'])} | {number(one['average_precision'])} |")
+    lines += [
+        "",
+        "| area of objects, pixels | objects | found | mean IoU | false alarms per image |",
+        "|---|---|---|---|---|",
+    ]
+    for size in evaluation["by_size"]:
+        bounds = f"{size['from']} to {size['to'] - 1}" if size["to"] else f"{size['from']} and more"
+        ratios = " | ".join(number(size[name], ".3f") for name in ("recall", "iou", "false_alarms_per_image"))
+        lines.append(f"| {bounds} | {size['objects']} | {ratios} |")
+    return lines

@@ -1,7 +1,6 @@
 """Settings of the jobs that use a trained model; without torch, so that --help is fast."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from deepskip.config import setting
@@ -18,7 +17,7 @@ class EvaluateConfig:
     id, models:/NAME/VERSION or models:/NAME@ALIAS"""
     data: str | None = None
     """folder or URL of one split of shards, such as data/coins/test; null takes the validation split of the model's training"""
-    out: Path | None = None
+    out: str | None = None
     """folder for the report; null takes evaluations/MODEL/SPLIT, or SPLIT-flips with flips"""
     threshold: float = setting(0.5, 0, 1)
     """probability above which a pixel is foreground, for models of one class"""
@@ -64,11 +63,11 @@ class ExportConfig:
     model: str
     """coins or microorganisms (they come with DeepSkip), a run's folder (runs/NAME) or URL, a file of weights, an MLflow run's
     id, models:/NAME/VERSION or models:/NAME@ALIAS"""
-    out: Path | None = None
+    out: str | None = None
     """folder for the files; null takes exports/MODEL"""
     formats: list[Literal["onnx", "pt2", "safetensors"]] = field(default_factory=lambda: ["onnx", "pt2"])
     """files to write: onnx for ONNX runtimes, pt2 for torch.export.load, safetensors for DeepSkip: the weights without code"""
-    evaluation: Path | None = None
+    evaluation: str | None = None
     """report.json of deepskip evaluate; its metrics and best threshold are copied into the card"""
     tracking_uri: str | None = None
     """MLflow server; null takes MLFLOW_TRACKING_URI, else the database in runs/"""
@@ -78,7 +77,7 @@ class ExportConfig:
 class AuditConfig:
     """Check that a run which followed a stream has trained on each sample exactly once."""
 
-    run: Path
+    run: str
     """the run's folder (runs/NAME); deepskip audit runs/NAME is short for it"""
-    out: Path | None = None
+    out: str | None = None
     """CSV file to write, with a line for each sample of each step: step, generation, sample, key, replayed"""

@@ -364,24 +364,3 @@ def absolute(path: str, key: str) -> Path:
     if not found.is_absolute() and "runtime_resources" in Path.cwd().parts:
         stop(f"{key} is {path}, relative to a copy of your folder on the cluster; give a path that every machine sees")
     return found.absolute()
-
-
-def check_report(path: Path, data: str) -> None:
-    """End the program if a file is the report on other data, which the report of `deepskip evaluate` would replace.
-
-    Args:
-        path: path of the report, which need not exist.
-        data: folder or URL of the split that is evaluated.
-
-    Raises:
-        SystemExit: status 2 if it is.
-    """
-    try:
-        earlier = str(json.loads(path.read_bytes())["data"]["path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    here, there = (
-        place if storage.is_remote(place) else str(storage.local(place).absolute()) for place in (data, earlier)
-    )
-    if here != there:
-        stop(f"out is {path.parent}, which holds the report on {earlier}; give --out another folder, or remove it")

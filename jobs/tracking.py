@@ -1,6 +1,5 @@
 """The MLflow run of a training: one run however often the training restarts, which never blocks the training."""
 
-import contextlib
 import logging
 import math
 import os
@@ -9,7 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +88,7 @@ def start_run(uri: str, storage: Path, experiment: str, name: str, run_id: str |
     """
     if uri.startswith("sqlite:///") and {"%", "?"} & {*uri}:
         raise TrackingUnreachable(f"{uri} holds % or ?; choose another run.storage, or --run.tracking_uri none")
-    use(uri)
-    client = mlflow.MlflowClient(uri)
+    client = use(uri)
     if run_id is not None:
         try:
             client.update_run(run_id, status="RUNNING")
@@ -141,8 +139,7 @@ def experiment_id(uri: str, storage: Path, experiment: str) -> str:
     Raises:
         TrackingUnreachable: the server does not answer, or refuses.
     """
-    use(uri)
-    client = mlflow.MlflowClient(uri)
+    client = use(uri)
     try:
         found = client.get_experiment_by_name(experiment)
         if found is not None:
@@ -176,16 +173,18 @@ def unreachable(uri: str, error: Exception) -> TrackingUnreachable:
     )
 
 
-def use(uri: str) -> None:
-    """Set the tracking server of this process, because some MLflow calls accept no other way to name it.
+def use(uri: str) -> mlflow.MlflowClient:
+    """Set the tracking server of this process, as some MLflow calls accept no other way to name it, and return a client of it.
 
     Args:
         uri: tracking URI.
+
+    Raises:
+        TrackingUnreachable: the URI is of no kind that MLflow knows.
     """
-    # mlflow logs migrations and retries at length; real errors are raised
+    # mlflow logs migrations and retries at length; real errors, and what mlflow.store logs, are raised
     for logger in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    # what mlflow.store logs it also raises
     logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
     asked = os.environ.get(VARIABLE)
     mlflow.set_tracking_uri(uri)
@@ -193,6 +192,10 @@ def use(uri: str) -> None:
     os.environ.pop(VARIABLE, None)
     if asked is not None:
         os.environ[VARIABLE] = asked
+    try:
+        return mlflow.MlflowClient(uri)
+    except mlflow.MlflowException as error:
+        raise unreachable(uri, error) from error
 
 
 def in_short(error: Exception) -> str:
@@ -357,7 +360,7 @@ class Tracker:
         """
         if status == "KILLED":
             # a killed job has little time left, so the status is sent first
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 self.client.set_terminated(self.run_id, status)
         deadline = time.monotonic() + LAST_FLUSH_SECONDS
         if self.sender is not None:
@@ -429,8 +432,7 @@ def is_of_the_server(error: Exception) -> bool:
 
 def model_location(uri: str, model_id: str) -> str:
     """Return the place of the files of a logged model, whose ID is m-..."""
-    use(uri)
-    return str(mlflow.MlflowClient(uri).get_logged_model(model_id).artifact_location)
+    return str(use(uri).get_logged_model(model_id).artifact_location)
 
 
 def download(uri: str, artifact_uri: str, folder: str) -> Path:
@@ -479,19 +481,15 @@ def log_report(
         TrackingUnreachable: there is no database, or no run can be created.
         Exception: errors of MLflow and its libraries.
     """
-    database = Path(uri.removeprefix("sqlite:///"))
+    database, own = Path(uri.removeprefix("sqlite:///")), run_id is None
     if run_id is None:
         if uri.startswith("sqlite:///"):
             database.parent.mkdir(parents=True, exist_ok=True)
         run_id = start_run(uri, database.parent, experiment, name, None, {"evaluate": settings})
-        own = True
     elif uri.startswith("sqlite:///") and not database.is_file():
         # mlflow would create an empty database
         raise TrackingUnreachable(f"there is no database at {database}; set tracking_uri, or track: new")
-    else:
-        own = False
-    use(uri)
-    client = mlflow.MlflowClient(uri)
+    client = use(uri)
     now = int(time.time() * 1000)
     client.log_batch(run_id, [Metric(key, value, now, step) for key, value in metrics.items() if math.isfinite(value)])
     client.log_artifacts(run_id, str(folder), place)

@@ -39,7 +39,7 @@ class Grid:
     """networks by name, each a row; all others are compared with the first"""
     categories: dict[str, str]
     """data by name: YAML files of training settings, whose data.path holds train, val and the split to test on"""
-    out: Path = Path("runs/comparison")
+    out: str = "runs/comparison"
     """folder of the cells' runs and of the results"""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """seeds of the weights, the order of samples and the augmentation"""
@@ -97,7 +97,7 @@ def read_grid(argv: list[str]) -> Grid:
         SystemExit: The grid, or the settings of a cell, are invalid.
     """
     grid = parse_settings("compare", Grid, argv)
-    grid.out = absolute(str(grid.out), "out")
+    grid.out = str(absolute(grid.out, "out"))
     faults = [f"{name} is empty; a comparison needs one or more" for name in ("networks", "categories", "seeds")
               if not getattr(grid, name)]  # fmt: skip
     if len({*grid.seeds}) < len(grid.seeds):
@@ -131,14 +131,14 @@ def cells(grid: Grid) -> Iterator[Cell]:
     Raises:
         SystemExit: The settings of a cell are invalid.
     """
-    tracked = {"run": {"tracking_uri": f"sqlite:///{grid.out / 'mlflow.db'}", "experiment": "comparison"}}
+    tracked = {"run": {"tracking_uri": f"sqlite:///{Path(grid.out, 'mlflow.db')}", "experiment": "comparison"}}
     for place, seed in enumerate(grid.seeds):
         for category, path in grid.categories.items():
             common = merged(merged(tracked, read_yaml(path)), grid.settings)
             for name, row in grid.networks.items():
                 if row.seeds is not None and place >= row.seeds:
                     continue
-                storage = grid.out / category / name
+                storage = Path(grid.out, category, name)
                 run = {"name": f"seed-{seed}", "seed": seed, "storage": str(storage)}
                 settings = merged(merged(common, row.settings), {"run": run})
                 config = configured(settings, f"networks.{name} on {category}")

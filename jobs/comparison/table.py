@@ -63,8 +63,8 @@ def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
         draw(grid, results).savefig(picture, format="svg")
         content[name] = picture.getvalue()
     for name, data in content.items():
-        storage.write_bytes(grid.out / name, data)
-    return [grid.out / name for name in content]
+        storage.write_bytes(Path(grid.out, name), data)
+    return [Path(grid.out, name) for name in content]
 
 
 def markdown(grid: Grid, results: Sequence[Result]) -> str:

@@ -62,19 +62,25 @@ class Plan:
         return max(self.overlap.smallest_tile, min(self.tile, fitting))
 
 
-def device_of(options: Options) -> torch.device:
-    """Return the device to compute on: that of the settings, else a GPU if there is one, else the CPU.
+def device_of(asked: str | None) -> torch.device:
+    """Return the device to compute on.
+
+    Args:
+        asked: Name of the device; None takes a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: The setting names no device, or a GPU that this machine lacks.
+        ValueError: It names no device that computes, or a GPU that this machine lacks.
     """
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device is {name}; it must be cpu, cuda, cuda:1, ...") from error
+        raise ValueError(f"device is {name!r}; it must be cpu, cuda, cuda:1, ...") from error
+    # Torch has tensors without values on it.
+    if device.type == "meta":
+        raise ValueError(f"device is {name!r}, which computes nothing; it must be cpu, cuda, cuda:1, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here")
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here")
     return device
 
 

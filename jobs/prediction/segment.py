@@ -121,7 +121,7 @@ class PredictionWorker:
     """
 
     def __init__(self, state: NetworkState, options: Options, out: Path, made_by: str, processes: int = 1) -> None:
-        self.device = memory.device_of(options)
+        self.device = memory.device_of(options.device)
         # Returning freed memory costs time, which pays off only under a memory limit.
         if options.memory_gb is not None and self.device.type == "cpu":
             give_back_freed_memory()

@@ -13,9 +13,20 @@ import pytest
 
 import deepskip
 from deepskip import checkpoint
-from deepskip.jobs import export
+from deepskip.jobs import export, model_card
+from deepskip.jobs.report import METRICS
 from tests.deepskip.test_predictor import state_of
 
+REPORT = {
+    "model": {},
+    "data": {"path": "data/val", "images": 2},
+    "threshold": 0.5,
+    "metrics": dict.fromkeys(METRICS, 0.5),
+    "classes": [
+        {"class": 1, "iou": 0.5, "best_threshold": 0.4, "at_best_threshold": dict.fromkeys(("iou", "f1", "precision", "recall"))}
+    ],
+    "by_size": [],
+}  # fmt: skip
 ODD = ((1, 37, 53), (2, 101, 33), (3, 45, 71))
 
 
@@ -55,9 +66,10 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     save(tmp_path, bands, classes, normalize, norm, enlarge)
     folder = tmp_path / "exports" / "some"
     folder.mkdir(parents=True)
-    # what another model left
-    for name in ("model.json", "model.onnx", "model.pt2", "model.safetensors"):
+    # what the same run's model of an earlier step left
+    for name in ("README.md", *(f"model.{kind}" for kind in formats)):
         (folder / name).write_text("old")
+    (folder / "model.json").write_text(json.dumps({"model": {"name": "runs/some", "weights": "0" * 64}}))
     export.main(["--model", "runs/some", "--formats", json.dumps(formats)])
     assert {path.name for path in folder.iterdir()} == {
         "model.json",
@@ -161,6 +173,21 @@ def test_a_graph_that_is_not_the_model_is_not_written(
             "error: evaluation is other.json: it is of other, step 9, not of some",
         ),
         (["--model", "runs/some", "--out", "mine"], "error: mine holds README.md but no model.json"),
+        (["--model", "runs/some", "--out", "unknown"], "error: unknown/model.json does not say which model was exported"),
+        (["--model", "runs/some", "--out", "another"], "error: another holds the export of another model, runs/another"),
+        (
+            ["--model", "runs/some", "--out", "both", "--formats", "[pt2]"],
+            "error: both holds model.onnx of an earlier export",
+        ),
+        (["--model", "runs/some", "--out", "flips.json/x"], "error: out is flips.json/x, but flips.json is a file"),
+        (["--model", "runs/some", "--out", ""], "error: out is empty; name a folder"),
+        *(
+            (
+                ["--model", "runs/some", "--evaluation", f"{name}.json"],
+                f"error: evaluation is {name}.json: it is not a report of deepskip evaluate",
+            )
+            for name in ("text", "list", "empty", "hollow")
+        ),
     ],
 )
 def test_bad_input(
@@ -168,13 +195,29 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save(tmp_path, 3, 1, "image", "batch", 1)
-    report = dict.fromkeys(("model", "data", "threshold", "metrics", "classes", "by_size"))
-    Path("flips.json").write_text(json.dumps(report | {"flips": True}))
-    other = {"weights": "0" * 64, "title": "other, step 9"}
-    Path("other.json").write_text(json.dumps(report | {"model": other}))
-    Path("mine").mkdir()
-    Path("mine/README.md").write_text("mine")
+    other = {"name": "runs/another", "weights": "0" * 64, "title": "other, step 9"}
+    hollow = dict.fromkeys(("model", "data", "threshold", "metrics", "classes", "by_size"))
+    reports = {"flips": REPORT | {"flips": True}, "other": REPORT | {"model": other}, "list": [1], "empty": {}, "hollow": hollow}
+    for name, report in reports.items():
+        Path(f"{name}.json").write_text(json.dumps(report))
+    Path("text.json").write_text("loss, 0.1")
+    cards = {"mine": None, "unknown": {}, "another": {"model": other}, "both": {"model": {"name": "runs/some"}}}
+    for folder, card in cards.items():
+        Path(folder).mkdir()
+        Path(folder, "README.md").write_text("mine")
+        if card is not None:
+            Path(folder, "model.json").write_text(json.dumps(card))
+    Path("both/model.onnx").write_text("earlier")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
         export.main(arguments)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_the_card_of_several_classes_tells_each() -> None:
+    classes = [{"class": k, "iou": iou, "average_precision": 0.5} for k, iou in ((1, 0.25), (2, float("nan")))]
+    lines = model_card.metrics_lines(None, REPORT | {"threshold": None, "classes": classes})
+    assert "| 1 | 0.2500 | 0.5000 |" in lines
+    assert "| 2 | undefined | 0.5000 |" in lines

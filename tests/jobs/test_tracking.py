@@ -254,6 +254,8 @@ def test_an_experiment_that_another_training_makes_in_between(
 
 
 def test_an_address_that_would_be_read_as_another_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(tracking.TrackingUnreachable, match=r"MLflow at foo://bar cannot be used.*set neither"):
+        tracking.start_run("foo://bar", tmp_path, "e", "n", None, {})
     for name in ("100%25", "what?x=1"):
         uri = tracking.tracking_uri(tmp_path / name, None)
         with pytest.raises(tracking.TrackingUnreachable, match=r"holds % or \?"):

@@ -104,7 +104,7 @@ def run(trial: Trial, data: Path, out: Path, table: Path) -> Row:
     config.run.storage, config.run.name = str(folder), f"seed-{trial.seed}"
     cell = Cell(trial.set, trial.network, trial.seed, folder / config.run.name, config, flips=False)
     split = "val" if trial.part == "search" else "test"
-    grid = Grid(networks={}, categories={}, out=out.absolute(), test=split, threshold="half", checkpoint="last")
+    grid = Grid(networks={}, categories={}, out=str(out.absolute()), test=split, threshold="half", checkpoint="last")
     if fault := done_otherwise(cell, grid):
         stop(f"{fault}; remove {cell.folder} to run it again")
     report = complete(write_cell(cell, grid))
