@@ -37,6 +37,21 @@ def test_the_confusion_of_many_classes_is_drawn_without_numbers(classes: int, nu
     assert max(figure.get_size_inches()) <= figures.LARGEST_MATRIX
 
 
+def test_missing_pixels_are_black_and_do_not_stretch_the_others() -> None:
+    image = 1000 + 200 * np.random.default_rng(0).random((60, 40, 4)).astype(np.float32)
+    holed = image.copy()
+    holed[20:] = np.nan
+    holed[:20, :5, 3] = np.nan
+    found = figures.to_rgb(holed)
+    assert not found[20:].any()
+    assert not found[:20, :5, 2].any()
+    for band, (shown, seen) in enumerate(((0, image[:20, :, 0]), (2, image[:20, :, 2]), (3, image[:20, 5:, 3]))):
+        low, high = np.quantile(seen.astype(np.float64), (0.01, 0.99))
+        expected = np.clip((holed[:20, :, shown] - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(found[:20, :, band], np.nan_to_num(expected), atol=1e-5)
+    assert not figures.to_rgb(np.full((3, 3, 1), np.nan)).any()
+
+
 @pytest.mark.parametrize("sight", SIGHTS)
 def test_colour_blind_readers_tell_the_colours_apart(sight: str) -> None:
     assert closest((FOUND, MISSED, FALSE_ALARM), SIGHTS[sight]) > 20

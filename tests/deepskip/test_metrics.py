@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import skimage.measure
 import torch
+from sklearn.metrics import precision_score, recall_score
 
 from deepskip.metrics import THRESHOLDS, SegmentationMetrics, ThresholdScores
 
@@ -81,6 +82,17 @@ def test_classes_are_averaged_over_foreground_that_occurs() -> None:
     assert result["precision"] == pytest.approx((2 / 3 + 1) / 2)
     assert result["recall"] == pytest.approx((1 + 2 / 3) / 2)
     assert result["pixel_accuracy"] == pytest.approx(5 / 7)
+
+
+def test_a_class_that_is_never_predicted_or_never_there_counts_as_0() -> None:
+    truth = torch.tensor([[1, 1, 2, 2, 0, 0, 3, 3]])
+    guess = torch.tensor([[1, 1, 0, 0, 4, 0, 3, 0]])
+    metrics = SegmentationMetrics(6, 255)
+    metrics.update(guess, truth)
+    result = metrics.compute()
+    for name, score in (("precision", precision_score), ("recall", recall_score)):
+        expected = score(truth[0], guess[0], labels=[1, 2, 3, 4], average="macro", zero_division=0)
+        assert result[name] == pytest.approx(expected)
 
 
 def test_objects_by_hand() -> None:

@@ -138,6 +138,31 @@ def test_a_report_on_other_data_is_kept(home: Path, capsys: pytest.CaptureFixtur
     evaluate.main([*words, "--data", str(home / "data" / "coins" / "val")])
 
 
+def test_a_report_is_kept_until_the_same_model_has_a_new_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--track", "none", "--out", "kept", "--data", "data/coins/val"]
+    evaluate.main([*words, "--model", "runs/coins"])
+    before = {path.name: path.read_bytes() for path in (home / "kept").iterdir()}
+    state = state_of(3, 1)
+    state["model"]["head.bias"] += 1
+    checkpoint.save(state, home / "runs" / "other" / checkpoint.FOLDER / checkpoint.BEST)
+    with pytest.raises(SystemExit):
+        evaluate.main([*words, "--model", "runs/other"])
+    assert "kept, which holds the report of another model, runs/coins; give --out" in capsys.readouterr().err
+    shutil.copytree("data/coins/val", "data/damaged/val")
+    for shard in (home / "data" / "damaged" / "val").glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    shutil.move("data/coins/val", "data/whole")
+    shutil.move("data/damaged/val", "data/coins/val")
+    with pytest.raises(SystemExit):
+        evaluate.main([*words, "--model", "runs/coins"])
+    shutil.rmtree("data/coins/val")
+    shutil.move("data/whole", "data/coins/val")
+    assert {path.name: path.read_bytes() for path in (home / "kept").iterdir()} == before
+    # the same weights by another name; pictures that the new report lacks go
+    evaluate.main([*words, "--model", str(home / "runs/coins/checkpoints/best.pt"), "--worst", "0"])
+    assert {path.name for path in (home / "kept").iterdir()} == before.keys() - {"worst.png"}
+
+
 def test_a_full_disk_is_named_with_the_cure(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +211,9 @@ def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pyte
         (["--model", "runs/coins", "--size_edges", "[9, 4]"], "error: size_edges is [9, 4]"),
         (["--model", "runs/coins", "--thresholds", "1"], "unknown setting thresholds (did you mean threshold"),
         (["--model", "runs/coins", "--device", "moon"], "error: device is 'moon'"),
+        (["--model", "runs/coins", "--device", "meta"], "error: device is 'meta', which computes nothing"),
+        (["--model", "runs/coins", "--out", ""], "error: out is empty; name a folder"),
+        (["--model", "runs/coins", "--out", "runs/mlflow.db"], "error: out is runs/mlflow.db, but runs/mlflow.db is a file"),
         ([], "model"),
     ],
 )
