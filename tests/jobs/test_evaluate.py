@@ -213,7 +213,10 @@ def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pyte
         (["--model", "runs/coins", "--device", "moon"], "error: device is 'moon'"),
         (["--model", "runs/coins", "--device", "meta"], "error: device is 'meta', which computes nothing"),
         (["--model", "runs/coins", "--out", ""], "error: out is empty; name a folder"),
-        (["--model", "runs/coins", "--out", "runs/mlflow.db"], "error: out is runs/mlflow.db, but runs/mlflow.db is a file"),
+        (
+            ["--model", "runs/coins", "--out", "runs/mlflow.db"],
+            "error: out is runs/mlflow.db, but runs/mlflow.db is a file",
+        ),
         ([], "model"),
     ],
 )

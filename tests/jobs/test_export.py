@@ -23,7 +23,7 @@ REPORT = {
     "threshold": 0.5,
     "metrics": dict.fromkeys(METRICS, 0.5),
     "classes": [
-        {"class": 1, "iou": 0.5, "best_threshold": 0.4, "at_best_threshold": dict.fromkeys(("iou", "f1", "precision", "recall"))}
+        {"iou": 0.5, "best_threshold": 0.4, "at_best_threshold": dict.fromkeys(("iou", "f1", "precision", "recall"))}
     ],
     "by_size": [],
 }  # fmt: skip
@@ -173,8 +173,14 @@ def test_a_graph_that_is_not_the_model_is_not_written(
             "error: evaluation is other.json: it is of other, step 9, not of some",
         ),
         (["--model", "runs/some", "--out", "mine"], "error: mine holds README.md but no model.json"),
-        (["--model", "runs/some", "--out", "unknown"], "error: unknown/model.json does not say which model was exported"),
-        (["--model", "runs/some", "--out", "another"], "error: another holds the export of another model, runs/another"),
+        (
+            ["--model", "runs/some", "--out", "unknown"],
+            "error: unknown/model.json does not say which model was exported",
+        ),
+        (
+            ["--model", "runs/some", "--out", "another"],
+            "error: another holds the export of another model, runs/another",
+        ),
         (
             ["--model", "runs/some", "--out", "both", "--formats", "[pt2]"],
             "error: both holds model.onnx of an earlier export",
@@ -197,7 +203,8 @@ def test_bad_input(
     save(tmp_path, 3, 1, "image", "batch", 1)
     other = {"name": "runs/another", "weights": "0" * 64, "title": "other, step 9"}
     hollow = dict.fromkeys(("model", "data", "threshold", "metrics", "classes", "by_size"))
-    reports = {"flips": REPORT | {"flips": True}, "other": REPORT | {"model": other}, "list": [1], "empty": {}, "hollow": hollow}
+    reports = {"flips": REPORT | {"flips": True}, "other": REPORT | {"model": other}, "hollow": hollow}
+    reports |= {"list": [1], "empty": {}}
     for name, report in reports.items():
         Path(f"{name}.json").write_text(json.dumps(report))
     Path("text.json").write_text("loss, 0.1")
