@@ -8,20 +8,26 @@ categories.svg and parameters.svg.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from deepskip import identity
 from deepskip.cluster.local import end_with_parent
 from deepskip.cluster.settings import of_loopback
-from deepskip.data_shards import trouble
+from deepskip.data_shards import storage, trouble
+from deepskip.data_shards.bands import BandError, choose_bands
+from deepskip.data_shards.identity import identity_of
+from deepskip.data_shards.index import BrokenIndex, MissingIndex, load_index
+from deepskip.identity import Identity
 from deepskip.jobs import evaluate, runs
 from deepskip.jobs.comparison import table
 from deepskip.jobs.comparison.grid import TEST, Cell, Grid, cells, content_of, read_cell, read_grid, write_cell
 from deepskip.jobs.runs import NOT_TRACKED
-from deepskip.jobs.settings import stop
+from deepskip.jobs.settings import cache_of, stop
 
 LOG = "cell.log"
 RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -52,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     grid = read_grid(sys.argv[1:] if argv is None else argv)
     every = list(cells(grid))
-    if faults := [fault for cell in every if (fault := done_otherwise(cell, grid))]:
+    data = data_here(every, grid)
+    if faults := [fault for cell in every if (fault := done_otherwise(cell, grid, data[kind_of(cell)]))]:
         stop("\n".join([*faults[:20], "choose another --out, or remove the folders of the cells to run again"]))
     left = [cell for cell in every if not is_done(cell, grid) and (grid.only is None or cell.network in grid.only)]
     print(f"{len(every)} cells, {len(every) - len(left)} done or not selected", flush=True)
@@ -73,21 +80,52 @@ def is_done(cell: Cell, grid: Grid) -> bool:
     return (cell.folder / TEST / evaluate.REPORT).is_file()
 
 
-def done_otherwise(cell: Cell, grid: Grid) -> str | None:
-    """Return how an existing cell differs from the grid's settings.
+def kind_of(cell: Cell) -> tuple[str, str]:
+    """Return what decides the data of a cell: its path and its choice of bands."""
+    return cell.config.data.path, str(cell.config.data.bands)
+
+
+def data_here(every: list[Cell], grid: Grid) -> dict[tuple[str, str], dict[str, Identity]]:
+    """Return the identity of each split by `kind_of`, without splits that cannot be read: a finished grid needs none.
+
+    Args:
+        every: the cells of the grid.
+        grid: the settings of the comparison.
+    """
+    found: dict[tuple[str, str], dict[str, Identity]] = {}
+    for kind, config in {kind_of(cell): cell.config for cell in every}.items():
+        found[kind] = {}
+        for split in ("train", "val", grid.test):
+            with suppress(MissingIndex, BrokenIndex, BandError, storage.StorageError):
+                index = load_index(storage.join(config.data.path, split), cache_of(config))
+                found[kind][split] = identity_of(choose_bands(index, config.data.bands))
+    return found
+
+
+def done_otherwise(cell: Cell, grid: Grid, data: Mapping[str, Identity]) -> str | None:
+    """Return how an existing cell differs from the grid's settings, or from the data as it is now.
 
     Args:
         cell: a cell of the grid.
         grid: the settings of the comparison.
+        data: identity of each split of the cell's data that can be read.
 
     Returns:
         The first difference as a message, or None if there is none.
     """
-    reason = runs.reason_against(
-        cell.folder, runs.read_json(cell.folder / runs.RECORD), asdict(cell.config), grow=False
-    )
+    record = runs.read_json(cell.folder / runs.RECORD)
+    reason = runs.reason_against(cell.folder, record, asdict(cell.config), grow=False)
     if reason not in (None, runs.FINISHED):
         return f"{cell} {reason} than the grid"
+    # All cells see the same data: one that was trained before generations were appended does not fit the others.
+    trained = {split: data[split] for split in ("train", "val") if split in data}
+    noted, accepted = record.get("data"), cell.config.data.accept
+    if isinstance(noted, dict) and identity.refusal(noted, trained, accepted):
+        return f"{cell} was trained on other data than is there now: {identity.changes(noted, trained)}"
+    report = runs.read_json(cell.folder / TEST / evaluate.REPORT)
+    tested = {grid.test: report.get("data", {}).get("identity")}
+    if words := identity.changes(tested, {grid.test: data[grid.test]} if grid.test in data else {}):
+        return f"{cell} was tested on other data than is there now: {words}"
     before, now = read_cell(cell.folder) if is_done(cell, grid) else {}, content_of(cell, grid)
     changed = [key for key in now if key != "config" and before and before[key] != now[key]]
     return (

@@ -21,6 +21,7 @@ from deepskip import figures, weight_files
 from deepskip.data_shards import storage, trouble
 from deepskip.data_shards.bands import BandError
 from deepskip.data_shards.dataset import Shards, SkipReport
+from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
@@ -334,6 +335,7 @@ def describe(
             "bands": model.bands,
             "num_classes": model.num_classes,
             "bad_samples": scores.bad,
+            "identity": identity_of(shards.index),
         },
         "flips": config.flips,
         "threshold": config.threshold if model.num_classes == 1 else None,

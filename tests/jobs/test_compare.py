@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -47,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(folder: Path) -> None:
+def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-u", "-m", "deepskip.jobs.compare", "--config", str(folder / "grid.yaml")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None
@@ -101,6 +104,26 @@ def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(fol
     assert (record["run"]["seed"], record["optim"]["steps"], record["model"]["base_channels"]) == (1, 2, 4)
     with pytest.raises(SystemExit):
         compare.main(["--config", str(folder / "grid.yaml"), "--settings", '{"run": {"tracking_uri": "none"}}'])
+
+    # Without its data a finished grid still has its table, and with other data it has none.
+    written, reader = (folder / "out" / "table.md").read_text(), capsys.readouterr
+    shutil.move(folder / "coins", folder / "aside")
+    with pytest.raises(SystemExit, match="0"):
+        compare.main(["--config", str(folder / "grid.yaml")])
+    assert (folder / "out" / "table.md").read_text() == written
+    for split, number, said in (("train", 5, "trained"), ("test", 2, "tested")):
+        shutil.copytree(folder / "aside", folder / "coins")
+        shutil.rmtree(folder / "coins" / split)
+        pack_coins(folder / "coins", {split: number})
+        reader()
+        with pytest.raises(SystemExit, match="2"):
+            compare.main(["--config", str(folder / "grid.yaml")])
+        lines = reader().err.splitlines()
+        start = f"error: coins, deepskip, seed 0 was {said} on other data than is there now: {split} has samples {number}"
+        assert lines[0].startswith(start)
+        assert len(lines) == 5
+        shutil.rmtree(folder / "coins")
+    shutil.move(folder / "aside", folder / "coins")
 
 
 def test_on_ray_and_a_cell_that_fails(folder: Path, tmp_path: Path) -> None:

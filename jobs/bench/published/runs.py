@@ -19,7 +19,7 @@ from deepskip.config import Config, ModelConfig, is_free
 from deepskip.data_shards import storage
 from deepskip.jobs import journal
 from deepskip.jobs import runs as run_folders
-from deepskip.jobs.compare import done_otherwise
+from deepskip.jobs.compare import data_here, done_otherwise, kind_of
 from deepskip.jobs.comparison.cell import complete
 from deepskip.jobs.comparison.grid import Cell, Grid, merged, read_yaml, write_cell
 from deepskip.jobs.runs import NOT_TRACKED, UNKNOWN_BEFORE
@@ -105,7 +105,7 @@ def run(trial: Trial, data: Path, out: Path, table: Path) -> Row:
     cell = Cell(trial.set, trial.network, trial.seed, folder / config.run.name, config, flips=False)
     split = "val" if trial.part == "search" else "test"
     grid = Grid(networks={}, categories={}, out=str(out.absolute()), test=split, threshold="half", checkpoint="last")
-    if fault := done_otherwise(cell, grid):
+    if fault := done_otherwise(cell, grid, data_here([cell], grid)[kind_of(cell)]):
         stop(f"{fault}; remove {cell.folder} to run it again")
     report = complete(write_cell(cell, grid))
     row = key | result_of(cell, report) | {"command": trial.command()}
