@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--lanes", 1, "data.lanes of the training"),
     ):
         which.add_argument(option, type=int, default=default, help=f"{text} ({default})")
-    which.add_argument("--generations", type=int, help="number of generations, from the first (all)")
+    which.add_argument("--generations", type=positive, help="number of generations, from the first (all)")
     which.add_argument("--fixed-lanes", action="store_true", help="data.fixed_lanes of the training")
     which.set_defaults(run="run_plan")
     return parser

@@ -185,7 +185,10 @@ def plan(
         ("epoch", epoch, 0, None),
         ("from-step", from_step, 0, steps_per_epoch(index.num_samples, max(global_batch_size, 1)) - 1),
         ("steps", steps, 0, None),
-        ("lanes", lanes, 1, None),
+        ("seed", seed, 0, None),
+        ("window", window, 1, None),
+        # Ranks would read all lanes in turn.
+        ("lanes", lanes, 1, max(global_batch_size, 1)),
     ):
         if value < low or (high is not None and value > high):
             allowed = f"{low} to {high}" if high is not None else f"{low} or more"

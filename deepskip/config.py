@@ -274,6 +274,60 @@ def part_size(config: Config) -> int | None:
     return asked
 
 
+# Settings that change something only with another one: its key, and the value that it needs; None stands for any but null.
+NEEDS: dict[str, tuple[str, Any]] = {
+    "optim.momentum": ("optim.optimizer", "muon"),
+    "optim.final_learning_rate": ("optim.schedule", "cosine"),
+    "data.replay_generations": ("data.follow", True),
+    "data.when_idle": ("data.follow", True),
+    "data.idle_seconds": ("data.when_idle", "end"),
+    "data.poll_seconds": ("data.follow", True),
+    "run.prequential": ("data.follow", True),
+    "publish.min_gain": ("publish.path", None),
+}
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return a message for each setting that differs from its default and changes nothing, since another one does not fit."""
+    default, found = Config(), []
+    for key, (other, needed) in NEEDS.items():
+        value, with_value = valued(config, key), valued(config, other)
+        fits = with_value is not None if needed is None else with_value == needed
+        if value != valued(default, key) and not fits:
+            wanted = "" if needed is None else f": {str(needed).lower() if isinstance(needed, bool) else needed}"
+            found.append(f"{key} is {value}, which changes nothing without {other}{wanted}")
+    return found
+
+
+def valued(config: Config, key: str) -> Any:
+    """Return the value of a setting, `section.key`."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def faults_of_norm(config: Config) -> list[str]:
+    """Return a message if the lowest level has one value a channel to normalise, which has no deviation."""
+    model, most = config.model, workers_range(config.cluster.workers)
+    if model.network not in ("deepskip", "plain_unet") or model.norm == "group":
+        return []
+    side = -(-config.data.crop * model.enlarge // 2 ** (model.levels - 1))
+    workers = most[1] if most and model.norm == "batch" else 1
+    together = max(1, config.optim.global_batch_size // workers)
+    if config.optim.micro_batch is not None:
+        together = min(together, part_size(config) or together)
+    if model.norm == "instance-batch":
+        together = 1
+    if together * side**2 > 1:
+        return []
+    over, cure = "one sample", "raise data.crop or optim.global_batch_size"
+    if model.norm == "instance-batch":
+        over, cure = "each sample", "raise data.crop"
+    return [
+        f"data.crop is {config.data.crop} and model.levels {model.levels}: the lowest level has one pixel, and model.norm "
+        f'"{model.norm}" normalises it over {over} alone; {cure}, or set model.norm to group'
+    ]
+
+
 # The settings that are folders: an empty text would be the current one.
 FOLDERS = ("path", "cache_dir", "storage", "out")
 
@@ -300,6 +354,8 @@ def faults_of(settings: Any, section: str = "") -> list[str]:
             if not value:
                 faults.append(f"{name} is empty" + ("; name a folder" if each.name in FOLDERS else ""))
             continue
+        if isinstance(value, list) and "" in value:
+            faults.append(f"{name} is {value}; an entry is empty")
         if isinstance(value, float) and low is not None and (math.isinf(value) or (math.isnan(value) and high is None)):
             faults.append(f"{name} is {value}; it must be finite")
         # The comparison is negated, so that it is true for nan too.
@@ -352,7 +408,7 @@ def check_values(config: Config) -> None:
     if isinstance(lanes, int) and lanes > batch:
         # Ranks would read all lanes in turn.
         faults.append(f"data.lanes is {lanes}; it must be at most optim.global_batch_size, which is {batch}")
-    faults += faults_of_stream(config)
+    faults += faults_of_stream(config) + faults_of_norm(config)
     if (parts := config.optim.micro_batch) is not None:
         given = f"optim.micro_batch is {parts}"
         if parts == "auto" and asked is None:

@@ -18,7 +18,7 @@ from deepskip import kernels
 from deepskip.checkpoint import RecordState, State
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
-from deepskip.config import Config, RunConfig
+from deepskip.config import Config, RunConfig, without_effect
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 from deepskip.device import on_device, prepared
@@ -337,7 +337,7 @@ def train(
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
     elif settings.weights is not None and (left := training.start_from(settings.weights)):
         warner(observe)(f"{settings.weights} has other bands or classes: {', '.join(left)} start from random values")
-    warn_of_patience(record, config, training.step, warner(observe))
+    warn_at_start(record, config, training.step, data, warner(observe))
     training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
     training.distribute()
     publish = publisher(config, rank, warner(observe))
@@ -386,8 +386,15 @@ def train(
     }
 
 
-def warn_of_patience(record: Record, config: Config, step: int, warn: Callable[[str], None]) -> None:
-    """Warn if a training ends at once, since its patience was used up before it was resumed."""
+def warn_at_start(record: Record, config: Config, step: int, data: DataInfo, warn: Callable[[str], None]) -> None:
+    """Warn of settings without effect, of a batch that repeats samples, and of a patience that was used up before a resume."""
+    for text in without_effect(config):
+        warn(text)
+    batch, samples = config.optim.global_batch_size, data.splits.get("train", {}).get("samples")
+    if isinstance(samples, int) and batch > samples and not config.data.follow:
+        warn(
+            f"optim.global_batch_size is {batch}, but there are {samples} training samples: a step repeats some of them"
+        )
     patience = config.run.patience
     if step < (config.optim.steps or math.inf) and record.out_of_patience(patience):
         warn(

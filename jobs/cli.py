@@ -38,6 +38,8 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
 }
 COMMANDS = {name: found for commands in TOPICS.values() for name, found in commands.items()}
 HELP = ("-h", "--help")
+# options whose default is an empty text
+MAY_BE_EMPTY = ("--mask_suffix",)
 # packages by the extra that installs them
 EXTRAS = {
     "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "torchmetrics", "webdataset"),
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         refuse(command)
+    refuse_empty(rest)
     os.environ.update(past_proxies(os.environ))
     try:
         with trouble.told():
@@ -131,6 +134,23 @@ def refuse(command: str) -> NoReturn:
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     print(f"error: unknown command {command!r}{hint}; deepskip --help lists all", file=sys.stderr)
     raise SystemExit(2)
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """End the program if an argument is an empty text, which as a path would be the current folder.
+
+    Args:
+        words: arguments of a command.
+
+    Raises:
+        SystemExit: status 2 if one is.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if not value and ("=" in word or not word) and option not in MAY_BE_EMPTY:
+            named = option if option.startswith("--") else "an argument"
+            print(f"error: {named} is empty; give it a value, or leave it out", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def show_help(command: str, where: str) -> None:

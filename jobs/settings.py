@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from deepskip.config import Config, check_values, faults_of
 from deepskip.data_shards import storage
@@ -96,13 +96,35 @@ def configured(settings: Mapping[str, Any], where: str) -> Config:
     parser = training_parser()
     try:
         look_through(json.dumps(settings, default=str))
-        made = parser.instantiate_classes(parser.parse_object(dict(settings)))
+        parsed = parser.parse_object(dict(settings))
+        check_sections(parsed)
+        made = parser.instantiate_classes(parsed)
         config = Config(**{section.name: getattr(made, section.name) for section in fields(Config)})
         check_values(config)
         check_network(config)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         stop("\n".join(f"{where}: {line}" for line in explain(str(error)).splitlines()))
     return config
+
+
+def check_sections(parsed: Namespace) -> None:
+    """Raise ValueError if a section of a training's settings is a single value, such as null.
+
+    Args:
+        parsed: settings as jsonargparse has parsed them.
+
+    Raises:
+        ValueError: a section is no mapping; names it.
+    """
+    for section in fields(Config):
+        if not isinstance(value := parsed[section.name], Namespace):
+            raise ValueError(no_section(section.name, "null" if value is None else value, KEYS))
+
+
+def no_section(name: str, value: Any, keys: Sequence[str]) -> str:
+    """Return the message for a section that has a single value, with a key of the section as an example."""
+    inner = [key for key in keys if key.startswith(f"{name}.")]
+    return f"{name} is {value}; it is a section of settings, such as {(inner or keys)[0]}"
 
 
 def check_network(config: Config) -> None:
@@ -137,6 +159,7 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
     try:
         check_arguments(argv)
         parsed = parser.parse_args(argv)
+        check_sections(parsed)
         config = parser.instantiate_classes(parsed)
         settings = Config(**{section.name: getattr(config, section.name) for section in fields(Config)})
         check_values(settings)
@@ -253,13 +276,15 @@ def explain(message: str, keys: Sequence[str] = KEYS) -> str:
         return f"--config is not valid YAML: {' '.join(message.split())}"
     if found := re.search(r'Parser key "config":\s*(.*)', message, re.DOTALL):
         return f"--config: {' '.join(found[1].split())}"
-    if found := re.search(r'Parser key "([\w.]+)":\s*(.*)Got value: (.*)', message, re.DOTALL):
-        return f"{found[1]} is {found[3].strip()!r}; it must be {allowed_types(found[2])}"
     union = r'Parser key "([\w.]+)":\s*Does not validate .*Subtypes: \[(.*)\]\s*Errors:.*Given value: (.*)'
     if found := re.search(union, message, re.DOTALL):
         # A comma within brackets belongs to one of the types.
         types = re.sub(r", (?![^\[]*\])", " or ", allowed_types(found[2]))
         return f"{found[1]} is {found[3].strip()!r}; it must be {types}"
+    if found := re.search(r'Parser key "([\w.]+)":\s*(.*)Got value: (.*)', message, re.DOTALL):
+        return f"{found[1]} is {found[3].strip()!r}; it must be {allowed_types(found[2])}"
+    if found := re.search(r'Parser key "([\w.]+)":\s*Unable to load config "(.*?)"', message, re.DOTALL):
+        return no_section(found[1], found[2], keys)
     unknown = (
         re.search(r"Group '(?P<group>\w+)' does not accept option '(?P<key>[\w.]+)'", message)
         or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)

@@ -90,6 +90,9 @@ def test_plan_is_what_the_ranks_take(tmp_path: Path, capsys: pytest.CaptureFixtu
     for option, value, allowed in (
         ("--rank", "3", "0 to 2"),
         ("--from-step", "4", "0 to 3"),
+        ("--seed", "-1", "0 or more"),
+        ("--window", "0", "1 or more"),
+        ("--lanes", "9", "1 to 7"),
         ("--steps", "-1", "0 or more"),
     ):
         with pytest.raises(SystemExit):

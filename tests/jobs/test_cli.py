@@ -48,6 +48,26 @@ def test_overview_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> No
     assert "unknown command 'trian' (did you mean train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["pack", "coins", "--out", ""], "--out"),
+        (["pack", "folder", "--images="], "--images"),
+        (["preview", ""], "an argument"),
+        (["predict", "--model", "coins", "--images", "a", "", "--out", "b"], "an argument"),
+    ],
+)
+def test_an_empty_text_is_not_the_current_folder(
+    words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {named} is empty; give it a value, or leave it out\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_pack_train_order_and_evaluate(tmp_path: Path) -> None:
     """Run the commands as a person types them; the stream's own order is the expected one."""
 

@@ -119,7 +119,9 @@ def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(
         with pytest.raises(SystemExit, match="2"):
             compare.main(["--config", str(folder / "grid.yaml")])
         lines = reader().err.splitlines()
-        start = f"error: coins, deepskip, seed 0 was {said} on other data than is there now: {split} has samples {number}"
+        start = (
+            f"error: coins, deepskip, seed 0 was {said} on other data than is there now: {split} has samples {number}"
+        )
         assert lines[0].startswith(start)
         assert len(lines) == 5
         shutil.rmtree(folder / "coins")

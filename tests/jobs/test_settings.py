@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
+from deepskip.config import Config, without_effect
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
 from deepskip.jobs.settings import KEYS, absolute, build_parser, differences, parse
@@ -67,6 +68,22 @@ def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> Non
         ("", ["--data.path", ""], "data.path is empty; name a folder"),
         ("", ["--data.cache_gb", "1e300"], "data.cache_gb is 1e+300; it must be 0 to 1000000000"),
         ("", ["--data.cache_gb", ".inf"], "data.cache_gb is inf; it must be finite"),
+        ("", ["--run.tracking_uri", ""], "run.tracking_uri is empty"),
+        ("", ["--optim.steps", "true"], "optim.steps is 'true'; it must be int or null"),
+        ("", ["--optim.steps", "1e3"], "optim.steps is '1e3'; it must be int or null"),
+        ("", ["--run", "5"], "run is 5; it is a section of settings, such as run.name"),
+        ("model: null", [], "model is null; it is a section of settings, such as model.network"),
+        ("optim: adamw", [], "optim is adamw; it is a section of settings, such as optim.optimizer"),
+        (
+            "data: {crop: 16}",
+            ["--optim.global_batch_size", "2", "--cluster.workers", "2"],
+            'the lowest level has one pixel, and model.norm "batch" normalises it over one sample alone',
+        ),
+        (
+            "{data: {crop: 16}, model: {norm: instance-batch}}",
+            [],
+            '"instance-batch" normalises it over each sample alone',
+        ),
         ("optim: [", [], "--config"),
         ("", ["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -82,6 +99,24 @@ def test_bad_settings_name_key_value_and_what_is_allowed(
     errors = capsys.readouterr().err
     assert all(line.startswith("error: ") for line in errors.splitlines())
     assert said in errors
+
+
+def test_one_value_a_channel_is_refused_only_where_there_is_one() -> None:
+    small = ["--data.crop", "16", "--optim.global_batch_size"]
+    for words in (["2"], ["1", "--model.levels", "4"], ["1", "--model.enlarge", "2"], ["1", "--model.norm", "group"],
+                  ["2", "--cluster.workers", "2", "--model.norm", "sync-batch"], ["1", "--model.network", "fcn"]):  # fmt: skip
+        parse("train", [*small, *words])
+
+
+def test_settings_without_effect_are_named() -> None:
+    assert without_effect(Config()) == []
+    config, *_ = parse("train", ["--optim.optimizer", "adamw", "--optim.momentum", "0.5", "--publish.min_gain", "0.1"])
+    assert without_effect(config) == [
+        "optim.momentum is 0.5, which changes nothing without optim.optimizer: muon",
+        "publish.min_gain is 0.1, which changes nothing without publish.path",
+    ]
+    for path in CONFIGS:
+        assert without_effect(parse("train", ["--config", str(path)])[0]) == []
 
 
 def test_the_users_own_folder_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
