@@ -263,7 +263,7 @@ class SegmentationMetrics:
             tp, fp, fn = tp[1:], fp[1:], fn[1:]
         precision, recall = tp / (tp + fp), tp / (tp + fn)
         if self.num_classes > 1:
-            # A class that is never predicted, or that is nowhere in the target, counts as 0. Without it the mean would be higher.
+            # A class that is never predicted, or that is nowhere in the target, counts as 0; without it the mean is higher.
             occurs = tp + fp + fn > 0
             precision, recall = (torch.where(occurs, ratio.nan_to_num(0), ratio) for ratio in (precision, recall))
         dice = (2 * tp / (2 * tp + fp + fn)).nanmean().item()
