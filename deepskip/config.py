@@ -408,7 +408,7 @@ def check_values(config: Config) -> None:
     if isinstance(lanes, int) and lanes > batch:
         # Ranks would read all lanes in turn.
         faults.append(f"data.lanes is {lanes}; it must be at most optim.global_batch_size, which is {batch}")
-    faults += faults_of_stream(config) + faults_of_norm(config)
+    faults += faults_of_stream(config)
     if (parts := config.optim.micro_batch) is not None:
         given = f"optim.micro_batch is {parts}"
         if parts == "auto" and asked is None:
@@ -426,6 +426,8 @@ def check_values(config: Config) -> None:
             )
     if config.run.name is not None and not is_folder_name(config.run.name):
         faults.append(f"run.name is {config.run.name[:100]!r}; it must be a plain folder name")
+    # This one computes with values, which may be anything as long as another is out of bounds.
+    faults = faults or faults_of_norm(config)
     if faults:
         raise ValueError("\n".join(faults))
 

@@ -331,16 +331,17 @@ def train(
     optim, settings, record = config.optim, config.run, Record()
     kernels.backend.choose(settings.kernels)
     training = TrainingStep(config, data, device, world_size)
-    state = agreed_start(run, rank, world_size, device, warner(observe), data.splits, config.data.accept)
+    warn = warner(observe, rank)
+    state = agreed_start(run, rank, world_size, device, warn, data.splits, config.data.accept)
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
     elif settings.weights is not None and (left := training.start_from(settings.weights)):
-        warner(observe)(f"{settings.weights} has other bands or classes: {', '.join(left)} start from random values")
-    warn_at_start(record, config, training.step, data, warner(observe))
-    training.precision = agreed_precision(settings.precision, state, device, world_size, warner(observe))
+        warn(f"{settings.weights} has other bands or classes: {', '.join(left)} start from random values")
+    warn_at_start(record, config, training.step, data, warn)
+    training.precision = agreed_precision(settings.precision, state, device, world_size, warn)
     training.distribute()
-    publish = publisher(config, rank, warner(observe))
+    publish = publisher(config, rank, warn)
     stop_vote = StopVote(stop_requested, world_size)
     loop = Loop(
         training, record, CheckpointWriter(run, settings.keep_checkpoints, training.step if state else None, publish),
@@ -403,9 +404,9 @@ def warn_at_start(record: Record, config: Config, step: int, data: DataInfo, war
         )
 
 
-def warner(observe: Callable[[str, int, dict[str, Any]], None]) -> Callable[[str], None]:
-    """Return a function that passes a message to `observe` as a warning before the first step."""
-    return lambda text: observe("warning", 0, {"text": text})
+def warner(observe: Callable[[str, int, dict[str, Any]], None], rank: int) -> Callable[[str], None]:
+    """Return a function that passes a message to `observe` as a warning before the first step, on rank 0 alone."""
+    return lambda text: observe("warning", 0, {"text": text}) if rank == 0 else None
 
 
 def due(settings: RunConfig, step: int, last: float) -> tuple[bool, ...]:

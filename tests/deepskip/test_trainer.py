@@ -22,7 +22,7 @@ from deepskip import checkpoint, ranks
 from deepskip.config import Config, OptimConfig
 from deepskip.data_shards.order import rank_block
 from deepskip.evaluation import evaluate
-from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, Record, learning_rate, train, warn_at_start
+from deepskip.trainer import Batch, DataInfo, NonFiniteLoss, Preempted, Record, learning_rate, train
 from deepskip.training_step import OtherSettings, TrainingStep
 
 DATA = DataInfo(2, 1, 255, [0.0, 0.0], [1.0, 1.0], {"bands": None, "longest_side": None})
@@ -76,6 +76,7 @@ def losses(
     seen: dict[int, float] = {}
 
     def observe(kind: str, step: int, values: dict[str, Any]) -> None:
+        assert distributed.get("rank", 0) == 0
         if kind == "train":
             seen[step] = values["loss"]
         elif kind == "validation" and validations is not None:
@@ -467,6 +468,8 @@ def preempted_by_a_signal(folder: Path, rank: int, world_size: int) -> Any:
     calls: list[None] = []
     settings = config(steps=8)
     settings.run.validate_every, settings.run.checkpoint_every, settings.optim.ema_decay = 2, 100, 0.9
+    # Without effect, it is warned of.
+    settings.data.poll_seconds = 9.0
     measured: tuple[dict[int, float], dict[int, float]] = ({}, {})
 
     def part(name: str, validations: dict[int, float], stop: Callable[[], bool] | None = None) -> Any:
@@ -492,14 +495,3 @@ def test_sigterm_to_one_of_two_workers(tmp_path: Path) -> None:
     assert list(found) == [2, 4, 6, 8]
     assert found == expected
     assert_same_state(tmp_path / "unbroken", tmp_path / "broken")
-
-
-@pytest.mark.parametrize(("samples", "follow", "said"), [(7, False, 1), (8, False, 0), (7, True, 0)])
-def test_a_batch_of_more_samples_than_there_are_is_warned_of(samples: int, follow: bool, said: int) -> None:
-    config, told = Config(), list[str]()
-    config.data.follow = follow
-    warn_at_start(
-        Record(), config, 0, DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}, {"train": {"samples": samples}}), told.append
-    )
-    expected = "optim.global_batch_size is 8, but there are 7 training samples: a step repeats some of them"
-    assert told == [expected] * said

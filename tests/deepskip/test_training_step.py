@@ -11,6 +11,7 @@ from deepskip import augment, kernels
 from deepskip.bench import step_launches
 from deepskip.config import AugmentConfig, Config
 from deepskip.ranks import StopVote
+from deepskip.trainer import Record, warn_at_start
 from deepskip.training_step import DataInfo, TrainingStep, has_own_statistics, overlap_counts
 from tests.deepskip.test_trainer import on_ranks
 
@@ -141,3 +142,14 @@ def test_the_collectives_and_waits_of_a_step(tmp_path: Path) -> None:
 def test_only_statistics_of_norms_stay_with_their_rank() -> None:
     assert has_own_statistics(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1)))
     assert not has_own_statistics(torch.nn.utils.spectral_norm(torch.nn.Conv2d(1, 1, 1)))
+
+
+@pytest.mark.parametrize(("samples", "follow", "said"), [(7, False, 1), (8, False, 0), (7, True, 0)])
+def test_a_batch_of_more_samples_than_there_are_is_warned_of(samples: int, follow: bool, said: int) -> None:
+    config, told = Config(), list[str]()
+    config.data.follow = follow
+    warn_at_start(
+        Record(), config, 0, DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}, {"train": {"samples": samples}}), told.append
+    )
+    expected = "optim.global_batch_size is 8, but there are 7 training samples: a step repeats some of them"
+    assert told == [expected] * said

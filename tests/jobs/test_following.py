@@ -248,6 +248,7 @@ def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     settings = {"cluster__collective_timeout": 3, "run__checkpoint_every": 3}
 
     def ranks(process: Any) -> list[psutil.Process]:
+        assert process.poll() is None, process.communicate()[0]
         return sorted(psutil.Process(process.pid).children(), key=lambda each: each.pid)
 
     process = started(command(tmp_path, "live", 2, data__when_idle="wait", **settings))

@@ -57,6 +57,7 @@ def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> Non
         ("optim: {steps: many}", [], "optim.steps is 'many'; it must be int"),
         ("", ["--optim.steps", "0"], "optim.steps is 0; it must be 1 or more"),
         ("", ["--run.seed", "-1"], "run.seed is -1; it must be 0 to"),
+        ("", ["--model.levels", "9007199254740991"], "model.levels is 9007199254740991; it must be 3 to 6"),
         (
             "",
             ["--optim.global_batch_size", "9" * 20],
