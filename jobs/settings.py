@@ -158,7 +158,7 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
     parser = build_parser(program)
     try:
         check_arguments(argv)
-        parsed = parser.parse_args(argv)
+        parsed = parser.parse_args(files_first(argv))
         check_sections(parsed)
         config = parser.instantiate_classes(parsed)
         settings = Config(**{section.name: getattr(config, section.name) for section in fields(Config)})
@@ -213,7 +213,7 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
         check_arguments(argv)
         floats = {f"--{field.name}" for field in fields(kind) if str(field.type).startswith("float")}  # type: ignore[arg-type]
         argv = [in_yaml(argument, floats) for argument in with_numbers(argv, floats)]
-        parsed = parser.instantiate_classes(parser.parse_args(with_lists(argv, lists)))
+        parsed = parser.instantiate_classes(parser.parse_args(files_first(with_lists(argv, lists))))
         settings = kind(**{key: getattr(parsed, key) for key in keys})
         if faults := faults_of(settings):
             raise ValueError("\n".join(faults))
@@ -222,6 +222,21 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
         stop(explain(str(error), keys))
     except yaml.YAMLError as error:
         stop(f"the config is not valid YAML: {' '.join(str(error).split())}")
+
+
+def files_first(argv: Sequence[str]) -> list[str]:
+    """Return arguments with each --config before the others, because the parser lets a later one win.
+
+    Args:
+        argv: arguments of a command.
+    """
+    files, others, words = list[str](), list[str](), iter(argv)
+    for word in words:
+        if word == "--config":
+            files += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return files + others
 
 
 def in_yaml(argument: str, options: Set[str]) -> str:

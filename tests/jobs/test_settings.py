@@ -7,7 +7,8 @@ import yaml
 from deepskip.config import Config, without_effect
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
-from deepskip.jobs.settings import KEYS, absolute, build_parser, differences, parse
+from deepskip.jobs.options import PredictConfig
+from deepskip.jobs.settings import KEYS, absolute, build_parser, differences, parse, parse_settings
 from deepskip.jobs.train import check
 
 # compare.yaml belongs to another job, and test_compare.py runs it.
@@ -25,16 +26,24 @@ def test_every_config_that_ships_is_valid(path: Path) -> None:
             assert getattr(getattr(config, section), key) == value
 
 
-def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_the_command_line_wins_over_the_file(tmp_path: Path, place: int) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("optim: {steps: 7, learning_rate: 0.1}\n")
-    config, stem, _ = parse("train", ["--config", str(path), "--optim.steps", "9", "--loss.class_weights", "[1, 2.5]"])
-    assert (stem, config.optim.steps, config.optim.learning_rate, config.loss.class_weights) == (
-        "mine",
-        9,
-        0.1,
-        [1, 2.5],
-    )
+    words = ["--optim.steps", "9", "--loss.class_weights", "[1, 2.5]"]
+    for file in (["--config", str(path)], [f"--config={path}"]):
+        config, stem, _ = parse("train", [*words[:place], *file, *words[place:]])
+        assert (stem, config.optim.steps, config.optim.learning_rate, config.loss.class_weights) == (
+            "mine",
+            9,
+            0.1,
+            [1, 2.5],
+        )
+    path.write_text("model: coins\nout: found\nimages: [a.png]\nthreshold: 0.3\nflips: true\n")
+    words = ["--images", "b.png", "c.png", "--threshold", "0.4"]
+    place = {0: 0, 2: 3, 4: 5}[place]
+    read = parse_settings("predict", PredictConfig, [*words[:place], "--config", str(path), *words[place:]])
+    assert (read.images, read.threshold, read.flips, read.model) == (["b.png", "c.png"], 0.4, True, "coins")
 
 
 def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
