@@ -1,8 +1,15 @@
-"""Report the results of a comparison: a CSV with a row per cell, Markdown tables, and two figures."""
+"""Report the results of a comparison: a CSV with a row per cell, Markdown tables, and two figures.
 
+They are made again from the CSV of a comparison, without its trainings, into the folder of `--out`:
+
+    python -m deepskip.jobs.comparison.table CSV --config GRID.yaml --out FOLDER
+"""
+
+import ast
 import csv
 import io
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +21,8 @@ from matplotlib.ticker import LogLocator
 from deepskip.data_shards import storage
 from deepskip.figures import CLASS_COLOURS
 from deepskip.jobs import evaluate, runs
-from deepskip.jobs.comparison.grid import TEST, Grid, cells
+from deepskip.jobs.comparison.grid import TEST, Grid, cells, read_grid
+from deepskip.jobs.settings import stop
 
 METRICS = ("iou", "dice", "precision", "recall", "object_recall", "false_alarms_per_image")
 # columns of the table, means over the categories: metric, its name, and its factor
@@ -44,6 +52,23 @@ def collect(grid: Grid) -> list[Result]:
         metrics |= {f"{what}_under_{smallest['to']}_pixels": smallest[what] for what in ("objects", "found")}
         results.append(place | model | tested | {"images": report["data"]["images"]} | metrics | times)
     return results
+
+
+def read(path: Path) -> list[Result]:
+    """Read the results of the cells of a CSV that `write` wrote.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or is no such CSV.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"category", "network", "seed", *METRICS} <= rows[0].keys():
+        raise ValueError(f"{path} is not the cells.csv of a comparison")
+    texts = ("category", "network")
+    # An undefined value is written as an empty text.
+    return [
+        {key: text if key in texts else ast.literal_eval(text or "None") for key, text in row.items()} for row in rows
+    ]
 
 
 def write(grid: Grid, results: Sequence[Result]) -> list[Path]:
@@ -101,7 +126,8 @@ def markdown(grid: Grid, results: Sequence[Result]) -> str:
     ]
     tables = [lines_of(head, overall)]
     if len(grid.categories) > 1:
-        tables.append(lines_of(["IoU", *grid.categories, "smallest objects found"], each))
+        places = [name.replace("_", " ") for name in grid.categories]
+        tables.append(lines_of(["IoU", *places, "smallest objects found"], each))
     return "\n".join(tables)
 
 
@@ -238,3 +264,22 @@ def draw_categories(grid: Grid, results: Sequence[Result]) -> Figure:
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def main() -> None:
+    """Write the tables and figures of a CSV."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        stop("usage: python -m deepskip.jobs.comparison.table CSV --config GRID.yaml --out FOLDER")
+    grid = read_grid(sys.argv[2:])
+    try:
+        results = read(Path(sys.argv[1]))
+        if strange := {one["network"] for one in results} - set(grid.networks):
+            raise ValueError(f"{sys.argv[1]} has networks that are not in the grid: {', '.join(sorted(strange))}")
+        paths = write(grid, results)
+    except (OSError, ValueError) as error:
+        stop(str(error))
+    print(f"{markdown(grid, results)}\n{', '.join(map(str, paths))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -95,6 +95,7 @@ def test_a_grid_that_was_killed_goes_on_and_its_table_is_that_of_its_reports(
     mean = statistics.fmean(changes)
     line = (folder / "out" / "table.md").read_text().splitlines()[3]
     assert line.endswith(f"| 2 | {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) |")
+    assert table.read(folder / "out" / "cells.csv") == table.collect(read_grid(command[4:]))
     for figure in ("categories", "parameters"):
         assert "<svg" in (folder / "out" / f"{figure}.svg").read_text()
 
@@ -177,6 +178,13 @@ def test_the_projects_grid_can_be() -> None:
     tuned = next(cell.config for cell in every if (cell.category, cell.network) == ("cars", "tuned"))
     # The category's settings count, and the network's override them.
     assert (tuned.augment.rotate90, tuned.optim.learning_rate, tuned.model.norm) == (False, 0.008, "instance-batch")
+
+
+def test_the_tables_of_the_page_are_those_of_its_csv() -> None:
+    grid = read_grid(["--config", str(ROOT / "jobs" / "configs" / "compare.yaml")])
+    page = (ROOT / "docs" / "compare.md").read_text()
+    for made in table.markdown(grid, table.read(ROOT / "docs" / "comparison.csv")).split("\n\n"):
+        assert made.strip() in page
 
 
 @pytest.mark.parametrize(
