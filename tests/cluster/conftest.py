@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.nodes import Nodes
-from tests.cluster.training import Training, pack
+from tests.cluster.training import BATCH, Training, pack
 
 STEPS = 60
 
@@ -36,6 +36,7 @@ def unbroken(nodes: Nodes, home: Path) -> Training:
     training.submit()
     assert training.result() == 0, training.said()
     assert training.world_sizes() == [2]
+    assert f"data.lanes is {BATCH}, for 2 machines" in training.said()
     return training
 
 

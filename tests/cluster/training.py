@@ -25,8 +25,8 @@ SETTINGS = {
     "model.levels": 3,
     "model.norm": "group",
     "data.crop": 32,
-    # One lane a sample of the batch, so that each worker has lanes and shards of its own.
-    "data.lanes": BATCH,
+    # For two machines that is one lane a sample of the batch, so that each worker has lanes and shards of its own.
+    "data.lanes": "auto",
     # At the default rate, rounding grows to 3e-4 of the loss in 60 steps, so that 1 worker and 2 workers differ. At
     # this rate it stays at 1e-7, where a lost momentum makes 1e-3.
     "optim.learning_rate": 1e-3,
