@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_ingest(commands)
     joined = commands.add_parser("compact", help="join the generations of a data set to a new closed set, elsewhere")
     joined.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
-    joined.add_argument("--out", type=Path, required=True, help="folder to make")
+    joined.add_argument("--out", type=storage.local, required=True, help="folder to make")
     joined.add_argument("--samples_per_shard", type=positive, default=256, help="samples in a shard (256)")
     joined.set_defaults(run="run_compact")
 
@@ -93,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("path", help="a data set, or one split of it: folder or URL")
-        command.add_argument("--cache", type=Path, help=f"folder for copies of remote shards ({storage.DEFAULT_CACHE})")
+        command.add_argument(
+            "--cache", type=storage.local, help=f"folder for copies of remote shards ({storage.DEFAULT_CACHE})"
+        )
         command.set_defaults(run=run)
         if name == "verify":
             command.add_argument(
@@ -106,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
     sheet = commands.add_parser("preview", help="write a picture of some samples with their masks outlined")
     sheet.add_argument("path", help="one split, such as data/coins/train")
-    sheet.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (preview.png)")
+    sheet.add_argument("--out", type=storage.local, default=Path("preview.png"), help="picture to write (preview.png)")
     sheet.add_argument("--count", type=positive, default=16, help="number of samples (16)")
     sheet.set_defaults(run="run_preview")
 
@@ -142,10 +144,12 @@ def add_sources(pack: Any) -> None:
     """
     folder = pack.add_parser("folder", help="a folder of images and a folder of masks, paired by file stem")
     folder.add_argument(
-        "--images", type=Path, required=True, help="png, jpg, tif (pages are bands), npy or npz (H, W, bands)"
+        "--images", type=storage.local, required=True, help="png, jpg, tif (pages are bands), npy or npz (H, W, bands)"
     )
-    folder.add_argument("--masks", type=Path, help="labels (H, W), or binary; default: in the .npz files of --images")
-    folder.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    folder.add_argument(
+        "--masks", type=storage.local, help="labels (H, W), or binary; default: in the .npz files of --images"
+    )
+    folder.add_argument("--out", type=storage.local, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
     add_split(folder)
     add_labels(folder)
     add_preparation(folder)
@@ -163,9 +167,9 @@ def add_sources(pack: Any) -> None:
     folder.set_defaults(run="run_pack_folder")
 
     coco = pack.add_parser("coco", help="a folder of images and a COCO file of objects")
-    coco.add_argument("--images", type=Path, required=True, help="folder of the images")
-    coco.add_argument("--annotations", type=Path, required=True, help="the JSON file")
-    coco.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    coco.add_argument("--images", type=storage.local, required=True, help="folder of the images")
+    coco.add_argument("--annotations", type=storage.local, required=True, help="the JSON file")
+    coco.add_argument("--out", type=storage.local, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
     coco.add_argument(
         "--categories", type=lambda text: text.split(","), help="category names, which become classes 1, 2, ... (all)"
     )
@@ -183,10 +187,10 @@ def add_sources(pack: Any) -> None:
     coco.set_defaults(run="run_pack_coco")
 
     arrays = pack.add_parser("arrays", help="one array of images and one of masks")
-    arrays.add_argument("--images", type=Path, required=True, help=".npy (mapped) or .npz of N images")
-    arrays.add_argument("--masks", type=Path, required=True, help=".npy or .npz of (N, height, width)")
+    arrays.add_argument("--images", type=storage.local, required=True, help=".npy (mapped) or .npz of N images")
+    arrays.add_argument("--masks", type=storage.local, required=True, help=".npy or .npz of (N, height, width)")
     arrays.add_argument("--layout", choices=LAYOUTS, default="NHWC", help="axes of the images (NHWC)")
-    arrays.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    arrays.add_argument("--out", type=storage.local, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
     add_split(arrays)
     add_labels(arrays)
     arrays.add_argument("--bands", type=positive, help="resample every image to this number of bands")
@@ -196,7 +200,9 @@ def add_sources(pack: Any) -> None:
     arrays.set_defaults(run="run_pack_arrays")
 
     built_in = pack.add_parser("coins", help="the built-in data: real coins on real textures")
-    built_in.add_argument("--out", type=Path, required=True, help="folder to make: OUT/train, OUT/val, OUT/test")
+    built_in.add_argument(
+        "--out", type=storage.local, required=True, help="folder to make: OUT/train, OUT/val, OUT/test"
+    )
     for split, count in COINS_DEFAULT.items():
         built_in.add_argument(
             f"--{split}", type=positive, default=count, help=f"number of images for {split} ({count})"
@@ -219,9 +225,9 @@ def add_append(commands: Any) -> None:
         "the data set.",
     )
     append.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
-    append.add_argument("--images", type=Path, help="folder of images, or .npy or .npz of N images")
-    append.add_argument("--masks", type=Path, help="folder of masks, or .npy or .npz of N masks")
-    append.add_argument("--annotations", type=Path, help="COCO file of --images")
+    append.add_argument("--images", type=storage.local, help="folder of images, or .npy or .npz of N images")
+    append.add_argument("--masks", type=storage.local, help="folder of masks, or .npy or .npz of N masks")
+    append.add_argument("--annotations", type=storage.local, help="COCO file of --images")
     append.add_argument("--shards", help="in place of --images: folder or URL of .tar shards, which are copied")
     append.add_argument("--split_name", choices=SPLITS, default="train", help="split to append to (train)")
     append.add_argument(
@@ -235,7 +241,9 @@ def add_append(commands: Any) -> None:
     append.add_argument(
         "--repeated_keys", action="store_true", help="accept samples that have keys of earlier generations"
     )
-    append.add_argument("--cache", type=Path, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})")
+    append.add_argument(
+        "--cache", type=storage.local, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})"
+    )
     append.add_argument(
         "--labels", choices=KINDS, help="meaning of mask values (auto if the data set is binary, else classes)"
     )
@@ -296,11 +304,16 @@ def add_ingest(commands: Any) -> None:
     )
     ingest.add_argument("--idle_seconds", type=float, help="end after this time without anything new (never)")
     ingest.add_argument(
-        "--wait_for", type=Path, metavar="RUN", help="run (runs/NAME) with data.follow to wait for while it is --behind"
+        "--wait_for",
+        type=storage.local,
+        metavar="RUN",
+        help="run (runs/NAME) with data.follow to wait for while it is --behind",
     )
     ingest.add_argument("--behind", type=positive, default=10_000, help="samples that it may be behind (10000)")
     ingest.add_argument(
-        "--journal", type=Path, help="file that lists what cannot be used, and why (refused.jsonl in the split)"
+        "--journal",
+        type=storage.local,
+        help="file that lists what cannot be used, and why (refused.jsonl in the split)",
     )
     ingest.add_argument(
         "--mask_suffix",
@@ -320,7 +333,9 @@ def add_ingest(commands: Any) -> None:
     ingest.add_argument(
         "--kafka_settings", type=json_file, help="of Kafka: JSON file of librdkafka's settings, such as TLS and SASL"
     )
-    ingest.add_argument("--cache", type=Path, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})")
+    ingest.add_argument(
+        "--cache", type=storage.local, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})"
+    )
     ingest.add_argument("--labels", choices=KINDS, default="auto", help="meaning of mask values, as for append (auto)")
     ingest.add_argument("--ignore_label", type=mask_value, help="mask value to ignore in training and metrics; nan too")
     add_storing(ingest)
@@ -356,7 +371,9 @@ def add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split_name", choices=SPLITS, help="put all images into this split, such as those of one COCO file"
     )
-    parser.add_argument("--split", type=Path, help="CSV with columns stem,split (train, val, test); default: at random")
+    parser.add_argument(
+        "--split", type=storage.local, help="CSV with columns stem,split (train, val, test); default: at random"
+    )
     parser.add_argument(
         "--val_share", type=float, default=0.2, help="share of samples for validation without --split (0.2)"
     )
@@ -442,7 +459,7 @@ def add_values(parser: argparse.ArgumentParser) -> None:
     """Add the options that define how mask files are read."""
     parser.add_argument("--threshold", type=float, help="lowest value that is foreground, for masks with soft edges")
     parser.add_argument(
-        "--colors", type=Path, help="CSV with columns color,label (#ff0000,1), for masks that hold colours"
+        "--colors", type=storage.local, help="CSV with columns color,label (#ff0000,1), for masks that hold colours"
     )
     parser.add_argument(
         "--white_is_zero",

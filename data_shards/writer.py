@@ -69,6 +69,7 @@ def write_shards(
             holds a dot or slash.
         FileExistsError: If the folder exists and was made of another source.
     """
+    folder = storage.local(folder)
     if folder.exists():
         return made_of_the_same(folder, source)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -163,6 +163,10 @@ def read_coco(
             for entry in raw["images"]
         }  # fmt: skip
         objects = [(entry["image_id"], entry["category_id"], entry) for entry in raw["annotations"]]
+        # An id that is a list cannot be looked up.
+        hash(tuple(image for image, _, _ in objects))
+        if odd_crowds := [entry.get("id") for _, _, entry in objects if entry.get("iscrowd") not in (None, 0, 1)]:
+            raise ValueError(f"iscrowd is neither 0 nor 1 in annotations {listed(list(map(str, odd_crowds)))}")
         ordered = [names[key] for key in sorted(names)]
         escaping = [] if by_basename else [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
         texts(ordered)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from deepskip.jobs.tracking import Tracker
 
 
-# A run's folder, its MLflow run id, and its number of lanes.
-Told = tuple[str, str | None, Any]
+# A run's folder, its MLflow run id, its number of lanes, and the absolute path of its data.
+Told = tuple[str, str | None, Any, str]
 
 
 @dataclass
@@ -123,7 +123,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
         console.take(event)
 
     runs.choose_lanes(run, config, -(-ranks.world_size // ranks.neighbours))
-    agree(ranks, (str(run.folder), run_id, config.data.lanes))
+    agree(ranks, (str(run.folder), run_id, config.data.lanes, config.data.path))
     summary = train(config, run.folder, run_id, tell, ranks)
     return {**summary, "bad_samples": console.finish()}
 
@@ -131,7 +131,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
 def follow(config: Config, ranks: Ranks) -> None:
     """Train as a rank other than 0, in the folder that rank 0 has claimed; return at once if rank 0 reports no training."""
     if told := agree(ranks, None):
-        folder, run_id, config.data.lanes = told
+        folder, run_id, config.data.lanes, config.data.path = told
         bad_samples = journal.BadSamples(Path(folder))
 
         def tell(event: Event) -> None:

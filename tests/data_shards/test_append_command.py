@@ -207,3 +207,18 @@ def test_verify_lists_what_dead_writers_left(data: Path, capsys: pytest.CaptureF
     main(["verify", str(data)])
     assert "not part" not in capsys.readouterr().out
     assert sorted(path.suffix for path in (data / "train").iterdir()) == [".arrow", ".json", ".tar"]
+
+
+def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    # A shell leaves the tilde of --out=~/coins as it is.
+    main(["pack", "coins", "--out=~/coins", "--train", "2", "--val", "1", "--test", "1"])
+    main(["compact", "~/coins", "--out=~/joined"])
+    main(["preview", "~/joined/train", "--out=~/sheet.png"])
+    assert load_index(home / "joined" / "train").num_samples == load_index(home / "coins" / "train").num_samples == 2
+    assert (home / "sheet.png").is_file()
+    assert list(here.iterdir()) == []

@@ -129,6 +129,8 @@ def test_chosen_categories_and_the_command_line(tmp_path: Path, coco: dict[str, 
         ),
         (lambda c: c.pop("annotations"), "is not a COCO file of objects: KeyError"),
         (lambda c: c["annotations"][0].update(category_id=[7]), "is not a COCO file of objects: TypeError"),
+        (lambda c: c["annotations"][0].update(image_id=[7]), "is not a COCO file of objects: TypeError"),
+        (lambda c: c["annotations"][0].update(iscrowd="0"), "iscrowd is neither 0 nor 1 in annotations"),
         (
             lambda c: c["categories"][0].update(name=["cell"]),
             r"is not a COCO file of objects: TypeError.*is not a name",

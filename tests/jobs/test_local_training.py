@@ -348,7 +348,7 @@ def test_samples_that_any_rank_skips_are_listed(coins: Path, tmp_path: Path) -> 
     shard.write_bytes(data)
     found = run(
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "deepskip.jobs.train",
-         "--data.path", str(folder),
+         "--data.path", "bad",
          *SMALL, "--optim.steps", "2", "--data.on_bad_sample", "skip", "--run.tracking_uri", "none",
          "--run.storage", str(tmp_path), "--run.name", "skips"], tmp_path,
     )  # fmt: skip
@@ -356,6 +356,8 @@ def test_samples_that_any_rank_skips_are_listed(coins: Path, tmp_path: Path) -> 
     lines = (tmp_path / "skips" / "bad_samples.jsonl").read_text().splitlines()
     keys = {json.loads(line)["key"] for line in lines}
     assert keys == {entry.key for entry in index.entries([1, 6])}
+    # Every rank names the shard alike, or the audit cannot find it.
+    assert {json.loads(line)["shard"] for line in lines} == {str(shard)}
     assert json.loads((tmp_path / "skips" / "summary.json").read_text())["bad_samples"] == 2
 
 
