@@ -457,7 +457,7 @@ class Shards(Dataset[Batch]):
         """
         location, shard = self.index.shard_location(number), self.index.shard(number)
         if not storage.is_remote(location):
-            return Path(location.removeprefix("file://"))
+            return storage.local(location)
         if self.cache is None:
             raise ValueError(f"{location} is remote: reading it needs a cache")
         return self.cache.fetch(location, shard.bytes, shard.sha256)

@@ -411,7 +411,7 @@ def load_samples(location: str, raw: dict[str, Any], cache: storage.Cache | None
     told = raw["samples"]
     path = storage.join(location, told["file"])
     if not storage.is_remote(path):
-        local = Path(path.removeprefix("file://"))
+        local = storage.local(path)
         if not local.is_file():
             raise FileNotFoundError(f"{told['file']}, which it names, is missing")
         if local.stat().st_size != told["bytes"]:

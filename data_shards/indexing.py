@@ -75,7 +75,7 @@ def local_copy(location: str) -> Iterator[Path]:
         OSError: If a remote shard cannot be fetched.
     """
     if not storage.is_remote(location):
-        yield Path(location.removeprefix("file://"))
+        yield storage.local(location)
         return
     with tempfile.NamedTemporaryFile(prefix="deepskip-shard-", suffix=".tar") as file:
         storage.download(location, Path(file.name))
@@ -252,7 +252,7 @@ def index_shards(
         say(note)
     target = out or location
     if out is not None and out != location:
-        base = location if "://" in location else str(Path(location).absolute())
+        base = location if "://" in location else str(storage.local(location).absolute())
         index = replace(index, base=base)
     if bad:
         lines = "".join(json.dumps(fault) + "\n" for fault in bad)

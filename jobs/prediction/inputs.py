@@ -97,7 +97,7 @@ def found_at(place: str, out: Path | None = None) -> list[Item]:
             return remote_items(place)
     except (storage.StorageError, index.BrokenIndex, index.MissingIndex) as error:
         stop(f"--images: {error}")
-    path = Path(place.removeprefix("file://"))
+    path = storage.local(place)
     if path.is_file():
         # A file has the name that it would have in its folder.
         return [file_item(path, plain(path.stem) if path.name.startswith(".") else path.stem, path.name)]
@@ -196,7 +196,7 @@ def zarr_item(location: str, name: str) -> Item:
     """
     stamp = ""
     if not storage.is_remote(location):
-        folder = Path(location.removeprefix("file://"))
+        folder = storage.local(location)
         if not folder.is_dir():
             stop(f"--images: {location} does not exist", NotHere)
         found = [each.stat() for each in folder.rglob("*")]
