@@ -222,7 +222,7 @@ def add_append(commands: Any) -> None:
         help="append samples to a data set as its next generation",
         description="Append samples to a data set as its next generation. Several writers may append at once. What --images is "
         "decides the source: a folder, with --annotations one of a COCO file, or an array. Bands and longest side are those of "
-        "the data set.",
+        "the data set. So is how images and masks are read, where no option says otherwise.",
     )
     append.add_argument("path", metavar="DATA", help="a data set, or one split of it: folder or URL")
     append.add_argument("--images", type=storage.local, help="folder of images, or .npy or .npz of N images")
@@ -245,21 +245,14 @@ def add_append(commands: Any) -> None:
         "--cache", type=storage.local, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})"
     )
     append.add_argument(
-        "--labels", choices=KINDS, help="meaning of mask values (auto if the data set is binary, else classes)"
+        "--categories", help="of COCO: category names, in the order of the data set's classes (those of the data set)"
     )
-    append.add_argument("--ignore_label", type=mask_value, help="mask value to ignore in training and metrics; nan too")
-    add_storing(append)
-    append.add_argument(
-        "--alpha", choices=ALPHA, default="auto", help="bands flagged as transparency, as for pack (auto)"
-    )
-    append.add_argument("--orientation", choices=ORIENTATION, default="auto", help="rotated images, as for pack (auto)")
-    add_values(append)
+    add_reading_as_before(append)
     for option, of, text in (
         ("--mask_suffix", "a folder", "what follows the image's stem in the mask's"),
         ("--channel_suffix", "a folder", "suffixes of the files of an image's channels"),
         ("--layout", "arrays", f"axes of the images: {', '.join(LAYOUTS)} (NHWC)"),
         ("--key_prefix", "arrays", "what precedes a sample's number in its key (stem of --images and _)"),
-        ("--categories", "COCO", "category names, in the order of the data set's classes"),
         ("--image", "shards", "suffix of images after the key"),
         ("--mask", "shards", "suffix of masks after the key"),
     ):
@@ -336,15 +329,23 @@ def add_ingest(commands: Any) -> None:
     ingest.add_argument(
         "--cache", type=storage.local, help=f"folder for copies of remote files ({storage.DEFAULT_CACHE})"
     )
-    ingest.add_argument("--labels", choices=KINDS, default="auto", help="meaning of mask values, as for append (auto)")
-    ingest.add_argument("--ignore_label", type=mask_value, help="mask value to ignore in training and metrics; nan too")
-    add_storing(ingest)
-    ingest.add_argument(
-        "--alpha", choices=ALPHA, default="auto", help="bands flagged as transparency, as for pack (auto)"
-    )
-    ingest.add_argument("--orientation", choices=ORIENTATION, default="auto", help="rotated images, as for pack (auto)")
-    add_values(ingest)
+    add_reading_as_before(ingest)
     ingest.set_defaults(run="run_ingest")
+
+
+def add_reading_as_before(parser: argparse.ArgumentParser) -> None:
+    """Add the options that define how the files of new samples are read and stored; by default as those of the data set."""
+    parser.add_argument("--labels", choices=KINDS, help="meaning of mask values, as for pack (as in the data set)")
+    parser.add_argument(
+        "--ignore_label", type=mask_value, help="mask value to ignore in training and metrics (that of the data set)"
+    )
+    add_storing(parser)
+    parser.add_argument(
+        "--alpha", choices=ALPHA, help="bands flagged as transparency, as for pack (as in the data set)"
+    )
+    parser.add_argument("--orientation", choices=ORIENTATION, help="rotated images, as for pack (as in the data set)")
+    add_values(parser)
+    parser.set_defaults(white_is_zero=None)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -433,7 +434,10 @@ def positive(text: str) -> int:
 
 def mask_value(text: str) -> int:
     """Parse a mask value, an integer or "nan"."""
-    return NAN_LABEL if text.lower() == "nan" else int(text)
+    value = NAN_LABEL if text.lower() == "nan" else int(text)
+    if not NAN_LABEL <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not a mask value, {NAN_LABEL} to {2**31 - 1}")
+    return value
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

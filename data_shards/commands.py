@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,9 @@ from deepskip.data_shards.index import FILE, BrokenIndex, Index, MissingIndex, l
 from deepskip.data_shards.indexing import BAD_SAMPLES, index_shards
 from deepskip.data_shards.ingest.start import ingest
 from deepskip.data_shards.inspection import contents, describe, plan, preview, verify
-from deepskip.data_shards.labels import Values, listed
+from deepskip.data_shards.labels import AS_LABELS, Values, listed
 from deepskip.data_shards.manifest import read_chain
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.pictures import Reading
 from deepskip.data_shards.progress import Progress
 from deepskip.data_shards.sample import Sample
@@ -114,16 +116,23 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
     return Reading(arguments.alpha, arguments.orientation, nodata=arguments.nodata)
 
 
-def values_of(arguments: argparse.Namespace) -> Values:
+def values_of(arguments: argparse.Namespace, before: Values = AS_LABELS) -> Values:
     """Return how mask files are read, from the command line.
 
+    Args:
+        arguments: The command line.
+        before: What holds where it says nothing.
+
     Raises:
-        PackError: If --threshold is nan or comes with --colors, or the colour file is not valid.
+        PackError: If --threshold is not finite or comes with --colors, or the colour file is not valid.
     """
     colours = read_colours(arguments.colors) if arguments.colors else ()
-    if arguments.threshold is not None and (arguments.threshold != arguments.threshold or colours):
+    threshold: float | None = arguments.threshold
+    if threshold is not None and (not math.isfinite(threshold) or colours):
         raise PackError("--threshold must be a number, and cannot be combined with --colors")
-    return Values(arguments.white_is_zero, arguments.threshold, colours)
+    if threshold is None and not colours:
+        threshold, colours = before.threshold, before.colours
+    return Values(arguments.white_is_zero or before.white_is_zero, threshold, colours)
 
 
 def show(path: Path | str, cache: storage.Cache | None = None) -> None:
@@ -297,26 +306,30 @@ def pack_like(first: Index, source: str, out: Path, arguments: argparse.Namespac
     """
     prepared = first.preparation
     nodata = prepared.get("nodata")
-    reading = Reading(arguments.alpha, arguments.orientation, nodata=None if nodata is None else float(nodata))
+    how = like_before(first, arguments)
+    reading = Reading(how.alpha, how.orientation, nodata=None if nodata is None else float(nodata))
     names = ("samples_per_shard", "tile")
     options = {name: getattr(arguments, name) for name in names} | {"split_name": "train", "bands": prepared["bands"]}
     options |= {"reading": reading, "progress": progress("samples"), "say": print}
     if source == "coco":
-        if first.num_classes > 1 and not arguments.categories:
+        if first.num_classes > 1 and not arguments.categories and not (first.origin and first.origin.classes):
             raise PackError(
                 "the classes of a COCO file are numbered in its own order; name them in that of the data set: "
                 "--categories car,person"
             )
         options |= {"binary": arguments.binary, "by_basename": arguments.by_basename}
         options["categories"] = arguments.categories.split(",") if arguments.categories else None
+        options["like"] = first
         pack_coco(arguments.images, arguments.annotations, out, longest_side=prepared["longest_side"], **options)
         return
     options |= {
-        "labels": arguments.labels or "auto",
+        "labels": how.labels,
         "num_classes": first.num_classes,
-        "ignore_label": arguments.ignore_label,
-        "values": values_of(arguments),
+        "ignore_label": how.ignore_label,
+        "values": how.values,
     }
+    if how.options:
+        print(f"masks are read with {how.options}")
     if source == "arrays":
         prefix = f"{arguments.images.stem.replace('.', '_')}_" if arguments.key_prefix is None else arguments.key_prefix
         options |= {"layout": arguments.layout or "NHWC", "key_prefix": prefix}
@@ -325,6 +338,26 @@ def pack_like(first: Index, source: str, out: Path, arguments: argparse.Namespac
     options |= {"mask_suffix": arguments.mask_suffix or "", "channel_suffix": arguments.channel_suffix or ""}
     masks = arguments.masks or arguments.images
     pack_folder(arguments.images, masks, out, longest_side=prepared["longest_side"], **options)
+
+
+def like_before(first: Index, arguments: argparse.Namespace) -> Origin:
+    """Return how new files of a split are read: as those before, unless the command line says otherwise.
+
+    Args:
+        first: Generation 0 of the split.
+        arguments: The command line of `append` or `ingest`.
+
+    Raises:
+        PackError: As `values_of`.
+    """
+    before = first.origin or Origin()
+    return Origin(
+        arguments.labels or before.labels,
+        before.ignore_label if arguments.ignore_label is None else arguments.ignore_label,
+        values_of(arguments, before.values),
+        arguments.alpha or before.alpha,
+        arguments.orientation or before.orientation,
+    )
 
 
 def newest(path: Path) -> float:
@@ -344,10 +377,14 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     split = path if storage.exists(storage.join(path, FILE)) else split_of(path, arguments.split_name)
     names = (
         "name", "mask_suffix", "paths_under", "journal", "settle_seconds", "poll_seconds", "samples", "seconds", "idle_seconds",
-        "labels", "ignore_label", "samples_per_shard", "tile", "kafka_settings", "wait_for", "behind",
+        "samples_per_shard", "tile", "kafka_settings", "wait_for", "behind",
     )  # fmt: skip
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    options |= {"reading": Reading(arguments.alpha, arguments.orientation), "values": values_of(arguments)}
+    how = like_before(load_first(split, cache_of(arguments))[1], arguments)
+    options |= {name: getattr(how, name) for name in ("labels", "ignore_label", "values")}
+    options["reading"] = Reading(how.alpha, how.orientation)
+    if how.options:
+        report(f"masks are read with {how.options}")
     committed = ingest(arguments.origin, split, cache=cache_of(arguments), say=report, **options)
     print(f"{split}: {committed} samples committed")
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from deepskip.data_shards import index_check, manifest, storage
 from deepskip.data_shards.entries import SCHEMA, STATISTICS, STORED, Member, SampleEntry, schema_of
 from deepskip.data_shards.labels import Labels
+from deepskip.data_shards.origin import Origin, origin_of
 from deepskip.data_shards.percentiles import centre_and_scale
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.data_shards.plain_values import (
@@ -78,6 +79,7 @@ class Index:
         location: Where the index was read from.
         reading: How images are read.
         percentiles: The percentiles `percentiles.SHARES` of each band over the split, (3, bands); None in older indexes.
+        origin: How the files were read that the samples were packed from; None for shards of other programs and older indexes.
         chosen: Numbers of the bands that are taken of each image (`bands.choose_bands`); None takes all.
         generations: The generations whose samples these are, in their order; () if it was not loaded.
     """
@@ -98,6 +100,7 @@ class Index:
     location: str = field(default="", compare=False)
     reading: Reading = AS_IT_COMES
     percentiles: tuple[tuple[float, ...], ...] | None = None
+    origin: Origin | None = None
     chosen: tuple[int, ...] | None = None
     generations: tuple[manifest.Generation, ...] = field(default=(), compare=False)
 
@@ -308,7 +311,7 @@ def load_first(location: str, cache: storage.Cache | None = None) -> tuple[manif
             raw["dtype"], raw["num_classes"], raw["ignore_index"], tuple(raw["mean"]), tuple(raw["std"]),
             raw["preparation"], tuple(raw["formats"]), labels_of(raw["labels"]), raw["base"],
             raw["source"], location, reading_of(raw.get("reading")),
-            percentiles_of(raw.get("percentiles")),
+            percentiles_of(raw.get("percentiles")), origin_of(raw.get("origin")),
         )  # fmt: skip
         return manifest.first_generation(text, raw), index
     except NewerIndex:
@@ -389,6 +392,8 @@ def plain_fields(index: Index, name: str, data: bytes) -> dict[str, Any]:
         raw["percentiles"] = dict(zip(PERCENTILES, index.percentiles, strict=True))
     if index.reading != AS_IT_COMES:
         raw["reading"] = asdict(index.reading) | {"nodata": plain_number(index.reading.nodata)}
+    if index.origin is not None:
+        raw["origin"] = index.origin.plain
     return raw
 
 

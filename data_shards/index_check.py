@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deepskip.data_shards.labels import WHITE_IS_ZERO
+from deepskip.data_shards.labels import KINDS, WHITE_IS_ZERO
 from deepskip.data_shards.pictures import ALPHA, ORIENTATION
 
 # Larger files, in bytes, are checked once on each machine; smaller ones each time, which takes less than a second.
@@ -64,6 +64,11 @@ def number_or_nan(value: Any) -> bool:
     return finite(value) or (isinstance(value, str) and value == "nan")
 
 
+def texts(value: Any) -> bool:
+    """Return whether a value is a list of texts."""
+    return isinstance(value, list) and len(value) <= 2**16 and all(map(text, value))
+
+
 def colours(value: Any) -> bool:
     """Return whether a value is a list of rows of red, green, blue and label, each 0 to 255."""
     one = whole(0, 255)
@@ -98,6 +103,13 @@ READING = {
     "orientation": (f"one of {', '.join(ORIENTATION)}", ORIENTATION.__contains__),
     "nodata": ('a number, "nan" or null', nothing_or(number_or_nan)),
 }  # fmt: skip
+ORIGIN = {
+    "labels": (f"one of {', '.join(KINDS)}", KINDS.__contains__),
+    "classes": ("a list of names", texts),
+    "ignore_label": LABELS["ignore_label"],
+    **{name: VALUES[name] for name in ("white_is_zero", "threshold", "colours")},
+    **{name: READING[name] for name in ("alpha", "orientation")},
+}
 PREPARATION = {
     "bands": ("a number of bands or null", nothing_or(whole(1, MAX_BANDS))),
     "longest_side": ("a number of pixels or null", nothing_or(whole(1, 2**31))),
@@ -171,6 +183,8 @@ def check_index(raw: Any, formats: tuple[str, ...]) -> None:
             check_fields(raw["labels"]["values"], VALUES, "labels.values")
     if raw.get("reading") is not None:
         check_fields(raw["reading"], READING, "reading")
+    if raw.get("origin") is not None:
+        check_fields(raw["origin"], ORIGIN, "origin")
     if not isinstance(raw["shards"], list):
         raise ValueError("shards is not a list")
     for number, shard in enumerate(raw["shards"]):

@@ -127,9 +127,11 @@ def describe(index: Index, found: Contents) -> str:
     low, high = (f"{fold(found.heights)} x {fold(found.widths)}" for fold in (min, max))
     lines.append(f"  size       {low}" + (f" to {high}" if high != low else "") + " pixels (height x width)")
     total = found.pixels.sum()
+    names = dict(enumerate(index.origin.classes, 1)) if index.origin is not None and index.num_classes > 1 else {}
+    names |= {index.ignore_index: "ignored"}
     balance = ", ".join(
-        f"{'ignored' if label == index.ignore_index else f'label {label}'} {found.pixels[label] / total:.2%}"
-        for label in np.flatnonzero(found.pixels)
+        f"{names.get(label, f'label {label}')} {found.pixels[label] / total:.2%}"
+        for label in np.flatnonzero(found.pixels).tolist()
     )
     lines.append(f"  pixels     {balance}")
     lines.append(f"  objects    {len(found.areas)}, {found.empty} images without any")

@@ -19,6 +19,7 @@ from deepskip.data_shards.entries import SampleEntry, sample_table, with_statist
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, ShardEntry, load_index, save_index
 from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.labels import IGNORE_INDEX, listed
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.percentiles import PixelSample, finite_or_none
 from deepskip.data_shards.pictures import AS_IT_COMES, Reading
 from deepskip.data_shards.preparation import band_statistics
@@ -41,6 +42,7 @@ def write_shards(
     num_classes: int,
     ignore_index: int = IGNORE_INDEX,
     preparation: dict[str, Any] | None = None,
+    origin: Origin | None = None,
     samples_per_shard: int = 256,
     source: str | None = None,
     tile: int | None = None,
@@ -56,6 +58,7 @@ def write_shards(
         num_classes: 1 for binary, else the number of classes with background.
         ignore_index: Label of ignored pixels.
         preparation: What was done to the source images, for the index.
+        origin: How their files were read, for the index.
         samples_per_shard: Number of samples in a shard.
         tile: Side in pixels of the tiles in which larger images and those of many bands are stored (`tiles`); None stores
             every image in one piece.
@@ -77,6 +80,7 @@ def write_shards(
         index = _write(
             iter(samples), temporary, num_classes, ignore_index, preparation, samples_per_shard, source, tile
         )
+        index = dataclasses.replace(index, origin=origin)
         save_index(index, temporary)
         try:
             publish(temporary, folder)

@@ -23,6 +23,7 @@ from deepskip.data_shards.admission import replay_size
 from deepskip.data_shards.bands import BandError, choose_bands
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, Index, MissingIndex, load_index
+from deepskip.data_shards.origin import class_conflict
 from deepskip.identity import TARS, Identity
 from deepskip.jobs import admissions, journal, report, runs
 from deepskip.jobs.settings import NotHere, absolute, cache_of, ended_by_sigterm, parse, stop
@@ -31,6 +32,9 @@ from deepskip.jobs.training.tracked import log_model, send_late, tracked
 if TYPE_CHECKING:
     # It imports MLflow, which need not be installed.
     from deepskip.jobs.tracking import Tracker
+
+# What training and validation images must have in common of how they were prepared.
+PREPARED = ("bands", "longest_side", "nodata")
 
 
 def check(argv: list[str]) -> None:
@@ -127,6 +131,7 @@ def check_data(config: Config, generations: int | None = None) -> dict[str, Iden
             f"{path}/train has {train.bands} bands and num_classes {train.num_classes}, "
             f"{path}/val {validation.bands} and {validation.num_classes}; pack both splits with the same options"
         )
+    faults += unlike(train, validation)
     for split in (train, validation):
         try:
             split.normalization(config.data.normalize)
@@ -153,6 +158,23 @@ def check_data(config: Config, generations: int | None = None) -> dict[str, Iden
         stop("\n".join(faults))
     check_network(config, train.bands, train.num_classes)
     return {"train": recorded(train), "val": recorded(validation)}
+
+
+def unlike(train: Index, validation: Index) -> list[str]:
+    """Return why two splits were not packed alike: validation would measure something else than was trained, and not say so."""
+    faults = []
+    for name in PREPARED:
+        found, other = train.preparation.get(name), validation.preparation.get(name)
+        if found != other:
+            mine, its = ("none" if value is None else value for value in (found, other))
+            faults.append(f"{train.location} was packed with {name} {mine}, {validation.location} with {its}")
+    if train.ignore_index != validation.ignore_index:
+        faults.append(
+            f"ignored pixels are {train.ignore_index} in {train.location}, {validation.ignore_index} in {validation.location}"
+        )
+    if train.num_classes > 1 and (reason := class_conflict(validation.origin, train.origin, train.location)):
+        faults.append(f"in {validation.location} {reason}")
+    return [f"{fault}; pack both splits with the same options" for fault in faults]
 
 
 def check_network(config: Config, bands: int, num_classes: int) -> None:

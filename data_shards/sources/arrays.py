@@ -8,6 +8,7 @@ import numpy as np
 
 from deepskip.data_shards.decoding import Limits, read_npz
 from deepskip.data_shards.labels import AS_LABELS, Labels, Seen, Values, decide_labels
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
 from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.sample import IMAGE_KEYS, LAYOUTS, MASK_KEYS, Sample
@@ -83,6 +84,7 @@ def pack_arrays(
                 "NHW": pictures[..., None]}[layout]  # fmt: skip
     if pictures.shape[:3] != targets.shape or 0 in pictures.shape:
         raise PackError(f"{images} has {pictures.shape} (N, height, width, bands), {masks} {targets.shape}")
+    origin = Origin(labels, ignore_label, values)
     reading, values = replace(reading, missing=True), replace(values, ignore=ignore_label)
     survey, seen = Survey(), Seen()
     for number in progress(range(len(targets)), len(targets)):
@@ -108,12 +110,14 @@ def pack_arrays(
         lambda members: [images, masks],
         (stems, layout, how, reading, *([key_prefix] if key_prefix else [])),
         num_classes=how.num_classes,
+        origin=origin,
         bands=bands,
         longest_side=None,
         nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
         tile=tile,
         progress=progress,
+        say=say,
     )
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import pycocotools.mask
 
 from deepskip.data_shards.decoding import read_image
+from deepskip.data_shards.index import Index
 from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, SHOWN, listed
+from deepskip.data_shards.origin import Origin, numbered
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
 from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.sample import ON_BAD_SAMPLE, Sample
 from deepskip.data_shards.sources.folder import is_read_as, named
-from deepskip.data_shards.sources.packing import prepared_sample, write_splits
+from deepskip.data_shards.sources.packing import others_in, prepared_sample, write_splits
 from deepskip.data_shards.sources.split import PackError, split_stems
 from deepskip.data_shards.survey import Survey
 
@@ -75,6 +77,7 @@ def pack_coco(
     tile: int | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = no_word,
+    like: Index | None = None,
 ) -> dict[str, int]:
     """Pack a COCO file and its folder of images into splits.
 
@@ -84,8 +87,8 @@ def pack_coco(
         images: Folder of the images.
         annotations: The COCO file.
         out: Folder to make.
-        categories: Names of categories, which become classes 1, 2, ... By default all of the file in the order of their ids,
-            except one that only groups others.
+        categories: Names of categories, which become classes 1, 2, ... By default those of `like`; without it all of the
+            file in the order of their ids, except one that only groups others.
         binary: Whether all categories become one foreground class; always so if there is only one.
         split: CSV with columns stem,split, as in `pack_folder`.
         split_name: Split that all images go into, since COCO has one file for each split.
@@ -100,6 +103,7 @@ def pack_coco(
         tile: Side in pixels of the tiles of larger images, and of those of many bands; None stores them in one piece.
         progress: Wraps the images that are examined and written.
         say: Called with each line about what was decided.
+        like: Index of samples that have the same classes; by default that of another split in `out`, if there is one.
 
     Returns:
         Number of samples by split.
@@ -107,15 +111,23 @@ def pack_coco(
     Raises:
         PackError: If the images cannot be packed; lists the faults.
     """
-    pictures, numbers, lines = read_coco(images, annotations, categories, by_basename)
+    if like is None and split_name is not None:
+        like = next((other for other in others_in(out, [split_name]) if other.origin is not None), None)
+    known = like.origin.classes if like is not None and like.origin is not None else ()
+    pictures, classes, numbers, lines = read_coco(images, annotations, categories, by_basename, known)
     by_stem = {picture.stem: picture for picture in pictures}
-    num_classes = max(numbers.values()) + 1
-    binary = binary or num_classes == 2
+    num_classes = len(classes) + 1
+    binary = (
+        binary
+        or num_classes == 2
+        or (like is not None and known != () and categories is None and like.num_classes == 1)
+    )
     if not binary and num_classes > IGNORE_INDEX:
         raise PackError(
             f"{num_classes - 1} categories; a mask holds 254: choose some with --categories, or use --binary"
         )
     stems = split_stems(list(by_stem), split, val_share, seed, split_name)
+    alpha, orientation = reading.alpha, reading.orientation
     reading, found = examine(pictures, bands, replace(reading, missing=True), on_bad_annotation, progress)
     for line in [*lines, *found]:
         say(line)
@@ -126,28 +138,32 @@ def pack_coco(
         lambda members: [annotations, *(picture.path for picture in members)],
         (sorted(numbers.items()), binary, reading, on_bad_annotation),
         num_classes=1 if binary else num_classes,
+        origin=Origin(alpha=alpha, orientation=orientation, classes=classes),
         bands=bands,
         longest_side=longest_side,
         nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
         tile=tile,
         progress=progress,
+        say=say,
     )
 
 
 def read_coco(
-    images: Path, annotations: Path, categories: list[str] | None, by_basename: bool
-) -> tuple[list[CocoImage], dict[int, int], list[str]]:
+    images: Path, annotations: Path, categories: list[str] | None, by_basename: bool, known: tuple[str, ...] = ()
+) -> tuple[list[CocoImage], tuple[str, ...], dict[int, int], list[str]]:
     """Read a COCO file.
 
     Args:
         images: Folder of the images.
         annotations: The COCO file.
-        categories: Names of categories, or None for all.
+        categories: Names of categories, or None for `known`, or without these for all.
         by_basename: Whether images are looked up by the last part of their names.
+        known: Names of the data set's classes, of which the file may have fewer; () if they are not known.
 
     Returns:
-        The images with their annotations, the label of each category id, and lines about what was decided.
+        The images with their annotations, the names of the classes 1, 2, ..., the label of each category id, and lines about
+        what was decided.
 
     Raises:
         PackError: If the file is not valid, or images or categories are missing; lists the faults.
@@ -181,10 +197,16 @@ def read_coco(
     for what, given, kept in (("images", raw["images"], found), ("categories", raw["categories"], names)):
         if len(given) != len(kept):
             faults.append(f"{len(given) - len(kept)} {what} have the same id as another")
-    wanted = categories if categories is not None else [name for name in ordered if name not in roots]
+    wanted = categories if categories is not None else list(known) or [name for name in ordered if name not in roots]
     if not wanted or len(set(wanted)) != len(wanted):
         faults.append(f"there must be at least one category, and each only once: {listed(wanted)}")
-    if unknown := [name for name in wanted if name not in names.values()]:
+    used = {names[category] for _, category, _ in objects if category in names}
+    if categories is None and known and (others := sorted(used - set(known))):
+        faults.append(
+            f"the data set has the classes {numbered(known)}, and {annotations} has objects of others: {listed(others)}; "
+            f"to skip those: --categories '{','.join(known)}'"
+        )
+    if unknown := [name for name in wanted if name not in names.values() and name not in known]:
         faults.append(f"unknown categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
     if missing := [str(p.path.name) for p in found.values() if not escaping and not p.path.is_file()]:
         cure = "" if by_basename else BASENAME
@@ -211,7 +233,7 @@ def read_coco(
         lines.append(f"skipped, since it only groups others and has no annotations: category {listed(roots)}")
     if empty := [name for key, name in names.items() if key in numbers and all(c != key for _, c, _ in objects)]:
         lines.append(f"categories without annotations here, which still become classes: {listed(empty)}")
-    return list(found.values()), numbers, lines
+    return list(found.values()), tuple(wanted), numbers, lines
 
 
 def root_categories(categories: list[dict[str, Any]], used: set[int]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from deepskip.data_shards import trouble
 from deepskip.data_shards.decoding import read_image, read_mask
 from deepskip.data_shards.labels import AS_LABELS, SHOWN, Labels, Seen, Values, decide_labels, listed
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
 from deepskip.data_shards.progress import Progress, no_progress, no_word
 from deepskip.data_shards.sample import EXTENSIONS, Sample
@@ -96,6 +97,7 @@ def pack_folder(
     pairs, lines = pair_files(images, masks, mask_suffix, channel_suffix)
     by_stem = {pair.stem: pair for pair in pairs}
     stems = split_stems(list(by_stem), split, val_share, seed, split_name)
+    origin = Origin(labels, ignore_label, values, reading.alpha, reading.orientation)
     reading = replace(reading, missing=True)
     how, reading, found = examine(pairs, labels, num_classes, ignore_label, bands, reading, values, progress)
     for line in [*lines, *found]:
@@ -107,12 +109,14 @@ def pack_folder(
         lambda members: [path for pair in members for path in (*pair.images, pair.mask)],
         (how, reading),
         num_classes=how.num_classes,
+        origin=origin,
         bands=bands,
         longest_side=longest_side,
         nodata=reading.nodata,
         samples_per_shard=samples_per_shard,
         tile=tile,
         progress=progress,
+        say=say,
     )
 
 

@@ -81,6 +81,44 @@ def test_every_source_is_appended_as_it_would_be_packed(
     assert "its index never changes" in capsys.readouterr().err
 
 
+def test_new_files_are_read_as_those_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, values in (("first", (0, 128, 255)), ("second", (0, 128, 200)), ("third", (3, 128, 255))):
+        images, masks = write_folder(tmp_path / name, [f"{name}{number}" for number in range(3)])
+        for path in Path(masks).iterdir():
+            Image.fromarray(np.resize(np.array(values, np.uint8), (20, 24))).save(path)
+    first, second, third = (str(tmp_path / name / "images") for name in ("first", "second", "third"))
+    data = str(tmp_path / "data")
+    options = ["--threshold", "100", "--ignore_label", "128", "--labels", "binary"]
+    pack = ["pack", "folder", "--out", data, "--images", first, "--masks", first.replace("images", "masks")]
+    main([*pack, *options, "--split_name", "train"])
+    main(["append", data, "--images", second, "--masks", second.replace("images", "masks")])
+    assert "masks are read with --labels binary --ignore_label 128 --threshold 100.0" in capsys.readouterr().out
+    for image in Path(third).iterdir():
+        image.with_stem(f"{image.stem}_mask").write_bytes((Path(third).with_name("masks") / image.name).read_bytes())
+    command = ["ingest", "--from", f"folder:{third}", "--to", data, "--mask_suffix", "_mask", "--settle_seconds", "0"]
+    main([*command, "--idle_seconds", "1"])
+    shards = Shards(tmp_path / "data" / "train")
+    assert len(shards) == 9
+    for entry in shards.index.entries(list(range(9))):
+        assert shards.read(entry)[1].ravel()[:3].tolist() == [0, 255, 1]
+    # An option that is given holds, as for masks of another program.
+    images, masks = write_folder(tmp_path / "fourth", ["x"], 8)
+    main(["append", data, "--images", images, "--masks", masks, "--threshold", "4", "--ignore_label", "7"])
+    shards = Shards(tmp_path / "data" / "train")
+    drawn = np.asarray(Image.open(tmp_path / "fourth" / "masks" / "x.png"))
+    expected = np.where(drawn == 7, 255, drawn >= 4)
+    np.testing.assert_array_equal(shards.read(shards.index.entries([9])[0])[1], expected)
+    # Another split of the set whose masks are read otherwise is reported.
+    capsys.readouterr()
+    main([*pack, "--labels", "binary", "--split_name", "val"])
+    said = capsys.readouterr().out
+    assert "warning: masks are read with --labels binary, those of" in said
+    assert "train were with --labels binary --ignore_label 128 --threshold 100.0" in said
+    with pytest.raises(SystemExit):
+        main(["pack", "folder", "--out", data, "--images", images, "--masks", masks, "--split_name", "test"])
+    assert "num_classes is 8, but 1 in" in capsys.readouterr().err
+
+
 def test_arrays_shards_and_options_of_other_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, masks = write_folder(tmp_path / "first", list("abcde"))
     for name in ("data", "foreign"):

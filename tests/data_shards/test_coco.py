@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,35 @@ def test_faults_are_named(tmp_path: Path, coco: dict[str, Any], change: Any, mes
     with pytest.raises(PackError, match=message):
         pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", split_name="train")
     assert not (tmp_path / "out" / "train").exists()
+
+
+def test_splits_that_are_packed_one_by_one_have_the_same_classes(tmp_path: Path, coco: dict[str, Any]) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    pack_coco(images, write(tmp_path, coco), out, split_name="train")
+    # Another tool's file numbers the same categories the other way round, and does not name those that it has no objects of.
+    coco["categories"] = [{"id": 7, "name": "dust"}, {"id": 3, "name": "cell"}]
+    with pytest.raises(
+        PackError, match=r"classes are 1 cell, 2 dust, but 1 dust, 2 cell in .*train; .*--categories 'dust,cell'"
+    ):
+        pack_coco(images, write(tmp_path, coco), out, split_name="val", categories=["cell", "dust"])
+    pack_coco(images, write(tmp_path, coco), out, split_name="val")
+    assert {key: np.unique(mask).tolist() for key, mask in masks(out / "val").items()} == {
+        "a": [0, 1, 2], "sub__b_c": [0, 2, 255], "empty": [0]
+    }  # fmt: skip
+    assert masks(out / "val")["a"][5, 3] == 1
+    coco["categories"], coco["annotations"] = [{"id": 7, "name": "cell"}], coco["annotations"][:1]
+    pack_coco(images, write(tmp_path, coco), out, split_name="test")
+    assert load_index(out / "test").num_classes == 3
+    assert np.unique(masks(out / "test")["a"]).tolist() == [0, 2]
+    shutil.rmtree(out / "test")
+    with pytest.raises(PackError, match=r"num_classes is 1, but 3 in .*train; .*--binary"):
+        pack_coco(images, write(tmp_path, coco), out, split_name="test", binary=True)
+    coco["categories"][0]["name"] = "fly"
+    with pytest.raises(
+        PackError, match=r"the data set has the classes 1 dust, 2 cell, and .* has objects of others: fly"
+    ):
+        pack_coco(images, write(tmp_path, coco), out, split_name="test")
+    assert not (out / "test").exists()
 
 
 def test_no_such_category_or_file(tmp_path: Path, coco: dict[str, Any]) -> None:

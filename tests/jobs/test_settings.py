@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from deepskip.config import Config, without_effect
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
 from deepskip.jobs.options import PredictConfig
@@ -152,6 +153,33 @@ def test_copy_paste_needs_shards_of_several_samples(tmp_path: Path, capsys: pyte
         check(["--data.path", str(tmp_path), "--data.copy_paste", "0.5"])
     assert stopped.value.code == 2
     assert "error: data.copy_paste is 0.5: it takes objects from other samples of a shard" in capsys.readouterr().err
+
+
+def test_splits_that_were_packed_otherwise_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [Sample(f"{i}", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)) for i in range(2)]
+    plain = {"bands": None, "longest_side": None}
+    classes = Origin(classes=("car", "bus"))
+    for number, (first, second, said) in enumerate(
+        (
+            ({}, {"longest_side": 64}, "train was packed with longest_side none, {val} with 64; pack both"),
+            ({"bands": 3}, {}, "train was packed with bands 3, {val} with none; pack both"),
+            ({"nodata": -1}, {"nodata": 0}, "train was packed with nodata -1, {val} with 0; pack both"),
+            ({}, {"ignore_index": 0}, "ignored pixels are 255 in {train}, 0 in {val}; pack both"),
+            ({}, {"origin": Origin(classes=("bus", "car"))}, "in {val} the classes are 1 bus, 2 car, but 1 car, 2 bus"),
+            ({}, {"origin": None}, None),
+        )
+    ):
+        path = tmp_path / str(number)
+        for split, options in (("train", first), ("val", second)):
+            other = {name: options[name] for name in ("ignore_index", "origin") if name in options}
+            prepared = plain | {name: value for name, value in options.items() if name not in other}
+            write_shards(made, path / split, num_classes=3, preparation=prepared, **({"origin": classes} | other))
+        if said is None:
+            check(["--data.path", str(path)])
+        else:
+            with pytest.raises(SystemExit):
+                check(["--data.path", str(path)])
+            assert said.format(train=path / "train", val=path / "val") in capsys.readouterr().err
 
 
 def test_a_share_that_replays_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

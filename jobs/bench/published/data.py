@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepskip.data_shards.labels import AS_LABELS, listed
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.pictures import Reading
+from deepskip.data_shards.progress import no_progress, no_word
 from deepskip.data_shards.sources.folder import Pair, examine, pair_files, read_samples
 from deepskip.data_shards.sources.packing import write_splits
 from deepskip.data_shards.sources.split import PackError, draw_split
@@ -83,10 +85,12 @@ def pack(
             lambda members: [path for pair in members for path in (*pair.images, pair.mask)],
             (how, reading),
             num_classes=how.num_classes,
+            origin=Origin("binary"),
             bands=BANDS,
             longest_side=None,
             samples_per_shard=SAMPLES_PER_SHARD,
-            progress=lambda items, total: items,
+            progress=no_progress,
+            say=no_word,
         )
         for part, splits in parts.items()
     }
