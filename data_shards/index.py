@@ -105,6 +105,11 @@ class Index:
     generations: tuple[manifest.Generation, ...] = field(default=(), compare=False)
 
     @property
+    def classes(self) -> list[str]:
+        """Return the names of the classes 1, 2, ...; [] of a binary split, or if they are not known."""
+        return list(self.origin.classes) if self.origin is not None and self.num_classes > 1 else []
+
+    @property
     def stored_bands(self) -> int:
         """Return the number of bands of every image before some are chosen."""
         return self.bands if self.chosen is None else int(self.preparation["of"])

@@ -127,8 +127,7 @@ def describe(index: Index, found: Contents) -> str:
     low, high = (f"{fold(found.heights)} x {fold(found.widths)}" for fold in (min, max))
     lines.append(f"  size       {low}" + (f" to {high}" if high != low else "") + " pixels (height x width)")
     total = found.pixels.sum()
-    names = dict(enumerate(index.origin.classes, 1)) if index.origin is not None and index.num_classes > 1 else {}
-    names |= {index.ignore_index: "ignored"}
+    names = dict(enumerate(index.classes, 1)) | {index.ignore_index: "ignored"}
     balance = ", ".join(
         f"{names.get(label, f'label {label}')} {found.pixels[label] / total:.2%}"
         for label in np.flatnonzero(found.pixels).tolist()

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from deepskip.data_shards import index_check, storage
 from deepskip.data_shards.entries import SCHEMA, STORED
-from deepskip.data_shards.origin import class_conflict, origin_of
+from deepskip.data_shards.origin import class_conflict
 
 FOLDER = "manifest"
 # Generation 0 of a split.
@@ -319,8 +319,8 @@ def conflict(first: dict[str, Any], raw: dict[str, Any]) -> str | None:
             )
     if first["dtype"] == "uint8" and raw["dtype"] != "uint8":
         return f"its images are {raw['dtype']}, but uint8 in generation 0"
-    origin, other = origin_of(raw.get("origin")), origin_of(first.get("origin"))
-    if raw["num_classes"] > 1 and (reason := class_conflict(origin, other, "generation 0")):
+    classes, others = ((fields.get("origin") or {}).get("classes", ()) for fields in (raw, first))
+    if raw["num_classes"] > 1 and (reason := class_conflict(classes, others, "generation 0")):
         return reason
     before, now = first.get("reading"), raw.get("reading")
     if before != now and not (now is None and before == MISSING):

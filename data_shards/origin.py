@@ -62,19 +62,19 @@ def origin_of(raw: dict[str, Any] | None) -> Origin | None:
     return Origin(raw["labels"], raw["ignore_label"], values, raw["alpha"], raw["orientation"], tuple(raw["classes"]))
 
 
-def class_conflict(origin: Origin | None, other: Origin | None, where: str) -> str | None:
-    """Return why the classes of new samples are not those of others, or None.
+def class_conflict(classes: Sequence[str], others: Sequence[str], where: str) -> str | None:
+    """Return why the classes of samples are not those of others, or None.
 
     Args:
-        origin: Origin of the new samples, of several classes; None says nothing.
-        other: Origin of the others, likewise.
+        classes: Names of the classes 1, 2, ... of the samples; () says nothing.
+        others: Names of those of the others, likewise.
         where: Name of the others in the message.
     """
-    if origin is None or other is None or not origin.classes or not other.classes or origin.classes == other.classes:
+    if not classes or not others or list(classes) == list(others):
         return None
     return (
-        f"the classes are {numbered(origin.classes)}, but {numbered(other.classes)} in {where}; "
-        f"pack with those: --categories '{','.join(other.classes)}'"
+        f"the classes are {numbered(classes)}, but {numbered(others)} in {where}; "
+        f"pack with those: --categories '{','.join(others)}'"
     )
 
 

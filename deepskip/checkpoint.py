@@ -41,6 +41,7 @@ class DataState(TypedDict):
     std: list[float]
     preparation: dict[str, Any]
     splits: NotRequired[dict[str, dict[str, str | int]]]
+    classes: NotRequired[list[str]]
 
 
 class RandomState(TypedDict):

@@ -116,6 +116,11 @@ def check_data(data: Mapping[str, Any]) -> None:
     # One band may be constant, but not all of them.
     if min(data["std"]) < 0 or max(data["std"]) == 0:
         raise Unsound("std is negative, or 0 in every band")
+    names = data.get("classes") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise Unsound("its classes are not a list of names")
+    if names and len(names) != data["num_classes"] - 1:
+        raise Unsound(f"it names {len(names)} classes besides background, and has {data['num_classes'] - 1}")
     prepared = data.get("preparation") or {}
     if not isinstance(prepared, Mapping):
         raise Unsound("its preparation is not a mapping")

@@ -44,6 +44,8 @@ class Predictor:
         chosen: numbers of the bands that the network sees (`data.bands`), or None if it sees all.
         image_bands: number of bands of an image before any are chosen.
         num_classes: 1 for binary, else exclusive classes.
+        classes: names of the classes 1, 2, ...; [] for a binary task, or if they are not known.
+        class_names: a name for each class but background, in any case.
         preparation: "bands" and "longest_side" of the training images, or None each.
         nodata: value that marks missing values in the training images, or None.
         flips: average the probabilities of an image and its mirrorings by default.
@@ -62,6 +64,8 @@ class Predictor:
         self.segmenter = build_segmenter(state).to(device)
         data = state["data"]
         self.bands, self.num_classes = data["in_channels"], data["num_classes"]
+        self.classes: list[str] = list(data.get("classes") or [])
+        self.class_names = class_names(data)
         self.preparation: dict[str, Any] = {"bands": None, "longest_side": None} | (data.get("preparation") or {})
         self.chosen: list[int] | None = self.preparation.get("chosen")
         self.image_bands: int = self.bands if self.chosen is None else self.preparation["of"]
@@ -274,6 +278,17 @@ class Predictor:
         if isinstance(image, Tensor):
             return (result if image.ndim == 4 else result[0]).to(image.device)
         return np.ascontiguousarray((result if image.ndim == 4 else result[0]).cpu().numpy())
+
+
+def class_names(data: checkpoint.DataState) -> list[str]:
+    """Return a name for each class but background: "foreground", those of the training data, or "class 1", "class 2", ...
+
+    Args:
+        data: what a checkpoint says of its training data.
+    """
+    if data["num_classes"] == 1:
+        return ["foreground"]
+    return list(data.get("classes") or []) or [f"class {label}" for label in range(1, data["num_classes"])]
 
 
 def without_mask(image: Image, nodata: float | None) -> tuple[Image, float | None]:

@@ -212,6 +212,11 @@ def load_like(path: Location, sha256: str, data: DataState) -> ModelState:
         new, old = state["data"].get(name), data.get(name)
         if new != old:
             raise BrokenPublication(f"model {sha256} has {words} {new}, but the served one {old}")
+    names, before = state["data"].get("classes"), data.get("classes")
+    if names and before and names != before:
+        raise BrokenPublication(
+            f"model {sha256} has classes {', '.join(names)}, but the served one {', '.join(before)}"
+        )
     return state
 
 

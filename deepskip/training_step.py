@@ -71,6 +71,7 @@ class DataInfo:
         mean: mean of each band over the training set.
         std: standard deviation of each band over the training set.
         preparation: how the images were prepared when they were packed: "bands", "longest_side", "nodata".
+        classes: names of the classes 1, 2, ...; [] for a binary task, or if they are not known.
         splits: identity of each split, as `deepskip.identity` compares it; empty if it is not known.
     """
 
@@ -81,6 +82,7 @@ class DataInfo:
     std: list[float]
     preparation: dict[str, Any]
     splits: dict[str, dict[str, str | int]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
 
 class StepResult(NamedTuple):

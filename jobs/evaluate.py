@@ -23,6 +23,7 @@ from deepskip.data_shards.bands import BandError
 from deepskip.data_shards.dataset import Shards, SkipReport
 from deepskip.data_shards.identity import identity_of
 from deepskip.data_shards.index import BrokenIndex, MissingIndex
+from deepskip.data_shards.origin import class_conflict
 from deepskip.data_shards.sample import BadSample
 from deepskip.data_shards.scan import BrokenShard
 from deepskip.data_shards.stream import whole_images
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         with table(folder / "samples.csv") as add_row:
             scores = evaluate(config, model, shards, add_row)
             result = describe(config, found, model, shards, scores, time.perf_counter() - started)
-            pictures = draw(scores, shards.index.ignore_index)
+            pictures = draw(scores, model.class_names, shards.index.ignore_index)
             # an earlier report stays until all is measured
             for name in (REPORT, WORST):
                 (folder / name).unlink(missing_ok=True)
@@ -199,6 +200,8 @@ def open_data(config: EvaluateConfig, model: Predictor) -> Shards:
             f"data is {path}, with {index.stored_bands} bands and num_classes {index.num_classes}; "
             f"the model takes {model.image_bands} bands and has num_classes {model.num_classes}"
         )
+    if reason := class_conflict(index.classes, model.classes, "the model"):
+        stop(f"data is {path}: {reason}")
     if index.num_samples == 0:
         stop(f"data is {path}: it holds no samples")
     if model.preparation and index.preparation != model.preparation:
@@ -341,8 +344,8 @@ def describe(
         "threshold": config.threshold if model.num_classes == 1 else None,
         "metrics": metrics,
         "classes": [
-            {"class": place + 1, "iou": float(class_iou[place + 1]), **threshold_scores(curve)}
-            for place, curve in enumerate(curves)
+            {"class": place + 1, "name": name, "iou": float(class_iou[place + 1]), **threshold_scores(curve)}
+            for place, (name, curve) in enumerate(zip(model.class_names, curves, strict=True))
         ],
         "by_size": scores.sizes.compute(),
         "confusion": scores.confusion.tolist(),
@@ -376,18 +379,18 @@ def worst_first(scores: Scores) -> list[dict[str, Any]]:
     return [entry[3] for entry in sorted(scores.worst, key=lambda entry: entry[:3], reverse=True)]
 
 
-def draw(scores: Scores, ignore_index: int) -> dict[str, Figure]:
+def draw(scores: Scores, names: list[str], ignore_index: int) -> dict[str, Figure]:
     """Draw the figures of the report.
 
     Args:
         scores: the totals over all images.
+        names: a name for each class but background.
         ignore_index: label of pixels that do not count.
 
     Returns:
         Figures by the names of their files.
     """
     curves = scores.curve.compute()
-    names = ["foreground"] if len(curves) == 1 else [f"class {place + 1}" for place in range(len(curves))]
     pictures = {
         "precision-recall.png": figures.precision_recall(list(zip(names, curves, strict=True))),
         "by-size.png": figures.by_size(scores.sizes.compute()),
@@ -439,7 +442,7 @@ def print_result(result: dict[str, Any]) -> None:
     report.print_metrics(result["metrics"])
     print(f"  {'images/s':<{report.WIDTH}}  {result['images_per_second']:.1f}")
     for scores in result["classes"]:
-        name = "" if len(result["classes"]) == 1 else f"class {scores['class']}: IoU {report.number(scores['iou'])}, "
+        name = "" if len(result["classes"]) == 1 else f"{scores['name']}: IoU {report.number(scores['iou'])}, "
         best = scores["at_best_threshold"]
         print(
             f"  {name}average precision {report.number(scores['average_precision'])}; best threshold "

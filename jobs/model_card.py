@@ -306,7 +306,9 @@ def metrics_lines(validation: dict[str, Any] | None, evaluation: dict[str, Any] 
     else:
         lines += ["", "| class | IoU | average precision |", "|---|---|---|"]
         for one in evaluation["classes"]:
-            lines.append(f"| {one['class']} | {number(one['iou'])} | {number(one['average_precision'])} |")
+            lines.append(
+                f"| {one.get('name', one['class'])} | {number(one['iou'])} | {number(one['average_precision'])} |"
+            )
     lines += [
         "",
         "| area of objects, pixels | objects | found | mean IoU | false alarms per image |",

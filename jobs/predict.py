@@ -21,6 +21,7 @@ from deepskip.jobs.prediction.inputs import Item
 from deepskip.jobs.prediction.options import Options
 from deepskip.jobs.prediction.progress import Progress
 from deepskip.jobs.settings import NotHere, parse_settings, stop
+from deepskip.predictor import class_names
 
 # exit status after Ctrl-C
 INTERRUPTED = 128 + signal.SIGINT
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.polygons == "coco":
         # what an earlier model left of an image that now fails is not this model's
         names = [item.name for item in items if done.is_done(out, item, made_by)]
-        join_coco(out, names, state["data"]["num_classes"])
+        join_coco(out, names, class_names(state["data"]))
     if not left:
         return
     seconds = time.monotonic() - progress.started

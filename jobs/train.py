@@ -172,7 +172,7 @@ def unlike(train: Index, validation: Index) -> list[str]:
         faults.append(
             f"ignored pixels are {train.ignore_index} in {train.location}, {validation.ignore_index} in {validation.location}"
         )
-    if train.num_classes > 1 and (reason := class_conflict(validation.origin, train.origin, train.location)):
+    if reason := class_conflict(validation.classes, train.classes, train.location):
         faults.append(f"in {validation.location} {reason}")
     return [f"{fault}; pack both splits with the same options" for fault in faults]
 

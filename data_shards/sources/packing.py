@@ -145,7 +145,7 @@ def compare(origin: Origin, num_classes: int, other: Index) -> str | None:
     Raises:
         PackError: If they have other classes.
     """
-    reason = class_conflict(origin, other.origin, other.location) if num_classes > 1 else None
+    reason = class_conflict(origin.classes, other.classes, other.location) if num_classes > 1 else None
     if num_classes != other.num_classes:
         reason = (
             f"num_classes is {num_classes}, but {other.num_classes} in {other.location}; pack with the same classes: "

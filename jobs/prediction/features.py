@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +151,15 @@ def run_lengths(top: int, left: int, mask: np.ndarray, height: int, width: int) 
     return {"size": [height, width], "counts": encoded["counts"].decode()}
 
 
-def join_coco(out: Path, names: Iterable[str], num_classes: int) -> None:
+def join_coco(out: Path, names: Iterable[str], classes: Sequence[str]) -> None:
     """Join the images' COCO parts into one file, written atomically; images without a part are skipped.
 
     Args:
         out: Folder of all outputs.
         names: Names of the images.
-        num_classes: Number of classes of the model; 1 is binary, with a single category "foreground".
+        classes: Names of the classes 1, 2, ..., which become its categories.
     """
-    labels = range(1, max(2, num_classes))
-    categories = [{"id": label, "name": "foreground" if num_classes == 1 else f"class {label}"} for label in labels]
+    categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
     images: list[dict[str, Any]] = []
     number = 0
     with storage.written_whole(out / COCO_FILE) as temporary, temporary.open("w") as file:

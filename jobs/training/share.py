@@ -181,5 +181,12 @@ def data_info(index: Index, splits: dict[str, dict[str, str | int]], normalize: 
     """
     mean, std = index.normalization(normalize)
     return DataInfo(
-        index.bands, index.num_classes, index.ignore_index, list(mean), list(std), index.preparation, splits
+        index.bands,
+        index.num_classes,
+        index.ignore_index,
+        list(mean),
+        list(std),
+        index.preparation,
+        splits,
+        index.classes,
     )

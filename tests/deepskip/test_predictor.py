@@ -127,6 +127,20 @@ def test_a_checkpoint_with_an_impossible_choice_of_bands(tmp_path: Path, told: d
         deepskip.load(tmp_path / "odd.pt")
 
 
+@pytest.mark.parametrize("names", [["car"], ["car", 7], "ab", ["car", "bus\x1b[31m"]])
+def test_a_checkpoint_with_impossible_names_of_classes(tmp_path: Path, names: Any) -> None:
+    state = state_of(3, 3)
+    state["data"]["classes"] = ["car", "bus"]
+    assert deepskip.Predictor(state).class_names == ["car", "bus"]
+    assert deepskip.Predictor(state_of(3, 3)).class_names == ["class 1", "class 2"]
+    state["data"]["classes"] = names
+    checkpoint.save(state, tmp_path / "odd.pt")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"its classes are not a list of names|names 1 classes besides"
+    ):
+        deepskip.load(tmp_path / "odd.pt")
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_bands_are_brought_to_the_models_as_the_training_images_were(dtype: type) -> None:
     model = deepskip.Predictor(state_of(3, 1, bands=3))

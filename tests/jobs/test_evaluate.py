@@ -18,9 +18,11 @@ from deepskip.data_shards.commands import pack_coins
 from deepskip.data_shards.dataset import Shards
 from deepskip.data_shards.index import load_index
 from deepskip.data_shards.order import Slot
+from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
 from deepskip.jobs import evaluate, tracking
+from deepskip.jobs.training.share import data_info
 from tests.deepskip.test_predictor import state_of
 
 
@@ -36,7 +38,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
         image = rng.normal(size=(*mask.shape, 5)).astype(np.float32) + mask[..., None]
         mask[rng.random(mask.shape) < 0.05] = 255
         samples.append(Sample(f"scene-{number}", image, mask))
-    write_shards(iter(samples), folder / "data" / "scenes" / "test", num_classes=3)
+    for name, origin in (("scenes", ("road", "roof")), ("other", ("roof", "road"))):
+        write_shards(iter(samples), folder / "data" / name / "test", num_classes=3, origin=Origin(classes=origin))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -46,6 +49,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name, bands, classes in (("coins", 3, 1), ("scenes", 5, 3)):
             state = state_of(bands, classes) | {"mlflow_run_id": run_id if name == "coins" else None}
             state["config"]["data"]["path"] = str(folder / "data" / name)
+            if classes > 1:
+                index = load_index(folder / "data" / name / "test")
+                state["data"]["classes"] = data_info(index, {}, "image").classes
             checkpoint.save(state, folder / "runs" / name / checkpoint.FOLDER / checkpoint.BEST)
         yield folder
 
@@ -116,6 +122,7 @@ def test_classes_of_five_bands_by_a_checkpoint_file_into_a_new_run(home: Path) -
     right = counts.diagonal()
     ious = right / (counts.sum(0) + counts.sum(1) - right)
     assert [scores["iou"] for scores in report["classes"]] == pytest.approx(ious[1:])
+    assert [scores["name"] for scores in report["classes"]] == ["road", "roof"]
     assert report["metrics"]["iou"] == pytest.approx(ious[1:].mean(), rel=1e-6)
     assert [(size["from"], size["to"]) for size in report["by_size"]] == [(0, 64), (64, 100), (100, None)]
     assert (report["threshold"], report["flips"]) == (None, True)
@@ -206,6 +213,10 @@ def test_a_bad_sample_ends_it_or_is_left_out_and_listed(home: Path, capsys: pyte
         (
             ["--model", "runs/coins", "--data", "data/scenes/test"],
             "with 5 bands and num_classes 3; the model takes 3 bands and has num_classes 1",
+        ),
+        (
+            ["--model", "runs/scenes", "--data", "data/other/test"],
+            "error: data is data/other/test: the classes are 1 roof, 2 road, but 1 road, 2 roof in the model",
         ),
         (["--model", "runs/coins", "--threshold", "1.5"], "error: threshold is 1.5"),
         (["--model", "runs/coins", "--size_edges", "[9, 4]"], "error: size_edges is [9, 4]"),

@@ -151,7 +151,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             for row in published:
                 if row["set"] == name and row["parameters"]:
                     point(axis, int(row["parameters"]), float(row["iou"]), 0.0, row["network"], "0.45")
-            for (label, parameters), by_set in groups(rows).items():
+            # The part without near-duplicates is a check, in the table alone: its point would hide the one beside it.
+            shown = [row for row in rows if row["part"] == "official"]
+            for (label, parameters), by_set in groups(shown).items():
                 if members := by_set.get(name):
                     error = 100 * deviation(members) if len(members) > 1 else 0.0
                     point(axis, int(parameters), 100 * mean(members, "iou"), error, label, "#d55e00")

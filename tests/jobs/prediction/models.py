@@ -47,6 +47,8 @@ def save_model(
         "preparation": {"bands": bands if longest_side and not preparation else None, "longest_side": longest_side}
         | preparation,
     }
+    if num_classes == 3:
+        data["classes"] = ["rust", "dust"]
     state = {"config": asdict(config), "data": data, "model": network.state_dict(), "ema": None}
     checkpoint.save(state, run / checkpoint.FOLDER / checkpoint.BEST)
     return run

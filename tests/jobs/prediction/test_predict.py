@@ -253,6 +253,7 @@ def test_coco_of_whole_objects_across_tiles(five: Path, tmp_path: Path) -> None:
         *TILE,
     )
     coco = COCO(str(out / "coco.json"))
+    assert {number: kind["name"] for number, kind in coco.cats.items()} == {1: "rust", 2: "dust"}
     for number, name in ((1, "x"), (2, "y")):
         mask = np.load(out / "masks" / f"{name}.npy")
         assert coco.imgs[number]["file_name"].startswith(name)
