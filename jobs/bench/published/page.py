@@ -151,7 +151,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             for row in published:
                 if row["set"] == name and row["parameters"]:
                     point(axis, int(row["parameters"]), float(row["iou"]), 0.0, row["network"], "0.45")
-            # The part without near-duplicates is a check, in the table alone: its point would hide the one beside it.
+            # The part without near-duplicates is a check, in the table alone: its point would cover that of the other.
             shown = [row for row in rows if row["part"] == "official"]
             for (label, parameters), by_set in groups(shown).items():
                 if members := by_set.get(name):
