@@ -59,7 +59,8 @@ class LossConfig:
     overlap: Literal["dice", "iou"] = "dice"
     """overlap term next to BCE: Dice (eq. 7), or soft IoU of the same sums, whose gradient grows as they overlap"""
     class_weights: list[float] | None = None
-    """weight of each class in Dice, normalised to sum 1; null weighs them equally"""
+    """weight of each class in Dice, not in BCE, normalised to sum 1: one number a class, background (0) first; null weighs them
+    equally"""
 
 
 @dataclass
@@ -296,6 +297,12 @@ def without_effect(config: Config) -> list[str]:
         if value != valued(default, key) and not fits:
             wanted = "" if needed is None else f": {str(needed).lower() if isinstance(needed, bool) else needed}"
             found.append(f"{key} is {value}, which changes nothing without {other}{wanted}")
+    steps, warmup = config.optim.steps, config.optim.warmup_steps
+    if steps is not None and warmup >= steps:
+        found.append(
+            f"optim.warmup_steps is {warmup} of {steps} steps: the learning rate rises to the end, and optim.schedule changes "
+            "nothing"
+        )
     return found
 
 
@@ -312,9 +319,10 @@ def faults_of_norm(config: Config) -> list[str]:
         return []
     side = -(-config.data.crop * model.enlarge // 2 ** (model.levels - 1))
     workers = most[1] if most and model.norm == "batch" else 1
-    together = max(1, config.optim.global_batch_size // workers)
-    if config.optim.micro_batch is not None:
-        together = min(together, part_size(config) or together)
+    batch, part = config.optim.global_batch_size, part_size(config)
+    shares = {max(1, batch // workers), -(-batch // workers)}
+    # The last part of a share is the rest.
+    together = min(share if part is None else share % part or min(share, part) for share in shares)
     if model.norm == "instance-batch":
         together = 1
     if together * side**2 > 1:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from deepskip import checkpoint
+from deepskip.config import Config
 
 # Tensors that are named in a message.
 MOST_NAMED = 3
@@ -54,6 +55,35 @@ def fitting(
             f"{weights} is the model of another network: {'; '.join(wrong[:MOST_NAMED])}{more}. Its settings of model: {model}"
         )
     return {name: found[name] for name in own if name not in left}, left
+
+
+def differences(weights: str, config: Config, chosen: list[int] | None, classes: list[str]) -> list[str]:
+    """Return in what a model that fits was trained otherwise, so that its weights may mean something else here.
+
+    Args:
+        weights: as for `fitting`.
+        config: settings of the training that begins.
+        chosen: numbers of the bands that its network sees, or None if it sees all.
+        classes: names of its classes, [] if they are not known.
+    """
+    state = checkpoint.load_for_inference(weights)
+    before, data = state["config"], state["data"]
+    pairs = [
+        (f"{section}.{name}", before.get(section, {}).get(name, getattr(own, name)), getattr(own, name))
+        for section, own, names in (
+            ("model", config.model, ("enlarge", "upsample")),
+            ("data", config.data, ("normalize",)),
+        )
+        for name in names
+    ]
+    pairs.append(("data.bands", (data.get("preparation") or {}).get("chosen"), chosen))
+    if len(data.get("classes") or []) == len(classes):
+        pairs.append(("classes", data.get("classes") or [], classes))
+    return [
+        f"{weights} was trained with {name} {there}, this is with {here}: its weights may not fit"
+        for name, there, here in pairs
+        if there != here
+    ]
 
 
 def shown(shape: list[int] | None) -> str:

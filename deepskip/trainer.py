@@ -18,12 +18,13 @@ from deepskip import kernels
 from deepskip.checkpoint import RecordState, State
 from deepskip.checkpoint_writer import CheckpointWriter
 from deepskip.complexity import convolution_weights
-from deepskip.config import Config, RunConfig, without_effect
+from deepskip.config import Config, RunConfig
 from deepskip.data_shards import storage
 from deepskip.data_shards.storage import Location
 from deepskip.device import on_device, prepared
 from deepskip.evaluation import evaluate
 from deepskip.following import Outcome, Stream, StreamReader
+from deepskip.notices import warn_at_start, warn_of_validation, warn_of_weights, warner
 from deepskip.optimizer import learning_rate
 from deepskip.precision import agreed_precision
 from deepskip.prequential import image_counts
@@ -282,6 +283,8 @@ class Loop:
         """Validate, and return whether that was the best so far."""
         metrics = validate(self.training, self.validation_images(), self.rank, self.observe, self.validated)
         self.training.network.train()
+        if self.record.best is None:
+            warn_of_validation(metrics, warner(self.observe, self.rank))
         return self.record.take(metrics, self.training.step)
 
 
@@ -336,9 +339,9 @@ def train(
     if state is not None:
         training.load_state_dict(state)
         record = Record(state["best"], state["stale"], state["seconds"], record.started)
-    elif settings.weights is not None and (left := training.start_from(settings.weights)):
-        warn(f"{settings.weights} has other bands or classes: {', '.join(left)} start from random values")
-    warn_at_start(record, config, training.step, data, warn)
+    elif settings.weights is not None:
+        warn_of_weights(training, training.start_from(settings.weights), warn)
+    warn_at_start(training, record.out_of_patience(settings.patience), warn)
     training.precision = agreed_precision(settings.precision, state, device, world_size, warn)
     training.distribute()
     publish = publisher(config, rank, warn)
@@ -385,28 +388,6 @@ def train(
         "images_per_second": loop.window.rate(),
         "seconds": record.total_seconds(),
     }
-
-
-def warn_at_start(record: Record, config: Config, step: int, data: DataInfo, warn: Callable[[str], None]) -> None:
-    """Warn of settings without effect, of a batch that repeats samples, and of a patience that was used up before a resume."""
-    for text in without_effect(config):
-        warn(text)
-    batch, samples = config.optim.global_batch_size, data.splits.get("train", {}).get("samples")
-    if isinstance(samples, int) and batch > samples and not config.data.follow:
-        warn(
-            f"optim.global_batch_size is {batch}, but there are {samples} training samples: a step repeats some of them"
-        )
-    patience = config.run.patience
-    if step < (config.optim.steps or math.inf) and record.out_of_patience(patience):
-        warn(
-            f"{patience} validations without a better IoU (run.patience) ended this training at step {step}; to train on, "
-            "set run.patience to 0 or to a larger number"
-        )
-
-
-def warner(observe: Callable[[str, int, dict[str, Any]], None], rank: int) -> Callable[[str], None]:
-    """Return a function that passes a message to `observe` as a warning before the first step, on rank 0 alone."""
-    return lambda text: observe("warning", 0, {"text": text}) if rank == 0 else None
 
 
 def due(settings: RunConfig, step: int, last: float) -> tuple[bool, ...]:

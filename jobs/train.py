@@ -140,6 +140,7 @@ def check_data(config: Config, generations: int | None = None) -> dict[str, Iden
     if config.loss.class_weights is not None and len(config.loss.class_weights) != train.num_classes:
         faults.append(
             f"loss.class_weights has {len(config.loss.class_weights)} weights for {train.num_classes} classes"
+            + (", background among them" if train.num_classes > 1 else "")
         )
     weights = config.loss.class_weights or [1.0]
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:

@@ -8,6 +8,7 @@ A name in a config or a checkpoint selects among what is installed: the registry
 entry point group `deepskip.networks`. It is never imported as a path, which would run untrusted code.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Mapping
@@ -41,6 +42,8 @@ OWN_SETTINGS = ("base_channels", "levels", "encoder", "norm", "upsample")
 SIZES = ("default", "paper")
 # The largest width of a layer. The network of an untrusted checkpoint is built as an outline, to check its weights.
 MAX_WIDTH = 8192
+# Side in pixels of the image on which a network of a package is tried.
+TRIED = 128
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,45 @@ def outline(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> 
         num_classes: 1 for binary, else exclusive classes.
 
     Raises:
-        ValueError: as `build`.
+        ValueError: as `build`, or as `check_output`.
         ImportError: as `build`.
     """
-    with torch.device("cpu" if settings.get("network") in installed() else "meta"):
-        return build(settings, in_channels, num_classes)
+    name = settings.get("network")
+    if name not in installed():
+        with torch.device("meta"):
+            return build(settings, in_channels, num_classes)
+    network = build(settings, in_channels, num_classes)
+    check_output(network, f"model.network is {name}", in_channels, num_classes)
+    return network
+
+
+def check_output(network: nn.Module, what: str, in_channels: int, num_classes: int) -> None:
+    """Check that a network of an installed package can be copied, and makes logits of an image's size.
+
+    Args:
+        network: the network, on the CPU.
+        what: how a message begins.
+        in_channels: bands.
+        num_classes: 1 for binary, else exclusive classes.
+
+    Raises:
+        ValueError: if it cannot, or what it returns has another type or shape.
+    """
+    try:
+        # The moving average of the weights is a copy.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            found = copy.deepcopy(network).eval()(torch.zeros(1, in_channels, TRIED, TRIED))
+    except Exception as error:
+        raise ValueError(
+            f"{what}: it does not work on an image of {in_channels} x {TRIED} x {TRIED}, or cannot be copied: {error}"
+        ) from error
+    wanted = (1, num_classes, TRIED, TRIED)
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.shape != wanted:
+        got = " x ".join(map(str, found.shape)) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"{what}: it must return logits of {' x '.join(map(str, wanted))} (images x num_classes x height x width) for an "
+            f"image of {in_channels} x {TRIED} x {TRIED}, and returns {got}"
+        )
 
 
 def check(settings: Mapping[str, Any]) -> None:

@@ -1,16 +1,19 @@
 """The driver of a training: starts the workers on Ray, and processes the events that they send while they train."""
 
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
+from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.jobs import report, runs
 from deepskip.jobs.settings import STOPPED, listen_to_sigterm, stop
@@ -38,6 +41,7 @@ class Driver:
         queue: handle of the EventQueue actor.
         elastic: whether the number of workers may change during the training.
         console: reports the events.
+        folder: the run's folder.
         summary: the trainer's summary, once the training is done.
         fatal: why the training must end; None while it need not.
         policy: decides when a training whose workers fail is given up.
@@ -51,7 +55,8 @@ class Driver:
         self.console = Console(config, run, tracker)
         self.summary: Summary | None = None
         self.fatal: str | None = None
-        self.policy = restarts.RestartPolicy(config.cluster, config.run.checkpoint_every)
+        self.policy = restarts.RestartPolicy(config.cluster)
+        self.folder = run.folder
         self.done, self.stopped = threading.Event(), threading.Event()
         self.follower = threading.Thread(target=self.follow, daemon=True)
 
@@ -70,7 +75,7 @@ class Driver:
                 if self.policy.starts > 1:
                     print(f"resuming at step {step} with {workers} worker{'s' * (workers > 1)}", flush=True)
             case told.WorkersFailed(text):
-                self.policy.failed(text)
+                self.policy.failed(text, newest_saved(self.folder))
                 if self.fatal is None:
                     print(f"warning: the workers stopped: {text}", flush=True)
             case told.Stopped(text):
@@ -189,3 +194,11 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
     allocation.claim_machines(trainer, run.folder / runs.MACHINES)
     print(f"training {run.name} on {allocated}, {report.steps_in_words(config)}", flush=True)
     return Driver(config, run, tracker, queue, allocated.fewest < allocated.most).run(trainer)
+
+
+def newest_saved(run: Path) -> int | None:
+    """Return the step of a run's newest checkpoint, or None if there is none or the folder cannot be listed."""
+    with contextlib.suppress(OSError):
+        for path in checkpoint.step_paths(run):
+            return int(path.stem.removeprefix("step-"))
+    return None

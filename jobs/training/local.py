@@ -107,10 +107,10 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
     console = Console(config, run, tracker)
     one_of = f"{ranks.world_size} ranks" if ranks.world_size > 1 else "1 rank"
     if (asked := workers_range(config.cluster.workers)) and not asked[0] <= ranks.world_size <= asked[1]:
-        print(
-            f"warning: cluster.workers is {config.cluster.workers}, which is for Ray: here torchrun sets the number of ranks",
-            flush=True,
-        )
+        here = "torchrun sets the number of ranks" if "TORCHELASTIC_RUN_ID" in os.environ else (
+            "--local trains as one rank; for more start it by torchrun, or without --local"
+        )  # fmt: skip
+        print(f"warning: cluster.workers is {config.cluster.workers}, which is for Ray: {here}", flush=True)
     print(f"training {run.name} in this process, {one_of}, {report.steps_in_words(config)}", flush=True)
 
     def tell(event: Event) -> None:

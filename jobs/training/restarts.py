@@ -49,7 +49,6 @@ class RestartPolicy:
 
     Attributes:
         requested: the settings of the cluster, with the allowed failures and the time to recover.
-        checkpoint_every: number of steps between checkpoints.
         starts: number of times that a group of workers began to train.
         start_step: step at which the newest group began.
         newest_step: newest step that was done.
@@ -59,8 +58,8 @@ class RestartPolicy:
         waiting_since: time (s, monotonic) since which no group trains; None while one trains.
     """
 
-    def __init__(self, requested: ClusterConfig, checkpoint_every: int) -> None:
-        self.requested, self.checkpoint_every = requested, checkpoint_every
+    def __init__(self, requested: ClusterConfig) -> None:
+        self.requested = requested
         self.starts = self.failures = self.start_step = self.newest_step = 0
         self.last_failure = ""
         self.started_at = time.monotonic()
@@ -78,9 +77,15 @@ class RestartPolicy:
         """Record a step that was done."""
         self.newest_step = max(self.newest_step, step)
 
-    def failed(self, text: str) -> None:
-        """Record that the group failed; after a new checkpoint the count of failures begins again at 1."""
-        further = self.newest_step // self.checkpoint_every > self.start_step // self.checkpoint_every
+    def failed(self, text: str, saved: int | None) -> None:
+        """Record that the group failed; after a new checkpoint the count of failures begins again at 1.
+
+        Args:
+            text: description of the failure.
+            saved: step of the newest checkpoint; None if there is none, or it is not known. That a step was done does not
+                tell: what fails in the validation before each checkpoint would be tried again for ever.
+        """
+        further = saved is not None and saved > self.start_step
         # A training that follows a stream may wait for days. Machines that it loses on one day do not count on the next.
         waited = self.newest_step == self.start_step and time.monotonic() - self.started_at > IDLE_SECONDS
         self.failures = 1 if further or waited else self.failures + 1

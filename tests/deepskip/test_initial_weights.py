@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from deepskip import weight_files
 from deepskip.config import Config, LossConfig, ModelConfig, OptimConfig
-from deepskip.initial_weights import OtherNetwork
+from deepskip.initial_weights import OtherNetwork, differences
 from deepskip.training_step import DataInfo, TrainingStep
 
 COINS = weight_files.installed()["coins"]
@@ -53,6 +53,20 @@ def test_layers_of_other_bands_and_classes_stay_random() -> None:
 def test_another_network_is_refused(model: dict[str, object], words: str) -> None:
     with pytest.raises(OtherNetwork, match=rf"coins is the model of another network: .*{words}.*levels 5"):
         started(3, 1, **model)
+
+
+def test_a_model_that_was_trained_otherwise_is_told() -> None:
+    config = Config()
+    assert differences("coins", config, None, []) == []
+    config.model.enlarge, config.data.normalize = 2, "none"
+    assert differences("coins", config, [0, 4, 2], []) == [
+        f"coins was trained with {name}: its weights may not fit"
+        for name in (
+            "model.enlarge 1, this is with 2",
+            "data.normalize image, this is with none",
+            "data.bands None, this is with [0, 4, 2]",
+        )
+    ]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

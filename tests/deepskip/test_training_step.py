@@ -1,5 +1,6 @@
 """A single training step: how it handles a batch, and how many operators it starts."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -10,8 +11,8 @@ import torch
 from deepskip import augment, kernels
 from deepskip.bench import step_launches
 from deepskip.config import AugmentConfig, Config
+from deepskip.notices import warn_at_start, warn_of_validation
 from deepskip.ranks import StopVote
-from deepskip.trainer import Record, warn_at_start
 from deepskip.training_step import DataInfo, TrainingStep, has_own_statistics, overlap_counts
 from tests.deepskip.test_trainer import on_ranks
 
@@ -148,8 +149,20 @@ def test_only_statistics_of_norms_stay_with_their_rank() -> None:
 def test_a_batch_of_more_samples_than_there_are_is_warned_of(samples: int, follow: bool, said: int) -> None:
     config, told = Config(), list[str]()
     config.data.follow = follow
-    warn_at_start(
-        Record(), config, 0, DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}, {"train": {"samples": samples}}), told.append
-    )
+    data = DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {}, {"train": {"samples": samples}})
+    warn_at_start(TrainingStep(config, data, torch.device("cpu")), False, told.append)
     expected = "optim.global_batch_size is 8, but there are 7 training samples: a step repeats some of them"
     assert told == [expected] * said
+
+
+def test_settings_and_data_that_change_nothing_are_warned_of() -> None:
+    config, told = Config(), list[str]()
+    config.model.network, config.loss.alpha = "mask_rcnn", 0.9
+    config.optim.optimizer = "adamw"
+    data = DataInfo(3, 1, 255, [0.0] * 3, [1.0] * 3, {})
+    warn_at_start(TrainingStep(config, data, torch.device("cpu")), False, told.append)
+    assert told == ["model.network is mask_rcnn, which has its own loss: the settings of loss change nothing"]
+    warn_of_validation({"iou": 0.0}, told.append)
+    assert len(told) == 1
+    warn_of_validation({"iou": math.nan}, told.append)
+    assert "no pixel of the validation split is foreground, or all are ignored" in told[1]

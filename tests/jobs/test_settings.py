@@ -95,6 +95,11 @@ def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> Non
             [],
             '"instance-batch" normalises it over each sample alone',
         ),
+        (
+            "{data: {crop: 16}, optim: {micro_batch: 2}}",
+            ["--optim.global_batch_size", "3"],
+            'model.norm "batch" normalises it over one sample alone',
+        ),
         ("optim: [", [], "--config"),
         ("", ["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -125,6 +130,10 @@ def test_settings_without_effect_are_named() -> None:
     assert without_effect(config) == [
         "optim.momentum is 0.5, which changes nothing without optim.optimizer: muon",
         "publish.min_gain is 0.1, which changes nothing without publish.path",
+    ]
+    config, *_ = parse("train", ["--optim.steps", "50"])
+    assert without_effect(config) == [
+        "optim.warmup_steps is 50 of 50 steps: the learning rate rises to the end, and optim.schedule changes nothing"
     ]
     for path in CONFIGS:
         assert without_effect(parse("train", ["--config", str(path)])[0]) == []

@@ -11,7 +11,7 @@ from deepskip.data_shards import storage
 from deepskip.data_shards.scan import BrokenShard, UnreachedShard
 from deepskip.jobs import runs
 from deepskip.jobs.settings import parse
-from deepskip.jobs.training import allocation, reports, restarts, worker
+from deepskip.jobs.training import allocation, driver, reports, restarts, worker
 from deepskip.jobs.training.events import Fatal, Measured, Warned
 
 
@@ -49,25 +49,41 @@ def test_an_outage_of_the_storage_is_left_to_restarts(monkeypatch: pytest.Monkey
 
 
 def test_failures_count_in_a_row_and_a_new_checkpoint_ends_the_row() -> None:
-    watch = restarts.RestartPolicy(ClusterConfig(max_failures=2), checkpoint_every=10)
+    watch = restarts.RestartPolicy(ClusterConfig(max_failures=2))
     watch.started(0)
     for _ in range(2):
-        watch.failed("rank 1 died")
+        watch.failed("rank 1 died", watch.start_step or None)
         assert watch.reason_to_give_up() is None
         watch.started(0)
     # After a checkpoint, the next failure counts as the first.
     watch.came_to(12)
-    watch.failed("rank 1 died")
+    watch.failed("rank 1 died", 10)
     watch.started(10)
     watch.came_to(19)
-    watch.failed("rank 0 died")
+    watch.failed("rank 0 died", watch.start_step or None)
     assert watch.reason_to_give_up() is None
     watch.started(10)
-    watch.failed("rank 0 died")
+    watch.failed("rank 0 died", watch.start_step or None)
     assert watch.reason_to_give_up() is None
     watch.started(10)
-    watch.failed("rank 0 died")
+    watch.failed("rank 0 died", watch.start_step or None)
     assert watch.reason_to_give_up() == "the training failed 3 times after step 10: rank 0 died"
+
+
+def test_what_fails_before_each_checkpoint_is_not_tried_for_ever(tmp_path: Path) -> None:
+    watch = restarts.RestartPolicy(ClusterConfig(max_failures=2))
+    # The validation of step 100 fails each time; the step itself is done and reported.
+    for _ in range(3):
+        assert watch.reason_to_give_up() is None
+        watch.started(0)
+        watch.came_to(100)
+        watch.failed("OutOfMemoryError", driver.newest_saved(tmp_path))
+    assert watch.reason_to_give_up() == "the training failed 3 times after step 0: OutOfMemoryError"
+    (tmp_path / "checkpoints").mkdir()
+    for step in (90, 100):
+        (tmp_path / "checkpoints" / f"step-{step:08d}.pt").touch()
+    assert driver.newest_saved(tmp_path) == 100
+    assert driver.newest_saved(tmp_path / "nowhere") is None
 
 
 def test_machines_that_an_idle_stream_loses_on_other_days_do_not_count_together(
@@ -75,26 +91,26 @@ def test_machines_that_an_idle_stream_loses_on_other_days_do_not_count_together(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(restarts.time, "monotonic", lambda: now)
-    watch = restarts.RestartPolicy(ClusterConfig(max_failures=0), checkpoint_every=10)
+    watch = restarts.RestartPolicy(ClusterConfig(max_failures=0))
     for _ in range(3):
         watch.started(5)
         now += 2 * restarts.IDLE_SECONDS
-        watch.failed("rank 0 died")
+        watch.failed("rank 0 died", watch.start_step or None)
         assert watch.failures == 1
     watch.started(5)
     now += 2 * restarts.IDLE_SECONDS
     # This one was not idle: it comes to the same step each time.
     watch.came_to(7)
-    watch.failed("rank 0 died")
+    watch.failed("rank 0 died", watch.start_step or None)
     assert watch.failures == 2
 
 
 def test_no_failure_is_forgiven_or_every_one() -> None:
     for allowed, given_up in ((0, True), (-1, False)):
-        watch = restarts.RestartPolicy(ClusterConfig(max_failures=allowed), checkpoint_every=10)
+        watch = restarts.RestartPolicy(ClusterConfig(max_failures=allowed))
         watch.started(0)
         assert watch.reason_to_give_up() is None
-        watch.failed("rank 0 died")
+        watch.failed("rank 0 died", watch.start_step or None)
         assert (watch.reason_to_give_up() is not None) == given_up
 
 
@@ -109,11 +125,11 @@ def test_waiting_for_machines_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     # Eight workers take three machines of three CPUs.
     assert found.machines == 3
     assert str(replace(found, most=4)) == "4 CPU workers"
-    watch = restarts.RestartPolicy(asked, checkpoint_every=10)
+    watch = restarts.RestartPolicy(asked)
     watch.started(0)
     now = 1000.0
     assert watch.reason_to_give_up() is None
-    watch.failed("rank 0 died")
+    watch.failed("rank 0 died", watch.start_step or None)
     now = 1059.0
     assert watch.reason_to_give_up() is None
     now = 1061.0
