@@ -59,9 +59,14 @@ def train(config: Config) -> dict[str, Any]:
     # The only import from a layer above: this package knows nothing of shards, and jobs connects the two.
     from deepskip.jobs.train import train_here
 
+    config = copy.deepcopy(config)
+    for section in vars(config).values():
+        for name, value in vars(section).items():
+            if isinstance(value, Path):
+                setattr(section, name, str(value))
     check_values(config)
     try:
-        return train_here(copy.deepcopy(config), "train")
+        return train_here(config, "train")
     except SystemExit as ended:
         if notes := getattr(ended, "__notes__", None):
             raise ValueError("\n".join(notes)) from None

@@ -1,6 +1,7 @@
 """Check an untrusted checkpoint before its parts are unpacked and before anything is built from them."""
 
 import math
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,6 +15,8 @@ from deepskip.config import ModelConfig, faults_of
 # Limits of a file's zip: its parts, one for each tensor, and the bytes of the pickle that describes them.
 MAX_PARTS = 100_000
 MAX_DESCRIPTION = 2**26
+# Characters that control terminals.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 NORMALIZE = ("image", "dataset", "robust", "none")
 
 
@@ -117,8 +120,8 @@ def check_data(data: Mapping[str, Any]) -> None:
     if min(data["std"]) < 0 or max(data["std"]) == 0:
         raise Unsound("std is negative, or 0 in every band")
     names = data.get("classes") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise Unsound("its classes are not a list of names")
+    if not isinstance(names, list) or not all(isinstance(name, str) and not CONTROL.search(name) for name in names):
+        raise Unsound("its classes are not a list of names without control characters")
     if names and len(names) != data["num_classes"] - 1:
         raise Unsound(f"it names {len(names)} classes besides background, and has {data['num_classes'] - 1}")
     prepared = data.get("preparation") or {}

@@ -138,7 +138,9 @@ def panel(images: Sequence[Mapping[str, Any]], ignore_index: int, columns: int |
         )
         for below, picture in enumerate(pictures):
             axes[2 * row + below, column].imshow(picture)
-        axes[2 * row, column].set_title("\n".join([item["key"][:24], *filter(None, [item.get("note")])]), fontsize=7)
+        axes[2 * row, column].set_title(
+            "\n".join([literal(item["key"][:24]), *filter(None, [item.get("note")])]), fontsize=7
+        )
     figure.supxlabel("blue: found   yellow: missed   orange: false alarm", x=0.01, ha="left", fontsize=8)
     return figure
 
@@ -179,15 +181,24 @@ def precision_recall(classes: Sequence[tuple[str, Curve]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for (name, curve), colour in zip(classes, cycle(CLASS_COLOURS), strict=False):
         best = curve.best
-        left.plot(curve.recall, curve.precision, color=colour, label=f"{name}, AP {curve.average_precision:.3f}")
+        left.plot(
+            curve.recall, curve.precision, color=colour, label=f"{literal(name)}, AP {curve.average_precision:.3f}"
+        )
         left.plot(curve.recall[best], curve.precision[best], "o", color=colour)
-        right.plot(curve.thresholds, curve.f1, color=colour, label=f"{name}, best at {curve.thresholds[best]:.3f}")
+        right.plot(
+            curve.thresholds, curve.f1, color=colour, label=f"{literal(name)}, best at {curve.thresholds[best]:.3f}"
+        )
         right.plot(curve.thresholds[best], curve.f1[best], "o", color=colour)
     for axis, below, beside in ((left, "recall", "precision"), (right, "threshold", "F1 of pixels (Dice)")):
         axis.set(xlabel=below, ylabel=beside, xlim=(0, 1), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left" if axis is left else "lower center")
     return figure
+
+
+def literal(text: str) -> str:
+    """Return a text that matplotlib shows as it is: it typesets what stands between $, and hides labels that begin with _."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def by_size(sizes: Sequence[dict[str, Any]]) -> Figure:

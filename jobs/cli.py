@@ -173,13 +173,11 @@ def train(words: list[str]) -> None:
     """Train on Ray, or in this process with --local or under torchrun.
 
     Args:
-        words: command-line arguments; a first one without a leading dash is the value of --data.path.
+        words: command-line arguments.
 
     Raises:
         SystemExit: with the exit status of the job, if the training ran on Ray.
     """
-    if words and not words[0].startswith("-"):
-        words = ["--data.path", *words]
     if "--local" in words or "TORCHELASTIC_RUN_ID" in os.environ:
         from deepskip.jobs import train
 

@@ -56,6 +56,7 @@ def properties(found: Found, model: Predictor, evaluation: dict[str, Any] | None
         "bands": model.bands,
         "num_classes": model.num_classes,
         "threshold": threshold(model, evaluation),
+        "classes": model.class_names,
         "preparation": model.preparation,
         "normalization": found.state["config"]["data"]["normalize"],
     }
@@ -98,6 +99,7 @@ def make(
         "output": {
             "name": export.OUTPUT,
             "layout": ["batch", model.num_classes, "height", "width"],
+            "classes": model.class_names if model.num_classes == 1 else ["background", *model.class_names],
             "dtype": "float32",
             "threshold": threshold(model, evaluation),
         },

@@ -155,7 +155,7 @@ def parse(program: str, argv: list[str]) -> tuple[Config, str, bool]:
     Raises:
         SystemExit: status 2 if a key or value is invalid; 0 after --help.
     """
-    parser = build_parser(program)
+    parser, argv = build_parser(program), with_path(argv)
     try:
         check_arguments(argv)
         parsed = parser.parse_args(files_first(argv))
@@ -222,6 +222,18 @@ def parse_settings(program: str, kind: type[T], argv: list[str]) -> T:
         stop(explain(str(error), keys))
     except yaml.YAMLError as error:
         stop(f"the config is not valid YAML: {' '.join(str(error).split())}")
+
+
+def with_path(argv: Sequence[str]) -> list[str]:
+    """Return arguments of a training in which DATA, a first word that is no option, is the value of --data.path.
+
+    Args:
+        argv: arguments of the command; --local may come before DATA.
+    """
+    place = 1 if list(argv[:1]) == ["--local"] else 0
+    if len(argv) > place and not argv[place].startswith("-"):
+        return [*argv[:place], "--data.path", *argv[place:]]
+    return list(argv)
 
 
 def files_first(argv: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import pycocotools.mask
 
 from deepskip.data_shards.decoding import read_image
 from deepskip.data_shards.index import Index
+from deepskip.data_shards.index_check import CONTROL
 from deepskip.data_shards.labels import AS_LABELS, IGNORE_INDEX, SHOWN, listed
 from deepskip.data_shards.origin import Origin, numbered
 from deepskip.data_shards.pictures import AS_IT_COMES, Picture, Reading, image_of
@@ -29,6 +30,8 @@ BASENAME = "; if they lie there under the last part of their names only: --by_ba
 RUNS = re.compile("(?:[P-o]{0,6}[0-O])+")
 # Longest outlines, as a multiple of an image's pixels and additional steps: pycocotools takes memory for every step.
 OUTLINE_SHARE, FREE_STEPS = 2, 2**20
+# Characters of a category's name.
+LONGEST_NAME = 1000
 # Number of skipped annotations that a message names.
 SKIPPED_SHOWN = 3
 
@@ -113,15 +116,11 @@ def pack_coco(
     """
     if like is None and split_name is not None:
         like = next((other for other in others_in(out, [split_name]) if other.origin is not None), None)
-    known = like.origin.classes if like is not None and like.origin is not None else ()
+    known = tuple(like.classes) if like is not None and not binary else ()
     pictures, classes, numbers, lines = read_coco(images, annotations, categories, by_basename, known)
     by_stem = {picture.stem: picture for picture in pictures}
     num_classes = len(classes) + 1
-    binary = (
-        binary
-        or num_classes == 2
-        or (like is not None and known != () and categories is None and like.num_classes == 1)
-    )
+    binary = binary or num_classes == 2
     if not binary and num_classes > IGNORE_INDEX:
         raise PackError(
             f"{num_classes - 1} categories; a mask holds 254: choose some with --categories, or use --binary"
@@ -170,7 +169,7 @@ def read_coco(
     """
     try:
         raw = json.loads(annotations.read_text(encoding="utf-8-sig"))
-        names = {entry["id"]: entry["name"] for entry in raw["categories"]}
+        names = {entry["id"]: plain(entry["name"]) for entry in raw["categories"]}
         found = {
             entry["id"]: CocoImage(
                 stem_of(entry["file_name"], by_basename), path_of(images, entry["file_name"], by_basename),
@@ -185,7 +184,6 @@ def read_coco(
             raise ValueError(f"iscrowd is neither 0 nor 1 in annotations {listed(list(map(str, odd_crowds)))}")
         ordered = [names[key] for key in sorted(names)]
         escaping = [] if by_basename else [e["file_name"] for e in raw["images"] if not is_inside(e["file_name"])]
-        texts(ordered)
         roots = root_categories(raw["categories"], {category for _, category, _ in objects})
     except FileNotFoundError as error:
         raise PackError(f"{annotations} does not exist") from error
@@ -206,7 +204,11 @@ def read_coco(
             f"the data set has the classes {numbered(known)}, and {annotations} has objects of others: {listed(others)}; "
             f"to skip those: --categories '{','.join(known)}'"
         )
-    if unknown := [name for name in wanted if name not in names.values() and name not in known]:
+    here = set(names.values())
+    # A file need not have all classes of the data set, but one of them.
+    if unknown := [
+        name for name in wanted if name not in here and (name not in known or (used and not here & {*wanted}))
+    ]:
         faults.append(f"unknown categories: {listed(unknown)}; there are {listed(sorted(names.values()))}")
     if missing := [str(p.path.name) for p in found.values() if not escaping and not p.path.is_file()]:
         cure = "" if by_basename else BASENAME
@@ -247,11 +249,15 @@ def root_categories(categories: list[dict[str, Any]], used: set[int]) -> list[st
     return [entry["name"] for entry in categories if entry["name"] in above and entry["id"] not in used]
 
 
-def texts(values: list[Any]) -> None:
-    """Raise TypeError unless all values are texts."""
-    for value in values:
-        if not isinstance(value, str):
-            raise TypeError(f"{value!r} is not a name")
+def plain(name: Any) -> str:
+    """Return the name of a category without control characters, and "unnamed" for an empty one.
+
+    Raises:
+        TypeError: If it is not a text.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is not a name")
+    return CONTROL.sub(" ", name)[:LONGEST_NAME] or "unnamed"
 
 
 def whole(value: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from deepskip.figures import overlay
-from deepskip.inference import to_labels
+from deepskip.inference import to_labels, without_values
 from deepskip.jobs import polygons
 from deepskip.predictor import enlarged_to
 
@@ -56,7 +56,11 @@ def encode(image_HWC: np.ndarray, p_VHW: np.ndarray, answer: str) -> Answer:
     Returns:
         The answer with its body, `objects` and `coverage`; with status 422 if the outlines are too long for polygons.
     """
-    p_VHW = enlarged_to(torch.from_numpy(p_VHW)[None], *image_HWC.shape[:2])[0].numpy()
+    p_NVHW = enlarged_to(torch.from_numpy(p_VHW)[None], *image_HWC.shape[:2])
+    if image_HWC.dtype.kind == "f" and (nowhere := np.isnan(image_HWC).all(-1)).any():
+        # Enlarging lets objects spread into what has no value.
+        p_NVHW = without_values(p_NVHW, torch.from_numpy(nowhere)[None])
+    p_VHW = p_NVHW[0].numpy()
     labels = to_labels(p_VHW, 0.5).astype(np.uint8)
     objects, classes = polygons.find_objects(labels)
     made = Answer(200, objects=len(classes), coverage=float((labels > 0).mean()))

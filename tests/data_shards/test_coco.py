@@ -169,12 +169,24 @@ def test_splits_that_are_packed_one_by_one_have_the_same_classes(tmp_path: Path,
     shutil.rmtree(out / "test")
     with pytest.raises(PackError, match=r"num_classes is 1, but 3 in .*train; .*--binary"):
         pack_coco(images, write(tmp_path, coco), out, split_name="test", binary=True)
+    # A binary set takes every object as foreground, whatever it is called.
+    pack_coco(images, write(tmp_path, coco), tmp_path / "binary", split_name="train", binary=True)
     coco["categories"][0]["name"] = "fly"
+    pack_coco(images, write(tmp_path, coco), tmp_path / "binary", split_name="val")
+    np.testing.assert_array_equal(masks(tmp_path / "binary" / "val")["a"], masks(tmp_path / "binary" / "train")["a"])
+    with pytest.raises(PackError, match="unknown categories: dust, cell; there are fly"):
+        pack_coco(images, write(tmp_path, coco), out, split_name="test", categories=["dust", "cell"])
     with pytest.raises(
         PackError, match=r"the data set has the classes 1 dust, 2 cell, and .* has objects of others: fly"
     ):
         pack_coco(images, write(tmp_path, coco), out, split_name="test")
     assert not (out / "test").exists()
+
+
+def test_odd_names_of_categories_do_not_break_the_index(tmp_path: Path, coco: dict[str, Any]) -> None:
+    coco["categories"][0]["name"], coco["categories"][1]["name"] = "cell\tA\x1b[31m", ""
+    pack_coco(tmp_path / "images", write(tmp_path, coco), tmp_path / "out", split_name="train")
+    assert load_index(tmp_path / "out" / "train").classes == ["unnamed", "cell A [31m"]
 
 
 def test_no_such_category_or_file(tmp_path: Path, coco: dict[str, Any]) -> None:

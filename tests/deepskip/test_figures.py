@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from deepskip import figures
 from deepskip.figures import CLASS_COLOURS, FALSE_ALARM, FOUND, MISSED
+from deepskip.threshold_curve import ThresholdCurve
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what reaches the eye of linear RGB
 SIGHTS = {
@@ -59,3 +61,15 @@ def test_colour_blind_readers_tell_the_colours_apart(sight: str) -> None:
     # Green, amber and red, as in traffic lights, would fail for two of the four.
     lights = closest(((0.1, 0.75, 0.3), (1.0, 0.75, 0.0), (0.95, 0.15, 0.15)), SIGHTS[sight])
     assert (lights > 20) == (sight in ("all cones", "without blue cones"))
+
+
+def test_names_of_other_people_are_drawn_as_they_are(tmp_path: Path) -> None:
+    target = np.array([[0, 1], [1, 0]])
+    curve = ThresholdCurve(1, 255)
+    curve.update(np.array([[[0.2, 0.8], [0.4, 0.6]]], np.float32), target)
+    (found,) = curve.compute()
+    figure = figures.precision_recall([("$\\foo$", found), ("_bg_", found)])
+    figure.savefig(tmp_path / "curves.png")
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text().partition(",")[0] for text in legend.get_texts()] == [r"\$\foo\$", " _bg_"]

@@ -130,8 +130,9 @@ def test_a_checkpoint_with_an_impossible_choice_of_bands(tmp_path: Path, told: d
 @pytest.mark.parametrize("names", [["car"], ["car", 7], "ab", ["car", "bus\x1b[31m"]])
 def test_a_checkpoint_with_impossible_names_of_classes(tmp_path: Path, names: Any) -> None:
     state = state_of(3, 3)
-    state["data"]["classes"] = ["car", "bus"]
-    assert deepskip.Predictor(state).class_names == ["car", "bus"]
+    state["data"]["classes"] = ["car", "cellule\u00a0A"]
+    checkpoint.save(state, tmp_path / "even.pt")
+    assert deepskip.load(tmp_path / "even.pt").class_names == ["car", "cellule\u00a0A"]
     assert deepskip.Predictor(state_of(3, 3)).class_names == ["class 1", "class 2"]
     state["data"]["classes"] = names
     checkpoint.save(state, tmp_path / "odd.pt")

@@ -104,6 +104,9 @@ def test_the_files_are_the_model_at_any_size_and_batch(
     assert any("512 pixels a side" in limit for limit in card["limits"])
     said = {entry.key: entry.value for entry in graph.metadata_props}
     assert (said["bands"], said["threshold"]) == (str(bands), "0.5" if classes == 1 else "null")
+    names = ["foreground"] if classes == 1 else [f"class {k}" for k in range(1, classes)]
+    assert json.loads(said["classes"]) == names == card["output"]["classes"][-len(names) :]
+    assert len(card["output"]["classes"]) == classes
     text = (folder / "README.md").read_text()
     assert "| IoU | 0.5000 |" in text
     assert "| object recall | undefined |" in text

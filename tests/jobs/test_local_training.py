@@ -190,6 +190,7 @@ def test_from_python(coins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("deepskip.jobs.training.tracked.find_spec", lambda name: None)
     config = deepskip.Config()
     config.data.path, config.data.crop, config.run.name = "coins", 64, "python"
+    config.run.storage = Path("runs")  # type: ignore[assignment]
     config.model.base_channels, config.model.levels, config.optim.steps = 4, 3, 2
     summary = deepskip.train(config)
     assert summary["steps"] == 2

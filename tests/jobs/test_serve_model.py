@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def test_the_training_datas_preparation_is_done_first() -> None:
     (answer,) = ask(model, [image])
     np.testing.assert_array_equal(mask_of(answer), (large > 0.5) * 255)
     assert answer.coverage == pytest.approx((large > 0.5).mean())
+
+
+def test_no_object_is_where_nothing_has_a_value() -> None:
+    model = Model(state(3, 1, {"bands": 3, "longest_side": 8, "nodata": "nan"}), "cpu", 10_000, 4, 0, 1)
+    # All that has a value is foreground; enlarged eightfold, it would spread over the edge.
+    model.predictor.network.head.bias.data += 50
+    image = np.random.default_rng(0).normal(size=(64, 64, 3)).astype(np.float32)
+    image[:27] = math.nan
+    (answer,) = ask(model, [image])
+    np.testing.assert_array_equal(mask_of(answer)[:27], 0)
+    assert mask_of(answer)[40:].all()
+    np.testing.assert_array_equal(mask_of(answer) > 0, model.predictor.predict(image, nodata=math.nan))
 
 
 def test_the_networks_bands_are_taken_of_an_image() -> None:

@@ -47,6 +47,13 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path, place: int) -> None
     assert (read.images, read.threshold, read.flips, read.model) == (["b.png", "c.png"], 0.4, True, "coins")
 
 
+def test_the_data_may_come_first() -> None:
+    # As in `deepskip train DATA`, `deepskip train --local DATA` and `deepskip submit train DATA`.
+    for words in (["here"], ["--local", "here"], ["here", "--local"], ["--data.path", "here"]):
+        config, _, local = parse("train", [*words, "--optim.steps", "3"])
+        assert (config.data.path, local, config.optim.steps) == ("here", "--local" in words, 3)
+
+
 def test_lanes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     for text, value in (("auto", "auto"), ("4", 4)):
         config, *_ = parse("train", ["--data.lanes", text, "--data.accept", "d1234567890"])
