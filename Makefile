@@ -75,9 +75,9 @@ train: $(TRAINING)
 # Two processes take a module at a time, so that its fixtures are made once; what takes longest comes first. Each has one thread:
 # two that have two each wait for one another for half as long again. xdist's loadgroup does not group with pytest 9.2.
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
-# what starts Ray's nodes waits much, so it goes beside its like
-RAY := $(addprefix tests/,$(addsuffix .py,$(addprefix jobs/test_,stream_faults end_to_end preemption compare) \
-	$(addprefix cluster/test_,faults local) $(addprefix jobs/prediction/test_,resuming)))
+# what starts Ray's nodes waits much, so it goes beside its like, the longest first
+RAY := $(addprefix tests/,$(addsuffix .py,jobs/test_end_to_end cluster/test_faults \
+	$(addprefix jobs/test_,stream_faults preemption compare) cluster/test_local jobs/prediction/test_resuming))
 LONGEST := $(addprefix tests/,test_doc_blocks.py kernels jobs deepskip attacks data_shards)
 FOLDERS := $(LONGEST) $(filter-out $(LONGEST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
 

@@ -28,7 +28,7 @@ VALUES: dict[str, Any] = json.loads((STORED / "values.json").read_text())
 # These keys did not exist then. Those in /best are of binary tasks.
 NEW_KEYS = {"/config/model/network", "/config/augment/gamma", "/config/loss/overlap", "/config/optim/schedule"}
 NEW_KEYS |= {"/config/run/precision", "/config/optim/micro_batch"}
-NEW_KEYS |= {"/config/publish/path", "/config/publish/min_gain"}
+NEW_KEYS |= {"/config/publish/path", "/config/publish/min_gain", "/data/classes"}
 NEW_METRICS = {"niou", "pd", "fa"}
 NEW_KEYS |= {f"/best/{name}" for name in ("best_threshold", "iou_best_threshold", *NEW_METRICS)}
 IDENTITY = ("samples", "shards", "bands", "num_classes", "ignore_index", "contents", "statistics", "reading")
