@@ -322,7 +322,7 @@ def faults_of_norm(config: Config) -> list[str]:
     batch, part = config.optim.global_batch_size, part_size(config)
     shares = {max(1, batch // workers), -(-batch // workers)}
     # The last part of a share is the rest.
-    together = min(share if part is None else share % part or min(share, part) for share in shares)
+    together = min(share if part is None else share % part or part for share in shares)
     if model.norm == "instance-batch":
         together = 1
     if together * side**2 > 1:

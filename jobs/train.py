@@ -191,6 +191,8 @@ def check_network(config: Config, bands: int, num_classes: int) -> None:
     """
     try:
         network = networks.outline(asdict(config.model), bands, num_classes)
+        if config.model.network in networks.installed():
+            networks.check_output(network, f"model.network is {config.model.network}", bands, num_classes)
     except (ValueError, ImportError) as error:
         stop(str(error))
     # A training that has begun has its own weights.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepskip import BCEDiceLoss, DeepSkipUNet
-from deepskip.networks import REGISTRY, brings_loss, build, installed, outline
+from deepskip.networks import REGISTRY, brings_loss, build, check_output, installed, outline
 from deepskip.networks.h_dense_unet import HDenseUNet
 from deepskip.networks.mask_rcnn import instances_of
 from deepskip.networks.pooling import CellMeans
@@ -265,7 +265,7 @@ def test_a_package_that_is_installed_adds_a_network(tmp_path: Path, monkeypatch:
     assert set(installed()) == {"linear"}
     network = build({"network": "linear", "options": {"kernel": 3}}, 4, 2)
     assert network(torch.zeros(1, 4, 5, 6)).shape == (1, 2, 5, 6)
-    outline({"network": "linear"}, 4, 2)
+    check_output(outline({"network": "linear"}, 4, 2), "", 4, 2)
     # What it returns is checked before a training: here logits of half the size, or of a class too many.
     for argument, wrong in (("stride=2, padding=", "1 x 2 x 64 x 64"), ("padding=", "1 x 3 x 128 x 128")):
         text = (tmp_path / "some_package.py").read_text().replace("padding=", argument)
@@ -274,7 +274,7 @@ def test_a_package_that_is_installed_adds_a_network(tmp_path: Path, monkeypatch:
         points += f"other{len(argument)} = other_{len(argument)}:build\n"
         (info / "entry_points.txt").write_text(points)
         with pytest.raises(ValueError, match=rf"must return logits of 1 x 2 x 128 x 128 .*, and returns {wrong}"):
-            outline({"network": f"other{len(argument)}"}, 4, 2)
+            check_output(outline({"network": f"other{len(argument)}"}, 4, 2), "", 4, 2)
     with pytest.raises(ValueError, match="linear does not take that"):
         build({"network": "linear", "options": {"width": 3}}, 4, 2)
 
