@@ -13,6 +13,7 @@ from deepskip.inference import normalize, predict_logits, to_labels
 from deepskip.loss import BCEDiceLoss
 from deepskip.metrics import SegmentationMetrics, ThresholdScores
 from deepskip.precision import autocast
+from deepskip.ranks import add_up
 from deepskip.sync_batch_norm import in_group
 from deepskip.training_step import Batch
 
@@ -71,14 +72,14 @@ def evaluate(
     """
     network.eval()
     metrics = SegmentationMetrics(num_classes, ignore_index, device)
-    thresholds = ThresholdScores(ignore_index).to(device) if num_classes == 1 else None
+    thresholds = ThresholdScores(ignore_index, device) if num_classes == 1 else None
     terms = 2 + 3 * num_classes
     # Digits of the loss's sums, the number of terms that are no number, and that of images: all integers, so that the results
     # depend neither on the order of images nor on the number of ranks.
     digits = torch.zeros(terms, exact_sums.LIMBS, dtype=torch.int64, device=device)
     broken = torch.zeros(terms, dtype=torch.int64, device=device)
     panel: list[PanelImage] = []
-    count = 0
+    count = torch.zeros((), dtype=torch.int64)
     for batch in images:
         image = normalize(batch["image"].to(device), batch["mean"].to(device), batch["std"].to(device))
         mask = batch["mask"].to(device).long()
@@ -97,20 +98,17 @@ def evaluate(
             panel.append(
                 {"image": small["image"], "mask": small["mask"], "labels": small["labels"], "key": batch["key"][0]}
             )
-    counts = torch.cat([digits.flatten(), broken, torch.tensor([count], device=device)])
     if in_group():
-        dist.all_reduce(counts)
+        add_up([digits, broken, count, *metrics.counts(), *([thresholds.counts] if thresholds else [])], device)
         panel = first_images(panel, panels, device) if panels else panel
-    count = int(counts[-1])
     if count == 0:
         raise ValueError("the validation split is empty")
-    totals = exact_sums.total(counts[: digits.numel()].view_as(digits))
-    sums = torch.tensor(totals, dtype=torch.float64).to(device)
-    parts = criterion.from_sums(torch.where(counts[digits.numel() : -1] > 0, torch.nan, sums))
+    sums = torch.tensor(exact_sums.total(digits), dtype=torch.float64).to(device)
+    parts = criterion.from_sums(torch.where(broken > 0, torch.nan, sums))
     result = metrics.compute()
     if thresholds is not None:
         result |= {name: value.item() for name, value in thresholds.compute().items()}
-    return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": count}, panel
+    return result | {"loss": parts.loss.item(), "soft_dice": 1 - parts.dice.item(), "images": int(count)}, panel
 
 
 def first_images(panel: list[PanelImage], most: int, device: torch.device) -> list[PanelImage]:

@@ -1,4 +1,7 @@
-"""Compute validation metrics: pixels with torchmetrics, objects by connected components."""
+"""Compute validation metrics from counts: of pixels, and of objects, which are connected components.
+
+All counts are int64, so that results depend neither on the order of images nor on the number of ranks.
+"""
 
 import numpy as np
 import scipy.ndimage
@@ -6,14 +9,7 @@ import torch
 from torch import Tensor
 
 from deepskip import exact_sums
-from deepskip.kernels import torchvision_ops
 from deepskip.size_scores import EIGHT_NEIGHBOURS
-
-# torchmetrics imports torchvision if it is installed, which fails with a torch of another build.
-torchvision_ops.declare()
-
-from torchmetrics import Metric  # noqa: E402
-from torchmetrics.classification import BinaryStatScores, MulticlassStatScores  # noqa: E402
 
 # A predicted component detects a target if their centroids are less than this many pixels apart.
 CENTROID_DISTANCE = 3.0
@@ -21,19 +17,18 @@ CENTROID_DISTANCE = 3.0
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
 
-class ObjectScores(Metric):
+class ObjectScores:
     """Count found objects and false alarms by 8-connected components of each foreground class.
 
     An object of the target is found when more than half of its pixels are predicted as its class. A component of the
     prediction that touches no target pixel of its class is a false alarm.
+
+    Attributes:
+        counts: objects, found objects, false alarms and images, (4,) int64.
     """
 
-    full_state_update = False
-
     def __init__(self) -> None:
-        super().__init__()
-        for name in ("objects", "found", "false_alarms", "images"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.counts = torch.zeros(4, dtype=torch.int64)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add one image.
@@ -43,7 +38,7 @@ class ObjectScores(Metric):
             target: true labels (H, W).
         """
         predicted_HW, target_HW = prediction.cpu().numpy(), target.cpu().numpy()
-        self.images += 1
+        row = np.array([0, 0, 0, 1])
         for label in np.union1d(np.unique(predicted_HW), np.unique(target_HW)):
             if label == 0:
                 continue
@@ -51,24 +46,21 @@ class ObjectScores(Metric):
             objects, number = scipy.ndimage.label(truth, EIGHT_NEIGHBOURS)
             sizes = np.bincount(objects.ravel(), minlength=number + 1)[1:]
             hits = np.bincount(objects[guess], minlength=number + 1)[1:]
-            self.objects += number
-            self.found += int((2 * hits > sizes).sum())
-            alarms, number = scipy.ndimage.label(guess, EIGHT_NEIGHBOURS)
+            alarms, alarm_number = scipy.ndimage.label(guess, EIGHT_NEIGHBOURS)
             touched = np.unique(alarms[truth & guess])
-            self.false_alarms += number - len(touched)
+            row[:3] += number, (2 * hits > sizes).sum(), alarm_number - len(touched)
+        self.counts += torch.from_numpy(row)
 
     def compute(self) -> dict[str, Tensor]:
         """Return "object_recall", the share of found objects, and "false_alarms_per_image", scalars.
 
         The recall is nan if there are no objects.
         """
-        return {
-            "object_recall": self.found / self.objects,
-            "false_alarms_per_image": self.false_alarms / self.images,
-        }
+        objects, found, false_alarms, images = self.counts.double()
+        return {"object_recall": found / objects, "false_alarms_per_image": false_alarms / images}
 
 
-class TargetScores(Metric):
+class TargetScores:
     """Count the metrics of infrared small-target detection: Pd, Fa and nIoU, for binary tasks.
 
     Targets and predictions are 8-connected components. Targets are taken in the order of their first pixels, row by
@@ -78,16 +70,14 @@ class TargetScores(Metric):
     Fa counts the pixels of every component that no target took. PD_FA skips one whose area equals that of a matched
     component of the same image, so its Fa can be lower. nIoU is of Dai et al. 2021 (ACM, WACV): the mean of each
     image's IoU. An image without foreground in target and prediction is not counted; ACM counts it as 0.
+
+    Attributes:
+        counts: targets, detected targets, false pixels, counted pixels, images with an IoU, and the LIMBS digits of the
+            sum of their IoUs, (5 + LIMBS,) int64.
     """
 
-    full_state_update = False
-
     def __init__(self) -> None:
-        super().__init__()
-        for name in ("targets", "detected", "false_pixels", "pixels", "images"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        # The images' IoUs are added up as digits, so that the order of images and ranks does not matter.
-        self.add_state("iou_digits", default=torch.zeros(exact_sums.LIMBS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.counts = torch.zeros(5 + exact_sums.LIMBS, dtype=torch.int64)
 
     def update(self, prediction: Tensor, target: Tensor, counted: Tensor) -> None:
         """Add one image.
@@ -104,25 +94,20 @@ class TargetScores(Metric):
             near = is_free & (np.linalg.norm(guesses - place, axis=1) < CENTROID_DISTANCE)
             if near.any():
                 is_free[near.argmax()] = False
-        self.targets += len(targets)
-        self.detected += int((~is_free).sum())
-        self.false_pixels += int(areas[is_free].sum())
-        self.pixels += counted.sum()
-        if either := int((guess | truth).sum()):
-            self.images += 1
-            iou = torch.tensor(int((guess & truth).sum()) / either, dtype=torch.float64)
-            self.iou_digits += exact_sums.digits(iou).to(self.iou_digits.device)
+        detected, false_pixels = int((~is_free).sum()), int(areas[is_free].sum())
+        either = int((guess | truth).sum())
+        row = torch.tensor([len(targets), detected, false_pixels, int(counted.sum()), int(either > 0)])
+        iou = torch.tensor(int((guess & truth).sum()) / max(either, 1), dtype=torch.float64)
+        self.counts += torch.cat([row, exact_sums.digits(iou)])
 
     def compute(self) -> dict[str, Tensor]:
         """Return "niou", "pd", the share of detected targets, and "fa", false pixels over all counted pixels; scalars.
 
         A ratio of 0 to 0 is nan.
         """
-        return {
-            "niou": torch.tensor(exact_sums.total(self.iou_digits[None])[0], dtype=torch.float64) / self.images.cpu(),
-            "pd": self.detected.double() / self.targets,
-            "fa": self.false_pixels.double() / self.pixels,
-        }
+        targets, detected, false_pixels, pixels, images = self.counts[:5].double()
+        ious = torch.tensor(exact_sums.total(self.counts[None, 5:])[0], dtype=torch.float64)
+        return {"niou": ious / images, "pd": detected / targets, "fa": false_pixels / pixels}
 
 
 def centroids(foreground_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,21 +126,22 @@ def centroids(foreground_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return areas, np.stack(sums, axis=1) / areas[:, None]
 
 
-class ThresholdScores(Metric):
+class ThresholdScores:
     """Count the pixels of a binary task by the number of THRESHOLDS that their probability is above.
 
     Args:
         ignore_index: true label of pixels that are not counted.
+        device: where the pixels are.
+
+    Attributes:
+        counts: by true label and number of thresholds, (2, T + 1) int64.
     """
 
-    full_state_update = False
-
-    def __init__(self, ignore_index: int) -> None:
-        super().__init__()
+    def __init__(self, ignore_index: int, device: torch.device | str = "cpu") -> None:
         self.ignore_index = ignore_index
-        # By true label. The logit of 0.5 is 0, so that the IoU at 0.5 is that of SegmentationMetrics.
-        self.add_state("counts", default=torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64), dist_reduce_fx="sum")
-        self.register_buffer("edges", torch.tensor(THRESHOLDS, dtype=torch.float64).logit().float(), persistent=False)
+        self.counts = torch.zeros(2, len(THRESHOLDS) + 1, dtype=torch.int64, device=device)
+        # The logit of 0.5 is 0, so that the IoU at 0.5 is that of SegmentationMetrics.
+        self.edges = torch.tensor(THRESHOLDS, dtype=torch.float64).logit().float().to(device)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add one image.
@@ -186,28 +172,8 @@ class ThresholdScores(Metric):
         return {"best_threshold": thresholds[best], "iou_best_threshold": iou[best]}
 
 
-def confusion_counts(
-    prediction_HW: np.ndarray, target_HW: np.ndarray, num_classes: int, ignore_index: int
-) -> np.ndarray:
-    """Count pixels by true and predicted label.
-
-    Args:
-        prediction_HW: predicted labels (H, W).
-        target_HW: true labels (H, W).
-        num_classes: 1 for binary, else exclusive classes with background 0.
-        ignore_index: true label of pixels that are not counted.
-
-    Returns:
-        Counts (V, V) int64, by true and then by predicted label; V is 2 for a binary task.
-    """
-    labels = max(2, num_classes)
-    counted = target_HW != ignore_index
-    pairs = target_HW[counted].astype(np.int64) * labels + prediction_HW[counted]
-    return np.bincount(pairs, minlength=labels**2).reshape(labels, labels)
-
-
 class SegmentationMetrics:
-    """Accumulate the metrics of a validation split over all images and all ranks.
+    """Accumulate the metrics of a validation split over all images.
 
     IoU, Dice, precision, recall and F1 are of the foreground over the whole split. With several classes they are the
     mean over the foreground classes that occur in target or prediction, where precision or recall of 0 to 0 is 0. Other
@@ -216,20 +182,24 @@ class SegmentationMetrics:
     Args:
         num_classes: 1 for binary, else exclusive classes with background 0.
         ignore_index: true label of pixels that are not counted.
-        device: where the counts are summed.
+        device: where the pixels are.
+
+    Attributes:
+        confusion: pixels by true and then by predicted label, (V, V) int64; V is 2 for a binary task.
+        objects: scores of objects.
+        targets: scores of small targets; None with several classes.
     """
 
     def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str = "cpu") -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        # Torchmetrics' check of the labels takes longer than all else. They are checked where they are read.
-        unchecked = {"validate_args": False}
-        self.pixels: Metric = (
-            BinaryStatScores(**unchecked)
-            if num_classes == 1
-            else MulticlassStatScores(num_classes, average="none", **unchecked)
-        ).to(device)
-        self.objects = ObjectScores().to(device)
-        self.targets = TargetScores().to(device) if num_classes == 1 else None
+        labels = max(2, num_classes)
+        self.confusion = torch.zeros(labels, labels, dtype=torch.int64, device=device)
+        self.objects = ObjectScores()
+        self.targets = TargetScores() if num_classes == 1 else None
+
+    def counts(self) -> list[Tensor]:
+        """Return all counts; the metrics over several ranks are those of their sums, which are written into these."""
+        return [self.confusion, self.objects.counts, *([self.targets.counts] if self.targets else [])]
 
     def update(self, prediction_HW: Tensor, target_HW: Tensor) -> None:
         """Add one image.
@@ -239,28 +209,23 @@ class SegmentationMetrics:
             target_HW: true labels (H, W); ignored pixels are not counted.
         """
         counted = target_HW != self.ignore_index
-        # Torchmetrics does not take an image without pixels.
-        if counted.any():
-            self.pixels.update(prediction_HW[counted].long(), target_HW[counted].long())
+        pairs = target_HW[counted].long() * len(self.confusion) + prediction_HW[counted]
+        self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
         prediction_HW, target_HW = (torch.where(counted, labels, 0) for labels in (prediction_HW, target_HW))
         self.objects.update(prediction_HW, target_HW)
         if self.targets is not None:
             self.targets.update(prediction_HW != 0, target_HW != 0, counted)
 
     def compute(self) -> dict[str, float]:
-        """Return the metrics, summed over all ranks of the process group; every rank must call this method.
+        """Return the metrics.
 
         Returns:
             "iou", "dice", "pixel_accuracy", "precision", "recall", "f1", "object_recall" and "false_alarms_per_image".
             For a binary task also "niou", "pd" and "fa", see `TargetScores`.
         """
-        scores = self.pixels.compute().double().cpu().view(-1, 5)
-        tp, fp, tn, fn, _ = scores.T
-        if self.num_classes == 1:
-            accuracy = (tp + tn) / (tp + fp + tn + fn)
-        else:
-            accuracy = tp.sum() / (tp + fn).sum()
-            tp, fp, fn = tp[1:], fp[1:], fn[1:]
+        counts = self.confusion.double().cpu()
+        right = counts.diag()
+        tp, fp, fn = right[1:], (counts.sum(0) - right)[1:], (counts.sum(1) - right)[1:]
         precision, recall = tp / (tp + fp), tp / (tp + fn)
         if self.num_classes > 1:
             # A class that is never predicted, or that is nowhere in the target, counts as 0; without it the mean is higher.
@@ -270,7 +235,7 @@ class SegmentationMetrics:
         result = {
             "iou": (tp / (tp + fp + fn)).nanmean().item(),
             "dice": dice,
-            "pixel_accuracy": accuracy.mean().item(),
+            "pixel_accuracy": (right.sum() / counts.sum()).item(),
             "precision": precision.nanmean().item(),
             "recall": recall.nanmean().item(),
             # For pixels, F1 and Dice are the same number.

@@ -126,6 +126,19 @@ def check_data(
     return f"resuming at step {step} on changed data: {changes}" if changes else None
 
 
+def add_up(counts: list[Tensor], device: torch.device) -> None:
+    """Replace each of some tensors by its sum over all ranks, in one collective; every rank must call this.
+
+    Args:
+        counts: int64 tensors of any shape and device, the same on every rank; changed in place.
+        device: device for the collective.
+    """
+    sums = torch.cat([each.flatten().to(device) for each in counts])
+    dist.all_reduce(sums)
+    for each, total in zip(counts, sums.split([each.numel() for each in counts]), strict=True):
+        each.copy_(total.view_as(each))
+
+
 def broadcast_bytes(data: bytes, rank: int, device: torch.device) -> bytes:
     """Return the bytes that rank 0 has, on every rank.
 

@@ -116,9 +116,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise maps (N, C, H, W); the result has their shape and dtype."""
-        return super().forward(input) if self.is_plain() else self._synchronised(input)
+        if self.is_plain():
+            return super().forward(input)
+        if torch.compiler.is_compiling():
+            # As a decorator, disable would import the compiler with this module, which takes two seconds of each process.
+            synchronised: Tensor = torch.compiler.disable(self._synchronised)(input)
+            return synchronised
+        return self._synchronised(input)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _synchronised(self, x: Tensor) -> Tensor:
         weights = self.weights
         counts = x.new_ones(len(x), dtype=torch.bool) if weights is None else weights.to(x.device) != 0

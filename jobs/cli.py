@@ -42,7 +42,7 @@ HELP = ("-h", "--help")
 MAY_BE_EMPTY = ("--mask_suffix",)
 # packages by the extra that installs them
 EXTRAS = {
-    "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "torchmetrics", "webdataset"),
+    "train": ("braceexpand", "kornia", "mlflow", "ray", "skimage", "webdataset"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "geo": ("rasterio", "zarr"),
     "stream": ("river",),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from deepskip.jobs import earlier, models, report, runs
 from deepskip.jobs.options import EvaluateConfig
 from deepskip.jobs.prediction.memory import device_of
 from deepskip.jobs.settings import NotHere, parse_settings, stop
-from deepskip.metrics import SegmentationMetrics, confusion_counts
+from deepskip.metrics import SegmentationMetrics
 from deepskip.predictor import Predictor
 from deepskip.size_scores import SizeScores
 from deepskip.threshold_curve import Curve, ThresholdCurve
@@ -51,7 +52,6 @@ class Scores:
         metrics: pixel and object metrics.
         sizes: scores by object size.
         curve: precision and recall by threshold.
-        confusion: pixel counts by true and predicted label, (V, V) int64; V is 2 for a binary task.
         worst: heap of (-IoU, pixels of foreground in mask or prediction, minus the image's number, row and picture).
         bad: reports of the skipped samples.
         images: number of images that were scored.
@@ -60,7 +60,6 @@ class Scores:
     metrics: SegmentationMetrics
     sizes: SizeScores
     curve: ThresholdCurve
-    confusion: np.ndarray
     worst: list[tuple[float, int, int, dict[str, Any]]] = field(default_factory=list)
     bad: list[SkipReport] = field(default_factory=list)
     images: int = 0
@@ -234,7 +233,6 @@ def evaluate(config: EvaluateConfig, model: Predictor, shards: Shards, add_row: 
         SegmentationMetrics(model.num_classes, index.ignore_index),
         SizeScores(config.size_edges),
         ThresholdCurve(model.num_classes, index.ignore_index),
-        np.zeros((max(2, model.num_classes),) * 2, np.int64),
     )
     nodata = math.nan if index.reading.missing else None
     with tqdm(total=len(shards), unit="image", desc=shards.folder[-40:], dynamic_ncols=True, disable=None) as bar:
@@ -281,7 +279,6 @@ def add(
     scores.metrics.update(torch.from_numpy(labels_HW).long(), torch.from_numpy(mask_HW).long())
     scores.sizes.update(labels_HW, mask_HW, ignore_index)
     scores.curve.update(p_VHW, mask_HW)
-    scores.confusion += confusion_counts(labels_HW, mask_HW, len(scores.confusion), ignore_index)
     counted = mask_HW != ignore_index
     right = int((counted & (mask_HW != 0) & (labels_HW == mask_HW)).sum())
     either = int((counted & ((mask_HW != 0) | (labels_HW != 0))).sum())
@@ -320,9 +317,9 @@ def describe(
     """
     curves = scores.curve.compute()
     metrics = scores.metrics.compute()
-    right = scores.confusion.diagonal().astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        class_iou = right / (scores.confusion.sum(0) + scores.confusion.sum(1) - right)
+    confusion = scores.metrics.confusion.double()
+    right = confusion.diag()
+    class_iou = (right / (confusion.sum(0) + confusion.sum(1) - right)).tolist()
     return {
         "model": {
             "name": config.model,
@@ -344,11 +341,11 @@ def describe(
         "threshold": config.threshold if model.num_classes == 1 else None,
         "metrics": metrics,
         "classes": [
-            {"class": place + 1, "name": name, "iou": float(class_iou[place + 1]), **threshold_scores(curve)}
+            {"class": place + 1, "name": name, "iou": class_iou[place + 1], **threshold_scores(curve)}
             for place, (name, curve) in enumerate(zip(model.class_names, curves, strict=True))
         ],
         "by_size": scores.sizes.compute(),
-        "confusion": scores.confusion.tolist(),
+        "confusion": scores.metrics.confusion.tolist(),
         "worst": [item["row"] for item in worst_first(scores)],
         "seconds": seconds,
         "images_per_second": scores.images / seconds,
@@ -394,7 +391,7 @@ def draw(scores: Scores, names: list[str], ignore_index: int) -> dict[str, Figur
     pictures = {
         "precision-recall.png": figures.precision_recall(list(zip(names, curves, strict=True))),
         "by-size.png": figures.by_size(scores.sizes.compute()),
-        "confusion.png": figures.confusion(scores.confusion),
+        "confusion.png": figures.confusion(scores.metrics.confusion.numpy()),
     }
     if scores.worst:
         shown = [
@@ -461,7 +458,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def track(config: EvaluateConfig, found: models.Found, split: str, result: dict[str, Any], folder: Path) -> None:
-    """Log the report to MLflow, or print a warning if MLflow does not accept it.
+    """Log the report to MLflow if it is installed, or print a warning if MLflow does not accept it.
 
     Args:
         config: the settings of the evaluation.
@@ -470,6 +467,9 @@ def track(config: EvaluateConfig, found: models.Found, split: str, result: dict[
         result: the report.
         folder: folder of the report, whose files are logged as artifacts.
     """
+    if find_spec("mlflow") is None:
+        print("MLflow: not installed, the report is not logged")
+        return
     from deepskip.jobs import tracking
 
     name = re.sub(r"[^\w.-]", "-", split)

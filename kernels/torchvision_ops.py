@@ -1,7 +1,7 @@
 """The operators that torchvision lacks if it was built for another build of torch, in plain PyTorch.
 
 A torchvision wheel built for CUDA cannot load its compiled operators with a CPU build of torch. Then `import torchvision` fails
-with "operator torchvision::nms does not exist", and so does every package that imports it, such as torchmetrics. `declare`
+with "operator torchvision::nms does not exist", and so does every package that imports it, such as timm. `declare`
 makes that import work; `load_torchvision` also makes nms and roi_align compute.
 """
 

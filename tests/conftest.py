@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     # Programs that the tests start must not see it.
     del os.environ["TRITON_INTERPRET"]
 
-# torchmetrics imports torchvision, and a test may import it before our modules.
+# torchmetrics, whose metrics are those of tests, imports torchvision.
 importlib.import_module("deepskip.kernels.torchvision_ops").declare()
 
 

@@ -32,7 +32,6 @@ def test_binary_pixels_against_counting() -> None:
 
 @pytest.mark.parametrize(("centre", "expected"), [(-2.0, 0.1), (0.0, 0.5), (1.5, 0.8)])
 def test_the_best_threshold_against_torchmetrics_at_every_threshold(centre: float, expected: float) -> None:
-    # deepskip.metrics must be imported before torchmetrics.
     from torchmetrics.classification import BinaryJaccardIndex
 
     rng = np.random.default_rng(1)

@@ -122,6 +122,15 @@ def test_alone_it_is_batch_norm_with_its_fast_forms() -> None:
     assert isinstance(norm_layer("sync-batch", 4), nn.BatchNorm2d)
 
 
+def test_compiled_it_is_the_same() -> None:
+    x, grad, weight = maps()
+    plain, compiled = SyncBatchNorm2d(6).double(), SyncBatchNorm2d(6).double()
+    plain.weights = compiled.weights = weight
+    compiled.compile(backend="eager")
+    for one, other in zip(layer(x, grad, plain), layer(x, grad, compiled), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_weights_of_one_are_read_as_those_of_the_other() -> None:
     training = TrainingStep(config(norm="sync-batch"), DATA, torch.device("cpu"))
     training(batch_of([1, 2, 3], [1.0, 1.0, 0.0]))
