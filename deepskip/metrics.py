@@ -241,6 +241,5 @@ class SegmentationMetrics:
             # For pixels, F1 and Dice are the same number.
             "f1": dice,
         }
-        for metric in filter(None, (self.objects, self.targets)):
-            result |= {name: value.item() for name, value in metric.compute().items()}
-        return result
+        scores = self.objects.compute() | (self.targets.compute() if self.targets else {})
+        return result | {name: value.item() for name, value in scores.items()}
