@@ -325,13 +325,15 @@ def shown(value: float) -> str:
 
 
 def foreground_note(pixels: dict[int, int], binary: bool) -> list[str]:
-    """Return a warning if masks have no foreground, no background, or more than half of all pixels as foreground.
+    """Return a warning if masks have no counted pixels, no foreground, no background, or mostly foreground.
 
     Args:
         pixels: Number of pixels of each value.
         binary: Whether labels are binary.
     """
     total = sum(pixels.values())
+    if not total:
+        return ["warning: every pixel of every mask is ignored, so that nothing can be learned from them"]
     if not any(pixels[value] for value in pixels if value):
         return ["warning: no mask has any foreground"]
     if 0 not in pixels:

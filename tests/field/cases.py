@@ -477,9 +477,10 @@ def threshold_and_ignored(root: Path) -> None:
             np.testing.assert_array_equal(labels[2:], made[key][1][2:])
 
 
-@case("no mask has foreground, or none has a 0", "packed, with a warning")
+@case("no mask has foreground, a 0, or a pixel that counts", "packed, with a warning")
 def nothing_to_find(root: Path) -> None:
     write(root / "none", mask=lambda path, found: Image.fromarray(found[1] * 0).save(path.with_suffix(".png")))
     assert "warning: no mask has any foreground" in packed(root / "none")[1]
+    assert "warning: every pixel of every mask is ignored" in packed(root / "none", ignore_label=0)[1]
     write(root / "ones", mask=lambda path, found: Image.fromarray(found[1] + 1).save(path.with_suffix(".png")))
     assert "warning: no mask has the value 0" in packed(root / "ones", labels="classes")[1]
