@@ -312,13 +312,18 @@ def valued(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def faults_of_norm(config: Config) -> list[str]:
-    """Return a message if the lowest level has one value a channel to normalise, which has no deviation."""
-    model, most = config.model, workers_range(config.cluster.workers)
+def faults_of_norm(config: Config, workers: int | None = None) -> list[str]:
+    """Return a message if the lowest level has one value a channel to normalise, which has no deviation.
+
+    Args:
+        config: the settings.
+        workers: largest number of workers; None takes that of the settings, or one if they have none.
+    """
+    model, asked = config.model, workers_range(config.cluster.workers)
     if model.network not in ("deepskip", "plain_unet") or model.norm == "group":
         return []
     side = -(-config.data.crop * model.enlarge // 2 ** (model.levels - 1))
-    workers = most[1] if most and model.norm == "batch" else 1
+    workers = (workers or (asked[1] if asked else 1)) if model.norm == "batch" else 1
     batch, part = config.optim.global_batch_size, part_size(config)
     shares = {max(1, batch // workers), -(-batch // workers)}
     # The last part of a share is the rest.

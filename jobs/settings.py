@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from deepskip.config import Config, check_values, faults_of
+from deepskip.config import Config, check_values, faults_of, faults_of_norm
 from deepskip.data_shards import storage
 from deepskip.data_shards.arguments import with_numbers
 from deepskip.jobs.plain_yaml import check_arguments, look_through
@@ -37,6 +37,20 @@ KEYS = [f"{section.name}.{field.name}" for section in fields(Config) for field i
 
 class NotHere(SystemExit):
     """Exit because of something that this machine does not have; the machines of a cluster may have it."""
+
+
+def check_norm(config: Config, workers: int) -> None:
+    """Stop a training whose workers, of which the settings may give no number, have too little to normalise.
+
+    Args:
+        config: the settings of the training.
+        workers: largest number of workers.
+
+    Raises:
+        SystemExit: if the lowest level has one value a channel.
+    """
+    for fault in faults_of_norm(config, workers):
+        stop(f"with {workers} workers {fault}")
 
 
 def stop(message: str, ending: type[SystemExit] = SystemExit) -> NoReturn:

@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from deepskip import checkpoint
 from deepskip.config import Config
 from deepskip.jobs import report, runs
-from deepskip.jobs.settings import STOPPED, listen_to_sigterm, stop
+from deepskip.jobs.settings import STOPPED, check_norm, listen_to_sigterm, stop
 from deepskip.jobs.training import allocation, process_group, reports, restarts
 from deepskip.jobs.training import events as told
 from deepskip.jobs.training.console import Console
@@ -173,6 +173,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
     # Ray has replaced our SIGTERM handler by its own, which would abort the process 3 s after the signal.
     listen_to_sigterm()
     allocated = allocation.resources(requested)
+    check_norm(config, allocated.most)
     runs.choose_lanes(run, config, allocated.machines)
     # Ray would refuse to start with a record that a crash has cut short, or that another version of it wrote.
     shutil.rmtree(run.folder / reports.FOLDER, ignore_errors=True)

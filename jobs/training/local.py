@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepskip import trainer
 from deepskip.config import Config, workers_range
 from deepskip.jobs import journal, report, runs
-from deepskip.jobs.settings import STOPPED, stop
+from deepskip.jobs.settings import STOPPED, check_norm, stop
 from deepskip.jobs.training import preemption, share
 from deepskip.jobs.training.console import Console, note_skipped
 from deepskip.jobs.training.events import Event, Measured, SampleSkipped, Started
@@ -122,6 +122,7 @@ def fit(config: Config, run: runs.Run, run_id: str | None, tracker: "Tracker | N
             )
         console.take(event)
 
+    check_norm(config, ranks.world_size)
     runs.choose_lanes(run, config, -(-ranks.world_size // ranks.neighbours))
     agree(ranks, (str(run.folder), run_id, config.data.lanes, config.data.path))
     summary = train(config, run.folder, run_id, tell, ranks)

@@ -9,7 +9,7 @@ from deepskip.data_shards.origin import Origin
 from deepskip.data_shards.sample import Sample
 from deepskip.data_shards.writer import write_shards
 from deepskip.jobs.options import PredictConfig
-from deepskip.jobs.settings import KEYS, absolute, build_parser, differences, parse, parse_settings
+from deepskip.jobs.settings import KEYS, absolute, build_parser, check_norm, differences, parse, parse_settings
 from deepskip.jobs.train import check
 
 # compare.yaml belongs to another job, and test_compare.py runs it.
@@ -129,6 +129,11 @@ def test_one_value_a_channel_is_refused_only_where_there_is_one() -> None:
     for words in (["2"], ["1", "--model.levels", "4"], ["1", "--model.enlarge", "2"], ["1", "--model.norm", "group"],
                   ["2", "--cluster.workers", "2", "--model.norm", "sync-batch"], ["1", "--model.network", "fcn"]):  # fmt: skip
         parse("train", [*small, *words])
+    # Without a number of workers in the settings, it is known when the training starts.
+    config, *_ = parse("train", [*small, "2"])
+    check_norm(config, 1)
+    with pytest.raises(SystemExit):
+        check_norm(config, 2)
 
 
 def test_settings_without_effect_are_named() -> None:
