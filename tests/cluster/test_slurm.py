@@ -106,10 +106,14 @@ def test_it_starts_ray_on_all_nodes_and_ends_as_the_job_does(tmp_path: Path, sta
     # An argument with a space stays one argument.
     assert submit[-2:] == ["--run.name", "a run"]
     assert slurm.lines(".submitted") == ["http://127.0.0.1:27111 token"]
-    # Everything is stopped, nothing is queued again, and no token is left.
+    # Everything is stopped, nothing is queued again, and neither a token nor Ray's folder is left.
     assert len(slurm.lines(".down")) == 2
     assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
     assert not (tmp_path / "state" / "deepskip" / "slurm-4711").exists()
+    (temporary,) = (word.removeprefix("--temp-dir=") for word in head if word.startswith("--temp-dir="))
+    assert not Path(temporary).exists()
+    removes = next(call for call in calls if call[0] == "srun" and "rm" in call)
+    assert "--nodes=3" in removes
 
 
 def test_the_token_is_in_a_private_file_and_on_no_command_line(tmp_path: Path) -> None:
