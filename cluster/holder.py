@@ -5,6 +5,7 @@ and handles signals before it starts anything.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def main() -> None:
     """Run COMMAND until it ends, a signal arrives, or process PARENT ends (0 for none).
 
-    At the end all processes with the mark TEMPORARY are ended.
+    At the end all processes with the mark TEMPORARY are ended. After a signal that folder is removed; if the command ends by
+    itself, its log there says why.
     """
     temporary, parent, *command = sys.argv[1:]
     for each in ENDING_SIGNALS:
@@ -25,12 +27,17 @@ def main() -> None:
     # The parent may have ended before this process asked for a signal at its end.
     if int(parent) not in (0, os.getppid()):
         return
+    told = True
     try:
-        sys.exit(subprocess.Popen(command, preexec_fn=end_with_parent()).wait())
+        status = subprocess.Popen(command, preexec_fn=end_with_parent()).wait()
+        told = False
+        sys.exit(status)
     finally:
         for each in ENDING_SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         end_marked(temporary)
+        if told:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,9 @@ def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None
         else f"was not ready after {START_SECONDS:g} s"
     )
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # The holder has removed it if somebody else has ended the head.
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     # of a traceback the last line says what it is
     tail = lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines[-15:]
     raise HeadError("\n".join([f"the Ray head {state}. The end of its log:", *tail]))

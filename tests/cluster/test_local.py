@@ -237,7 +237,7 @@ def test_stopping_leaves_nothing_and_may_be_done_twice() -> None:
     assert not left
 
 
-def test_it_ends_with_a_parent_that_is_killed() -> None:
+def test_it_ends_with_a_parent_that_is_killed_and_leaves_nothing() -> None:
     code = (
         "from cluster.local import start_head; h = start_head(num_cpus=1, die_with_parent=True); "
         "print(h.temporary, h.pid, flush=True); import time; time.sleep(600)"
@@ -252,5 +252,6 @@ def test_it_ends_with_a_parent_that_is_killed() -> None:
         parent.kill()
         parent.wait()
         assert psutil.wait_procs(processes, timeout=90)[1] == []
+        assert not Path(temporary).exists()
     finally:
         stop_head(head)
