@@ -2,7 +2,7 @@
 
 The masks are those that `deepskip predict` has written, or are made here from an ONNX file:
 
-    python docs/benchmarks/check.py --masks NUDT-SIRST/masks --split split.csv --predictions predictions
+    python docs/benchmarks/check.py --masks NUDT-SIRST/masks --split split.csv --predictions predictions/masks
     python docs/benchmarks/check.py --masks NUDT-SIRST/masks --split split.csv --images NUDT-SIRST/images --onnx model.onnx
 
 The split is a CSV with columns stem,split, of which the rows "test" count, or a text file with a stem in each line.
