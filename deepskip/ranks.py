@@ -130,7 +130,7 @@ def add_up(counts: list[Tensor], device: torch.device) -> None:
     """Replace each of some tensors by its sum over all ranks, in one collective; every rank must call this.
 
     Args:
-        counts: int64 tensors of any shape and device, the same on every rank; changed in place.
+        counts: tensors (*,) of int64, on any device, of the same shapes on every rank; changed in place.
         device: device for the collective.
     """
     sums = torch.cat([each.flatten().to(device) for each in counts])
