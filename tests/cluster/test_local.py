@@ -22,6 +22,7 @@ from deepskip.cluster import __main__ as command
 from deepskip.cluster import local
 from deepskip.cluster.local import MARK, Head, HeadError, PortTaken, environment, head_processes, start_head, stop_head
 from deepskip.cluster.settings import of_loopback, past_proxies
+from deepskip.data_shards.commands import pack_coins
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,26 @@ def test_a_job_and_a_driver_started_by_hand_have_its_python_and_reach_it(head: H
         [sys.executable, "-c", driver], env=by_hand, capture_output=True, text=True, timeout=600, check=False
     )
     assert "CPUs 1.0" in found.stdout, found.stdout + found.stderr
+
+
+def test_a_training_of_more_workers_than_the_cluster_has(head: Head, tmp_path: Path) -> None:
+    pack_coins(tmp_path / "coins", {"train": 2, "val": 1})
+    wanted = {"cluster.workers": 500, "cluster.wait_seconds": 1, "run.tracking_uri": "none"}
+    wanted |= {"data.path": tmp_path / "coins", "run.storage": tmp_path / "runs"}
+    words = [
+        sys.executable,
+        "-m",
+        "deepskip",
+        "submit",
+        "train",
+        *(f"--{key}={value}" for key, value in wanted.items()),
+    ]
+    variables = os.environ | {"HOME": str(tmp_path)} | environment(head)
+    few = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    # The job's status and error are those of the command.
+    assert few.returncode == 2
+    assert "cluster.workers is 500, each with 1 CPU, but the cluster has" in few.stderr
+    assert "Traceback" not in few.stderr
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Harness:
         self.folder = home / "runs" / "live"
         self.training: subprocess.Popen[bytes] | None = None
         self.writer: subprocess.Popen[bytes] | None = None
-        self.written = 0
+        self.written, self.ends = 0, False
         self.starts: Counter[str] = Counter()
         self.failure: BaseException | None = None
 
@@ -118,9 +118,11 @@ class Harness:
                 continue
         return found
 
-    def attended(self, when_idle: str = "wait") -> None:
-        """Start the training if it has ended."""
+    def attended(self) -> None:
+        """Start the training if it has ended; once all is written, it ends by itself."""
         if self.training is None or self.training.poll() is not None:
+            self.ends = self.written == self.generations
+            when_idle = "end" if self.ends else "wait"
             self.training = self.start(self.command("live", data__when_idle=when_idle), "training")
 
     def steps(self) -> int:
@@ -193,10 +195,12 @@ class Harness:
         if self.failure is not None:
             raise self.failure
         assert self.training is not None
-        self.training.send_signal(signal.SIGTERM)
-        self.training.wait(timeout=120)
+        if not self.ends:
+            self.training.send_signal(signal.SIGTERM)
+            self.training.wait(timeout=120)
         for _ in range(3):
-            self.attended("end")
+            if not self.ends or self.training.poll() != 0:
+                self.attended()
             if self.training.wait(timeout=300) == 0:
                 return made
         raise RuntimeError(f"the training does not end; see {self.home}/training.log")

@@ -18,6 +18,7 @@ def test_sigterm_to_a_worker_and_to_the_job(tmp_path: Path) -> None:
     settings = ["--model.base_channels", "4", "--model.levels", "3", "--cluster.workers", "2"]
     settings += ["--optim.steps", str(steps)]
     settings += ["--run.log_every", "1", "--run.validate_every", "1000", "--run.checkpoint_every", "1000"]
+    settings += ["--run.tracking_uri", "none", "--run.panels", "0"]
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     output, done = "", []
     for status in (128 + signal.SIGTERM, 0):
