@@ -19,6 +19,8 @@ LABELS = {
     "plain_unet": "DeepSkip without deep skips",
     "unet": "MONAI's U-Net",
     "acm": "ACM, trained here",
+    "branched": "DeepSkip with branches that fold",
+    "distilled": "DeepSkip distilled from MONAI's U-Net",
 }
 # by what is shown of our runs: the parts of the data, and how they are named
 SHOWN_PARTS = {"official": "", "distinct": ", no near-duplicates"}
