@@ -278,21 +278,24 @@ def read_window(read: Read, head: Head, rows: slice, columns: slice, bands: Sequ
     numbers = [(planes[plane] * down + y) * across + x for plane, y, x in places]
     pieces = read_tiles(read, head, numbers)
     H, W = rows.stop - rows.start, columns.stop - columns.start
-    out = np.empty((len(planes), H, W, together), layout.dtype)
+    out = np.empty((H, W, len(planes) * together), layout.dtype)
     tile = np.empty(layout.tile_shape, layout.dtype)
-    for (plane, y, x), number, piece in zip(places, numbers, pieces, strict=True):
-        if xxhash.xxh3_64_intdigest(piece) != head.digests[number]:
-            raise ValueError(f"tile {number} has other bytes than when it was indexed (xxh3 differs)")
-        decode_tile(piece, tile)
+    # Planes come one after the other in the file. All those of a place are put into the window together: it lies in
+    # the cache meanwhile.
+    for i in sorted(range(len(places)), key=lambda i: places[i][1:]):
+        plane, y, x = places[i]
+        if xxhash.xxh3_64_intdigest(pieces[i]) != head.digests[numbers[i]]:
+            raise ValueError(f"tile {numbers[i]} has other bytes than when it was indexed (xxh3 differs)")
         top, left = y * th, x * tw
         above, before = max(rows.start, top), max(columns.start, left)
         below, after = min(rows.stop, top + th), min(columns.stop, left + tw)
-        out[plane, above - rows.start : below - rows.start, before - columns.start : after - columns.start] = tile[
-            above - top : below - top, before - left : after - left
-        ]
-    if in_planes:
-        return np.ascontiguousarray(np.moveaxis(out[..., 0], 0, 2))
-    return out[0] if bands is None else np.take(out[0], bands, axis=2)
+        decode_tile(pieces[i], tile, slice(above - top, below - top))
+        out[
+            above - rows.start : below - rows.start,
+            before - columns.start : after - columns.start,
+            plane * together : (plane + 1) * together,
+        ] = tile[above - top : below - top, before - left : after - left]
+    return out if in_planes or bands is None else np.take(out, bands, axis=2)
 
 
 def decode(data: bytes | memoryview, check: Callable[[int, int, int], None]) -> np.ndarray:
@@ -345,12 +348,13 @@ def read_tiles(read: Read, head: Head, numbers: list[int]) -> list[memoryview]:
     return pieces
 
 
-def decode_tile(piece: memoryview, tile: np.ndarray) -> None:
+def decode_tile(piece: memoryview, tile: np.ndarray, rows: slice) -> None:
     """Decode a tile into memory of its size, so that it cannot unpack to more.
 
     Args:
         piece: The compressed bytes.
         tile: Where to put it, (height, width, bands of a plane) in one piece of memory.
+        rows: Rows that are wanted; in the others differences may remain.
 
     Raises:
         ValueError: If it does not decode, or to another size.
@@ -364,4 +368,4 @@ def decode_tile(piece: memoryview, tile: np.ndarray) -> None:
     if len(found) != len(flat):
         raise ValueError(f"a tile has {len(found)} bytes in place of {len(flat)}")
     if tile.dtype.kind != "f":
-        imagecodecs.delta_decode(tile, axis=1, out=tile)
+        imagecodecs.delta_decode(tile[rows], axis=1, out=tile[rows])

@@ -246,9 +246,11 @@ def test_the_trials_by_hand(tmp_path: Path) -> None:
         row_of("deepskip", 0, 0.9, recipe="first"),
     ]
     rows += [row_of("plain_unet", 0, 0.6, part="search", recipe="second", steps="30")]
+    rows += [row_of("deepskip", 1, 0.52, part="search", recipe="first", steps="30")]
+    spread = 100 * statistics.stdev([0.50, 0.52])
     assert page.trials(rows, tmp_path).splitlines()[2:] == [
-        "| NUDT-SIRST | - | 30 | 50.0 / 50.0 / 98.0 / 4.0 |",
-        "| NUDT-SIRST | DeepSkip without deep skips: `b: 3`, `c: True` | 30 | 60.0 / 50.0 / 98.0 / 4.0 |",
+        f"| NUDT-SIRST | - | 30 | 2 | 51.0 ± {spread:.1f} / 50.0 / 98.0 / 4.0 |",
+        "| NUDT-SIRST | DeepSkip without deep skips: `b: 3`, `c: True` | 30 | 1 | 60.0 / 50.0 / 98.0 / 4.0 |",
     ]
 
 

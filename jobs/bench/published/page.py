@@ -75,17 +75,19 @@ def results(rows: Sequence[Row]) -> str:
 
 
 def trials(rows: Iterable[Row], recipes: Path) -> str:
-    """Return the trials of recipes as Markdown, each with what differs from the set's first one.
+    """Return the trials of recipes as Markdown, the mean over seeds of each, with what differs from the set's first one.
 
     Args:
         rows: rows of the CSV of our runs.
         recipes: folder of their recipes.
     """
-    lines = ["| set | differs in | steps | IoU / nIoU / Pd / Fa |", "|---|---|---:|---:|"]
+    lines = ["| set | differs in | steps | seeds | IoU / nIoU / Pd / Fa |", "|---|---|---:|---:|---:|"]
     first: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row["part"] != "search":
-            continue
+        if row["part"] == "search":
+            found.setdefault(tuple(row[name] for name in ("set", "network", "recipe", "steps")), []).append(row)
+    for row, *others in found.values():
         own = json.loads((recipes / f"{row['recipe']}.json").read_text())
         base = first.setdefault(row["set"], own)
         changed = [
@@ -94,7 +96,8 @@ def trials(rows: Iterable[Row], recipes: Path) -> str:
         differs = ", ".join(changed) or "-"
         network = "" if row["network"] == "deepskip" else f"{LABELS.get(row['network'], row['network'])}: "
         lines.append(
-            f"| {SET_NAMES[row['set']].partition(',')[0]} | {network}{differs} | {row['steps']} | {ours([row])} |"
+            f"| {SET_NAMES[row['set']].partition(',')[0]} | {network}{differs} | {row['steps']} "
+            f"| {1 + len(others)} | {ours([row, *others])} |"
         )
     return "\n".join(lines)
 
