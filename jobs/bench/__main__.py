@@ -1,6 +1,7 @@
-"""Measure the overhead of Ray Train and the trainer per step, compared with a bare loop under torchrun.
+"""Measure the overhead of the trainer and of Ray Train per step, compared with a bare loop under torchrun.
 
-Run it as `python -m deepskip.jobs.bench`. Both run alternately, so that other load on the machine affects both. The time of a
+Run it as `python -m deepskip.jobs.bench`. The bare loop, the trainer under torchrun (without Ray) and the trainer under Ray run
+in turns, so that other load on the machine affects all of them. The time of a
 step is the median over windows of log_every steps. The first windows, in which memory is allocated, are skipped. What the
 trainer does between steps (validation, checkpoints) is not measured.
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m deepskip.jobs.bench", description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--pairs", type=int, default=7, help="number of runs of each")
+    parser.add_argument("--pairs", type=int, default=7, help="number of runs of each of the three")
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--name", default=f"{os.cpu_count()}-cores")
     arguments = parser.parse_args(argv)
@@ -54,19 +55,38 @@ def main(argv: list[str] | None = None) -> None:
                     "run.log_every": WINDOW,
                     "run.validate_every": arguments.steps,
                     "run.storage": home / "runs",
-                    "run.name": f"{workers}-{pair}",
                     "cluster.workers": workers,
                 }
                 options = [f"--{key}={value}" for key, value in settings.items()]
-                pairs.append((bare(workers, options), trained(home / "runs" / f"{workers}-{pair}", options)))
+                run = home / "runs" / f"{workers}-{pair}"
+                without = run.with_name(f"{run.name}-local")
+                train = ["deepskip.jobs.train", *options, "--run.name"]
+                pairs.append(
+                    (
+                        bare(workers, options),
+                        trained(without, [*torchrun(workers), *train, without.name]),
+                        trained(run, [sys.executable, "-m", *train, run.name]),
+                    )
+                )
+                alone, without_ray, with_ray = pairs[-1]
                 print(
-                    f"{workers} workers: bare {pairs[-1][0]:.4f} s per step, trained {pairs[-1][1]:.4f} s", flush=True
+                    f"{workers} workers, s per step: bare {alone:.4f}, torchrun {without_ray:.4f}, Ray {with_ray:.4f}",
+                    flush=True,
                 )
             rows.append({"workers": workers, "pairs": pairs})
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     (RESULTS / f"{arguments.name}.md").write_text(table(rows, machine, arguments.steps))
+
+
+def torchrun(workers: int) -> list[str]:
+    """Return the start of a command that runs a module, to be named next, under torchrun on this machine.
+
+    Args:
+        workers: number of processes.
+    """
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}", "-m"]
 
 
 def bare(workers: int, options: list[str]) -> float:
@@ -76,8 +96,7 @@ def bare(workers: int, options: list[str]) -> float:
         workers: number of processes.
         options: the settings of the training, as command-line arguments.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-    command += ["-m", "deepskip.jobs.bench.bare", *options]
+    command = [*torchrun(workers), "deepskip.jobs.bench.bare", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -86,14 +105,14 @@ def bare(workers: int, options: list[str]) -> float:
     return statistics.median(windows[LEFT_OUT:])
 
 
-def trained(run: Path, options: list[str]) -> float:
-    """Run the training job, and return its seconds per step, from the speeds that it logged.
+def trained(run: Path, command: list[str]) -> float:
+    """Run a training, and return its seconds per step, from the speeds that it logged.
 
     Args:
         run: folder of the run.
-        options: the settings of the training, as command-line arguments.
+        command: what runs it.
     """
-    subprocess.run([sys.executable, "-m", "deepskip.jobs.train", *options], capture_output=True, check=True)
+    subprocess.run(command, capture_output=True, check=True)
     speeds = [values["images_per_second"] for kind, _, values, _ in read_measured(run / MEASURED) if kind == "train"]
     batch = json.loads((run / "run.json").read_text())["config"]["optim"]["global_batch_size"]
     return statistics.median(batch / speed for speed in speeds[LEFT_OUT:])
@@ -103,23 +122,26 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any], steps: int) -> st
     """Return the results as Markdown.
 
     Args:
-        rows: for each number of "workers" its "pairs" of (bare, trained) seconds per step.
+        rows: for each number of "workers" its "pairs" of (bare, under torchrun, under Ray) seconds per step.
         machine: "cores" and "torch" (version) of the machine.
         steps: number of steps of each run.
     """
     lines = [
-        f"# Ray Train and the trainer, compared with a bare loop: {machine['cores']} cores, torch {machine['torch']}",
+        f"# The trainer and Ray Train, compared with a bare loop: {machine['cores']} cores, torch {machine['torch']}",
         "",
-        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps, medians; both run alternately.",
+        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps. The three run in turns; medians,",
+        "and the overhead of each turn, sorted.",
         "",
-        "| workers | bare, s per step | trained, s per step | overhead of each pair | median |",
-        "|---|---|---|---|---|",
+        "| workers | s per step: bare | torchrun | Ray | what costs | each turn | median |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        costs = [with_ray / alone - 1 for alone, with_ray in row["pairs"]]
-        alone, with_ray = (statistics.median(values) for values in zip(*row["pairs"], strict=True))
-        each = ", ".join(f"{cost:+.1%}" for cost in costs)
-        lines.append(f"| {row['workers']} | {alone:.4f} | {with_ray:.4f} | {each} | {statistics.median(costs):+.1%} |")
+        medians = " | ".join(f"{statistics.median(values):.4f}" for values in zip(*row["pairs"], strict=True))
+        for name, before, after in (("trainer", 0, 1), ("Ray", 1, 2), ("both", 0, 2)):
+            costs = [turn[after] / turn[before] - 1 for turn in row["pairs"]]
+            each = ", ".join(f"{cost:+.1%}" for cost in sorted(costs))
+            start = f"| {row['workers']} | {medians}" if name == "trainer" else "| | | |"
+            lines.append(f"{start} | {name} | {each} | {statistics.median(costs):+.1%} |")
     return "\n".join(lines) + "\n"
 
 
