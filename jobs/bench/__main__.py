@@ -1,7 +1,7 @@
 """Measure the overhead of the trainer and of Ray Train per step, compared with a bare loop under torchrun.
 
 Run it as `python -m deepskip.jobs.bench`. The bare loop, the trainer under torchrun (without Ray) and the trainer under Ray run
-in turns, so that other load on the machine affects all of them. The time of a
+alternately, so that other load on the machine affects all of them. The time of a
 step is the median over windows of log_every steps. The first windows, in which memory is allocated, are skipped. What the
 trainer does between steps (validation, checkpoints) is not measured.
 
@@ -129,7 +129,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any], steps: int) -> st
     lines = [
         f"# The trainer and Ray Train, compared with a bare loop: {machine['cores']} cores, torch {machine['torch']}",
         "",
-        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps. The three run in turns; medians,",
+        f"`python -m deepskip.jobs.bench`: coins, 128x128, global batch 8, {steps} steps. The three run alternately; medians,",
         "and the overhead of each turn, sorted.",
         "",
         "| workers | s per step: bare | torchrun | Ray | what costs | each turn | median |",
